@@ -1,0 +1,37 @@
+"""Quantized tensor-parallel communication for Megatron-LM.
+
+- ``enable(bits=4)``, ``disable()``, ``with flashcomm(bits=4):`` switch compression of Megatron's collectives on and off.
+- ``Config`` is everything that can be chosen; only ``bits`` is needed.
+- ``all_reduce``, ``reduce_scatter``, ``all_gather`` are the quantized collectives themselves, on any process group.
+- ``encode``, ``decode``, ``wire_bytes`` are the number format of a configuration.
+- ``stats``, ``reset_stats`` count what was compressed and what was not, and why; ``report`` says what was found.
+- ``add_arguments`` adds the ``--flash-comm-*`` flags to a parser; importing the package adds them to Megatron's.
+"""
+
+from .api import decode, disable, enable, encode, flashcomm, wire_bytes
+from .arguments import add_arguments, install
+from .collectives import all_gather, all_reduce, reduce_scatter
+from .config import Config
+from .report import report
+from .stats import reset_stats, stats
+from .version import __version__
+
+__all__ = [
+    "Config",
+    "__version__",
+    "add_arguments",
+    "all_gather",
+    "all_reduce",
+    "decode",
+    "disable",
+    "enable",
+    "encode",
+    "flashcomm",
+    "reduce_scatter",
+    "report",
+    "reset_stats",
+    "stats",
+    "wire_bytes",
+]
+
+install()

@@ -1,0 +1,33 @@
+"""Number formats. Each file is one format with its encoder, decoder and wire layout; none knows a process group.
+
+A codec turns a contiguous 1-D tensor into a 1-D uint8 *payload* whose length depends on the number of values
+alone, and decodes one payload or the sum of several.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from .uniform import Uniform
+
+__all__ = ["Codec", "Uniform"]
+
+
+class Codec(Protocol):
+    """What a collective needs of a number format. Codecs are immutable and hashable."""
+
+    @property
+    def block(self) -> int:
+        """Values that share metadata; tensors are cut into slices at multiples of it."""
+
+    def wire_bytes(self, numel: int) -> int:
+        """Length in bytes of the payload of ``numel`` values."""
+
+    def encode(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """Payload (uint8, 1-D) of a contiguous 1-D floating tensor, written into ``out`` if given."""
+
+    def decode_sum(self, payloads: Sequence[Tensor], out: Tensor) -> Tensor:
+        """Write the float32 sum, in order, of the decoded payloads into the 1-D tensor ``out``."""

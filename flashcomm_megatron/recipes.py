@@ -1,0 +1,47 @@
+"""The recipes: every published method, and ours, as one row that composes codecs and an algorithm.
+
+A recipe is data. The collectives know two *legs*, the reduce leg (partial sums on their way to whoever adds them)
+and the gather leg (finished values on their way to everybody), and are given a codec for each; nothing in them
+asks which recipe is running. Adding a method is adding a row here and, if its number format is new, a codec file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from .codec import Codec, Uniform
+
+ALL_WIDTHS = tuple(range(2, 9))
+
+
+class Legs(NamedTuple):
+    """The codecs of one recipe at one width."""
+
+    reduce: Codec
+    gather: Codec
+
+
+class Recipe(NamedTuple):
+    """One row of the table."""
+
+    widths: tuple[int, ...]  # bits it is defined for
+    block: int  # values sharing a scale, unless the user asks for another block
+    algorithm: str  # "auto", "one-step" or "two-step" when the user leaves it open
+    legs: Callable[[int, int], Legs]  # (bits, block) -> codecs
+    source: str
+
+
+def _same(bits: int, block: int) -> Legs:
+    return Legs(Uniform(bits, block), Uniform(bits, block))
+
+
+def _flash_v1(bits: int, block: int) -> Legs:
+    """Flash Communication's "INT6" is 4 bits on the reduce leg and 8 on the gather leg."""
+    return Legs(Uniform(4, block), Uniform(8, block)) if bits == 6 else _same(bits, block)
+
+
+RECIPES: dict[str, Recipe] = {
+    "auto": Recipe(ALL_WIDTHS, 32, "auto", _same, "ours: small blocks, one rounding where that costs no bytes"),
+    "flash-v1": Recipe((4, 6, 8), 128, "two-step", _flash_v1, "Flash Communication, arXiv 2412.04964"),
+}

@@ -1,0 +1,61 @@
+"""Counters of what the collectives did on this rank: plain Python integers, so counting never waits for a device.
+
+``exact_bytes`` is what the same collectives would have sent from this rank uncompressed, ``wire_bytes`` what they
+sent; a deferred call adds the same number to both, so their quotient is the compression of everything that went
+through. ``seconds`` is host time inside the calls, which on a GPU is the time to launch them.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from typing import Any
+
+
+class Counters:
+    """Totals since the last reset."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.quantized = 0
+        self.deferred: Counter[str] = Counter()
+        self.exact_bytes = 0
+        self.wire_bytes = 0
+        self.seconds = 0.0
+
+
+_counters = Counters()
+_lock = threading.Lock()
+
+
+def count_quantized(exact_bytes: int, wire_bytes: int, seconds: float) -> None:
+    """One quantized collective."""
+    with _lock:
+        _counters.calls += 1
+        _counters.quantized += 1
+        _counters.exact_bytes += exact_bytes
+        _counters.wire_bytes += wire_bytes
+        _counters.seconds += seconds
+
+
+def count_deferred(reason: str, exact_bytes: int, seconds: float = 0.0) -> None:
+    """One collective left to the original implementation because of ``reason``."""
+    with _lock:
+        _counters.calls += 1
+        _counters.deferred[reason] += 1
+        _counters.exact_bytes += exact_bytes
+        _counters.wire_bytes += exact_bytes
+        _counters.seconds += seconds
+
+
+def stats() -> dict[str, Any]:
+    """Totals since the last reset: calls, quantized, deferred {reason: n}, exact_bytes, wire_bytes, seconds."""
+    with _lock:
+        return {**vars(_counters), "deferred": dict(_counters.deferred)}
+
+
+def reset_stats() -> None:
+    """Set every counter to zero."""
+    global _counters
+    with _lock:
+        _counters = Counters()

@@ -1,0 +1,32 @@
+"""Transport over a torch process group: NCCL, gloo, or whatever backend the group has.
+
+The one operation, :func:`exchange`, is a set of point-to-point messages posted together. It serves both legs: in the
+reduce leg every peer is sent its own slice, in the gather leg every peer is sent the same payload. Over gloo this is
+faster than its all_gather at every size measured (benchmarks/bench_collectives.py); over NCCL it is one grouped launch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.distributed as dist
+from torch import Tensor
+
+TAG = 0xFC  # keeps these messages apart from a user's own point-to-point traffic on the same group
+
+
+def exchange(sends: Sequence[Tensor], receives: Sequence[Tensor], group: dist.ProcessGroup) -> list[dist.Work]:
+    """Send ``sends[r]`` to rank r and receive ``receives[r]`` from it, for every other rank r of ``group``.
+
+    All tensors are contiguous uint8; an empty one is neither sent nor awaited, so both sides must know sizes.
+    Returns handles; the tensors must stay alive and untouched until each was waited for.
+    """
+    me, world = group.rank(), group.size()
+    messages: list[dist.P2POp] = []
+    for distance in range(1, world):
+        to, source = (me + distance) % world, (me - distance) % world
+        if sends[to].numel():
+            messages.append(dist.P2POp(dist.isend, sends[to], dist.get_global_rank(group, to), group, TAG))
+        if receives[source].numel():
+            messages.append(dist.P2POp(dist.irecv, receives[source], dist.get_global_rank(group, source), group, TAG))
+    return dist.batch_isend_irecv(messages) if messages else []
