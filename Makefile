@@ -1,0 +1,65 @@
+# flashcomm_megatron: `make demo` and `make test` need python3 (>= 3.10), make and a C++ compiler; the rest they install
+# into .venv, at the versions of constraints.txt.
+#   PYTHON=python3.12   another interpreter        MODEL=DIR      another checkpoint for the demo
+#   VENV=DIR            another environment        WORKERS=N      test processes (default: one per core, at most 4)
+PYTHON  ?= python3
+VENV    ?= .venv
+MODEL   ?=
+WORKERS ?= auto
+SHELL   := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PY      := $(VENV)/bin/python
+READY   := $(VENV)/ready-$(subst /,-,$(PYTHON))
+INSTALL := $(PY) -m pip install --disable-pip-version-check --no-build-isolation --constraint constraints.txt
+# Multi-rank runs share the cores: one thread a rank, unless the user says otherwise.
+export OMP_NUM_THREADS ?= 1
+
+define PREFLIGHT
+import os, shutil, sys, sysconfig
+def stop(found, todo):
+    sys.exit("flashcomm_megatron: %s: %s" % (found, todo))
+if sys.version_info < (3, 10):
+    stop("Python %d.%d found, 3.10 or newer needed" % sys.version_info[:2], "choose one with make PYTHON=python3.12")
+try:
+    import ensurepip, venv
+except ImportError as missing:
+    stop("%s has no %s" % (sys.executable, missing.name), "install its venv package (Debian: apt-get install python3-venv)")
+compilers = os.environ.get("CXX", "c++ g++ clang++").split()
+if not any(map(shutil.which, compilers)):
+    stop("no C++ compiler (%s) found" % ", ".join(compilers), "install one (Debian: apt-get install g++) or set CXX")
+if not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")):
+    stop("no Python.h for " + sys.executable, "install its headers (Debian: apt-get install python3-dev)")
+endef
+export PREFLIGHT
+
+.PHONY: help demo test lint bench
+help:  ## Say what there is
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1: /'
+
+demo: $(READY)  ## Generate text with a small model over two ranks, at 16 bits and fewer, and compare
+	$(PY) -m torch.distributed.run --nproc-per-node 2 examples/generate.py $(if $(MODEL),--model $(MODEL))
+
+test: $(READY)  ## Run every test
+	$(PY) -m pytest -q -n $(WORKERS) --maxprocesses 4
+
+lint: $(READY)  ## Check style and types
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+bench: $(READY)  ## Measure codec and collectives; CSV and plots go to benchmarks/results
+	$(PY) benchmarks/bench_codec.py
+	$(PY) benchmarks/bench_collectives.py
+
+$(READY): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
+	@command -v $(PYTHON) >/dev/null || { echo "flashcomm_megatron: $(PYTHON) not found: name one with make PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c "$$PREFLIGHT"
+	@echo "== environment: $(VENV) with $$($(PYTHON) -V)"
+	@[ "$$($(PY) -V 2>&1)" = "$$($(PYTHON) -V 2>&1)" ] || $(PYTHON) -m venv --clear $(VENV)
+	@echo "== packages of constraints.txt, then the package with its extension (a minute or more)"
+	$(INSTALL) --quiet setuptools pybind11
+	$(INSTALL) --editable '.[megatron,examples,plots,test]'
+	@touch $@
