@@ -1,0 +1,57 @@
+"""Run any script with the ``--flash-comm-*`` flags available, or one of the package's own commands.
+
+    torchrun --nproc-per-node 8 -m flashcomm_megatron pretrain_gpt.py ... --flash-comm-bits 4
+    python -m flashcomm_megatron report
+
+The script runs as ``__main__`` with its own arguments and its own folder first on ``sys.path``, as if python had been
+given its path; the import of this package is all that is added.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+from collections.abc import Callable
+
+from . import announce, environment
+from .report import main as report
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"report": report}
+
+
+def main(argv: list[str]) -> int:
+    """Exit code of the command, or of the script, in ``argv``."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(f"{__doc__}\nCommands: {', '.join(COMMANDS)}.")
+        return 0 if argv else 2
+    try:
+        environment.check()
+    except ValueError as error:
+        return _refuse(str(error))
+    name, *rest = argv
+    return COMMANDS[name](rest) if name in COMMANDS else run(name, rest)
+
+
+def run(script: str, argv: list[str]) -> int:
+    """Run ``script`` (a path) with ``argv`` as its arguments."""
+    if not os.path.exists(script):
+        return _refuse(f"{script}: no such file, and no command: choose {', '.join(COMMANDS)} or a script's path.")
+    sys.argv = [script, *argv]
+    sys.path[0] = os.path.dirname(os.path.abspath(script))
+    runpy.run_path(script, run_name="__main__")
+    announce.ignored(argv)
+    try:
+        announce.close()
+    except RuntimeError as error:
+        return _refuse(str(error), 1)
+    return 0
+
+
+def _refuse(sentence: str, code: int = 2) -> int:
+    print(f"flashcomm_megatron: error: {sentence}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,151 @@
+"""What the user is told without asking: one line that says what is on, and a loud one if it did nothing.
+
+A job that is believed compressed and is not is the worst outcome, and Megatron has several implementations of every
+layer. So the first forward that runs a row-parallel layer, of whatever kind, is watched through torch's module
+hooks. Before it the line is printed, on rank 0; after it the counters tell whether anything was compressed, and the
+classes seen tell which layers were out of reach. Then the hooks are gone. A process that ends without such a forward
+is told so as well.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import sys
+from collections import Counter
+from typing import Any
+
+import torch
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+
+from . import environment, extension, stats
+from .config import Config, current
+
+logger = logging.getLogger("flashcomm_megatron")
+KEPT_EXACT = "embedding, output layer, router, loss"
+ROW_PARALLEL = "RowParallelLinear"  # in the class name of every implementation of the layer, or of its base
+
+
+class _FirstForward:
+    """Watches until one outermost module that ran row-parallel layers has returned."""
+
+    def __init__(self, patched: str, reached: type) -> None:
+        self.patched, self.reached = patched, reached
+        self.outermost: Any = None
+        self.hooks = [
+            register_module_forward_pre_hook(self.enter),
+            register_module_forward_hook(self.leave, always_call=True),
+        ]
+
+    def enter(self, module: torch.nn.Module, args: Any) -> None:
+        if self.outermost is None:
+            say(headline(self.patched))
+            self.outermost, self.layers, self.before = module, Counter[type](), stats.stats()
+        if _is_row_parallel(module):
+            self.layers[type(module)] += 1
+
+    def leave(self, module: torch.nn.Module, args: Any, output: Any) -> None:
+        if module is not self.outermost:
+            return
+        self.outermost = None
+        if self.layers and output is not None:  # None: the forward raised
+            stop()
+            self.judge()
+
+    def judge(self) -> None:
+        """Warn of what this forward left uncompressed; with ``strict``, raise if that is everything."""
+        foreign = {kind.__name__: n for kind, n in self.layers.items() if not issubclass(kind, self.reached)}
+        now = stats.stats()
+        deferred = Counter(now["deferred"]) - Counter(self.before["deferred"])
+        nothing = now["quantized"] == self.before["quantized"]
+        if foreign:
+            complain(
+                f"the model uses {_listed(foreign)}, whose communication is not patched. Add --transformer-impl local.",
+                fatal=nothing,
+            )
+        elif nothing:
+            complain(
+                f"after the first forward no collective was quantized (deferred: {_listed(deferred)}).", fatal=True
+            )
+
+
+_watch: _FirstForward | None = None
+_was_started = False
+_said: set[str] = set()
+
+
+def start(patched: str, reached: type) -> None:
+    """Watch the next forward. ``patched`` is the end of the line; ``reached`` the row-parallel class we compress."""
+    global _watch, _was_started
+    stop()
+    _watch, _was_started = _FirstForward(patched, reached), True
+    atexit.unregister(close)
+    atexit.register(close)
+
+
+def stop() -> None:
+    """Watch no longer."""
+    global _watch
+    if _watch is not None:
+        for hook in _watch.hooks:
+            hook.remove()
+    _watch = None
+
+
+def close() -> None:
+    """End of the process: complain if flash-comm is on and nothing it could have compressed ever ran."""
+    if _watch is not None and getattr(sys, "last_value", None) is None:
+        stop()
+        complain("no tensor-parallel layer ran, so nothing was compressed.", fatal=True)
+
+
+def ignored(argv: list[str]) -> None:
+    """Complain if ``argv`` holds our flags and nothing ever read them, say because of ``parse_known_args``."""
+    flags = [word for word in argv if word.startswith("--flash-comm-")]
+    if flags and not _was_started and not environment.is_disabled():
+        complain(
+            f"the script did not read {flags[0]}. Let it call flashcomm_megatron.add_arguments(parser).", fatal=False
+        )
+
+
+def headline(patched: str) -> str:
+    """The one line: width, recipe, codec, what is patched, what stays exact."""
+    config = current()
+    assert config is not None
+    block = config.legs.reduce.block
+    return (
+        f"flash-comm: {config.bits}-bit {config.recipe} (block {block}), {extension.describe()}, {patched}; "
+        f"exact: {KEPT_EXACT}"
+    )
+
+
+def say(line: str) -> None:
+    """Print ``line`` on rank 0, once."""
+    if _rank() == 0 and line not in _said:
+        _said.add(line)
+        print(line, flush=True)
+
+
+def complain(what: str, fatal: bool) -> None:
+    """Warn on rank 0; raise RuntimeError on every rank if ``fatal`` and the configuration is strict."""
+    config: Config | None = current()
+    message = f"flash-comm is on ({config.bits}-bit) but {what}" if config else f"flash-comm: {what}"
+    if fatal and config is not None and config.strict:
+        raise RuntimeError(f"{message} (--flash-comm-strict)")
+    if _rank() == 0:
+        logger.warning(message)
+
+
+def _is_row_parallel(module: torch.nn.Module) -> bool:
+    return any(ROW_PARALLEL in kind.__name__ for kind in type(module).__mro__)
+
+
+def _listed(counts: dict[str, int]) -> str:
+    return ", ".join(f"{n} x {name}" for name, n in counts.items()) or "nothing"
+
+
+def _rank() -> int:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank()
+    return int(os.environ.get("RANK", "0"))
