@@ -1,4 +1,4 @@
-"""What every test may use: the folder of shared data, and the repository's root."""
+"""What every test may use: the folder of shared data, the repository's root, and no deadlines in property tests."""
 
 from __future__ import annotations
 
@@ -6,8 +6,13 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# A busy machine is no failure: hypothesis times no example. The rest of its profile stays (repeatable under CI).
+settings.register_profile("untimed", settings.default, deadline=None)
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")
