@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from .codec import Codec, Uniform
+from .codec import Codec, Spike, Uniform
 
 ALL_WIDTHS = tuple(range(2, 9))
 
@@ -41,7 +41,12 @@ def _flash_v1(bits: int, block: int) -> Legs:
     return Legs(Uniform(4, block), Uniform(8, block)) if bits == 6 else _same(bits, block)
 
 
+def _flash_v2(bits: int, block: int) -> Legs:
+    return Legs(Spike(bits, block), Spike(bits, block))
+
+
 RECIPES: dict[str, Recipe] = {
     "auto": Recipe(ALL_WIDTHS, 32, "auto", _same, "ours: small blocks, one rounding where that costs no bytes"),
     "flash-v1": Recipe((4, 6, 8), 128, "two-step", _flash_v1, "Flash Communication, arXiv 2412.04964"),
+    "flash-v2": Recipe(ALL_WIDTHS, 64, "two-step", _flash_v2, "FlashCommunication V2, arXiv 2508.03760"),
 }

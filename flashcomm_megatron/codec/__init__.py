@@ -11,9 +11,10 @@ from typing import Protocol
 
 from torch import Tensor
 
+from .spike import Spike
 from .uniform import Uniform
 
-__all__ = ["Codec", "Uniform"]
+__all__ = ["Codec", "Spike", "Uniform"]
 
 
 class Codec(Protocol):

@@ -1,0 +1,190 @@
+"""Bit splitting with spike reserving, 2 to 8 bits: the format of FlashCommunication V2 (arXiv 2508.03760).
+
+The idea
+--------
+The minimum and the maximum of a block, its *spikes*, travel as floating-point numbers with their positions. The
+integer range then only has to cover the rest, which is what makes 2 bits usable::
+
+    span >= max(rest) - min(rest)        x' = low + q * span / (2**bits - 1)        spikes: themselves, in bfloat16
+
+At 2 bits the metadata would outweigh the codes, so it is compressed against what the decoder knows already, the
+spikes: the span is an 8-bit float whose exponent counts down from that of the larger spike, and ``low`` is an 8-bit
+multiple of ``span / 32`` counted from the point between the spikes that is nearest to zero. The paper leaves these
+layouts open; they are ours.
+
+The wire
+--------
+Sections for ``n`` values, ``blocks = ceil(n / block)``, aligned as in wire.py::
+
+    | planes of the codes | spike minima  | spike maxima  | spans       | lows        | planes of the positions |
+    | n8 * bits / 8 bytes | blocks x bf16 | blocks x bf16 | blocks x u8 | blocks x i8 | 2 * blocks codes        |
+
+Positions take ``log2(block)`` bits, rounded up; those of the minima come first. Bits per value, all included::
+
+    bits       2       3       4       5       6       7       8
+    block 32   3.8125  4.8125  5.8125  6.8125  7.8125  8.8125  9.8125
+    block 64   2.9375  3.9375  4.9375  5.9375  6.9375  7.9375  8.9375
+    block 128  2.4844  3.4844  4.4844  5.4844  6.4844  7.4844  8.4844
+
+With ``E`` the exponent of the larger magnitude of the two spikes::
+
+    span = (1 + (c & 7) / 8) * 2**(E - 29 + (c >> 3))      c = 1..254, rounded up          c = 0: span 0
+    low = anchor + i * span / 32                           i = -128..127, rounded down     anchor = 0 within the spikes
+
+Two escapes: a spike that is NaN marks a block that held a NaN or an Inf and decodes to NaN; ``c = 255`` marks a
+constant that bfloat16 cannot hold, whose float32 bits are ``minimum << 16 | maximum``.
+
+Error of the rest: ``|x' - x| <= span / levels / 2``, where ``span <= 9/8 * max(32/31 * (max - min), 32/159 * (max -
+anchor), (anchor - min) / 4, 2**-29 * 2**E)``, max and min being those of the rest; the second and third term matter
+only where the rest is far from the anchor. Spikes are off by their rounding to bfloat16. float32 values beyond
+bfloat16's largest number, 3.39e38, saturate as spikes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .blocks import BFLOAT16_MAX, NAN_BITS, finite_keys, from_high_half, from_ordered_keys, high_half, in_blocks
+from .blocks import ordered_keys as keys_of
+from .reference import Reference
+from .wire import from_half_words, half_words, join_planes, join_sections, plane_bytes, split_planes, split_sections
+
+CONSTANT = 255  # span code of a constant block in float32
+LARGEST_SPAN = 254
+SPAN_SHIFT = 20  # a span code counts float32 bit patterns in units of 2**20: eight steps per octave
+OCTAVES = 29  # the smallest span lies this many octaves below the larger spike
+UNITS = 32  # steps of `low` in a span
+
+
+@dataclass(frozen=True)
+class Spike(Reference):
+    """Codec of ``bits``-bit integers whose block minimum and maximum travel as bfloat16."""
+
+    bits: int
+    block: int
+
+    def __post_init__(self) -> None:
+        if self.bits not in range(2, 9):
+            raise ValueError(f"bits={self.bits}: choose 2 to 8.")
+        if self.block % 8 or not 8 <= self.block <= 256:
+            raise ValueError(f"block={self.block}: choose a multiple of 8 up to 256, for example 32 or 64.")
+
+    @property
+    def levels(self) -> int:
+        """Steps between the smallest and the largest code: 2**bits - 1."""
+        return (1 << self.bits) - 1
+
+    @property
+    def position_bits(self) -> int:
+        """Width of a position inside a block."""
+        return (self.block - 1).bit_length()
+
+    def section_bytes(self, numel: int) -> list[int]:
+        """Unpadded length in bytes of every section of a payload of ``numel`` values."""
+        blocks = math.ceil(numel / self.block)
+        positions = plane_bytes(2 * blocks, self.position_bits)
+        return [*plane_bytes(numel, self.bits), 2 * blocks, 2 * blocks, blocks, blocks, *positions]
+
+    def encode_ref(self, x: Tensor) -> Tensor:
+        """Payload of a contiguous, non-empty 1-D floating tensor."""
+        blocks = in_blocks(x, self.block)
+        keys = keys_of(blocks)
+        positions = torch.stack([keys.argmin(1), keys.argmax(1)])  # the first of equals
+        lowest, highest = (keys.gather(1, each[:, None])[:, 0] for each in positions)
+        finite = finite_keys(lowest, highest, x.dtype)
+        rest = self._extremes_of_rest(keys, positions, x.numel())
+        exact = [_values(key, finite, x.dtype) for key in (lowest, highest)]
+        spikes = [each.bfloat16().float().clamp(-BFLOAT16_MAX, BFLOAT16_MAX) for each in exact]
+        low, high = (_values(key, finite, x.dtype) for key in rest)
+
+        prescale, anchor, exponent = _frame(*spikes)
+        low, high = low * prescale, high * prescale
+        spans = _span_codes(low, high, anchor, exponent)
+        span = _spans(spans, exponent)
+        lows = torch.where(span > 0, (low - anchor) / (span / UNITS), 0.0).floor().clamp(-128, 127)
+        low = anchor + lows * (span / UNITS)
+        inverse = torch.where(span > 0, 1.0 / (span / self.levels), 0.0)
+        values = torch.where(finite[:, None], blocks.float(), 0.0) * prescale[:, None]
+        codes = ((values - low[:, None]) * inverse[:, None]).round().clamp(0, self.levels).to(torch.uint8)
+        codes.scatter_(1, positions.t(), 0)
+
+        escaped = finite & (exact[0] == exact[1]) & (exact[0] != spikes[0])
+        bits = exact[0].view(torch.int32)
+        minima = torch.where(escaped, (bits >> 16) & 0xFFFF, torch.where(finite, high_half(spikes[0]), NAN_BITS))
+        maxima = torch.where(escaped, bits & 0xFFFF, torch.where(finite, high_half(spikes[1]), NAN_BITS))
+        return join_sections(
+            [
+                *split_planes(codes.flatten()[: x.numel()], self.bits),
+                half_words(minima),
+                half_words(maxima),
+                torch.where(escaped, CONSTANT, spans).to(torch.uint8),
+                lows.to(torch.int8).view(torch.uint8),
+                *split_planes(positions.to(torch.uint8).flatten(), self.position_bits),
+            ]
+        )
+
+    def decode_ref(self, payload: Tensor, numel: int) -> Tensor:
+        """float32 values [numel] of one payload, ``numel`` > 0."""
+        count = math.ceil(numel / self.block)
+        sections = split_sections(payload, self.section_bytes(numel))
+        planes = len(plane_bytes(numel, self.bits))
+        codes = join_planes(sections[:planes], self.bits)
+        minima, maxima, spans, lows = sections[planes : planes + 4]
+        positions = join_planes(sections[planes + 4 :], self.position_bits)[: 2 * count].view(2, count, 1).long()
+        codes = torch.nn.functional.pad(codes, (0, count * self.block - codes.numel())).view(count, self.block)
+
+        words = from_half_words(minima), from_half_words(maxima)
+        minimum, maximum = (from_high_half(each) for each in words)
+        prescale, anchor, exponent = _frame(minimum, maximum)
+        span = _spans(spans.int(), exponent)
+        low = anchor + lows.view(torch.int8).float() * (span / UNITS)
+        values = (low[:, None] + codes.float() * (span / self.levels)[:, None]) / prescale[:, None]
+        values.scatter_(1, positions[1], maximum[:, None]).scatter_(1, positions[0], minimum[:, None])
+        values = torch.where(minimum.isnan()[:, None], math.nan, values)
+        constant = (words[0] << 16 | words[1]).view(torch.float32)
+        return torch.where((spans == CONSTANT)[:, None], constant[:, None], values).flatten()[:numel]
+
+    def _extremes_of_rest(self, keys: Tensor, positions: Tensor, numel: int) -> tuple[Tensor, Tensor]:
+        """Smallest and largest key of every row without its spikes and what lies beyond ``numel``; of an empty rest,
+        the smaller spike twice."""
+        spike = torch.zeros_like(keys, dtype=torch.bool).scatter_(1, positions.t(), True)
+        spike.view(-1)[numel:] = True
+        limits = torch.iinfo(keys.dtype)
+        low = keys.masked_fill(spike, limits.max).amin(1)
+        high = keys.masked_fill(spike, limits.min).amax(1)
+        empty, only = spike.all(1), keys.gather(1, positions[0][:, None])[:, 0]
+        return torch.where(empty, only, low), torch.where(empty, only, high)
+
+
+def _values(keys: Tensor, finite: Tensor, dtype: torch.dtype) -> Tensor:
+    """float32 values of the keys, zero where not finite."""
+    return from_ordered_keys(torch.where(finite, keys, 0), dtype).float()
+
+
+def _frame(minimum: Tensor, maximum: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What the spikes say about a block: power-of-two prescale that keeps the rest clear of float32's limits, and
+    after it the anchor and the biased exponent E."""
+    largest = torch.maximum(minimum.abs(), maximum.abs())
+    prescale = torch.where(largest >= 2.0**112, 2.0**-16, torch.where(largest < 2.0**-64, 2.0**64, 1.0))
+    anchor = (minimum.clamp(min=0) + maximum.clamp(max=0)) * prescale  # at most one of the two is not zero
+    return prescale, anchor, (largest * prescale).view(torch.int32) >> 23
+
+
+def _span_codes(low: Tensor, high: Tensor, anchor: Tensor, exponent: Tensor) -> Tensor:
+    """Codes (int32) of the smallest spans that let `low` be reached from the anchor and `high` from `low`."""
+    needed = (high - low) * (UNITS / (UNITS - 1))
+    needed = torch.maximum(needed, (high - anchor) * (UNITS / (127 + UNITS)))
+    needed = torch.maximum(needed, (anchor - low) * (UNITS / 128))
+    above = needed.view(torch.int32) - ((exponent - OCTAVES) << 23)
+    codes = ((above + (1 << SPAN_SHIFT) - 1) >> SPAN_SHIFT).clamp(1, LARGEST_SPAN)
+    return torch.where((needed > 0) & (exponent > 0), codes, 0)
+
+
+def _spans(codes: Tensor, exponent: Tensor) -> Tensor:
+    """float32 spans of the codes; zero for code 0."""
+    spans = (((exponent - OCTAVES) << 23) + (codes << SPAN_SHIFT)).view(torch.float32)
+    return torch.where(codes > 0, spans, 0.0)
