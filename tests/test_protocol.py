@@ -1,0 +1,92 @@
+"""The flag and buffer rules, proved by trying every interleaving, and shown to be needed by taking each away."""
+
+from __future__ import annotations
+
+import pytest
+from protocol_model import SCRIPTS, Call, Rules, explore, reached, sequences
+
+KINDS = [Call(kind) for kind in SCRIPTS]
+NOBODY_HAS_ANY = frozenset({0, 1, 2})
+
+
+def test_two_ranks_any_three_calls_then_the_first_again():
+    """Every mix of kinds, among them calls where rank 1, or every rank, has nothing."""
+    calls = [*KINDS, Call("two-step", empty=frozenset({1})), Call("reduce_scatter", empty=NOBODY_HAS_ANY)]
+    for start in sequences(calls, 3):
+        sequence = (*start, start[0])
+        problem, _ = explore(2, sequence)
+        assert problem is None, (sequence, problem)
+
+
+def test_three_ranks_any_three_calls():
+    calls = [*KINDS, Call("two-step", empty=frozenset({1, 2}))]
+    for sequence in sequences(calls, 3):
+        problem, _ = explore(3, sequence)
+        assert problem is None, (sequence, problem)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
+def test_peers_taken_in_any_order(order):
+    problem, states = explore(3, [Call("reduce_scatter"), Call("all_gather"), Call("two-step")], order=order)
+    assert problem is None
+    assert states > 500, "the search must not be trivial"
+
+
+def test_rounds_inside_one_call():
+    """A message larger than the inboxes takes several rounds of one kernel."""
+    for kind in SCRIPTS:
+        assert explore(3, [Call(kind, rounds=3), Call("reduce_scatter", rounds=2)])[0] is None
+
+
+def test_grids_that_differ_between_calls():
+    """Two blocks, then one, then two: a block that sat out a call must not be confused by its old flags."""
+    for first in ("two-step", "reduce_scatter"):
+        for second in ("all_gather", "reduce_scatter"):
+            calls = [Call(first, blocks=2), Call(second), Call(first, blocks=2)]
+            assert explore(2, calls)[0] is None
+
+
+def test_the_counter_wraps():
+    """With flags modulo 8 the counter wraps in the middle of the sequence."""
+    calls = [Call("reduce_scatter"), Call("two-step"), Call("all_gather"), Call("reduce_scatter"), Call("two-step")]
+    for first in range(4, 12):
+        assert explore(2, calls, Rules(modulus=8), first)[0] is None
+
+
+def test_reached_is_an_order_around_the_wrap():
+    for modulus in (8, 2**64):
+        for wanted in (1, modulus // 2, modulus - 1, modulus, modulus + 1):
+            assert reached(wanted % modulus, wanted % modulus, modulus)
+            assert reached((wanted + 2) % modulus, wanted % modulus, modulus)
+            assert not reached((wanted - 1) % modulus, wanted % modulus, modulus)
+
+
+# ---- negative controls: each rule taken away breaks something -------------------------------------------------
+
+
+def test_without_parity_buffers_unread_data_is_overwritten():
+    for kind in ("reduce_scatter", "all_gather"):
+        assert "overwrites" in (explore(2, [Call(kind), Call(kind)], Rules(parities=1))[0] or "")
+
+
+def test_with_equality_a_fast_peer_is_missed():
+    assert "deadlock" in (explore(2, [Call("reduce_scatter")] * 2, Rules(compare="equal"))[0] or "")
+
+
+def test_without_flags_for_empty_segments_unread_data_is_overwritten():
+    calls = [Call("reduce_scatter"), Call("reduce_scatter", empty=NOBODY_HAS_ANY), Call("reduce_scatter")]
+    assert explore(3, calls)[0] is None
+    assert "overwrites" in (explore(3, calls, Rules(announce_empty=False))[0] or "")
+
+
+def test_two_streams_break_the_argument():
+    assert (
+        explore(2, [Call("reduce_scatter", blocks=2), Call("two-step")] * 2, Rules(stream_order=False))[0] is not None
+    )
+
+
+def test_narrow_flags_go_stale_on_blocks_that_idle():
+    """Why flags have 64 bits: a block that sits out half a turn of calls finds its old flag in the future."""
+    calls = [Call("all_gather", blocks=2), *[Call("all_gather")] * 4, Call("all_gather", blocks=2)]
+    assert explore(2, calls)[0] is None
+    assert "has not pushed" in (explore(2, calls, Rules(modulus=8))[0] or "")
