@@ -34,6 +34,12 @@ class Config:
     )
     transport: str = _option("auto", "How bytes move: group uses the process group (NCCL or gloo).")
     algorithm: str = _option("auto", "All-reduce as one-step (one rounding) or two-step (least bytes beyond 2 ranks).")
+    log_interval: int | None = _option(
+        None, "Iterations between two lines of flash-comm/* metrics. Default: Megatron's --log-interval."
+    )
+    metrics: str | None = _option(
+        None, "Also write the metrics, with the loss, to this JSON-lines file; compare reads it."
+    )
     strict: bool = _option(False, "Turn the warning that nothing was quantized into an error.")
 
     def __post_init__(self) -> None:
@@ -43,8 +49,14 @@ class Config:
         _check(self.bits in widths, "bits", self.bits, f"{_list(widths)} with recipe {self.recipe}")
         _check(self.block is None or (self.block > 0 and self.block % 8 == 0), "block", self.block, "a multiple of 8")
         _check(self.min_bytes is None or self.min_bytes >= 0, "min-bytes", self.min_bytes, "0 or more")
+        positive = self.log_interval is None or self.log_interval > 0
+        _check(positive, "log-interval", self.log_interval, "1 or more")
         _check(self.transport in TRANSPORTS, "transport", self.transport, ", ".join(TRANSPORTS))
         _check(self.algorithm in ALGORITHMS, "algorithm", self.algorithm, ", ".join(ALGORITHMS))
+        try:
+            _ = self.legs
+        except ValueError as error:  # a format has its own limits, for example on blocks
+            raise ValueError(f"--flash-comm-{error}") from None
 
     @property
     def legs(self) -> Legs:

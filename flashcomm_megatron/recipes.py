@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from .codec import Codec, Spike, Uniform
+from .codec import Codec, Microscaling, Spike, Uniform
 
 ALL_WIDTHS = tuple(range(2, 9))
 
@@ -45,8 +45,21 @@ def _flash_v2(bits: int, block: int) -> Legs:
     return Legs(Spike(bits, block), Spike(bits, block))
 
 
+def _microscaling(elements: dict[int, str], kind: str) -> Recipe:
+    """A row of its own for each kind of element, so that ``bits`` names the element and no other option is needed."""
+
+    def legs(bits: int, block: int) -> Legs:
+        return Legs(Microscaling(elements[bits], block), Microscaling(elements[bits], block))
+
+    source = f"Hansen-Palmus et al., arXiv 2411.09510, on OCP MX v1.0: {kind}"
+    return Recipe(tuple(elements), 32, "one-step", legs, source)
+
+
 RECIPES: dict[str, Recipe] = {
     "auto": Recipe(ALL_WIDTHS, 32, "auto", _same, "ours: small blocks, one rounding where that costs no bytes"),
     "flash-v1": Recipe((4, 6, 8), 128, "two-step", _flash_v1, "Flash Communication, arXiv 2412.04964"),
     "flash-v2": Recipe(ALL_WIDTHS, 64, "two-step", _flash_v2, "FlashCommunication V2, arXiv 2508.03760"),
+    "mx": _microscaling({4: "e2m1", 5: "e2m2", 6: "e2m3", 8: "e4m3"}, "floats with most mantissa"),
+    "mx-wide": _microscaling({5: "e3m1", 6: "e3m2", 8: "e5m2"}, "floats with most exponent"),
+    "mx-int": _microscaling({3: "int3", 4: "int4", 5: "int5", 6: "int6", 8: "int8"}, "integers"),
 }

@@ -11,10 +11,11 @@ from typing import Protocol
 
 from torch import Tensor
 
+from .microscaling import Microscaling
 from .spike import Spike
 from .uniform import Uniform
 
-__all__ = ["Codec", "Spike", "Uniform"]
+__all__ = ["Codec", "Microscaling", "Spike", "Uniform"]
 
 
 class Codec(Protocol):
