@@ -5,6 +5,7 @@
 - ``all_reduce``, ``reduce_scatter``, ``all_gather`` are the quantized collectives themselves, on any process group.
 - ``encode``, ``decode``, ``wire_bytes`` are the number format of a configuration.
 - ``stats``, ``reset_stats`` count what was compressed and what was not, and why; ``report`` says what was found.
+- ``metrics``, ``log_metrics`` are these numbers, and the codec's sampled error, for W&B, TensorBoard or a file.
 - ``add_arguments`` adds the ``--flash-comm-*`` flags to a parser; importing the package adds them to Megatron's.
 """
 
@@ -12,6 +13,7 @@ from .api import decode, disable, enable, encode, flashcomm, wire_bytes
 from .arguments import add_arguments, install
 from .collectives import all_gather, all_reduce, reduce_scatter
 from .config import Config
+from .metrics import log_metrics, metrics
 from .report import report
 from .stats import reset_stats, stats
 from .version import __version__
@@ -27,6 +29,8 @@ __all__ = [
     "enable",
     "encode",
     "flashcomm",
+    "log_metrics",
+    "metrics",
     "reduce_scatter",
     "report",
     "reset_stats",

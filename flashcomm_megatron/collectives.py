@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import agreement, policy, stats
+from . import agreement, policy, sampling, stats
 from .codec import Codec
 from .config import Config, current
 from .transport.group import exchange
@@ -95,6 +95,7 @@ def all_reduce(
     algorithm, sent = {"one-step": (_one_step, _one_step_bytes), "two-step": (_two_step, _two_step_bytes)}[
         plan.algorithm
     ]
+    sampling.sample("all_reduce", x, plan.reduce)
     return _run(algorithm(x, group, plan), plan, sent(x.numel(), group, plan), async_op)
 
 
@@ -116,6 +117,7 @@ def reduce_scatter(
         return _exact(out, dist.reduce_scatter_tensor(out, x, group=group, async_op=async_op), async_op)
     plan = policy.plan("reduce_scatter", x, world, config)
     sent = (world - 1) * plan.reduce.wire_bytes(out.numel())
+    sampling.sample("reduce_scatter", x, plan.reduce)
     return _run(_reduce_scatter(x, out, group, plan), plan, sent, async_op)
 
 
@@ -135,6 +137,7 @@ def all_gather(
         return _exact(out, dist.all_gather_into_tensor(out, x, group=group, async_op=async_op), async_op)
     plan = policy.plan("all_gather", x, world, config)
     sent = (world - 1) * plan.gather.wire_bytes(x.numel())
+    sampling.sample("all_gather", x, plan.gather)
     return _run(_all_gather(x, out, group, plan), plan, sent, async_op)
 
 

@@ -34,13 +34,11 @@ class Config:
     )
     transport: str = _option("auto", "How bytes move: group uses the process group (NCCL or gloo).")
     algorithm: str = _option("auto", "All-reduce as one-step (one rounding) or two-step (least bytes beyond 2 ranks).")
-    log_interval: int | None = _option(
-        None, "Iterations between two lines of flash-comm/* metrics. Default: Megatron's --log-interval."
-    )
-    metrics: str | None = _option(
-        None, "Also write the metrics, with the loss, to this JSON-lines file; compare reads it."
-    )
     strict: bool = _option(False, "Turn the warning that nothing was quantized into an error.")
+    log_interval: int | None = _option(
+        None, "Iterations between two lines of metrics. Default: Megatron's --log-interval."
+    )
+    metrics: str | None = _option(None, "Also write the metrics, with the loss, to this file of JSON lines.")
 
     def __post_init__(self) -> None:
         _check(self.bits in range(2, 9), "bits", self.bits, "2 to 8")

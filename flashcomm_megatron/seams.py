@@ -28,7 +28,7 @@ import torch
 from packaging.version import Version
 from torch import Tensor, nn
 
-from . import announce, collectives, environment, patching
+from . import announce, collectives, environment, patching, sampling, training_log
 from .config import Config, current
 from .patching import PatchError, Seam
 
@@ -51,6 +51,7 @@ class _Here(threading.local):
 
 
 _here = _Here()
+sampling.locate(lambda: _here.site.kind if _here.site else None)
 
 
 def _site(kind: str, module: Any) -> Site | None:
@@ -252,12 +253,14 @@ def install() -> None:
     patching.apply(SEAMS)
     from megatron.core.tensor_parallel.layers import RowParallelLinear
 
+    training_log.install()
     announce.start(f"{len(SEAMS)} names patched in megatron-core {version}", RowParallelLinear)
 
 
 def uninstall() -> None:
     """Restore every object; PatchError if somebody patched over one of them since."""
     patching.revert(SEAMS)
+    training_log.uninstall()
     announce.stop()
 
 
