@@ -77,6 +77,8 @@ def _or_exit(parser: argparse.ArgumentParser, check: Callable[[], Any]) -> None:
     try:
         check()
     except (ValueError, PatchError) as error:
+        seams.uninstall()
+        set_current(None)
         parser.exit(2, f"{parser.prog}: error: {error}\n")
 
 

@@ -1,0 +1,46 @@
+"""The report: readable with and without Megatron, and true about what is in force."""
+
+from __future__ import annotations
+
+import pytest
+
+import flashcomm_megatron as fc
+from flashcomm_megatron import config, seams
+from flashcomm_megatron.__main__ import main
+
+
+def test_without_megatron(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(seams, "megatron_version", lambda: None)
+    found = fc.report()
+    assert found["megatron-core"] == "not installed" and found["seams"] == []
+    assert "none: Megatron is not installed" in str(found)
+    assert str(found).splitlines()[0].split() == ["flashcomm_megatron", fc.__version__]
+
+
+def test_state_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(seams, "megatron_version", lambda: None)
+    monkeypatch.delenv("FLASH_COMM_DISABLE", raising=False)
+    assert fc.report()["state"] == "off"
+    config.set_current(fc.Config(bits=4))
+    assert fc.report()["state"].startswith("on, Config(bits=4")
+    config.set_current(None)
+    monkeypatch.setenv("FLASH_COMM_DISABLE", "1")
+    found = fc.report()
+    assert found["state"] == "off, FLASH_COMM_DISABLE is set"
+    assert "FLASH_COMM_DISABLE=1" in found["environment"]
+
+
+def test_every_seam_fits_the_installed_megatron() -> None:
+    pytest.importorskip("megatron.core", reason="megatron-core is not installed")
+    found = fc.report()
+    states = dict(found["seams"])
+    assert [states[seam.path] for seam in seams.SEAMS] == ["fits"] * len(seams.SEAMS)
+    assert all(seam.path in str(found) and seam.why for seam in seams.SEAMS)
+
+
+def test_the_command_prints_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(seams, "megatron_version", lambda: None)
+    assert main(["report"]) == 0
+    assert capsys.readouterr().out == f"{fc.report()}\n"
+    assert main(["report", "--verbose"]) == 2
+    assert capsys.readouterr().out == "report takes no arguments, found --verbose.\n"
