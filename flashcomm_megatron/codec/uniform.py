@@ -89,6 +89,11 @@ class Uniform:
             raise ValueError(f"block={self.block}: choose a multiple of 8, for example 32, 64 or 128.")
 
     @property
+    def native(self) -> tuple[int, int, int]:
+        """Format number in csrc/api.h, bits and block: how the compiled extension knows this codec."""
+        return 0, self.bits, self.block
+
+    @property
     def levels(self) -> int:
         """Steps between the smallest and the largest code: 2**bits - 1."""
         return (1 << self.bits) - 1

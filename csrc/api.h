@@ -1,0 +1,36 @@
+// What the extension offers, seen from outside: the codec on any CPU with any number of threads, and on CUDA.
+#pragma once
+
+#include <stdint.h>
+
+namespace flashcomm {
+
+enum Dtype { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+
+constexpr int kFormats = 1;  // codec families; 0 is flashcomm_megatron.codec.Uniform
+
+struct Spec {
+    int format, bits;
+    int64_t block, numel;
+};
+
+void encode(const void* x, int dtype, const Spec&, uint8_t* payload, int threads);
+void decode_sum(const uint8_t* const* payloads, int count, const Spec&, void* out, int dtype, int threads);
+
+// On the current device, in stream order; std::runtime_error names what CUDA reports. Only in builds with nvcc.
+void encode_cuda(const void* x, int dtype, const Spec&, uint8_t* payload, void* stream);
+void decode_sum_cuda(const uint8_t* const* payloads, int count, const Spec&, void* out, int dtype, void* stream);
+
+// The instruction sets this machine can run, best first; nullptr behind the last. The best is used unless told.
+const char* isa_name(int i);
+const char* isa_in_use();
+bool use_isa(const char* name);  // false: not among them
+
+// What one instruction set offers for one format: the blocks first .. last - 1 of a tensor.
+struct Kernels {
+    void (*encode)(const void* x, int dtype, const Spec&, uint8_t* payload, int64_t first, int64_t last);
+    void (*decode_sum)(const uint8_t* const* payloads, int count, const Spec&, void* out, int dtype, int64_t first,
+                       int64_t last);
+};
+
+}  // namespace flashcomm

@@ -1,0 +1,52 @@
+// The Python module flashcomm_megatron._C: raw addresses in, nothing checked. flashcomm_megatron/extension.py checks.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "api.h"
+
+namespace py = pybind11;
+using namespace flashcomm;
+using Address = std::uintptr_t;
+using ReleaseGil = py::call_guard<py::gil_scoped_release>;
+
+static const uint8_t* const* pointers(const std::vector<Address>& payloads) {
+    static_assert(sizeof(Address) == sizeof(uint8_t*), "addresses are pointers");
+    return reinterpret_cast<const uint8_t* const*>(payloads.data());
+}
+
+static py::dict info() {
+    std::vector<std::string> isas;
+    for (int i = 0; isa_name(i); i++) isas.push_back(isa_name(i));
+#ifdef FLASHCOMM_CUDA_ARCHS
+    const char *cuda = FLASHCOMM_CUDA_ARCHS, *without_cuda = "";
+#else
+    const char *cuda = "", *without_cuda = FLASHCOMM_WITHOUT_CUDA;
+#endif
+    return py::dict(py::arg("isas") = isas, py::arg("isa") = isa_in_use(), py::arg("formats") = kFormats,
+                    py::arg("cuda") = cuda, py::arg("without_cuda") = without_cuda);
+}
+
+PYBIND11_MODULE(_C, m) {
+    m.doc() = "Compiled codec; see flashcomm_megatron/extension.py.";
+    m.def("info", info);
+    m.def("use_isa", use_isa);
+    m.def("encode", [](Address x, int dtype, int64_t numel, int format, int bits, int64_t block, Address payload,
+                       int threads) {
+        encode((const void*)x, dtype, {format, bits, block, numel}, (uint8_t*)payload, threads);
+    }, ReleaseGil());
+    m.def("decode_sum", [](const std::vector<Address>& payloads, int64_t numel, int format, int bits, int64_t block,
+                           Address out, int dtype, int threads) {
+        decode_sum(pointers(payloads), (int)payloads.size(), {format, bits, block, numel}, (void*)out, dtype, threads);
+    }, ReleaseGil());
+#ifdef FLASHCOMM_CUDA_ARCHS
+    m.def("encode_cuda", [](Address x, int dtype, int64_t numel, int format, int bits, int64_t block, Address payload,
+                            Address stream) {
+        encode_cuda((const void*)x, dtype, {format, bits, block, numel}, (uint8_t*)payload, (void*)stream);
+    }, ReleaseGil());
+    m.def("decode_sum_cuda", [](const std::vector<Address>& payloads, int64_t numel, int format, int bits,
+                                int64_t block, Address out, int dtype, Address stream) {
+        decode_sum_cuda(pointers(payloads), (int)payloads.size(), {format, bits, block, numel}, (void*)out, dtype,
+                        (void*)stream);
+    }, ReleaseGil());
+#endif
+}

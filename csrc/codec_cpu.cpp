@@ -1,0 +1,320 @@
+// The CPU codec: the same numbers as codec.h, many blocks at a time.
+//
+// Work goes in strips that fit the first-level cache, through stages that are plain loops over whole vectors:
+//
+//     encode   extremes -> fit -> quantize -> pack         (one pass over memory: a strip is read twice from L1)
+//     decode   unpack -> load -> accumulate                (once for every payload; the last one writes the output)
+//
+// The loops are written for compilers to vectorise, and setup.py compiles this file once for every instruction set,
+// each in its own namespace. Two 16-bit values share a 32-bit lane all the way, which spares every shuffle.
+// Strange blocks (NaN, escaped, huge or tiny scales, saturating) run through the loops like all others and are then
+// done again by codec.h, as are short last blocks and block sizes other than 32, 64 and 128.
+#include "api.h"
+
+#include "codec.h"
+
+namespace flashcomm::FLASHCOMM_ISA {
+namespace {
+
+constexpr int kStrip = 2048;             // values
+constexpr int kMaxBlocks = kStrip / 32;  // blocks of a strip
+constexpr int kLanes = 16;               // of one step of `extremes`
+
+// Words of the wire and of the tensor seen at other widths, wherever they lie.
+typedef uint16_t __attribute__((may_alias, aligned(1))) Word16;
+typedef uint32_t __attribute__((may_alias, aligned(1))) Word32;
+typedef uint64_t __attribute__((may_alias, aligned(1))) Word64;
+
+// A strip's intermediate results: one array for each quantity, so that stages are loops without strides. Stages take
+// arrays, never the whole: what a loop reads and writes must be objects of their own to the compiler.
+struct alignas(64) Strip {
+    uint8_t codes[kStrip];
+    float sums[kStrip];
+    uint32_t low_keys[kMaxBlocks], high_keys[kMaxBlocks], metadata[kMaxBlocks], strange[kMaxBlocks];
+    float minima[kMaxBlocks], inverses[kMaxBlocks], scales[kMaxBlocks];
+};
+
+// ---- encode --------------------------------------------------------------------------------------------------
+
+// Smallest and largest key of every block; the largest as a minimum of complements, one instruction on x86 and Arm.
+template <class T, int kBlock>
+void extremes(const typename T::Word* __restrict x, int blocks, uint32_t* __restrict low_keys,
+              uint32_t* __restrict high_keys) {
+    using Word = typename T::Word;
+    for (int b = 0; b < blocks; b++, x += kBlock) {
+        Word low[kLanes], high[kLanes];
+        for (int lane = 0; lane < kLanes; lane++) {
+            Word least = (Word)~(Word)0, most = (Word)~(Word)0;
+#pragma GCC unroll 8
+            for (int i = lane; i < kBlock; i += kLanes) {
+                const Word key = ordered<T>(x[i]), complement = (Word)~key;
+                least = key < least ? key : least;
+                most = complement < most ? complement : most;
+            }
+            low[lane] = least;
+            high[lane] = most;
+        }
+        Word least = (Word)~(Word)0, most = (Word)~(Word)0;
+        for (int i = 0; i < kLanes / 2; i++) {
+            const Word key = low[i] < low[i + kLanes / 2] ? low[i] : low[i + kLanes / 2];
+            least = key < least ? key : least;
+        }
+        for (int i = 0; i < kLanes / 2; i++) {
+            const Word key = high[i] < high[i + kLanes / 2] ? high[i] : high[i + kLanes / 2];
+            most = key < most ? key : most;
+        }
+        low_keys[b] = least;
+        high_keys[b] = (Word)~most;
+    }
+}
+
+template <class T, class Metadata>
+void fit(const uint32_t* __restrict low_keys, const uint32_t* __restrict high_keys, int blocks, float levels,
+         float* __restrict minima, float* __restrict inverses, uint32_t* __restrict metadata,
+         uint32_t* __restrict strange) {
+    using Word = typename T::Word;
+    for (int b = 0; b < blocks; b++) {
+        const Fit fit = Metadata::template fit<T>((Word)low_keys[b], (Word)high_keys[b], levels);
+        minima[b] = fit.minimum;
+        inverses[b] = fit.inverse;
+        metadata[b] = fit.scale_bits | fit.minimum_bits << 16;
+        strange[b] = !fit.plain;
+    }
+}
+
+template <class T, int kBlock>
+void quantize(const typename T::Word* __restrict x, const float* __restrict minima, const float* __restrict inverses,
+              int blocks, uint8_t* __restrict codes) {
+    for (int b = 0; b < blocks; b++, x += kBlock, codes += kBlock) {
+        const float minimum = minima[b], inverse = inverses[b];
+        if constexpr (sizeof(*x) == 2) {
+            const Word32* pairs = (const Word32*)x;
+            for (int i = 0; i < kBlock / 2; i++) {
+                const uint32_t even = rounded((T::widen(pairs[i] & 0xFFFF) - minimum) * inverse);
+                const uint32_t odd = rounded((T::widen(pairs[i] >> 16) - minimum) * inverse);
+                ((Word16*)codes)[i] = (Word16)((even & 0xFF) | odd << 8);
+            }
+        } else {
+            for (int i = 0; i < kBlock; i++) codes[i] = (uint8_t)rounded((T::widen(x[i]) - minimum) * inverse);
+        }
+    }
+}
+
+template <class T, int kBlock>
+void quantize_strange(const typename T::Word* x, uint32_t low_key, uint32_t high_key, float levels, uint8_t* codes) {
+    const Fit fit = Bf16Pair::fit<T>((typename T::Word)low_key, (typename T::Word)high_key, levels);
+    for (int i = 0; i < kBlock; i++) codes[i] = (uint8_t)code_of(T::widen(x[i]), fit);
+}
+
+// A lane is 8 / kWidth codes, a byte each, and becomes one byte of the plane: groups of bits, as far apart as a full
+// lane lets them, move next to their lower neighbours, twice as many at each step.
+template <class Lane, int kWidth>
+void pack_plane(const uint8_t* __restrict codes, int values, int shift, uint8_t* __restrict plane) {
+    constexpr Lane kMask = (Lane)(0x0101010101010101 * ((1 << kWidth) - 1));
+    for (int i = 0; i < values * kWidth / 8; i++) {
+        Lane lane = (Lane)(((const Lane*)codes)[i] >> shift & kMask);
+#pragma GCC unroll 3
+        for (int group = kWidth; group <= 4; group *= 2) lane |= (Lane)(lane >> group * ((int)sizeof(Lane) - 1));
+        plane[i] = (uint8_t)lane;
+    }
+}
+
+void pack(const Layout& at, int64_t octet, int values, const uint8_t* codes, uint8_t* payload) {
+    at.each_plane([&](int width, int shift, int64_t start) {
+        uint8_t* plane = payload + start + octet * width;
+        if (width == 8) __builtin_memcpy(plane, codes, values);
+        if (width == 4) pack_plane<Word16, 4>(codes, values, shift, plane);
+        if (width == 2) pack_plane<Word32, 2>(codes, values, shift, plane);
+        if (width == 1) pack_plane<Word64, 1>(codes, values, shift, plane);
+    });
+}
+
+void store_metadata(const Layout& at, int64_t first, int blocks, const uint32_t* metadata, uint8_t* payload) {
+    Word16* scales = (Word16*)(payload + at.scales) + first;
+    Word16* minima = (Word16*)(payload + at.minima) + first;
+    for (int b = 0; b < blocks; b++) scales[b] = (Word16)metadata[b];
+    for (int b = 0; b < blocks; b++) minima[b] = (Word16)(metadata[b] >> 16);
+}
+
+template <class T, int kBlock>
+void encode_strip(const typename T::Word* x, const Layout& at, int64_t first, int blocks, uint8_t* payload, Strip& s) {
+    x += first * kBlock;
+    extremes<T, kBlock>(x, blocks, s.low_keys, s.high_keys);
+    fit<T, Bf16Pair>(s.low_keys, s.high_keys, blocks, at.levels(), s.minima, s.inverses, s.metadata, s.strange);
+    quantize<T, kBlock>(x, s.minima, s.inverses, blocks, s.codes);
+    for (int b = 0; b < blocks; b++)
+        if (s.strange[b])
+            quantize_strange<T, kBlock>(x + b * kBlock, s.low_keys[b], s.high_keys[b], at.levels(),
+                                        s.codes + b * kBlock);
+    pack(at, first * kBlock / 8, blocks * kBlock, s.codes, payload);
+    store_metadata(at, first, blocks, s.metadata, payload);
+}
+
+// ---- decode --------------------------------------------------------------------------------------------------
+
+// The way back: the upper half of every group moves up, until each code has its byte.
+template <class Lane, int kWidth, bool kFirst>
+void unpack_plane(const uint8_t* __restrict plane, int values, int shift, uint8_t* __restrict codes) {
+    for (int i = 0; i < values * kWidth / 8; i++) {
+        Lane lane = plane[i];
+#pragma GCC unroll 3
+        for (int group = 4; group >= kWidth; group /= 2) {
+            const int spacing = group * (int)sizeof(Lane);
+            const Lane keep = (Lane)((uint64_t)(Lane)~0ull / (((uint64_t)1 << spacing) - 1) * ((1u << group) - 1));
+            lane = (Lane)(lane | (Lane)(lane << (spacing - group))) & keep;
+        }
+        lane = (Lane)(lane << shift);
+        ((Lane*)codes)[i] = kFirst ? lane : (Lane)(((Lane*)codes)[i] | lane);
+    }
+}
+
+template <class Lane, int kWidth>
+void unpack_plane(const uint8_t* plane, int values, int shift, uint8_t* codes) {
+    shift ? unpack_plane<Lane, kWidth, false>(plane, values, shift, codes)
+          : unpack_plane<Lane, kWidth, true>(plane, values, 0, codes);
+}
+
+void unpack(const uint8_t* payload, const Layout& at, int64_t octet, int values, uint8_t* codes) {
+    at.each_plane([&](int width, int shift, int64_t start) {
+        const uint8_t* plane = payload + start + octet * width;
+        if (width == 8) __builtin_memcpy(codes, plane, values);
+        if (width == 4) unpack_plane<Word16, 4>(plane, values, shift, codes);
+        if (width == 2) unpack_plane<Word32, 2>(plane, values, shift, codes);
+        if (width == 1) unpack_plane<Word64, 1>(plane, values, shift, codes);
+    });
+}
+
+// Marks blocks that are strange in this payload, and keeps the marks of earlier ones.
+template <class T>
+void load_metadata(const uint8_t* payload, const Layout& at, int64_t first, int blocks, float* __restrict minima,
+                   float* __restrict scales, uint32_t* __restrict strange) {
+    const Word16* scale_bits = (const Word16*)(payload + at.scales) + first;
+    const Word16* minimum_bits = (const Word16*)(payload + at.minima) + first;
+    const float levels = at.levels();
+    for (int b = 0; b < blocks; b++) {
+        const Bf16Pair pair{scale_bits[b], minimum_bits[b]};
+        scales[b] = float_of(pair.scale << 16);
+        minima[b] = float_of(pair.minimum << 16);
+        strange[b] |= !pair.plain<T>(levels);
+    }
+}
+
+// minimum + code * scale. The product is exact in plain blocks, so that both ways round once.
+FC_INLINE float affine(uint32_t code, float scale, float minimum) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+    return __builtin_fmaf((float)(int)code, scale, minimum);
+#else
+    return (float)(int)code * scale + minimum;
+#endif
+}
+
+// Adds a payload's part to the sums, which the first starts; the last writes them to the tensor instead.
+template <class T, int kBlock, bool kFirst, bool kLast>
+void accumulate(const uint8_t* __restrict codes, const float* __restrict minima, const float* __restrict scales,
+                int blocks, float* __restrict sums, typename T::Word* __restrict out) {
+    for (int b = 0; b < blocks; b++, codes += kBlock, sums += kBlock, out += kBlock) {
+        const float minimum = minima[b], scale = scales[b];
+        if constexpr (sizeof(*out) == 2) {
+            constexpr int kHalf = kBlock / 2;  // sums of even values lie before those of odd ones
+            for (int i = 0; i < kHalf; i++) {
+                const uint32_t pair = ((const Word16*)codes)[i];
+                float even = affine(pair & 0xFF, scale, minimum), odd = affine(pair >> 8, scale, minimum);
+                if (!kFirst) even = sums[i] + even, odd = sums[kHalf + i] + odd;
+                if (kLast) ((Word32*)out)[i] = T::narrow(even) | T::narrow(odd) << 16;
+                else sums[i] = even, sums[kHalf + i] = odd;
+            }
+        } else {
+            for (int i = 0; i < kBlock; i++) {
+                float part = affine(codes[i], scale, minimum);
+                if (!kFirst) part = sums[i] + part;
+                if (kLast) out[i] = T::narrow(part);
+                else sums[i] = part;
+            }
+        }
+    }
+}
+
+template <class T, int kBlock>
+void decode_strip(const uint8_t* const* payloads, int count, const Layout& at, int64_t first, int blocks,
+                  typename T::Word* out, Strip& s) {
+    const int64_t begin = first * kBlock;
+    for (int b = 0; b < blocks; b++) s.strange[b] = 0;
+    for (int p = 0; p < count; p++) {
+        const bool is_last = p == count - 1;
+        const auto add = p == 0 ? is_last ? accumulate<T, kBlock, true, true> : accumulate<T, kBlock, true, false>
+                         : is_last ? accumulate<T, kBlock, false, true> : accumulate<T, kBlock, false, false>;
+        unpack(payloads[p], at, begin / 8, blocks * kBlock, s.codes);
+        load_metadata<T>(payloads[p], at, first, blocks, s.minima, s.scales, s.strange);
+        add(s.codes, s.minima, s.scales, blocks, s.sums, out + begin);
+    }
+    for (int b = 0; b < blocks; b++)
+        for (int i = 0; s.strange[b] && i < kBlock / 8; i++)
+            decode_octet<T>(payloads, count, at, (begin + b * kBlock) / 8 + i, out);
+}
+
+// ---- ranges of blocks ----------------------------------------------------------------------------------------
+
+// Full blocks of [first, last) in strips; returns the first block not done.
+template <class T, int kBlock>
+int64_t encode_strips(const typename T::Word* x, const Layout& at, int64_t first, int64_t last, uint8_t* payload) {
+    const int64_t full = at.numel / kBlock < last ? at.numel / kBlock : last, step = kStrip / kBlock;
+    Strip strip = {};
+    for (; first < full; first += step) {
+        const int blocks = (int)(full - first < step ? full - first : step);
+        encode_strip<T, kBlock>(x, at, first, blocks, payload, strip);
+    }
+    return full;
+}
+
+template <class T, int kBlock>
+int64_t decode_strips(const uint8_t* const* payloads, int count, const Layout& at, int64_t first, int64_t last,
+                      typename T::Word* out) {
+    const int64_t full = at.numel / kBlock < last ? at.numel / kBlock : last, step = kStrip / kBlock;
+    Strip strip = {};
+    for (; first < full; first += step) {
+        const int blocks = (int)(full - first < step ? full - first : step);
+        decode_strip<T, kBlock>(payloads, count, at, first, blocks, out, strip);
+    }
+    return full;
+}
+
+template <class T> void encode_range(const void* x, const Layout& at, uint8_t* payload, int64_t first, int64_t last) {
+    const auto* words = (const typename T::Word*)x;
+    if (at.block == 32) first = encode_strips<T, 32>(words, at, first, last, payload);
+    if (at.block == 64) first = encode_strips<T, 64>(words, at, first, last, payload);
+    if (at.block == 128) first = encode_strips<T, 128>(words, at, first, last, payload);
+    for (; first < last; first++) encode_block<T>(words, at, first, payload);
+    if (last == at.blocks) at.zero_gaps(payload);
+}
+
+template <class T>
+void decode_range(const uint8_t* const* payloads, int count, const Layout& at, void* out, int64_t first, int64_t last) {
+    auto* words = (typename T::Word*)out;
+    if (at.block == 32) first = decode_strips<T, 32>(payloads, count, at, first, last, words);
+    if (at.block == 64) first = decode_strips<T, 64>(payloads, count, at, first, last, words);
+    if (at.block == 128) first = decode_strips<T, 128>(payloads, count, at, first, last, words);
+    const int64_t octets = last * at.block / 8 < at.octets ? last * at.block / 8 : at.octets;
+    for (int64_t i = first * at.block / 8; i < octets; i++) decode_octet<T>(payloads, count, at, i, words);
+}
+
+void encode(const void* x, int dtype, const Spec& spec, uint8_t* payload, int64_t first, int64_t last) {
+    const Layout at(spec.numel, spec.bits, spec.block);
+    if (dtype == kFloat32) encode_range<Float32>(x, at, payload, first, last);
+    if (dtype == kFloat16) encode_range<Float16>(x, at, payload, first, last);
+    if (dtype == kBFloat16) encode_range<BFloat16>(x, at, payload, first, last);
+}
+
+void decode_sum(const uint8_t* const* payloads, int count, const Spec& spec, void* out, int dtype, int64_t first,
+                int64_t last) {
+    const Layout at(spec.numel, spec.bits, spec.block);
+    if (dtype == kFloat32) decode_range<Float32>(payloads, count, at, out, first, last);
+    if (dtype == kFloat16) decode_range<Float16>(payloads, count, at, out, first, last);
+    if (dtype == kBFloat16) decode_range<BFloat16>(payloads, count, at, out, first, last);
+}
+
+}  // namespace
+
+extern const Kernels kernels[kFormats];
+const Kernels kernels[kFormats] = {{encode, decode_sum}};
+
+}  // namespace flashcomm::FLASHCOMM_ISA

@@ -1,0 +1,130 @@
+"""Builds flashcomm_megatron._C from csrc/ with g++ or clang++ and, where it is found, nvcc; the rest is pyproject.toml.
+
+The CPU codec is compiled once for every instruction set and chooses when it runs, so one build serves every machine
+of an architecture. No torch header is used, so it also serves every torch.
+
+    FLASHCOMM_CUDA=0 | 1      forbid | require CUDA; by default it is built where nvcc is on PATH
+    TORCH_CUDA_ARCH_LIST      GPU architectures as for torch, "8.0;9.0+PTX"; default "8.0;9.0+PTX"
+    FLASHCOMM_WERROR=1        warnings of our own sources are errors
+"""
+
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pybind11
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+CSRC = Path("csrc")
+EXACT = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]  # never -ffast-math: NaN must survive
+COMMON = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-pthread"]
+INSTRUCTION_SETS = {"baseline": []}
+if platform.machine() in ("x86_64", "AMD64"):
+    INSTRUCTION_SETS |= {
+        "avx2": ["-mavx2", "-mfma"],
+        "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"],
+    }
+
+
+def find_nvcc() -> tuple[str | None, str]:
+    """Path of nvcc, or None and the reason."""
+    wanted = os.environ.get("FLASHCOMM_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        raise SystemExit(f"FLASHCOMM_CUDA={wanted}: choose 0 (never) or 1 (always), or unset it (where nvcc is found).")
+    nvcc = shutil.which("nvcc")
+    if wanted == "1" and nvcc is None:
+        raise SystemExit("FLASHCOMM_CUDA=1 but nvcc is not on PATH: install the CUDA toolkit or unset FLASHCOMM_CUDA.")
+    if wanted == "0":
+        return None, "built with FLASHCOMM_CUDA=0"
+    return nvcc, "" if nvcc else "built without nvcc"
+
+
+def cuda_architectures() -> tuple[list[str], str]:
+    """nvcc's -gencode options and the same for people, "sm_80 sm_90 compute_90"."""
+    found = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;9.0+PTX"
+    targets: list[str] = []
+    for word in re.split(r"[;,\s]+", found.strip()):
+        match = re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", word)
+        if not match:
+            raise SystemExit(f"TORCH_CUDA_ARCH_LIST={found}: cannot read {word!r}; write it like 8.0;9.0+PTX.")
+        number = match[1] + match[2]
+        targets += [f"sm_{number}"] + ([f"compute_{number}"] if match[3] else [])
+    gencode = [f"-gencode=arch=compute_{t.split('_')[1]},code={t}" for t in targets]
+    return gencode, " ".join(targets)
+
+
+def run(command: list[str]) -> None:
+    """Runs a compiler; its own message is the explanation when it fails."""
+    print(shlex.join(command), flush=True)
+    try:
+        subprocess.run(command, check=True)
+    except FileNotFoundError:
+        raise SystemExit(f"flashcomm_megatron needs a C++17 compiler: {command[0]} was not found.") from None
+    except subprocess.CalledProcessError as error:
+        raise SystemExit(f"flashcomm_megatron: {command[0]} failed with exit code {error.returncode}.") from None
+
+
+class Build(build_ext):
+    """Objects in parallel, one link."""
+
+    def build_extension(self, ext: Extension) -> None:
+        nvcc, without_cuda = find_nvcc()
+        objects = Path(self.build_temp)
+        objects.mkdir(parents=True, exist_ok=True)
+        jobs = self.cpu_jobs(objects, f'-DFLASHCOMM_WITHOUT_CUDA="{without_cuda}"')
+        if nvcc:
+            gencode, names = cuda_architectures()
+            jobs = self.cpu_jobs(objects, f'-DFLASHCOMM_CUDA_ARCHS="{names}"')
+            jobs[objects / "codec_cuda.o"] = [
+                nvcc,
+                "-std=c++17",
+                "-O3",
+                "-fmad=false",
+                "-DFLASHCOMM_ISA=cuda",
+                *gencode,
+                "-Xcompiler=-fPIC,-fvisibility=hidden",
+                str(CSRC / "codec_cuda.cu"),
+            ]
+        print(
+            f"flashcomm_megatron: CPU codec for {', '.join(INSTRUCTION_SETS)}; CUDA for "
+            f"{names if nvcc else 'nothing: ' + without_cuda}",
+            flush=True,
+        )
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(lambda job: run([*job[1], "-c", "-o", str(job[0])]), jobs.items()))
+        library = Path(self.get_ext_fullpath(ext.name))
+        library.parent.mkdir(parents=True, exist_ok=True)
+        if nvcc:
+            run([nvcc, "-shared", "-cudart=static", "-Xcompiler=-pthread", *map(str, jobs), "-o", str(library)])
+        else:
+            self.compiler.link_shared_object(
+                list(map(str, jobs)), str(library), extra_postargs=["-pthread"], target_lang="c++"
+            )
+
+    def cpu_jobs(self, objects: Path, cuda: str) -> dict[Path, list[str]]:
+        """{object: the compiler's command without -c -o}"""
+        compiler = [*self.compiler.compiler_so_cxx, *COMMON]
+        if os.environ.get("FLASHCOMM_WERROR") == "1":
+            compiler += ["-Wall", "-Wextra", "-Werror"]
+        includes = [f"-isystem{path}" for path in [*self.compiler.include_dirs, pybind11.get_include()]]
+        jobs = {
+            objects / "bindings.o": [*compiler, *includes, cuda, str(CSRC / "bindings.cpp")],
+            objects / "codec_threads.o": [*compiler, str(CSRC / "codec_threads.cpp")],
+        }
+        for name, flags in INSTRUCTION_SETS.items():
+            source = [f"-DFLASHCOMM_ISA={name}", str(CSRC / "codec_cpu.cpp")]
+            jobs[objects / f"codec_{name}.o"] = [*compiler, *EXACT, *flags, *source]
+        return jobs
+
+
+sources = sorted(map(str, CSRC.glob("*.c*")))
+setup(
+    ext_modules=[Extension("flashcomm_megatron._C", sources, depends=sorted(map(str, CSRC.glob("*.h"))))],
+    cmdclass={"build_ext": Build},
+)
