@@ -56,7 +56,7 @@ sampling.locate(lambda: _here.site.kind if _here.site else None)
 
 def _site(kind: str, module: Any) -> Site | None:
     config = current()
-    return None if config is None or module.is_expert or module.explicit_expert_comm else Site(kind, module, config)
+    return None if config is None or module.is_expert else Site(kind, module, config)
 
 
 # ---- where we are -----------------------------------------------------------------------------------------------

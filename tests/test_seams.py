@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import spawn
 from torch import Tensor
 
@@ -46,7 +47,7 @@ def everything(rank: int, world: int) -> dict[str, Any]:
     model_parallel_cuda_manual_seed(1)
     seen: dict[str, Any] = {name: one_linear(rank, world, *row) for name, row in LINEARS.items()}
     seen |= {"training": mixture(sequence_parallel=True), "inference": mixture(sequence_parallel=False)}
-    return seen | {"columns": left_alone()}
+    return seen | {"left alone": left_alone()}
 
 
 @pytest.fixture(scope="module")
@@ -309,9 +310,14 @@ def test_what_must_stay_exact_does(seen: list[dict[str, Any]], mode: str) -> Non
 
 
 def left_alone() -> dict[str, bool]:
-    """Column layers that are no site: whether a first gather and the output are Megatron's own."""
+    """Layers that are no site: whether their forward reached none of our collectives, not even to be deferred."""
     found = {}
+    alone = [dist.new_group([rank]) for rank in range(WORLD)][dist.get_rank()]  # experts not cut by tensor parallelism
     with fc.flashcomm(CONFIG):
+        expert = linear("row", sequence_parallel=True, dtype=torch.float32, is_expert=True, tp_group=alone)
+        fc.reset_stats()
+        expert(normal(ROWS, 1, INNER, dtype=torch.float32, seed=1))
+        found["expert row"] = fc.stats()["calls"] == 0
         for name, options in {"plain": {}, "output layer": {}, "expert": {"is_expert": True}}.items():
             layer = linear("column", sequence_parallel=True, dtype=torch.float32, **options)
             if name == "output layer":
@@ -328,7 +334,13 @@ def left_alone() -> dict[str, bool]:
 
 def test_output_layers_and_experts_are_no_sites(seen: list[dict[str, Any]]) -> None:
     for rank in seen:
-        assert rank["columns"] == {"plain": False, "output layer": True, "expert": True, "weight handed in": True}
+        assert rank["left alone"] == {
+            "expert row": True,
+            "plain": False,
+            "output layer": True,
+            "expert": True,
+            "weight handed in": True,
+        }
 
 
 # ---- on and off -----------------------------------------------------------------------------------------------------
