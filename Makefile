@@ -62,4 +62,5 @@ $(READY): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	@echo "== packages of constraints.txt, then the package with its extension (a minute or more)"
 	$(INSTALL) --quiet setuptools pybind11
 	$(INSTALL) --editable '.[megatron,examples,plots,test]'
+	@$(PY) -c 'from flashcomm_megatron import extension; print("== ready:", extension.describe())'
 	@touch $@
