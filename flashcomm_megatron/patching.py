@@ -70,7 +70,7 @@ def apply(seams: Iterable[Seam]) -> None:
     for path, binding in bindings.items():
         setattr(binding.owner, binding.attribute, binding.replacement)
         _applied[path] = binding
-        logger.info("patched %s", path)
+        logger.debug("patched %s", path)
 
 
 def revert(seams: Iterable[Seam]) -> None:
@@ -84,7 +84,7 @@ def revert(seams: Iterable[Seam]) -> None:
     for path, binding in reversed(rows):
         setattr(binding.owner, binding.attribute, binding.original)
         del _applied[path]
-        logger.info("restored %s", path)
+        logger.debug("restored %s", path)
 
 
 def status(seams: Iterable[Seam]) -> list[tuple[str, str]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from . import environment, extension, patching, seams
+from . import environment, extension, patching, seams, training_log
 from .arguments import FLAG
 from .config import TRANSPORTS, current
 from .version import __version__
@@ -45,7 +45,7 @@ def report() -> Report:
             "environment": ", ".join(f"{name}={os.environ[name]}" for name in environment.KNOWN if name in os.environ)
             or "no FLASH_COMM_* variable set",
             "state": _state(),
-            "seams": patching.status(seams.SEAMS) + _flag_seam() if megatron else [],
+            "seams": patching.status(seams.SEAMS) + _training_seams() if megatron else [],
         }
     )
 
@@ -66,6 +66,6 @@ def _state() -> str:
     return f"on, {config}" if config else "off"
 
 
-def _flag_seam() -> list[tuple[str, str]]:
-    """The parser's row, where there is a parser: the megatron-core wheel comes without megatron.training."""
-    return patching.status([FLAG]) if find_spec("megatron.training") else []
+def _training_seams() -> list[tuple[str, str]]:
+    """The rows of parser and log, where they exist: the megatron-core wheel comes without megatron.training."""
+    return patching.status([FLAG, training_log.SEAM]) if find_spec("megatron.training") else []

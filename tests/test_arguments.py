@@ -68,12 +68,9 @@ def test_bits_alone_switch_on(installs: list[str]) -> None:
 
 @pytest.mark.parametrize("first", [True, False])
 def test_order_does_not_matter(installs: list[str], first: bool) -> None:
-    bits, rest = (
-        ["--flash-comm-bits", "8"],
-        "--flash-comm-recipe flash-v1 --flash-comm-block 64 --flash-comm-strict".split(),
-    )
+    bits, rest = ["--flash-comm-bits", "8"], ["--flash-comm-recipe", "flash-v1", "--flash-comm-block", "64"]
     parser().parse_args([*bits, *rest] if first else [*rest, *bits])
-    assert config.current() == fc.Config(bits=8, recipe="flash-v1", block=64, strict=True)
+    assert config.current() == fc.Config(bits=8, recipe="flash-v1", block=64)
 
 
 def test_every_field_has_its_flag_and_help(installs: list[str]) -> None:
@@ -83,12 +80,13 @@ def test_every_field_has_its_flag_and_help(installs: list[str]) -> None:
         assert " ".join(field.metadata["help"].split()) in text
 
 
-def test_values_of_every_field_arrive(installs: list[str]) -> None:
-    parser().parse_args(
-        "--flash-comm-bits 5 --flash-comm-recipe auto --flash-comm-block 128 --flash-comm-min-bytes 0 "
-        "--flash-comm-transport group --flash-comm-algorithm two-step --flash-comm-strict".split()
+def test_values_arrive_at_their_fields(installs: list[str]) -> None:
+    line = """--flash-comm-bits 5 --flash-comm-recipe auto --flash-comm-block 128 --flash-comm-min-bytes 0
+        --flash-comm-transport group --flash-comm-algorithm two-step --flash-comm-strict"""
+    parser().parse_args(line.split())
+    assert config.current() == fc.Config(
+        bits=5, recipe="auto", block=128, min_bytes=0, transport="group", algorithm="two-step", strict=True
     )
-    assert config.current() == fc.Config(5, "auto", 128, 0, "group", "two-step", True)
 
 
 def test_parsing_again_replaces_the_configuration(installs: list[str]) -> None:
@@ -229,7 +227,7 @@ def stub(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def python(source: str, *args: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Run ``source`` in a fresh interpreter that finds this package and, before all else, ``path``."""
-    folders = [str(folder) for folder in (path, ROOT) if folder]
+    folders = [str(folder) for folder in (path, ROOT, os.environ.get("PYTHONPATH")) if folder]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(folders), "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, "-c", source, *args]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
@@ -261,6 +259,8 @@ def test_megatrons_own_parser_has_the_flag() -> None:
         pytest.skip("MEGATRON_LM names no Megatron-LM checkout")
     source = EARLY.replace("initialize", "arguments") + "parse_args()"
     help = python(source, "--help", path=Path(checkout))
+    if "ModuleNotFoundError" in help.stderr:
+        pytest.skip(f"the checkout's own dependencies are missing: {help.stderr.splitlines()[-1]}")
     assert "flash-comm:" in help.stdout and "--flash-comm-bits N" in help.stdout, help.stderr
     wrong = python(source, "--flash-comm-bits", "9", path=Path(checkout))
     assert wrong.returncode == 2 and "--flash-comm-bits 9: choose 2 to 8." in wrong.stderr

@@ -1,4 +1,4 @@
-"""``python -m flashcomm_megatron SCRIPT``: the script runs as if python had been given its path, with our flags there."""
+"""``python -m flashcomm_megatron SCRIPT``: the script runs as if python had been given its path, with our flags."""
 
 from __future__ import annotations
 
@@ -88,9 +88,8 @@ def test_a_flag_that_nobody_reads_is_loud(script: Path) -> None:
 def test_a_wrong_path_is_one_sentence() -> None:
     ran = run("no/such_script.py", "--flash-comm-bits", "4")
     assert ran.returncode == 2 and ran.stdout == ""
-    assert ran.stderr == (
-        "flashcomm_megatron: error: no/such_script.py: no such file, and no command: choose report or a script's path.\n"
-    )
+    assert ran.stderr.startswith("flashcomm_megatron: error: no/such_script.py: no such file, and no command: choose ")
+    assert ran.stderr.endswith(" or a script's path.\n") and ran.stderr.count("\n") == 1
 
 
 def test_an_unknown_variable_is_refused_at_start(script: Path) -> None:

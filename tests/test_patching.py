@@ -231,7 +231,7 @@ def test_status_tells_every_state(stub: str) -> None:
 
 
 def test_every_symbol_is_logged(stub: str, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, logger="flashcomm_megatron"):
+    with caplog.at_level(logging.DEBUG, logger="flashcomm_megatron"):
         patching.apply(table(stub))
         patching.revert(table(stub))
     paths = [f"{stub}.layers.reduce", f"{stub}.layers.Linear.forward"]
