@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 
+from . import ranges
 from .config import Config
 from .version import __version__
 
@@ -37,6 +38,8 @@ def check(group: dist.ProcessGroup, config: Config, device: torch.device) -> Non
 
 def _describe(config: Config) -> str:
     options = " ".join(f"{name}={value}" for name, value in asdict(config).items() if value is not None)
+    if config.calibration is not None:
+        options += f" sha256={ranges.digest(config.calibration)}"
     return f"flashcomm_megatron {__version__}: {options}"
 
 

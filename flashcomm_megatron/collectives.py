@@ -27,6 +27,7 @@ from torch import Tensor
 from . import agreement, policy, sampling, stats
 from .codec import Codec
 from .config import Config, current
+from .recipes import Legs
 from .transport.group import exchange
 
 Steps = Generator[list[dist.Work], None, Tensor]
@@ -80,18 +81,23 @@ class Exact:
 
 
 def all_reduce(
-    x: Tensor, group: dist.ProcessGroup | None = None, config: Config | None = None, async_op: bool = False
+    x: Tensor,
+    group: dist.ProcessGroup | None = None,
+    config: Config | None = None,
+    async_op: bool = False,
+    legs: Legs | None = None,
 ) -> Any:
     """Sum ``x`` (any shape) over the ranks of ``group``; into ``x`` itself when it is contiguous.
 
     Use the returned tensor (with ``async_op``: the returned handle's ``wait()``). ``config`` defaults to the one in
     force. Integers, float64, empty and small tensors go through ``torch.distributed`` unchanged (policy.py).
+    ``legs``: the codecs of a calibrated site, the same site on every rank.
     """
     group, config = _resolve(group, config)
     x = x.contiguous()
-    if not wants("all_reduce", x, group, config):
+    if not wants("all_reduce", x, group, config, legs):
         return _exact(x, dist.all_reduce(x, group=group, async_op=async_op), async_op)
-    plan = policy.plan("all_reduce", x, group.size(), config)
+    plan = policy.plan("all_reduce", x, group.size(), config, legs)
     algorithm, sent = {"one-step": (_one_step, _one_step_bytes), "two-step": (_two_step, _two_step_bytes)}[
         plan.algorithm
     ]
@@ -105,6 +111,7 @@ def reduce_scatter(
     config: Config | None = None,
     async_op: bool = False,
     out: Tensor | None = None,
+    legs: Legs | None = None,
 ) -> Any:
     """Sum ``x`` [N * s, ...] over N ranks and return this rank's slice [s, ...]. ValueError if N does not divide."""
     group, config = _resolve(group, config)
@@ -113,9 +120,9 @@ def reduce_scatter(
         raise ValueError(f"reduce_scatter: first dimension of {list(x.shape)} is not a multiple of {world} ranks.")
     x = x.contiguous()
     out = _output(out, x, x.size(0) // world)
-    if not wants("reduce_scatter", x, group, config):
+    if not wants("reduce_scatter", x, group, config, legs):
         return _exact(out, dist.reduce_scatter_tensor(out, x, group=group, async_op=async_op), async_op)
-    plan = policy.plan("reduce_scatter", x, world, config)
+    plan = policy.plan("reduce_scatter", x, world, config, legs)
     sent = (world - 1) * plan.reduce.wire_bytes(out.numel())
     sampling.sample("reduce_scatter", x, plan.reduce)
     return _run(_reduce_scatter(x, out, group, plan), plan, sent, async_op)
@@ -141,13 +148,13 @@ def all_gather(
     return _run(_all_gather(x, out, group, plan), plan, sent, async_op)
 
 
-def wants(collective: str, x: Tensor, group: dist.ProcessGroup, config: Config) -> bool:
+def wants(collective: str, x: Tensor, group: dist.ProcessGroup, config: Config, legs: Legs | None = None) -> bool:
     """Whether ``collective`` over ``x`` is to be quantized; if not, the deferral is counted with its reason.
 
     The first use of a group compares the ranks' configurations, deferred or not (agreement.py).
     """
     agreement.check(group, config, x.device)
-    plan = policy.plan(collective, x, group.size(), config)
+    plan = policy.plan(collective, x, group.size(), config, legs)
     if plan.reason is None:
         return True
     stats.count_deferred(plan.reason, plan.exact_bytes)

@@ -34,6 +34,7 @@ class Config:
     )
     transport: str = _option("auto", "How bytes move: group uses the process group (NCCL or gloo).")
     algorithm: str = _option("auto", "All-reduce as one-step (one rounding) or two-step (least bytes beyond 2 ranks).")
+    calibration: str | None = _option(None, "File of calibrated ranges, made by calibrate; for recipe outlier only.")
     strict: bool = _option(False, "Turn the warning that nothing was quantized into an error.")
     log_interval: int | None = _option(
         None, "Iterations between two lines of metrics. Default: Megatron's --log-interval."
@@ -51,14 +52,27 @@ class Config:
         _check(positive, "log-interval", self.log_interval, "1 or more")
         _check(self.transport in TRANSPORTS, "transport", self.transport, ", ".join(TRANSPORTS))
         _check(self.algorithm in ALGORITHMS, "algorithm", self.algorithm, ", ".join(ALGORITHMS))
+        self._check_calibration()
         try:
             _ = self.legs
         except ValueError as error:  # a format has its own limits, for example on blocks
             raise ValueError(f"--flash-comm-{error}") from None
 
+    def _check_calibration(self) -> None:
+        if RECIPES[self.recipe].calibrated and self.calibration is None:
+            raise ValueError(
+                f"--flash-comm-recipe {self.recipe} needs --flash-comm-calibration FILE: "
+                "make one with python -m flashcomm_megatron calibrate SCRIPT ... --out FILE."
+            )
+        if self.calibration is not None and not RECIPES[self.recipe].calibrated:
+            raise ValueError(
+                f"--flash-comm-calibration {self.calibration} does nothing with recipe {self.recipe}: "
+                "add --flash-comm-recipe outlier."
+            )
+
     @property
     def legs(self) -> Legs:
-        """The codecs of both legs."""
+        """The codecs of both legs. A calibrated recipe has another reduce leg at every site (sites.py)."""
         row = RECIPES[self.recipe]
         return row.legs(self.bits, self.block or row.block)
 
@@ -69,7 +83,8 @@ def _check(holds: bool, name: str, found: Any, choices: str) -> None:
 
 
 def _list(widths: tuple[int, ...]) -> str:
-    return ", ".join(map(str, widths[:-1])) + f" or {widths[-1]}"
+    *most, last = map(str, widths)
+    return f"{', '.join(most)} or {last}" if most else last
 
 
 _current: Config | Callable[[], Config] | None = None

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .codec import Codec
 from .config import Config
-from .recipes import RECIPES
+from .recipes import RECIPES, Legs
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -38,17 +38,23 @@ class Plan(NamedTuple):
     exact_bytes: int  # sent by this rank if uncompressed
 
 
-def plan(collective: str, x: Tensor, world: int, config: Config) -> Plan:
-    """The plan for ``collective`` ("all_reduce", "reduce_scatter", "all_gather") over ``x`` on ``world`` ranks."""
-    return _plan(collective, x.numel(), x.dtype, x.device.type, world, config)
+def plan(collective: str, x: Tensor, world: int, config: Config, legs: Legs | None = None) -> Plan:
+    """The plan for ``collective`` ("all_reduce", "reduce_scatter", "all_gather") over ``x`` on ``world`` ranks.
+
+    ``legs`` are the site's own codecs where the recipe is calibrated; elsewhere the configuration's serve.
+    """
+    return _plan(collective, x.numel(), x.dtype, x.device.type, world, config, legs)
 
 
 @lru_cache(maxsize=4096)
-def _plan(collective: str, numel: int, dtype: torch.dtype, device: str, world: int, config: Config) -> Plan:
+def _plan(
+    collective: str, numel: int, dtype: torch.dtype, device: str, world: int, config: Config, legs: Legs | None
+) -> Plan:
     nbytes = numel * dtype.itemsize
-    legs = config.legs
+    uncalibrated = RECIPES[config.recipe].calibrated and legs is None and collective != "all_gather"
+    legs = legs or config.legs
     return Plan(
-        reason=_reason(nbytes, dtype, device, world, config),
+        reason="no calibrated site" if uncalibrated else _reason(nbytes, dtype, device, world, config),
         algorithm=_algorithm(world, config),
         reduce=legs.reduce,
         gather=legs.gather,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from .codec import Codec, Microscaling, Spike, Uniform
+from .codec import Codec, Microscaling, Spike, Uncalibrated, Uniform
 
 ALL_WIDTHS = tuple(range(2, 9))
 
@@ -30,6 +30,7 @@ class Recipe(NamedTuple):
     algorithm: str  # "auto", "one-step" or "two-step" when the user leaves it open
     legs: Callable[[int, int], Legs]  # (bits, block) -> codecs
     source: str
+    calibrated: bool = False  # the reduce leg has a codec of its own at every site, from a calibration file (sites.py)
 
 
 def _same(bits: int, block: int) -> Legs:
@@ -55,6 +56,11 @@ def _microscaling(elements: dict[int, str], kind: str) -> Recipe:
     return Recipe(tuple(elements), 32, "one-step", legs, source)
 
 
+def _outlier(bits: int, block: int) -> Legs:
+    """The paper gathers partial sums and knows no second leg; finished values, where gathered, take 8-bit integers."""
+    return Legs(Uncalibrated(), Uniform(8, block))
+
+
 RECIPES: dict[str, Recipe] = {
     "auto": Recipe(ALL_WIDTHS, 32, "auto", _same, "ours: small blocks, one rounding where that costs no bytes"),
     "flash-v1": Recipe((4, 6, 8), 128, "two-step", _flash_v1, "Flash Communication, arXiv 2412.04964"),
@@ -62,4 +68,5 @@ RECIPES: dict[str, Recipe] = {
     "mx": _microscaling({4: "e2m1", 5: "e2m2", 6: "e2m3", 8: "e4m3"}, "floats with most mantissa"),
     "mx-wide": _microscaling({5: "e3m1", 6: "e3m2", 8: "e5m2"}, "floats with most exponent"),
     "mx-int": _microscaling({3: "int3", 4: "int4", 5: "int5", 6: "int6", 8: "int8"}, "integers"),
+    "outlier": Recipe((4,), 128, "one-step", _outlier, "Dong et al., arXiv 2411.07942", calibrated=True),
 }

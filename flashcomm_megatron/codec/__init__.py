@@ -12,10 +12,11 @@ from typing import Protocol
 from torch import Tensor
 
 from .microscaling import Microscaling
+from .outlier import Outlier, Uncalibrated
 from .spike import Spike
 from .uniform import Uniform
 
-__all__ = ["Codec", "Microscaling", "Spike", "Uniform"]
+__all__ = ["Codec", "Microscaling", "Outlier", "Spike", "Uncalibrated", "Uniform"]
 
 
 class Codec(Protocol):
