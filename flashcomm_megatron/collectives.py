@@ -1,36 +1,35 @@
-"""Quantized all_reduce, reduce_scatter and all_gather over (codec, group).
+"""Quantized all_reduce, reduce_scatter and all_gather over (codec, group): what callers use.
 
-- **two-step all_reduce** (Flash Communication, arXiv 2412.04964, algorithm 1): every rank sends each peer its slice,
-  encoded; the owner decodes, sums in float32 in rank order and encodes the sum; everybody gathers and decodes.
-- **one-step all_reduce** (Hansen-Palmus et al., arXiv 2411.09510): everybody gathers the encoded partial sums and adds
-  them. One rounding instead of two, world / 2 times the bytes.
-- **reduce_scatter** and **all_gather** are the two halves of two-step.
+The arithmetic is in algorithms.py; here it is planned, tied to a process group, counted, and made asynchronous.
+
 
 Ranks end with identical bits: each rank's own part passes through the codec as well, sums run in rank order, and the
 payload everybody decodes is the same bytes. Results are what ``sum(decode(encode(part)) for part in rank order)`` says.
 
-Each algorithm is a generator that yields the transfers it has to wait for. Run to its end it is a blocking collective;
-started and left at its first transfer it is an asynchronous one, whose handle finishes the arithmetic in ``wait()``.
+An asynchronous call stops at its first transfer; the handle's ``wait()`` finishes the arithmetic.
 """
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Generator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import agreement, policy, sampling, stats
-from .codec import Codec
+from . import agreement, algorithms, policy, sampling, stats
+from .algorithms import Residuals, Steps
 from .config import Config, current
 from .recipes import Legs
-from .transport.group import exchange
+from .transport.group import link
+from .transport.link import Transfer
 
-Steps = Generator[list[dist.Work], None, Tensor]
+ALL_REDUCE = {
+    "one-step": (algorithms.one_step, algorithms.one_step_bytes),
+    "two-step": (algorithms.two_step, algorithms.two_step_bytes),
+}
 
 
 class Handle:
@@ -40,7 +39,7 @@ class Handle:
         self._steps = steps
         self._bytes = exact_bytes, wire_bytes
         self._seconds = 0.0
-        self._transfers: list[dist.Work] = []
+        self._transfers: Sequence[Transfer] = []
         self._result: Tensor | None = None
         self._advance()
 
@@ -86,6 +85,7 @@ def all_reduce(
     config: Config | None = None,
     async_op: bool = False,
     legs: Legs | None = None,
+    residuals: Residuals | None = None,
 ) -> Any:
     """Sum ``x`` (any shape) over the ranks of ``group``; into ``x`` itself when it is contiguous.
 
@@ -98,11 +98,10 @@ def all_reduce(
     if not wants("all_reduce", x, group, config, legs):
         return _exact(x, dist.all_reduce(x, group=group, async_op=async_op), async_op)
     plan = policy.plan("all_reduce", x, group.size(), config, legs)
-    algorithm, sent = {"one-step": (_one_step, _one_step_bytes), "two-step": (_two_step, _two_step_bytes)}[
-        plan.algorithm
-    ]
+    algorithm, sent = ALL_REDUCE[plan.algorithm]
     sampling.sample("all_reduce", x, plan.reduce)
-    return _run(algorithm(x, group, plan), plan, sent(x.numel(), group, plan), async_op)
+    sent_bytes = sent(x.numel(), group.rank(), group.size(), plan)
+    return _run(algorithm(x, link(group), plan, residuals), plan, sent_bytes, async_op)
 
 
 def reduce_scatter(
@@ -112,6 +111,7 @@ def reduce_scatter(
     async_op: bool = False,
     out: Tensor | None = None,
     legs: Legs | None = None,
+    residuals: Residuals | None = None,
 ) -> Any:
     """Sum ``x`` [N * s, ...] over N ranks and return this rank's slice [s, ...]. ValueError if N does not divide."""
     group, config = _resolve(group, config)
@@ -125,7 +125,7 @@ def reduce_scatter(
     plan = policy.plan("reduce_scatter", x, world, config, legs)
     sent = (world - 1) * plan.reduce.wire_bytes(out.numel())
     sampling.sample("reduce_scatter", x, plan.reduce)
-    return _run(_reduce_scatter(x, out, group, plan), plan, sent, async_op)
+    return _run(algorithms.reduce_scatter(x, out, link(group), plan, residuals), plan, sent, async_op)
 
 
 def all_gather(
@@ -135,7 +135,7 @@ def all_gather(
     async_op: bool = False,
     out: Tensor | None = None,
 ) -> Any:
-    """Concatenate ``x`` [s, ...] of N ranks in rank order to [N * s, ...]; this rank's part is encoded like any other."""
+    """Concatenate ``x`` [s, ...] of N ranks in rank order to [N * s, ...]; this rank's part is encoded as well."""
     group, config = _resolve(group, config)
     world = group.size()
     x = x.contiguous()
@@ -145,7 +145,7 @@ def all_gather(
     plan = policy.plan("all_gather", x, world, config)
     sent = (world - 1) * plan.gather.wire_bytes(x.numel())
     sampling.sample("all_gather", x, plan.gather)
-    return _run(_all_gather(x, out, group, plan), plan, sent, async_op)
+    return _run(algorithms.all_gather(x, out, link(group), plan), plan, sent, async_op)
 
 
 def wants(collective: str, x: Tensor, group: dist.ProcessGroup, config: Config, legs: Legs | None = None) -> bool:
@@ -161,90 +161,7 @@ def wants(collective: str, x: Tensor, group: dist.ProcessGroup, config: Config, 
     return False
 
 
-# ---- algorithms -----------------------------------------------------------------------------------------------
-
-
-def _one_step(x: Tensor, group: dist.ProcessGroup, plan: policy.Plan) -> Steps:
-    codec, flat, rank = plan.reduce, x.view(-1), group.rank()
-    inbox = _inbox(codec, flat, group)
-    codec.encode(flat, inbox[rank])
-    yield exchange([inbox[rank]] * len(inbox), inbox, group)
-    codec.decode_sum(inbox, flat)
-    return x
-
-
-def _two_step(x: Tensor, group: dist.ProcessGroup, plan: policy.Plan) -> Steps:
-    slices = _slices(x.view(-1), group.size(), plan)
-    mine = slices[group.rank()]
-    yield from _reduce_leg(slices, mine, group, plan.reduce)
-    yield from _gather_leg(mine, slices, group, plan.gather)
-    return x
-
-
-def _reduce_scatter(x: Tensor, out: Tensor, group: dist.ProcessGroup, plan: policy.Plan) -> Steps:
-    slices = list(x.view(-1).chunk(group.size()))
-    yield from _reduce_leg(slices, out.view(-1), group, plan.reduce)
-    return out
-
-
-def _all_gather(x: Tensor, out: Tensor, group: dist.ProcessGroup, plan: policy.Plan) -> Steps:
-    slices = list(out.view(-1).chunk(group.size()))
-    yield from _gather_leg(x.view(-1), slices, group, plan.gather)
-    return out
-
-
-def _reduce_leg(slices: list[Tensor], mine: Tensor, group: dist.ProcessGroup, codec: Codec) -> Steps:
-    """Send every rank its slice; write the sum of what all ranks sent here into ``mine``."""
-    rank = group.rank()
-    outbox = [codec.encode(part) for part in slices]
-    inbox = _inbox(codec, mine, group)
-    inbox[rank] = outbox[rank]
-    yield exchange(outbox, inbox, group)
-    return codec.decode_sum(inbox, mine)
-
-
-def _gather_leg(mine: Tensor, slices: list[Tensor], group: dist.ProcessGroup, codec: Codec) -> Steps:
-    """Send ``mine`` to every rank; decode what rank r sent, also this one, into ``slices[r]``."""
-    payload = codec.encode(mine)
-    inbox = [payload.new_empty(codec.wire_bytes(part.numel())) for part in slices]
-    inbox[group.rank()] = payload
-    yield exchange([payload] * len(inbox), inbox, group)
-    for part, received in zip(slices, inbox, strict=True):
-        codec.decode_sum([received], part)
-    return mine
-
-
 # ---- pieces ---------------------------------------------------------------------------------------------------
-
-
-def _slices(flat: Tensor, world: int, plan: policy.Plan) -> list[Tensor]:
-    """Cut [n] into ``world`` slices at multiples of both legs' blocks; the last ones may be short or empty."""
-    length = _slice_length(flat.numel(), world, plan)
-    return [flat[rank * length : (rank + 1) * length] for rank in range(world)]
-
-
-def _slice_length(numel: int, world: int, plan: policy.Plan) -> int:
-    unit = math.lcm(plan.reduce.block, plan.gather.block)
-    return math.ceil(math.ceil(numel / world) / unit) * unit
-
-
-def _inbox(codec: Codec, values: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
-    """One empty payload per rank, each for as many values as ``values`` has."""
-    size = codec.wire_bytes(values.numel())
-    return [torch.empty(size, dtype=torch.uint8, device=values.device) for _ in range(group.size())]
-
-
-def _one_step_bytes(numel: int, group: dist.ProcessGroup, plan: policy.Plan) -> int:
-    return (group.size() - 1) * plan.reduce.wire_bytes(numel)
-
-
-def _two_step_bytes(numel: int, group: dist.ProcessGroup, plan: policy.Plan) -> int:
-    """Every other rank is sent its slice, then this rank's slice."""
-    world, rank = group.size(), group.rank()
-    length = _slice_length(numel, world, plan)
-    sizes = [min(max(numel - peer * length, 0), length) for peer in range(world)]
-    reduce = sum(plan.reduce.wire_bytes(size) for peer, size in enumerate(sizes) if peer != rank)
-    return reduce + (world - 1) * plan.gather.wire_bytes(sizes[rank])
 
 
 def _output(out: Tensor | None, x: Tensor, rows: int) -> Tensor:

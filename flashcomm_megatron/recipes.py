@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from .codec import Codec, Microscaling, Spike, Uncalibrated, Uniform
+from .codec import Codec, Microscaling, Rotated, Spike, Uncalibrated, Uniform
 
 ALL_WIDTHS = tuple(range(2, 9))
 
@@ -31,10 +31,17 @@ class Recipe(NamedTuple):
     legs: Callable[[int, int], Legs]  # (bits, block) -> codecs
     source: str
     calibrated: bool = False  # the reduce leg has a codec of its own at every site, from a calibration file (sites.py)
+    feedback: bool = False  # what a rounding lost is added to the rank's next contribution (feedback.py)
 
 
 def _same(bits: int, block: int) -> Legs:
     return Legs(Uniform(bits, block), Uniform(bits, block))
+
+
+def _auto(bits: int, block: int) -> Legs:
+    """Half a bit more than asked where partial sums are rounded, one bit more, at twice the block, where their sum is:
+    the widest codes that cost no more than one bit a value, metadata included (docs/accuracy.md)."""
+    return Legs(Rotated(min(bits + 0.5, 8), block), Rotated(min(bits + 1, 8), min(2 * block, 1024)))
 
 
 def _flash_v1(bits: int, block: int) -> Legs:
@@ -62,7 +69,7 @@ def _outlier(bits: int, block: int) -> Legs:
 
 
 RECIPES: dict[str, Recipe] = {
-    "auto": Recipe(ALL_WIDTHS, 32, "auto", _same, "ours: small blocks, one rounding where that costs no bytes"),
+    "auto": Recipe(ALL_WIDTHS, 32, "auto", _auto, "ours: rotated blocks, residual feedback", feedback=True),
     "flash-v1": Recipe((4, 6, 8), 128, "two-step", _flash_v1, "Flash Communication, arXiv 2412.04964"),
     "flash-v2": Recipe(ALL_WIDTHS, 64, "two-step", _flash_v2, "FlashCommunication V2, arXiv 2508.03760"),
     "mx": _microscaling({4: "e2m1", 5: "e2m2", 6: "e2m3", 8: "e4m3"}, "floats with most mantissa"),

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from .microscaling import Microscaling
 from .outlier import Outlier, Uncalibrated
+from .rotated import Rotated
 from .spike import Spike
 from .uniform import Uniform
 
-__all__ = ["Codec", "Microscaling", "Outlier", "Spike", "Uncalibrated", "Uniform"]
+__all__ = ["Codec", "Microscaling", "Outlier", "Rotated", "Spike", "Uncalibrated", "Uniform"]
 
 
 class Codec(Protocol):

@@ -8,11 +8,19 @@ faster than its all_gather at every size measured (benchmarks/bench_collectives.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch.distributed as dist
 from torch import Tensor
 
+from .link import Link
+
 TAG = 0xFC  # keeps these messages apart from a user's own point-to-point traffic on the same group
+
+
+def link(group: dist.ProcessGroup) -> Link:
+    """This rank's end of a process group."""
+    return Link(group.rank(), group.size(), partial(exchange, group=group))
 
 
 def exchange(sends: Sequence[Tensor], receives: Sequence[Tensor], group: dist.ProcessGroup) -> list[dist.Work]:

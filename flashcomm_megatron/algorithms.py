@@ -1,0 +1,150 @@
+"""The algorithms of the collectives: what each rank computes between exchanges, whatever moves the bytes.
+
+- **two-step all_reduce** (Flash Communication, arXiv 2412.04964, algorithm 1): every rank sends each peer its slice,
+  encoded; the owner decodes, sums in float32 in rank order and encodes the sum; everybody gathers and decodes.
+- **one-step all_reduce** (Hansen-Palmus et al., arXiv 2411.09510): everybody gathers the encoded partial sums and adds
+  them. One rounding instead of two, world / 2 times the bytes.
+- **reduce_scatter** and **all_gather** are the two halves of two-step.
+
+Each algorithm is a generator that yields the transfers it has to wait for. Run to its end it is a blocking collective;
+started and left at its first transfer it is an asynchronous one; N of them in turns are N ranks in one process
+(transport/lockstep.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .codec import Codec, residual
+from .policy import Plan
+from .transport.link import Link, Transfer
+
+Steps = Generator[Sequence[Transfer], None, Tensor]
+
+
+@dataclass
+class Residuals:
+    """What this rank's last roundings lost, by leg, to be added to its next contribution (feedback.py).
+
+    Made by the first collective that is handed them; later ones must have the same shape, dtype and device.
+    """
+
+    reduce: Tensor | None = None
+    gather: Tensor | None = None
+
+
+def one_step(x: Tensor, link: Link, plan: Plan, residuals: Residuals | None = None) -> Steps:
+    """All-reduce of ``x`` in place."""
+    flat = x.view(-1)
+    inbox = _inbox(plan.reduce, flat, link)
+    _encode(plan.reduce, flat, _reduce_residual(residuals, flat), inbox[link.rank])
+    yield link.exchange([inbox[link.rank]] * link.world, inbox)
+    plan.reduce.decode_sum(inbox, flat)
+    return x
+
+
+def two_step(x: Tensor, link: Link, plan: Plan, residuals: Residuals | None = None) -> Steps:
+    """All-reduce of ``x`` in place."""
+    flat = x.view(-1)
+    length = slice_length(flat.numel(), link.world, plan)
+    slices = _slices(flat, length, link)
+    lost = _reduce_residual(residuals, flat)
+    mine = slices[link.rank]
+    yield from _reduce_leg(slices, None if lost is None else _slices(lost, length, link), mine, link, plan.reduce)
+    yield from _gather_leg(mine, _gather_residual(residuals, mine), slices, link, plan.gather)
+    return x
+
+
+def reduce_scatter(x: Tensor, out: Tensor, link: Link, plan: Plan, residuals: Residuals | None = None) -> Steps:
+    """Sum of every rank's ``x``, this rank's slice of it in ``out``."""
+    flat = x.view(-1)
+    lost = _reduce_residual(residuals, flat)
+    parts = None if lost is None else list(lost.chunk(link.world))
+    yield from _reduce_leg(list(flat.chunk(link.world)), parts, out.view(-1), link, plan.reduce)
+    return out
+
+
+def all_gather(x: Tensor, out: Tensor, link: Link, plan: Plan) -> Steps:
+    """Every rank's ``x`` in rank order, in ``out``."""
+    slices = list(out.view(-1).chunk(link.world))
+    yield from _gather_leg(x.view(-1), None, slices, link, plan.gather)
+    return out
+
+
+def _reduce_leg(slices: list[Tensor], lost: list[Tensor] | None, mine: Tensor, link: Link, codec: Codec) -> Steps:
+    """Send every rank its slice; write the sum of what all ranks sent here into ``mine``."""
+    residuals = lost or [None] * link.world
+    outbox = [_encode(codec, part, each) for part, each in zip(slices, residuals, strict=True)]
+    inbox = _inbox(codec, mine, link)
+    inbox[link.rank] = outbox[link.rank]
+    yield link.exchange(outbox, inbox)
+    return codec.decode_sum(inbox, mine)
+
+
+def _gather_leg(mine: Tensor, lost: Tensor | None, slices: list[Tensor], link: Link, codec: Codec) -> Steps:
+    """Send ``mine`` to every rank; decode what rank r sent, also this one, into ``slices[r]``."""
+    payload = _encode(codec, mine, lost)
+    inbox = [payload.new_empty(codec.wire_bytes(part.numel())) for part in slices]
+    inbox[link.rank] = payload
+    yield link.exchange([payload] * link.world, inbox)
+    for part, received in zip(slices, inbox, strict=True):
+        codec.decode_sum([received], part)
+    return mine
+
+
+def _encode(codec: Codec, x: Tensor, lost: Tensor | None, out: Tensor | None = None) -> Tensor:
+    return codec.encode(x, out) if lost is None else residual.encode(codec, x, lost, out)
+
+
+def _reduce_residual(residuals: Residuals | None, like: Tensor) -> Tensor | None:
+    if residuals is None:
+        return None
+    if residuals.reduce is None:
+        residuals.reduce = torch.zeros_like(like)
+    return residuals.reduce
+
+
+def _gather_residual(residuals: Residuals | None, like: Tensor) -> Tensor | None:
+    if residuals is None:
+        return None
+    if residuals.gather is None:
+        residuals.gather = torch.zeros_like(like)
+    return residuals.gather
+
+
+def _slices(flat: Tensor, length: int, link: Link) -> list[Tensor]:
+    """Cut [n] into one slice a rank; the last ones may be short or empty."""
+    return [flat[rank * length : (rank + 1) * length] for rank in range(link.world)]
+
+
+def _inbox(codec: Codec, values: Tensor, link: Link) -> list[Tensor]:
+    """One empty payload per rank, each for as many values as ``values`` has."""
+    size = codec.wire_bytes(values.numel())
+    return [torch.empty(size, dtype=torch.uint8, device=values.device) for _ in range(link.world)]
+
+
+# ---- bytes ------------------------------------------------------------------------------------------------------
+
+
+def slice_length(numel: int, world: int, plan: Plan) -> int:
+    """Values of a two-step slice: a multiple of both legs' blocks; the last ranks' slices may be short or empty."""
+    unit = math.lcm(plan.reduce.block, plan.gather.block)
+    return math.ceil(math.ceil(numel / world) / unit) * unit
+
+
+def one_step_bytes(numel: int, rank: int, world: int, plan: Plan) -> int:
+    """Bytes that ``rank`` sends."""
+    return (world - 1) * plan.reduce.wire_bytes(numel)
+
+
+def two_step_bytes(numel: int, rank: int, world: int, plan: Plan) -> int:
+    """Bytes that ``rank`` sends: every other rank its slice, then this rank's slice to each of them."""
+    length = slice_length(numel, world, plan)
+    sizes = [min(max(numel - peer * length, 0), length) for peer in range(world)]
+    reduce = sum(plan.reduce.wire_bytes(size) for peer, size in enumerate(sizes) if peer != rank)
+    return reduce + (world - 1) * plan.gather.wire_bytes(sizes[rank])

@@ -1,0 +1,233 @@
+"""Rotated block integers of 2 to 8 bits in half-bit steps: the format of recipe ``auto``.
+
+The idea
+--------
+A few features of a transformer's activations are many times larger than the rest, and a scale that covers them leaves
+the others two or three levels. A Walsh-Hadamard rotation inside each block spreads an outlier evenly over the block;
+what comes out is close to a centred Gaussian whatever went in, so the format needs no minimum, and its scale fits in
+one byte that counts down from the largest scale of 32 blocks::
+
+    c = H x / block        step = max|c| / zero, rounded up        q = zero + round(+-c / step)        x' = H c'
+
+with ``H`` the Hadamard matrix of ``block`` rows, ``levels`` codes 0 .. levels - 1 and ``zero = levels // 2``. The
+sign is chosen so that the largest coefficient becomes code 0, which is the end of the range that reaches farther.
+
+The wire
+--------
+Sections for ``n`` values, ``blocks = ceil(n / block)`` (the last one filled with the last value), aligned as in
+wire.py::
+
+    | planes of the codes           | scales      | tops                     |
+    | blocks * block * bits / 8 bytes | blocks x u8 | ceil(blocks / 32) x u16 |
+
+    bits    2   2.5   3   3.5   4   4.5   5   5.5   6   6.5   7   7.5   8
+    levels  4   5     8   11    16  22    32  45    64  90    128 181   256
+
+Whole widths travel as planes of codes. A width with a half travels as pairs: ``q[2i] * levels + q[2i + 1]`` is one
+integer of ``2 * bits`` bits (22 * 22 <= 512), whose low eight bits are one plane and whose other bits follow as planes
+of their own. With block 32, metadata are 0.266 bits a value.
+
+A step is a float32 with three mantissa bits, known by ``key = float32 bits >> 20``. ``top`` is the largest key of 32
+blocks, ``scale = negative << 7 | d`` the block's own: ``key = top - d``. A block whose step would lie more than 125
+eighths of an octave below the largest takes ``d = 125``. Steps are at least 2**-100: a block far below decodes to
+zeros. ``negative`` says that the largest coefficient is positive. Two values of ``scale`` are escapes:
+
+- 127: the block held a NaN or an Inf and decodes to NaN.
+- 126: the block is a constant, exact at every width: its float32 bits lie in the low bits of the codes, one a code
+  (block 16: two), lowest first.
+
+Sums are taken over coefficients, in rank order, and rotated back once. The butterflies are float32 additions in one
+fixed order, strides 1, 2, 4, ..., (a, b) -> (a + b, a - b); every product is by a power of two or exact, so that all
+implementations agree bit for bit.
+
+Error: a coefficient is off by at most ``step / 2``, or by what it exceeds the last code's value, at most ``step``,
+where ``step <= 9/8 * max|c| / zero`` unless one of the floors above is larger; a value by at most the sum of its
+block's coefficients' errors, and the block's squared errors sum to ``block`` times those of its coefficients.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .blocks import extremes, in_blocks
+from .reference import Reference
+from .wire import from_half_words, half_words, join_planes, join_sections, plane_bytes, split_planes, split_sections
+
+LEVELS = {2: 4, 2.5: 5, 3: 8, 3.5: 11, 4: 16, 4.5: 22, 5: 32, 5.5: 45, 6: 64, 6.5: 90, 7: 128, 7.5: 181, 8: 256}
+BLOCKS = (16, 32, 64, 128, 256, 512, 1024)
+FAMILY = 32  # blocks that share a top
+NAN, CONSTANT, LAST = 127, 126, 125  # of the scale byte without its sign; LAST is the largest distance from the top
+KEY_SHIFT = 20  # a key counts float32 bit patterns in units of 2**20: eight steps an octave
+LEAST_KEY = (127 - 100) << 3  # 2**-100
+HUGE = 2.0**100  # from here on butterflies could overflow: shrink first
+SHRINK = 2.0**-16
+
+
+@dataclass(frozen=True)
+class Rotated(Reference):
+    """Codec of Hadamard-rotated blocks: ``bits`` a coefficient (2 to 8 in steps of one half), one byte a block."""
+
+    bits: float
+    block: int
+
+    def __post_init__(self) -> None:
+        if self.bits not in LEVELS:
+            raise ValueError(f"bits={self.bits}: choose 2 to 8 in steps of 0.5.")
+        if self.block not in BLOCKS:
+            raise ValueError(f"block={self.block}: a rotated block is a power of two; choose {BLOCKS}.")
+
+    @property
+    def levels(self) -> int:
+        """Number of codes."""
+        return LEVELS[self.bits]
+
+    @property
+    def zero(self) -> int:
+        """The code of a coefficient that is zero."""
+        return self.levels // 2
+
+    def section_bytes(self, numel: int) -> list[int]:
+        """Unpadded length in bytes of every section of a payload of ``numel`` values."""
+        blocks = math.ceil(numel / self.block)
+        words = blocks * self.block // self._together
+        planes = [size for width in self._widths for size in plane_bytes(words, width)]
+        return [*planes, blocks, 2 * math.ceil(blocks / FAMILY)]
+
+    def encode_ref(self, x: Tensor) -> Tensor:
+        """Payload of a contiguous, non-empty 1-D floating tensor."""
+        values = in_blocks(x, self.block).float()
+        low, high, finite = extremes(values)
+        constant = finite & (low == high)
+        regular = finite & ~constant
+        shrink = torch.where(torch.maximum(-low, high) >= HUGE, SHRINK, 1.0)
+        coefficients = butterflies(torch.where(regular[:, None], values, 0.0) * shrink[:, None])
+        scales, tops, step = self._scales(coefficients, shrink, regular)
+        inverse = 1.0 / (step * shrink * self.block)
+        codes = ((coefficients * inverse[:, None]).round() + self.zero).clamp(0, self.levels - 1).to(torch.uint8)
+
+        codes = torch.where(constant[:, None], self._constant_codes(low), codes)
+        codes = torch.where(finite[:, None], codes, 0)
+        scales = torch.where(finite, torch.where(constant, CONSTANT, scales), NAN)
+        return join_sections([*self._split(codes.flatten()), scales.to(torch.uint8), half_words(tops)])
+
+    def decode_ref(self, payload: Tensor, numel: int) -> Tensor:
+        """float32 values [numel] of one payload, ``numel`` > 0."""
+        return self.decode_sum_ref([payload], numel, torch.float32)
+
+    def decode_sum_ref(self, payloads: Sequence[Tensor], numel: int, dtype: torch.dtype) -> Tensor:
+        """What :meth:`decode_sum` does: one payload is limited to the finite range of ``dtype``; a sum may overflow."""
+        if numel == 0:
+            return torch.empty(0, dtype=dtype, device=payloads[0].device)
+        parts = [self._coefficients(payload, numel) for payload in payloads]
+        largest = torch.stack([size for _, size in parts]).amax(0)
+        shrink = torch.where(largest >= HUGE, SHRINK, 1.0)[:, None]
+        total = parts[0][0] * shrink
+        for coefficients, _ in parts[1:]:
+            total = total + coefficients * shrink
+        values = butterflies(total) / shrink
+        if len(payloads) == 1:
+            limit = torch.finfo(dtype).max
+            values = values.clamp(-limit, limit)
+        return torch.where(values.isnan(), math.nan, values).to(dtype).flatten()[:numel]
+
+    def _scales(self, coefficients: Tensor, shrink: Tensor, regular: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Scale bytes [blocks] and tops [families] as int32, and the signed steps float32 [blocks]."""
+        low, high = coefficients.amin(1), coefficients.amax(1)
+        negative = high > -low
+        needed = torch.maximum(high, -low) / (self.block * self.zero)
+        keys = (needed.view(torch.int32) + ((1 << KEY_SHIFT) - 1)) >> KEY_SHIFT
+        keys = (keys + (shrink < 1).int() * (16 << 3)).clamp(min=LEAST_KEY)
+        families = keys.masked_fill(~regular, LEAST_KEY)
+        families = torch.nn.functional.pad(families, (0, -keys.numel() % FAMILY), value=LEAST_KEY).view(-1, FAMILY)
+        tops = families.amax(1)
+        top = tops.repeat_interleave(FAMILY)[: keys.numel()]
+        distance = (top - keys).clamp(0, LAST)
+        step = ((top - distance) << KEY_SHIFT).view(torch.float32)
+        return distance | negative.int() * 0x80, tops, torch.where(negative, -step, step)
+
+    def _coefficients(self, payload: Tensor, numel: int) -> tuple[Tensor, Tensor]:
+        """float32 coefficients [blocks, block] of one payload, and the magnitude of each block's step or constant."""
+        *planes, scales, tops = split_sections(payload, self.section_bytes(numel))
+        codes = self._join(planes).view(-1, self.block).int()
+        scale = scales.int()
+        distance = scale & 0x7F
+        top = from_half_words(tops).repeat_interleave(FAMILY)[: scale.numel()]
+        step = ((top - distance.clamp(max=LAST)) << KEY_SHIFT).view(torch.float32)
+        step = torch.where(distance == NAN, math.nan, step)
+        coefficients = (codes - self.zero) * torch.where(scale > 0x7F, -step, step)[:, None]
+
+        value = self._constant_values(codes)
+        constant = distance == CONSTANT
+        spike = torch.zeros_like(coefficients)
+        spike[:, 0] = value
+        size = torch.where(constant, value.abs(), step)
+        return torch.where(constant[:, None], spike, coefficients), size
+
+    # ---- codes and planes ----------------------------------------------------------------------------------
+
+    @property
+    def _together(self) -> int:
+        """Codes that make one integer on the wire."""
+        return 1 if self.bits == int(self.bits) else 2
+
+    @property
+    def _widths(self) -> list[int]:
+        """Bits of that integer, cut at a byte."""
+        width = int(self.bits * self._together)
+        return [min(width, 8), width - 8] if width > 8 else [width]
+
+    def _split(self, codes: Tensor) -> list[Tensor]:
+        """uint8 codes -> the sections of their planes."""
+        words = codes.int()
+        if self._together == 2:
+            words = words[0::2] * self.levels + words[1::2]
+        parts = [words & 0xFF, words >> 8]
+        return [
+            plane
+            for part, width in zip(parts, self._widths, strict=False)
+            for plane in split_planes(part.to(torch.uint8), width)
+        ]
+
+    def _join(self, planes: Sequence[Tensor]) -> Tensor:
+        """The sections of planes -> uint8 codes."""
+        words, shift, rest = None, 0, list(planes)
+        for width in self._widths:
+            count = len(plane_bytes(8, width))
+            part = join_planes(rest[:count], width).int() << shift
+            words = part if words is None else words | part
+            shift, rest = shift + width, rest[count:]
+        assert words is not None
+        if self._together == 2:
+            words = torch.stack([words // self.levels, words % self.levels], dim=1)
+        return words.flatten().to(torch.uint8)
+
+    def _constant_codes(self, value: Tensor) -> Tensor:
+        """uint8 codes [blocks, block] that hold the bits of float32 ``value`` [blocks]."""
+        width = max(1, 32 // self.block)
+        shifts = torch.arange(0, 32, width, device=value.device)
+        codes = (value.view(torch.int32).long()[:, None] >> shifts) & ((1 << width) - 1)
+        return torch.nn.functional.pad(codes, (0, self.block - codes.size(1))).to(torch.uint8)
+
+    def _constant_values(self, codes: Tensor) -> Tensor:
+        """float32 [blocks] of codes [blocks, block] that hold a constant."""
+        width = max(1, 32 // self.block)
+        shifts = torch.arange(0, 32, width, device=codes.device)
+        bits = ((codes[:, : 32 // width].long() & ((1 << width) - 1)) << shifts).sum(1)
+        return torch.where(bits >= 1 << 31, bits - (1 << 32), bits).int().view(torch.float32)
+
+
+def butterflies(x: Tensor) -> Tensor:
+    """Unnormalized Walsh-Hadamard transform of every row of float32 [rows, 2**k]; twice is ``2**k`` times the input."""
+    rows, length = x.shape
+    stride = 1
+    while stride < length:
+        pairs = x.view(rows, -1, 2, stride)
+        first, second = pairs[:, :, 0], pairs[:, :, 1]
+        x = torch.stack([first + second, first - second], dim=2).view(rows, length)
+        stride *= 2
+    return x

@@ -1,0 +1,226 @@
+"""Rotated blocks: the analytic bound, exact constants, NaN, every magnitude and length, the documented wire."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import pytest
+import torch
+from codec_cases import DTYPES, KINDS, same, tensor
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from flashcomm_megatron.codec import Rotated, residual, rotated
+from flashcomm_megatron.codec.rotated import LEVELS, butterflies
+
+WIDTHS = sorted(LEVELS)
+STEP = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}  # of the output's rounding
+
+
+def through(codec: Rotated, x: Tensor) -> Tensor:
+    """decode(encode(x)) in x's dtype."""
+    payload = codec.encode_ref(x)
+    assert payload.dtype == torch.uint8 and payload.numel() == codec.wire_bytes(x.numel())
+    return codec.decode_sum_ref([payload], x.numel(), x.dtype)
+
+
+def hadamard(length: int) -> Tensor:
+    """Sylvester's construction, float64: not the code under test."""
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while len(matrix) < length:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix
+
+
+def blocks_of(x: Tensor, block: int) -> Tensor:
+    return torch.cat([x, x[-1:].expand(-x.numel() % block)]).view(-1, block).double()
+
+
+def bound(codec: Rotated, x: Tensor) -> Tensor:
+    """Largest error allowed of each value, float64, as the module docstring has it; NaN for a block that is not finite.
+
+    Steps are computed anew from float64 coefficients: an upper bound of what rounding up to three mantissa bits and
+    the floors (15 5/8 octaves below the largest step of 32 blocks, 2**-100) make of them.
+    """
+    blocks = blocks_of(x, codec.block)
+    coefficients = blocks @ hadamard(codec.block) / codec.block
+    finite = blocks.isfinite().all(1)
+    constant = (blocks == blocks[:, :1]).all(1)
+    needed = torch.where(finite & ~constant, coefficients.abs().amax(1) / codec.zero, 0.0)
+    steps = (9 / 8 * needed * (1 + 2.0**-20)).clamp(min=2.0**-100)
+    for first in range(0, len(blocks), 32):
+        family = steps[first : first + 32]
+        family.clamp_(min=family.max().item() * 9 / 8 * 2.0 ** (-125 / 8))
+    last = codec.levels - 1 - codec.zero
+    beyond = coefficients.abs() - last * needed[:, None]
+    errors = torch.maximum(steps[:, None] / 2, torch.minimum(beyond, steps[:, None])).sum(1)
+    errors = torch.where(constant, 0.0, errors) + blocks.abs().amax(1) * codec.block * 2.0**-22
+    return torch.where(finite, errors, math.nan)[:, None].expand_as(blocks).flatten()[: x.numel()]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_error_is_within_the_bound(kind: str, dtype: torch.dtype) -> None:
+    for bits in (2, 2.5, 4, 4.5, 5, 7.5, 8):
+        for block in (16, 32, 128):
+            codec, x = Rotated(bits, block), tensor(kind, 1300, dtype)
+            y, limit = through(codec, x), bound(codec, x)
+            assert torch.equal(y.isnan(), limit.isnan())
+            rounding = y.double().abs() * STEP[dtype] + torch.finfo(dtype).smallest_normal * STEP[dtype]
+            excess = ((y.double() - x.double()).abs() - limit - rounding)[~limit.isnan()]
+            assert not excess.numel() or excess.max() <= 0, f"{bits} bits, block {block}: {excess.max():.3g} beyond"
+
+
+def test_the_bound_can_fail() -> None:
+    x = tensor("normal", 1300, torch.float32)
+    assert ((through(Rotated(4, 32), x) - x).abs() > bound(Rotated(8, 32), x)).any()
+
+
+def test_squared_errors_are_those_of_the_coefficients() -> None:
+    """Half a step of every coefficient is the worst a block can do in the mean: far below the sum that bounds a value."""
+    x = tensor("normal", 32 * 64, torch.float32)
+    errors = (through(Rotated(5, 32), x) - x).view(-1, 32).double()
+    coefficients = x.view(-1, 32).double() @ hadamard(32) / 32
+    step = 9 / 8 * coefficients.abs().amax(1) / 16
+    assert (errors.square().mean(1).sqrt() <= math.sqrt(32) * step).all()
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_constants_are_exact(bits: float) -> None:
+    for dtype in DTYPES:
+        limits = torch.finfo(dtype)
+        for value in (0.0, 1 / 3, -1 / 3, 5.0, -1e-4, limits.max, limits.min, limits.tiny, -limits.tiny / 3, 1.0000001):
+            for numel, block in ((1, 32), (31, 16), (130, 64)):
+                x = torch.full((numel,), value, dtype=dtype)
+                assert torch.equal(through(Rotated(bits, block), x), x), f"{value} x {numel} in {dtype}"
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_bad_value_turns_its_block_and_no_other_into_nan(dtype: torch.dtype, bad: float) -> None:
+    x = tensor("normal", 200, dtype)
+    for place in (0, 40, 63, 199):
+        broken = x.clone()
+        broken[place] = bad
+        y = through(Rotated(4.5, 32), broken)
+        block = torch.arange(200) // 32 == place // 32
+        assert y[block].isnan().all()
+        assert torch.equal(y[~block], through(Rotated(4.5, 32), x)[~block])
+
+
+@pytest.mark.parametrize("numel", [1, 2, 15, 16, 17, 31, 33, 1000, 1024, 1025, 1057])
+def test_any_length(numel: int) -> None:
+    x = tensor("normal", numel, torch.float32)
+    for codec in (Rotated(2, 16), Rotated(4.5, 32), Rotated(8, 64)):
+        assert (through(codec, x) - x).abs().max() <= bound(codec, x).max() + 1e-6
+
+
+def test_no_values() -> None:
+    codec, nothing = Rotated(4.5, 32), torch.empty(0)
+    assert codec.wire_bytes(0) == 0 and codec.encode(nothing).numel() == 0
+    assert codec.decode_sum([codec.encode(nothing)], nothing).numel() == 0
+
+
+def test_butterflies_are_the_hadamard_matrix() -> None:
+    x = torch.randint(-99, 100, (7, 64), generator=torch.Generator().manual_seed(0)).float()
+    assert torch.equal(butterflies(x), (x.double() @ hadamard(64)).float())
+    assert torch.equal(butterflies(butterflies(x)), 64 * x)
+
+
+def test_a_sum_is_that_of_the_parts() -> None:
+    """Also where one part is a constant, is huge, or is NaN; nothing overflows that an exact sum would not."""
+    codec = Rotated(4.5, 32)
+    parts = [tensor(kind, 320, torch.float32, seed) for seed, kind in enumerate(("normal", "constants", "one_sided"))]
+    payloads = [codec.encode_ref(part) for part in parts]
+    alone = [codec.decode_sum_ref([payload], 320, torch.float32).double() for payload in payloads]
+    found = codec.decode_sum_ref(payloads, 320, torch.float32)
+    assert (found - sum(alone)).abs().max() <= 2.0**-17 * max(part.abs().max() for part in alone)
+
+    big = torch.linspace(-1, 0.9, 64) * 3.4e38
+    opposite = codec.decode_sum_ref([codec.encode_ref(big), codec.encode_ref(-big)], 64, torch.float32)
+    assert torch.equal(opposite, torch.zeros(64))
+    same_sign = codec.decode_sum_ref([codec.encode_ref(big.abs() + 2e38)] * 2, 64, torch.float32)
+    assert same_sign.isinf().all(), "a sum may overflow"
+    assert through(codec, big).isfinite().all(), "a rounding may not"
+    assert through(codec, torch.linspace(-65504, 65504, 64).half()).isfinite().all()
+
+
+def test_sums_of_constants_are_exact() -> None:
+    codec, values = Rotated(4.5, 32), (0.1, -7.3, 1e-3)
+    payloads = [codec.encode_ref(torch.full((96,), value)) for value in values]
+    exact = torch.tensor(values[0]) + torch.tensor(values[1]) + torch.tensor(values[2])
+    assert torch.equal(codec.decode_sum_ref(payloads, 96, torch.float32), exact.expand(96))
+
+
+def test_the_documented_levels_and_bytes() -> None:
+    """The table of the docstring is the table of the code, and a wire of the documented parts."""
+    doc = rotated.__doc__ or ""
+    rows = [re.findall(r"[\d.]+", line) for line in doc.splitlines() if re.match(r" +(bits|levels)  ", line)]
+    assert {float(b): int(n) for b, n in zip(*rows, strict=True)} == LEVELS
+    for bits in WIDTHS:
+        numel = 32 * 1024
+        assert Rotated(bits, 32).wire_bytes(numel) * 8 / numel == bits + 8 / 32 + 16 / 1024
+        assert LEVELS[bits] == int(2**bits) or (
+            bits % 1 and LEVELS[bits] ** 2 <= 2 ** (2 * bits) < (LEVELS[bits] + 1) ** 2
+        )
+
+
+def test_the_wire_byte_by_byte() -> None:
+    """One block whose coefficients are chosen: c = (-3, 5, 0, ...) of block 16 at 4 bits."""
+    coefficients = torch.zeros(1, 16)
+    coefficients[0, :2] = torch.tensor([-3.0, 5.0])
+    payload = Rotated(4, 16).encode_ref(butterflies(coefficients).flatten())
+    # 5 / 8 is a step of three mantissa bits: key = (126 << 3) + 2; the largest coefficient is positive, so codes are
+    # 8 - c / step: 8 + 4.8 -> 13, 8 - 8 -> 0, and 8 for the zeros.
+    assert payload[:16].tolist() == [0x0D, *[0x88] * 7, *[0] * 8]
+    assert payload[16:32].tolist() == [0x80, *[0] * 15]
+    assert payload[32:48].tolist() == [(126 << 3 | 2) & 255, (126 << 3 | 2) >> 8, *[0] * 14]
+
+
+def test_pairs_fill_their_planes() -> None:
+    codec = Rotated(4.5, 32)
+    codes = torch.randint(0, 22, (64,), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    low, high = codec._split(codes)
+    first = int(codes[0]) * 22 + int(codes[1])
+    assert (low.numel(), high.numel()) == (32, 4)
+    assert low[0] == first & 255 and high[0] & 1 == first >> 8
+    assert torch.equal(codec._join([low, high]), codes)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(WIDTHS), st.sampled_from((16, 32, 64, 256)), st.integers(1, 700), st.integers(0, 2**31))
+def test_any_bits_encode_and_decode(bits: float, block: int, numel: int, seed: int) -> None:
+    codec, x = Rotated(bits, block), tensor("patterns", numel, torch.float32, seed)
+    y, limit = through(codec, x), bound(codec, x)
+    assert torch.equal(y.isnan(), limit.isnan())
+    assert ((y.double() - x.double()).abs() <= limit + y.double().abs() * 2.0**-24)[~limit.isnan()].all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_residual_is_what_the_payload_lost(dtype: torch.dtype) -> None:
+    codec, x = Rotated(4, 32), tensor("strange", 1000, dtype)
+    lost = (0.1 * tensor("normal", 1000, torch.float32, seed=9)).to(dtype)
+    carried = x.float() + lost.float()
+    payload = residual.encode(codec, x, lost)
+    assert torch.equal(payload, codec.encode(carried))
+    decoded = codec.decode_sum_ref([payload], 1000, torch.float32)
+    assert same(lost, torch.where(decoded.isnan(), 0.0, carried - decoded).to(dtype))
+    assert lost.isfinite().all() and lost.any()
+
+
+def test_residuals_keep_a_sum_of_roundings_from_drifting() -> None:
+    codec, lost, steps = Rotated(3, 32), torch.zeros(640), 50
+    terms = [tensor("normal", 640, torch.float32, seed) for seed in range(steps)]
+    kept = sum(codec.decode_sum([residual.encode(codec, term, lost)], torch.empty(640)) for term in terms)
+    plain = sum(through(codec, term) for term in terms)
+    exact = sum(terms)
+    assert torch.allclose(kept + lost, exact, atol=1e-4), "what is missing is exactly the last residual"
+    assert (kept - exact).square().mean() < 0.1 * (plain - exact).square().mean()
+
+
+@pytest.mark.parametrize(("bits", "block", "sentence"), [(4.2, 32, "in steps of 0.5"), (4, 24, "a power of two")])
+def test_what_it_cannot_do_is_refused(bits: float, block: int, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        Rotated(bits, block)
