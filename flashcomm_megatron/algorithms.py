@@ -78,7 +78,7 @@ def all_gather(x: Tensor, out: Tensor, link: Link, plan: Plan) -> Steps:
 
 def _reduce_leg(slices: list[Tensor], lost: list[Tensor] | None, mine: Tensor, link: Link, codec: Codec) -> Steps:
     """Send every rank its slice; write the sum of what all ranks sent here into ``mine``."""
-    residuals = lost or [None] * link.world
+    residuals: Sequence[Tensor | None] = lost or [None] * link.world
     outbox = [_encode(codec, part, each) for part, each in zip(slices, residuals, strict=True)]
     inbox = _inbox(codec, mine, link)
     inbox[link.rank] = outbox[link.rank]

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def encode(codec: Codec, x: Tensor, residual: Tensor, out: Tensor | None = None) -> Tensor:
-    """Payload of ``x + residual``, written into ``out`` if given; sets ``residual`` to what was lost; both [n], contiguous, one dtype.
+    """Payload of ``x + residual``, both [n] of one dtype, written into ``out`` if given; ``residual`` becomes the loss.
 
     The sum and the difference are float32. A loss that is not finite (a block with NaN or Inf) is forgotten.
     """

@@ -1,4 +1,4 @@
-"""What an algorithm knows of its peers: which rank it is, how many there are, and how to exchange payloads with them."""
+"""What an algorithm knows of its peers: which rank it is, how many there are, and how to exchange payloads."""
 
 from __future__ import annotations
 
