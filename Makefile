@@ -61,6 +61,6 @@ $(READY): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	@[ "$$($(PY) -V 2>&1)" = "$$($(PYTHON) -V 2>&1)" ] || $(PYTHON) -m venv --clear $(VENV)
 	@echo "== packages of constraints.txt, then the package with its extension (a minute or more)"
 	$(INSTALL) --quiet setuptools pybind11
-	$(INSTALL) --editable '.[megatron,examples,plots,test]'
+	$(INSTALL) --editable '.[examples,plots,test,wandb]'
 	@$(PY) -c 'from flashcomm_megatron import extension; print("== ready:", extension.describe())'
 	@touch $@
