@@ -1,0 +1,210 @@
+"""Residual feedback: what is handed back, when a memory is forgotten, where it is off, and that it pays."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from ranks import spawn
+from torch import Tensor, nn
+
+from flashcomm_megatron import algorithms, feedback, policy
+from flashcomm_megatron.algorithms import Residuals
+from flashcomm_megatron.collectives import all_reduce, reduce_scatter
+from flashcomm_megatron.config import Config
+from flashcomm_megatron.transport import lockstep
+
+AUTO = Config(bits=4, min_bytes=0)
+
+
+class RowParallelLinear(nn.Module):
+    """As much of Megatron's layer as feedback looks at; records the memory it was handed."""
+
+    is_expert = explicit_expert_comm = False
+
+    def __init__(self, post_norm: bool = False) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(apply_residual_connection_post_layernorm=post_norm)
+
+    def forward(self, x: Tensor, config: Config) -> Tensor:
+        self.seen = feedback.residuals(self, x, "group", config)
+        return x
+
+
+class Layer(nn.Module):
+    def __init__(self, post_norm: bool) -> None:
+        super().__init__()
+        self.proj, self.fc2 = RowParallelLinear(post_norm), RowParallelLinear(post_norm)
+
+    def forward(self, x: Tensor, config: Config) -> Tensor:
+        return self.fc2(self.proj(x, config), config)
+
+
+class Stack(nn.Module):
+    def __init__(self, layers: int = 2, post_norm: bool = False) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(post_norm) for _ in range(layers))
+
+    def forward(self, x: Tensor, config: Config = AUTO) -> Tensor:
+        for layer in self.layers:
+            x = layer(x, config)
+        return x
+
+
+class Pair(nn.Module):
+    """Two stacks in one model, one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = Stack(), Stack()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(self.encoder(x))
+
+
+@pytest.fixture(autouse=True)
+def inference():
+    feedback.reset_counts()
+    with torch.no_grad():
+        yield
+
+
+def memories(model: nn.Module) -> list[Residuals | None]:
+    """What the row layers were handed in the last forward, in order."""
+    return [module.seen for module in model.modules() if isinstance(module, RowParallelLinear)]
+
+
+def test_a_memory_lasts_one_forward() -> None:
+    model = Stack().eval()
+    forwards = []
+    for _ in range(2):
+        model(torch.ones(3, 8))
+        forwards.append(memories(model))
+        assert isinstance(forwards[-1][0], Residuals)
+        assert all(each is forwards[-1][0] for each in forwards[-1])
+    assert forwards[0][0] is not forwards[1][0]
+
+
+def test_a_forward_that_ended_early_leaves_nothing_behind() -> None:
+    model, x = Stack().eval(), torch.ones(3, 8)
+    model.layers[0].proj(x, AUTO)
+    model(x)
+    first = memories(model)
+    model.layers[0](x, AUTO)  # the rest of this forward never runs
+    model(x)
+    assert memories(model)[0] is not first[0]
+    assert len({id(each) for each in memories(model)}) == 1
+
+
+@pytest.mark.parametrize("other", [torch.ones(4, 8), torch.ones(3, 8, dtype=torch.float16)])
+def test_another_shape_or_dtype_starts_anew(other: Tensor) -> None:
+    model = Stack().eval()
+    model(torch.ones(3, 8))
+    model.layers[0].proj(torch.ones(3, 8), AUTO)
+    before = model.layers[0].proj.seen
+    model.layers[0].fc2(other, AUTO)
+    assert model.layers[0].fc2.seen is not before
+
+
+def test_stacks_and_models_do_not_share() -> None:
+    pair, single = Pair().eval(), Stack().eval()
+    pair(torch.ones(3, 8))
+    single(torch.ones(3, 8))
+    assert len({id(each) for each in [*memories(pair), *memories(single)]}) == 3
+
+
+def test_interleaved_forwards_keep_their_own() -> None:
+    one, two = Stack(1).eval(), Stack(1).eval()
+    x = torch.ones(3, 8)
+    one(x), two(x)
+    one.layers[0].proj(x, AUTO), two.layers[0].proj(x, AUTO), one.layers[0].fc2(x, AUTO)
+    assert one.layers[0].fc2.seen is one.layers[0].proj.seen is not two.layers[0].proj.seen
+
+
+def test_off_with_a_reason() -> None:
+    x = torch.ones(3, 8)
+    Stack().train()(x)
+    with torch.enable_grad():
+        Stack().eval()(x)
+    Stack(post_norm=True).eval()(x)
+    shared = nn.ModuleDict({"shared_experts": Stack(1)})
+    shared.forward = lambda x: shared["shared_experts"](x)  # type: ignore[method-assign]
+    shared.eval()(x)
+    assert feedback.counts() == {
+        "training": 4,
+        "gradients are recorded": 4,
+        "the residual branch is normalized": 4,
+        "shared experts": 2,
+    }
+
+
+def test_only_recipes_that_ask_for_it() -> None:
+    model = Stack().eval()
+    model(torch.ones(3, 8), Config(bits=4, recipe="flash-v1"))
+    assert memories(model) == [None] * 4 and feedback.counts() == {}
+
+
+# ---- what the collectives do with a memory ----------------------------------------------------------------------
+
+
+def contribution(rank: int, step: int, shape: tuple[int, ...] = (6, 160)) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(100 * step + rank))
+
+
+def drift(world: int, algorithm: str, steps: int, has_memory: bool) -> tuple[Tensor, float]:
+    """Sum of ``steps`` simulated all-reduces and its squared error in the mean."""
+    config = Config(bits=4, min_bytes=0, algorithm=algorithm)
+    plan = policy.plan("all_reduce", contribution(0, 0), world, config)
+    start = {"one-step": algorithms.one_step, "two-step": algorithms.two_step}[algorithm]
+    memory = [Residuals() if has_memory else None for _ in range(world)]
+    stream = exact = torch.zeros(6, 160)
+    for step in range(steps):
+        parts = [contribution(rank, step) for rank in range(world)]
+        exact = exact + sum(parts)
+        stream = stream + lockstep.first(lambda link: start(parts[link.rank], link, plan, memory[link.rank]), world)  # noqa: B023
+    return stream, (stream - exact).square().mean().item()
+
+
+@pytest.mark.parametrize(("world", "algorithm"), [(2, "one-step"), (3, "two-step"), (8, "two-step")])
+def test_roundings_do_not_add_up(world: int, algorithm: str) -> None:
+    _, once = drift(world, algorithm, 1, has_memory=False)
+    _, without = drift(world, algorithm, 16, has_memory=False)
+    _, kept = drift(world, algorithm, 16, has_memory=True)
+    assert without > 10 * once
+    assert kept < 2 * once
+
+
+def _real(rank: int, world: int, algorithm: str) -> list[Tensor]:
+    """The stream after each of three all-reduces with feedback, on real ranks."""
+    config = Config(bits=4, min_bytes=0, algorithm=algorithm)
+    stream, memory, streams = torch.zeros(6, 160), Residuals(), []
+    for step in range(3):
+        stream = stream + all_reduce(contribution(rank, step), None, config, residuals=memory)
+        streams.append(stream)
+    return streams
+
+
+@pytest.mark.parametrize("algorithm", ["one-step", "two-step"])
+def test_simulated_ranks_are_real_ranks(algorithm: str) -> None:
+    expected = [drift(3, algorithm, steps, has_memory=True)[0] for steps in (1, 2, 3)]
+    for streams in spawn(_real, 3, algorithm):
+        assert all(torch.equal(found, wanted) for found, wanted in zip(streams, expected, strict=True))
+
+
+def _scattered(rank: int, world: int) -> tuple[float, float]:
+    """Squared error of a stream of reduce-scattered sums, without and with a memory."""
+    errors = []
+    for memory in (None, Residuals()):
+        stream = exact = torch.zeros(4, 160)
+        for step in range(12):
+            parts = [contribution(each, step, (8, 160)) for each in range(world)]
+            stream = stream + reduce_scatter(parts[rank], None, AUTO, residuals=memory)
+            exact = exact + sum(parts).chunk(world)[rank]
+        errors.append((stream - exact).square().mean().item())
+    return errors[0], errors[1]
+
+
+def test_reduce_scatter_remembers_the_whole_partial_sum() -> None:
+    for without, kept in spawn(_scattered, 2):
+        assert kept < 0.2 * without
