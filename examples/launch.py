@@ -61,6 +61,8 @@ def refuse(sentence: str) -> NoReturn:
     """End with exit code 2, before ranks wait for each other: one rank of a machine says why, torchrun repeats it."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"{Path(sys.argv[0]).name}: error: {sentence}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(10)  # torchrun ends every rank when one ends; let that be the one that speaks
     report = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if report:
         extra = {"py_callstack": sentence, "timestamp": str(int(time.time()))}

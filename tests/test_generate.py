@@ -35,7 +35,7 @@ import flashcomm_megatron as fc  # noqa: E402
 
 PROMPT = "Tim and Sue went to the"
 CONTINUED = " park with Mom. They saw a big slide and wanted to play on it."
-DOCUMENTS = 20  # scored
+DOCUMENTS = 12  # scored
 # Logits of two float32 programs that sum in different orders, relative to the largest logit.
 ROUNDING = 32 * torch.finfo(torch.float32).eps
 
@@ -285,6 +285,7 @@ def test_refusals(
     """One sentence, exit code 2, before any rank is started; only one rank of a machine speaks."""
     words, world, sentence = REFUSALS[case]
     monkeypatch.setattr(generate, "start", lambda: pytest.fail("ranks were started"))
+    monkeypatch.setattr(launch.time, "sleep", lambda seconds: None)
     argv = ["generate.py", *words(tmp_path)]
     monkeypatch.setattr(sys, "argv", argv)
     monkeypatch.setenv("WORLD_SIZE", str(world))
@@ -316,18 +317,18 @@ def command(*words: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_command_under_the_wrapper() -> None:
     """What ``torchrun -m flashcomm_megatron examples/generate.py`` prints, with the shipped model."""
-    words = ["--tokens", "8", "--perplexity", "examples/generate.py", "--flash-comm-bits", "8", "--dtype", "bfloat16"]
-    ran = command("-m", "flashcomm_megatron", "examples/generate.py", *words)
+    words = ["--tokens", "8", "--perplexity", f"{OWN}/held-out.txt", "--max-documents", "3", "--dtype", "bfloat16"]
+    ran = command("-m", "flashcomm_megatron", "examples/generate.py", *words, "--flash-comm-bits", "8")
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.count("flash-comm: 8-bit auto") == 1
     table = dict(re.findall(r"^ *(16 \(exact\)|8) +([\d.]+) ", ran.stdout, re.M))
     assert float(table["8"]) == pytest.approx(float(table["16 (exact)"]), rel=0.02)
     assert ran.stdout.count("def ") == 2
-    assert "scoring 1 documents" in ran.stdout
+    assert "scoring 3 documents" in ran.stdout
 
 
 def test_a_mistake_ends_the_command_with_one_sentence() -> None:
-    ran = command("examples/generate.py", "--model", "no/such/model", "--flash-comm-bits", "4")
+    ran = command("examples/generate.py", "--model", "no/such/model")
     assert ran.returncode != 0
     assert ran.stderr.count("generate.py: error: There is no model directory no/such/model.") == 1
     assert 'File "examples/' not in ran.stderr and 'examples/generate.py", line' not in ran.stderr
