@@ -15,9 +15,10 @@ import sys
 from collections.abc import Callable
 
 from . import announce, environment
+from .compare.command import main as compare
 from .report import main as report
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"report": report}
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"report": report, "compare": compare}
 
 
 def main(argv: list[str]) -> int:

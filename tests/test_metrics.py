@@ -56,7 +56,8 @@ def some_calls(rank: int, world: int, folder: str) -> dict[str, float]:
 
 def test_scalars_of_a_run(tmp_path: Path) -> None:
     seen = spawn(some_calls, 2, str(tmp_path))
-    wire, exact = 4 * fc.wire_bytes(4096, CONFIG) + 8 * 4, 4 * 4096 * 4 + 8 * 4
+    wire = 3 * fc.wire_bytes(4096, CONFIG) + fc.wire_bytes(4096, CONFIG, "gather") + 8 * 4
+    exact = 4 * 4096 * 4 + 8 * 4
     for scalars in seen:
         assert scalars["loss"] == 2.5
         assert scalars["flash-comm/wire-bytes"] == wire
@@ -70,7 +71,7 @@ def test_scalars_of_a_run(tmp_path: Path) -> None:
             "flash-comm/rel-error/all_reduce",
             "flash-comm/rel-error/all_gather",
         }
-        assert 20 < scalars["flash-comm/snr-db/all_reduce"] < 30  # 4 bits of a block of 32
+        assert 15 < scalars["flash-comm/snr-db/all_reduce"] < 30  # 4 bits of a block of 32
     assert [set(line) > {"step"} for line in lines(tmp_path / "run.jsonl")] == [False, True]  # one rank wrote
 
 

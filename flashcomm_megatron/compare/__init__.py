@@ -1,0 +1,10 @@
+"""``python -m flashcomm_megatron compare RUN...``: training runs side by side: a page, pictures, a W&B view.
+
+runs.py         what a run is, and reading it from a JSON-lines file or from the W&B service
+wandb_file.py   reading it from the folder of a local W&B run
+table.py        final numbers and their differences to a baseline
+plots.py        the figures
+page.py         one HTML file that needs no network
+workspace.py    the same comparison as a saved W&B workspace
+command.py      the command line
+"""

@@ -1,0 +1,134 @@
+"""The command line of compare: read every run, say what could not be read, write what can be compared."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .runs import CannotRead, Run, read
+
+EXPLAIN = "A RUN is a JSON-lines file, the folder of a local W&B run, or a W&B run path (entity/project/run)."
+
+
+def main(argv: list[str]) -> int:
+    """Exit code: 0 when everything asked for is there, 1 when something is missing, 2 when nothing was written."""
+    options = _parser().parse_args(argv)
+    runs, notes = _read_all(options.runs)
+    baseline = _baseline(options.baseline, options.runs, runs, notes)
+    unread = len(notes)
+    if not runs:
+        return _say(notes, 2)
+    ordered = list(runs.values())
+    if baseline is not None:
+        ordered = [baseline, *(run for run in ordered if run is not baseline)]
+    notes += [note for run in ordered for note in run.notes] + _lengths(ordered)
+    try:
+        _write(ordered, baseline, options, notes)
+    except CannotRead as error:
+        return _say([*notes, str(error)], 2)
+    return _say(notes, 1 if unread else 0)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m flashcomm_megatron compare", description="Compare training runs.", epilog=EXPLAIN
+    )
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="A run; the first is the baseline unless told otherwise."
+    )
+    parser.add_argument("--baseline", metavar="RUN", help="The run that differences are taken to.")
+    parser.add_argument("--loss", metavar="NAME", help="The scalar to compare. Default: the training loss.")
+    parser.add_argument(
+        "--out", metavar="FILE", type=Path, default=Path("compare.html"), help="The page. Default: %(default)s"
+    )
+    parser.add_argument(
+        "--png", action="store_true", help="Also write each figure as FILE's name with -loss.png and so on."
+    )
+    parser.add_argument(
+        "--wandb", metavar="PROJECT", help="Also save a workspace in this W&B project (entity/project)."
+    )
+    return parser
+
+
+def _read_all(sources: Sequence[str]) -> tuple[dict[str, Run], list[str]]:
+    """Runs by source, in order; a sentence for each that cannot be read."""
+    runs, notes = {}, []
+    for source in dict.fromkeys(sources):
+        try:
+            runs[source] = read(source)
+        except CannotRead as error:
+            notes.append(str(error))
+    return _distinct(runs), notes
+
+
+def _distinct(runs: dict[str, Run]) -> dict[str, Run]:
+    """Runs of one name are called by their sources instead."""
+    names = [run.name for run in runs.values()]
+    return {
+        source: run if names.count(run.name) == 1 else Run(source, run.source, run.settings, run.rows, run.notes)
+        for source, run in runs.items()
+    }
+
+
+def _baseline(wanted: str | None, sources: Sequence[str], runs: dict[str, Run], notes: list[str]) -> Run | None:
+    """The baseline, read and added if it is none of the runs; None, with a note, if there is none."""
+    source = wanted or sources[0]
+    if source in runs:
+        return runs[source]
+    named = [run for run in runs.values() if run.name == source]
+    if named:
+        return named[0]
+    if wanted is not None and wanted not in sources:
+        try:
+            runs[wanted] = read(wanted)
+            return runs[wanted]
+        except CannotRead as error:
+            notes.append(f"baseline {error}")
+    notes.append(
+        f"No baseline, so no differences: choose one with --baseline, from {', '.join(runs) or 'runs that exist'}."
+    )
+    return None
+
+
+def _lengths(runs: Sequence[Run]) -> list[str]:
+    ends = {run.name: run.rows[-1]["step"] for run in runs}
+    first = min(ends, key=lambda name: ends[name])
+    if len(set(ends.values())) == 1:
+        return []
+    return [f"The runs have different lengths: numbers are taken at step {ends[first]:.0f}, where {first} ends."]
+
+
+def _write(runs: Sequence[Run], baseline: Run | None, options: argparse.Namespace, notes: list[str]) -> None:
+    from . import page, plots, table, workspace
+
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise CannotRead(f"figures need matplotlib ({error}). Run pip install 'flashcomm_megatron[plots]'.") from error
+    loss = options.loss or table.loss_name(runs)
+    if not any(loss in run.names() for run in runs):
+        known = sorted({name for run in runs for name in run.names()})
+        notes.append(
+            f"No run logged a loss{f' {loss!r}' if loss else ''}: name a scalar with --loss, from {', '.join(known)}."
+        )
+    what = table.Comparison(runs, baseline, loss)
+    view = workspace.workspace(options.wandb, what) if options.wandb else None
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(page.page(what, notes), encoding="utf-8")
+    print(f"wrote {options.out}")
+    for plot in plots.PLOTS if options.png else ():
+        figure = plots.draw(plot, what, legend=True)
+        if figure:
+            path = options.out.with_name(f"{options.out.stem}-{plot.name}.png")
+            plots.png(figure, path)
+            print(f"wrote {path}")
+    if view is not None:
+        print(f"saved {view.save().url}")
+
+
+def _say(notes: Sequence[str], code: int) -> int:
+    for note in notes:
+        print(f"compare: {note}", file=sys.stderr)
+    return code

@@ -1,0 +1,117 @@
+"""One HTML file with everything in it: figures, tables, notes. No script, no font, no picture is fetched.
+
+One column on a phone, several on a wide screen; light or dark as the reader's system says. A table wider than the
+screen scrolls by itself, with its labels in place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from html import escape
+
+from . import plots
+from .runs import Run
+from .table import Comparison, Row, final_rows
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1a1a1a; --paper: #fff; --line: #d5d5d5; --faint: #666; --card: #fafafa }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e8e8e8; --paper: #151515; --line: #3a3a3a; --faint: #a0a0a0; --card: #1d1d1d } }
+* { box-sizing: border-box }
+body { margin: 0 auto; padding: 1rem; max-width: 84rem; background: var(--paper); color: var(--ink);
+  font: 16px/1.45 system-ui, sans-serif }
+h1 { font-size: 1.4rem; margin: 0 0 .3rem } h2 { font-size: 1.05rem; margin: 1.6rem 0 .5rem }
+p { margin: .3rem 0; overflow-wrap: anywhere } .faint, small { color: var(--faint) }
+.note { border-left: 4px solid #E69F00; padding-left: .7rem }
+.legend { display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; padding: 0; list-style: none; margin: .6rem 0;
+  position: sticky; top: 0; background: var(--paper); padding: .4rem 0; max-height: 30vh; overflow-y: auto }
+.legend li { display: flex; align-items: center; gap: .4rem; overflow-wrap: anywhere; min-width: 0 }
+.legend svg { width: 2rem; height: .8rem; flex: none }
+.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); gap: 1rem }
+figure { margin: 0; padding: .6rem; background: var(--card); border: 1px solid var(--line); border-radius: 6px }
+figcaption { font-weight: 600; margin-bottom: .3rem } figure svg { width: 100%; height: auto; display: block }
+.scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 6px }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
+th, td { padding: .35rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap }
+tr:last-child > * { border-bottom: 0 }
+th:first-child { text-align: left; white-space: normal; position: sticky; left: 0; background: var(--card);
+  min-width: 8rem; font-weight: 500 }
+tr:first-child th + th { white-space: normal; min-width: 6.5rem; overflow-wrap: anywhere; font-size: .9rem }
+td small { display: block }
+"""
+
+
+def page(what: Comparison, notes: Sequence[str]) -> str:
+    """The document; ``notes`` are sentences for its top."""
+    runs = what.runs
+    title = "flash-comm: " + " / ".join(run.name for run in runs)
+    against = f"Differences are to {runs[0].name}." if what.baseline else "No baseline: no differences are shown."
+    return "\n".join(
+        [
+            '<!doctype html><html lang="en"><head><meta charset="utf-8">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>",
+            f'<h1>{len(runs)} training run{"s" * (len(runs) != 1)}</h1><p class="faint">{escape(against)}</p>',
+            *[f'<p class="note">{escape(note)}</p>' for note in notes],
+            _legend(runs),
+            '<div class="plots">',
+            *[_figure(plot, what) for plot in plots.PLOTS],
+            "</div>",
+            "<h2>Final numbers</h2>",
+            _table([run.name for run in runs], [(row.label, _cells(row)) for row in final_rows(what)]),
+            "<h2>Settings</h2>",
+            _table([run.name for run in runs], _settings(runs)),
+            "</body></html>\n",
+        ]
+    )
+
+
+def _legend(runs: Sequence[Run]) -> str:
+    items = []
+    for index, run in enumerate(runs):
+        look = plots.style(index)
+        colour = "currentColor" if look.colour == plots.INK else look.colour
+        dash = {"-": "none", "--": "7 4", ":": "2 3", "-.": "7 3 2 3"}[look.dash]
+        line = f'<line x1="0" y1="5" x2="32" y2="5" stroke="{colour}" stroke-width="3" stroke-dasharray="{dash}"/>'
+        items.append(f'<li><svg viewBox="0 0 32 10" aria-hidden="true">{line}</svg>{escape(run.name)}</li>')
+    return f'<ul class="legend">{"".join(items)}</ul>'
+
+
+def _figure(plot: plots.Plot, what: Comparison) -> str:
+    figure = plots.draw(plot, what, legend=False)
+    body = plots.svg(figure, plot.name) if figure else '<p class="faint">None of these runs logged what this shows.</p>'
+    return f'<figure id="{plot.name}"><figcaption>{plot.title}</figcaption>{body}</figure>'
+
+
+def _table(names: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
+    """``rows`` hold escaped HTML in their cells."""
+    head = "".join(f"<th>{escape(name)}</th>" for name in names)
+    body = "".join(
+        f"<tr><th>{escape(label)}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>" for label, cells in rows
+    )
+    return f'<div class="scroll"><table><tr><th></th>{head}</tr>{body}</table></div>'
+
+
+def _cells(row: Row) -> list[str]:
+    return [
+        number(value) + (f"<small>{difference:+.2%}</small>" if difference is not None else "")
+        for value, difference in zip(row.values, row.differences, strict=True)
+    ]
+
+
+def number(value: float | None) -> str:
+    """Four significant digits, whole numbers in full, a dash for none."""
+    if value is None:
+        return "\u2013"
+    return f"{value:,.0f}" if math.isfinite(value) and value == int(value) else f"{value:,.4g}"
+
+
+def _settings(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    names = list(dict.fromkeys(name for run in runs for name in run.settings))
+    rows = [(name, [run.settings.get(name) for run in runs]) for name in names]
+    return [
+        (name, ["\u2013" if value is None else escape(str(value)) for value in values])
+        for name, values in rows
+        if any(value is not None for value in values)
+    ]
