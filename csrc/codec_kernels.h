@@ -1,0 +1,116 @@
+// The codec over a whole tensor on CUDA: tiles of tile.h, with the sections of every tile moved to where the payload of
+// the tensor has them. All memory traffic is in 16-byte words, neighbours by neighbouring threads.
+#pragma once
+
+#include "shape.h"
+#include "tile.h"
+
+namespace flashcomm::FLASHCOMM_ISA {
+
+constexpr int kMaxPayloads = 64;
+
+struct Payloads {
+    const uint8_t* at[kMaxPayloads];
+};
+
+// Values of a tile whose sections all are whole 16-byte words, at most `most`; 0 if the block is too odd for that.
+inline int whole_tile(int64_t block, int most) {
+    const int64_t unit = common_multiple(128, 8 * block);
+    return (int)(most / unit * unit);
+}
+
+// The smallest tile that leaves `enough` tiles or fewer, as in shape_of().
+inline int tensor_tile(int64_t numel, int64_t block, int64_t enough) {
+    for (int most = kTileValues / kRows; most < kTileValues; most *= 2) {
+        const int values = whole_tile(block, most);
+        if (values && ceil_div(numel, values) <= enough) return values;
+    }
+    return whole_tile(block, kTileValues);
+}
+
+template <int kBits, class T> struct TensorCodec {
+    using Word = typename T::Word;
+    using Tile = UniformTile<kBits, T>;
+
+    Layout whole;
+    Tile codec;
+    int tile;  // values
+
+    TensorCodec(int64_t numel, int64_t block, int tile) : whole(numel, kBits, block), codec((int)block), tile(tile) {}
+
+    // Shared memory. As little as this block needs, for it bounds how many thread blocks are resident.
+    int encode_bytes(int64_t block) const { return codec.bytes(tile) + Tile::scratch_bytes((int)block); }
+    int decode_bytes() const { return 2 * codec.bytes(tile); }
+
+    FC_INLINE int64_t tiles() const { return (whole.numel + tile - 1) / tile; }
+    FC_DEVICE int values(int64_t t) const {
+        const int64_t left = whole.numel - t * tile;
+        return left < tile ? (int)left : tile;
+    }
+
+    // Where byte `offset` of the payload of tile t lies in the payload of the tensor.
+    FC_DEVICE int64_t place(int64_t t, int offset, const typename Tile::At& at) const {
+        const int64_t metadata = t * (tile / (8 * codec.octets_per_block)) * 2;
+        if (offset >= at.minima) return whole.minima + metadata + offset - at.minima;
+        if (offset >= at.scales) return whole.scales + metadata + offset - at.scales;
+        int64_t found = 0, start = 0;
+        Tile::each_plane(at.octets, [&](auto width, int, int begin) {
+            if (offset >= begin) found = start + t * (tile / 8) * width.value + offset - begin;
+            start += Layout::padded(whole.octets * width.value);
+        });
+        return found;
+    }
+
+    FC_DEVICE void encode(const Word* x, uint8_t* payload) const {
+        uint8_t* packed = shared_memory();
+        const int lane = thread();
+        for (int64_t t = block_index(); t < tiles(); t += block_count()) {
+            const int count = values(t);
+            Octet<T> octets[kRows];
+            load<T>(x + t * tile, count, octets);
+            codec.encode(octets, count, packed + codec.bytes(tile), packed);
+            const auto at = codec.at(count);
+            for (int offset = 16 * lane; offset < at.bytes; offset += 16 * kThreads)
+                *(Vec16*)(payload + place(t, offset, at)) = *(const Vec16*)(packed + offset);
+        }
+    }
+
+    FC_DEVICE void decode_sum(const Payloads& payloads, int count, Word* out) const {
+        constexpr int kAhead = (Tile::kMaxBytes + 16 * kThreads - 1) / (16 * kThreads);
+        int turn = 0;
+        const int lane = thread();
+        for (int64_t t = block_index(); t < tiles(); t += block_count()) {
+            const int valid = values(t);
+            const auto at = codec.at(valid);
+            float total[kRows][8];
+            clear(total);
+            Vec16 ahead[kAhead];
+            auto fetch = [&](int p) {
+                FC_UNROLL for (int k = 0; k < kAhead; k++) {
+                    const int offset = 16 * (k * kThreads + lane);
+                    if (offset < at.bytes) ahead[k] = *(const Vec16*)(payloads.at[p] + place(t, offset, at));
+                }
+            };
+            fetch(0);
+            for (int p = 0; p < count; p++, turn ^= 1) {
+                uint8_t* packed = shared_memory() + turn * codec.bytes(tile);
+                FC_UNROLL for (int k = 0; k < kAhead; k++) {
+                    const int offset = 16 * (k * kThreads + lane);
+                    if (offset < at.bytes) *(Vec16*)(packed + offset) = ahead[k];
+                }
+                if (p + 1 < count) fetch(p + 1);
+                sync();  // the buffer written next was read before this barrier
+                FC_UNROLL for (int row = 0; row < kRows; row++) {
+                    const int octet = row * kThreads + lane;
+                    if (octet >= at.octets) continue;
+                    float x[8];
+                    codec.decode(packed, valid, octet, x);
+                    FC_UNROLL for (int i = 0; i < 8; i++) total[row][i] += x[i];
+                    if (p + 1 == count) store<T>(out + t * tile, valid, 8 * octet, narrow<T>(total[row]));
+                }
+            }
+        }
+    }
+};
+
+}  // namespace flashcomm::FLASHCOMM_ISA

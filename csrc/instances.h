@@ -1,0 +1,56 @@
+// Which kernels exist: the codecs by width and number type, and the pairs of legs a collective may have. Whether a
+// collective has one is a pure function of the configuration, so all ranks agree on it.
+#pragma once
+
+#include "api.h"
+#include "tile.h"
+
+namespace flashcomm::FLASHCOMM_ISA {
+
+template <class T> struct Is {
+    using type = T;
+};
+template <int kValue> struct Bits {
+    static constexpr int value = kValue;
+};
+
+template <class Visit> bool with_dtype(int dtype, Visit visit) {
+    if (dtype == kFloat32) return visit(Is<Float32>{}), true;
+    if (dtype == kFloat16) return visit(Is<Float16>{}), true;
+    if (dtype == kBFloat16) return visit(Is<BFloat16>{}), true;
+    return false;
+}
+
+template <class Visit> bool with_bits(int bits, Visit visit) {
+    if (bits == 2) return visit(Bits<2>{}), true;
+    if (bits == 3) return visit(Bits<3>{}), true;
+    if (bits == 4) return visit(Bits<4>{}), true;
+    if (bits == 5) return visit(Bits<5>{}), true;
+    if (bits == 6) return visit(Bits<6>{}), true;
+    if (bits == 7) return visit(Bits<7>{}), true;
+    if (bits == 8) return visit(Bits<8>{}), true;
+    return false;
+}
+
+constexpr int kExactBits = 16;  // both legs uncompressed: what benchmarks compare with
+
+// visit(codec of the reduce leg, codec of the gather leg, number type); false: there is no such kernel.
+template <class Visit> bool with_legs(int reduce_bits, int gather_bits, int dtype, Visit visit) {
+    bool found = false;
+    with_dtype(dtype, [&](auto type) {
+        using T = typename decltype(type)::type;
+        if (reduce_bits == gather_bits)
+            found = with_bits(reduce_bits, [&](auto bits) {
+                using Codec = UniformTile<bits.value, T>;
+                visit(Is<Codec>{}, Is<Codec>{}, type);
+            });
+        if (reduce_bits == 4 && gather_bits == 8)  // Flash Communication's "INT6"
+            visit(Is<UniformTile<4, T>>{}, Is<UniformTile<8, T>>{}, type), found = true;
+        if constexpr (sizeof(typename T::Word) == 2)
+            if (reduce_bits == kExactBits && gather_bits == kExactBits)
+                visit(Is<ExactTile<T>>{}, Is<ExactTile<T>>{}, type), found = true;
+    });
+    return found;
+}
+
+}  // namespace flashcomm::FLASHCOMM_ISA

@@ -1,0 +1,84 @@
+// How a call is cut: slices to ranks, tiles to blocks, rounds. A pure function of what every rank knows, for if two
+// ranks cut differently they wait for flags that never come.
+//
+//     slice       the values one rank owns. Two-step: numel / world, rounded up to whole blocks of values of both legs;
+//                 one-step: everything; reduce-scatter and all-gather: what the caller owns.
+//     tile        the values one thread block codes at a time, in one payload: 2048, 4096 or 8192 less what is needed
+//                 to be a multiple of both legs' blocks. Small messages take small tiles, to occupy more blocks.
+//     block       thread block b of every rank does tiles b, b + blocks, ... of every slice in every step, so blocks
+//                 wait for blocks of their own number only.
+//     round       what fits into the inboxes: `depth` tiles for each block and source.
+#pragma once
+
+#include "protocol.h"
+#include "tile.h"
+
+namespace flashcomm::FLASHCOMM_ISA {
+
+enum Collective : int { kOneStep = 0, kTwoStep = 1, kReduceScatter = 2, kAllGather = 3, kCollectives = 4 };
+
+FC_INLINE bool scatters(Collective kind) { return kind == kTwoStep || kind == kReduceScatter; }
+FC_INLINE bool reduces(Collective kind) { return kind != kAllGather; }
+FC_INLINE bool gathers(Collective kind) { return kind == kTwoStep || kind == kAllGather; }
+
+struct Shape {
+    int64_t numel, slice;  // values of the whole: what all_reduce sums, reduce_scatter takes, all_gather returns
+    int64_t rounds;
+    int tile, blocks, depth;
+    int stride;  // bytes between the slots of an inbox region
+
+    FC_INLINE int64_t start(int rank) const { return rank * slice; }
+    FC_INLINE int64_t size(int rank) const {
+        const int64_t left = numel - start(rank);
+        return left < 0 ? 0 : left < slice ? left : slice;
+    }
+    // Values of a tile of a slice of `size`; 0 or less: there is no such tile.
+    FC_INLINE int values(int64_t size, int64_t tile_index) const {
+        const int64_t left = size - tile_index * tile;
+        return left < tile ? (left < 0 ? 0 : (int)left) : tile;
+    }
+};
+
+// What the group agreed on when it made its workspace.
+struct Capacity {
+    int world, blocks;  // ranks; thread blocks that one rank may launch
+    int64_t region;     // bytes of one inbox region, at least blocks * kSlotBytes
+};
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline int64_t common_multiple(int64_t a, int64_t b) {
+    int64_t x = a, y = b;
+    while (y) {
+        const int64_t rest = x % y;
+        x = y;
+        y = rest;
+    }
+    return a / x * b;
+}
+
+// payload_bytes(values): the longer of both legs' payloads of a tile. Blocks of more than a tile are not for this kernel.
+template <class PayloadBytes>
+Shape shape_of(Collective kind, int64_t numel, const Capacity& capacity, int64_t reduce_block, int64_t gather_block,
+               PayloadBytes payload_bytes) {
+    const int64_t unit = kind == kTwoStep ? common_multiple(reduce_block, gather_block)
+                                          : (reduces(kind) ? reduce_block : gather_block);
+    Shape shape{};
+    shape.numel = numel;
+    shape.slice = kind == kOneStep ? numel : ceil_div(numel, capacity.world);
+    if (kind == kTwoStep) shape.slice = ceil_div(shape.slice, unit) * unit;
+    int64_t tiles = 0;
+    for (int values = kTileValues / kRows; values <= kTileValues; values *= 2) {
+        shape.tile = (int)(values / unit * unit);
+        tiles = shape.tile ? ceil_div(shape.slice, shape.tile) : capacity.blocks + 1;
+        if (tiles <= capacity.blocks) break;
+    }
+    shape.blocks = (int)(tiles < 1 ? 1 : tiles < capacity.blocks ? tiles : capacity.blocks);
+    shape.stride = payload_bytes(shape.tile);
+    const int64_t fitting = capacity.region / shape.stride / shape.blocks, wanted = ceil_div(tiles, shape.blocks);
+    shape.depth = (int)(wanted < 1 ? 1 : wanted < fitting ? wanted : fitting);
+    shape.rounds = tiles < 1 ? 1 : ceil_div(tiles, (int64_t)shape.blocks * shape.depth);
+    return shape;
+}
+
+}  // namespace flashcomm::FLASHCOMM_ISA

@@ -1,0 +1,282 @@
+// One thread block codes one tile: up to 8192 values in registers, their payload in shared memory.
+//
+// A thread holds four octets, 256 apart, so that a warp reads and writes whole lines. The payload of a tile is the
+// payload of its values (codec.h), so it is independent of who coded it and how the tensor was cut. A codec is
+//
+//     bytes(values)                        length of the payload, a multiple of 16
+//     encode(octets, values, shared)       all threads; ends with a barrier, the payload is in shared.payload
+//     decode(payload, values, octet, x)    eight values as float32 from a payload in shared memory
+//
+// Encoding goes in three stages with a barrier behind each: every thread the extremes of its octets; one thread for
+// each block the metadata, so that the divisions are done once for a block and not once for a thread; every thread
+// its codes. Extremes meet in shared memory rather than in shuffles: a block may be any multiple of 8, and for blocks
+// of 32 one 16-byte load replaces eight shuffles.
+//
+// Numbers: a bf16 value costs about 10 instructions to encode and 6 to decode; the memory of an H100 allows 18.
+#pragma once
+
+#include "device.h"
+#include "protocol.h"
+
+namespace flashcomm::FLASHCOMM_ISA {
+
+constexpr int kThreads = 256;
+constexpr int kRows = 4;
+constexpr int kTileOctets = kThreads * kRows;
+constexpr int kTileValues = 8 * kTileOctets;
+constexpr int kMinBlock = 8;
+
+// Reads the four octets of this thread from x[0 .. values). What a last, partial octet lacks is its last value again,
+// which changes no extreme.
+template <class T> FC_DEVICE void load(const typename T::Word* x, int values, Octet<T> (&octets)[kRows]) {
+    const bool aligned = ((uintptr_t)x & 15) == 0;
+    const int lane = thread();
+    FC_UNROLL for (int row = 0; row < kRows; row++) {
+        const int first = 8 * (row * kThreads + lane);
+        if (aligned && first + 8 <= values) {
+            FC_UNROLL for (int v = 0; v < Octet<T>::kVectors; v++)
+                ((Vec16*)&octets[row])[v] = ((const Vec16*)(x + first))[v];
+        } else if (first < values) {
+            FC_UNROLL for (int i = 0; i < 8; i++) {
+                const uint32_t word = x[first + i < values ? first + i : values - 1];
+                if constexpr (sizeof(typename T::Word) == 4) octets[row].w[i] = word;
+                else octets[row].w[i / 2] = i & 1 ? octets[row].w[i / 2] | word << 16 : word;
+            }
+        }
+    }
+}
+
+// Writes the octet that starts at value `first` of out[0 .. values).
+template <class T> FC_DEVICE void store(typename T::Word* out, int values, int first, const Octet<T>& octet) {
+    if (((uintptr_t)out & 15) == 0 && first + 8 <= values) {
+        FC_UNROLL for (int v = 0; v < Octet<T>::kVectors; v++)
+            ((Vec16*)(out + first))[v] = ((const Vec16*)&octet)[v];
+    } else {
+        FC_UNROLL for (int i = 0; i < 8; i++)
+            if (first + i < values) out[first + i] = (typename T::Word)octet.at(i);
+    }
+}
+
+// -0 is what changes nothing when a float is added to it, -0 included.
+FC_DEVICE void clear(float (&total)[kRows][8]) {
+    FC_UNROLL for (int row = 0; row < kRows; row++)
+        FC_UNROLL for (int i = 0; i < 8; i++) total[row][i] = -0.0f;
+}
+
+FC_INLINE int padded16(int size) { return (size + 15) & ~15; }
+
+// ---- bit planes ------------------------------------------------------------------------------------------------
+
+// Four codes, one a byte and below 2**kWidth, to and from 4 * kWidth bits.
+template <int kWidth> FC_DEVICE uint32_t pack4(uint32_t c) {
+    if constexpr (kWidth == 8) return c;
+    if constexpr (kWidth == 4) return c |= c >> 4, (c & 0xFF) | (c >> 8 & 0xFF00);
+    if constexpr (kWidth == 2) return c |= c >> 6, c |= c >> 12, c & 0xFF;
+    if constexpr (kWidth == 1) return c |= c >> 7, c |= c >> 14, c & 0xF;
+}
+template <int kWidth> FC_DEVICE uint32_t unpack4(uint32_t c) {
+    if constexpr (kWidth == 8) return c;
+    if constexpr (kWidth == 4) return c = (c | c << 8) & 0x00FF00FF, (c | c << 4) & 0x0F0F0F0F;
+    if constexpr (kWidth == 2) return c = (c | c << 12) & 0x000F000F, (c | c << 6) & 0x03030303;
+    if constexpr (kWidth == 1) return c = (c | c << 14) & 0x00030003, (c | c << 7) & 0x01010101;
+}
+
+// The kWidth bytes of an octet in a plane.
+template <int kWidth> FC_DEVICE void store_plane(uint8_t* at, uint32_t low, uint32_t high) {
+    if constexpr (kWidth == 8) ((uint32_t*)at)[0] = low, ((uint32_t*)at)[1] = high;
+    if constexpr (kWidth == 4) *(uint32_t*)at = low | high << 16;
+    if constexpr (kWidth == 2) *(uint16_t*)at = (uint16_t)(low | high << 8);
+    if constexpr (kWidth == 1) *at = (uint8_t)(low | high << 4);
+}
+template <int kWidth> FC_DEVICE void load_plane(const uint8_t* at, uint32_t& low, uint32_t& high) {
+    if constexpr (kWidth == 8) low = ((const uint32_t*)at)[0], high = ((const uint32_t*)at)[1];
+    if constexpr (kWidth == 4) low = *(const uint32_t*)at & 0xFFFF, high = *(const uint32_t*)at >> 16;
+    if constexpr (kWidth == 2) low = *(const uint16_t*)at & 0xFF, high = *(const uint16_t*)at >> 8;
+    if constexpr (kWidth == 1) low = *at & 0xF, high = *at >> 4;
+}
+
+// ---- the codecs ------------------------------------------------------------------------------------------------
+
+// codec.h's format, kBits a compile-time constant so that planes cost no branch; the block is a runtime value.
+template <int kBits, class T> struct UniformTile {
+    using Word = typename T::Word;
+    static constexpr int kMaxBytes = kTileOctets * kBits + 2 * 2 * (kTileValues / kMinBlock);
+    static constexpr int kPlanes = (kBits >> 3 & 1) + (kBits >> 2 & 1) + (kBits >> 1 & 1) + (kBits & 1);
+    static constexpr float kLevels = (float)((1 << kBits) - 1);
+    static constexpr uint32_t kPlain = 2 * Fit::kVaries;
+
+    struct alignas(16) Meta {  // what the codes of a block depend on; constant == kPlain: prescale is 1
+        float minimum, prescale, inverse;
+        uint32_t constant;
+    };
+
+    // Offsets in the payload of a tile.
+    struct At {
+        int octets, blocks, scales, minima, bytes;
+    };
+
+    int octets_per_block;
+    uint32_t reciprocal;  // of octets_per_block, times 2**20, rounded up: exact for up to 1024 octets
+
+    FC_INLINE explicit UniformTile(int block)
+        : octets_per_block(block / 8), reciprocal(((1u << 20) + block / 8 - 1) / (block / 8)) {}
+
+    static FC_INLINE int scratch_bytes(int block) {
+        return kTileOctets * (int)sizeof(Keys<T>) + (kTileValues / block) * (int)sizeof(Meta);
+    }
+    FC_INLINE int block_of(int octet) const { return (int)(octet * reciprocal >> 20); }
+
+    FC_INLINE At at(int values) const {
+        At at;
+        at.octets = (values + 7) / 8;
+        at.blocks = block_of(at.octets - 1) + 1;
+        at.scales = 0;
+        FC_UNROLL for (int width = 8; width; width >>= 1) at.scales += kBits & width ? padded16(at.octets * width) : 0;
+        at.minima = at.scales + padded16(2 * at.blocks);
+        at.bytes = at.minima + padded16(2 * at.blocks);
+        return at;
+    }
+    FC_INLINE int bytes(int values) const { return values > 0 ? at(values).bytes : 0; }
+
+    // visit(width, shift, start): as Layout::each_plane, with the width in a type.
+    template <class Visit> static FC_DEVICE void each_plane(int octets, Visit visit) {
+        int start = 0, shift = 0;
+        auto plane = [&](auto width) {
+            if constexpr (kBits & width.value) {
+                visit(width, shift, start);
+                start += padded16(octets * width.value);
+                shift += width.value;
+            }
+        };
+        plane(Width<8>{});
+        plane(Width<4>{});
+        plane(Width<2>{});
+        plane(Width<1>{});
+    }
+    template <int kWidth> struct Width {
+        static constexpr int value = kWidth;
+    };
+
+    FC_DEVICE void encode(const Octet<T> (&x)[kRows], int values, uint8_t* scratch, uint8_t* payload) const {
+        const At at = this->at(values);
+        Keys<T>* keys = (Keys<T>*)scratch;
+        Meta* metas = (Meta*)(keys + kTileOctets);
+        const int lane = thread();
+        FC_UNROLL for (int row = 0; row < kRows; row++) {
+            const int octet = row * kThreads + lane;
+            if (octet < at.octets) keys[octet] = extremes<T>(x[row]);
+        }
+        sync();
+        for (int index = lane; index < at.blocks; index += kThreads) metas[index] = fit(keys, index, at, payload);
+        if (lane == kThreads - 1) zero_gaps(at, payload);
+        sync();
+        FC_UNROLL for (int row = 0; row < kRows; row++) {
+            const int octet = row * kThreads + lane;
+            if (octet < at.octets) store_codes(x[row], values - 8 * octet, metas[block_of(octet)], octet, at, payload);
+        }
+        sync();
+    }
+
+    FC_DEVICE void decode(const uint8_t* payload, int values, int octet, float (&x)[8]) const {
+        const At at = this->at(values);
+        const int index = block_of(octet);
+        const Bf16Pair pair = {((const uint16_t*)(payload + at.scales))[index],
+                               ((const uint16_t*)(payload + at.minima))[index]};
+        uint32_t codes[2] = {0, 0};
+        each_plane(at.octets, [&](auto width, int shift, int start) {
+            uint32_t low, high;
+            load_plane<width.value>(payload + start + octet * width.value, low, high);
+            codes[0] |= unpack4<width.value>(low) << shift;
+            codes[1] |= unpack4<width.value>(high) << shift;
+        });
+        if (pair.plain<T>(kLevels)) {
+            const float scale = float_of(pair.scale << 16), minimum = float_of(pair.minimum << 16);
+            FC_UNROLL for (int i = 0; i < 8; i++) {  // 2**23 + code, bit by bit
+                const uint32_t number = byte_perm(codes[i / 4], 0x4B000000, 0x7440 | (i & 3));
+                x[i] = fused_multiply_add(float_of(number) - 0x1p23f, scale, minimum);
+            }
+        } else {
+            FC_UNROLL for (int i = 0; i < 8; i++) x[i] = pair.value<T>(codes[i / 4] >> (8 * (i & 3)) & 0xFF);
+        }
+    }
+
+private:
+    // Writes the metadata of one block into the payload and returns what its codes depend on.
+    FC_DEVICE Meta fit(const Keys<T>* keys, int index, const At& at, uint8_t* payload) const {
+        const int first = index * octets_per_block;
+        const int last = first + octets_per_block < at.octets ? first + octets_per_block : at.octets;
+        Keys<T> both = keys[first];
+        for (int octet = first + 1; octet < last; octet++) {
+            const Keys<T> more = keys[octet];
+            both.low = more.low < both.low ? more.low : both.low;
+            both.high = more.high > both.high ? more.high : both.high;
+        }
+        const Fit fit = Bf16Pair::fit<T>(both.low, both.high, kLevels);
+        ((uint16_t*)(payload + at.scales))[index] = (uint16_t)fit.scale_bits;
+        ((uint16_t*)(payload + at.minima))[index] = (uint16_t)fit.minimum_bits;
+        return {fit.minimum, fit.prescale, fit.inverse, fit.plain ? kPlain : fit.constant};
+    }
+
+    // `left`: values from this octet on; codes behind the last one are zero.
+    FC_DEVICE void store_codes(const Octet<T>& octet, int left, const Meta& meta, int index, const At& at,
+                               uint8_t* payload) const {
+        float x[8];
+        uint32_t code[8];
+        widen<T>(octet, x);
+        if (meta.constant == kPlain) {
+            FC_UNROLL for (int i = 0; i < 8; i++) code[i] = rounded((x[i] - meta.minimum) * meta.inverse);
+        } else {
+            const Fit fit = {meta.minimum, meta.prescale, meta.inverse, 0, 0, meta.constant, 0};
+            FC_UNROLL for (int i = 0; i < 8; i++) code[i] = code_of(x[i], fit);
+        }
+        uint32_t codes[2];
+        FC_UNROLL for (int half = 0; half < 2; half++) {
+            const uint32_t* c = code + 4 * half;
+            codes[half] = byte_perm(byte_perm(c[0], c[1], 0x0040), byte_perm(c[2], c[3], 0x0040), 0x5410);
+        }
+        if (left < 8) {
+            const uint64_t mask = ((uint64_t)1 << (8 * left)) - 1;
+            codes[0] &= (uint32_t)mask;
+            codes[1] &= (uint32_t)(mask >> 32);
+        }
+        each_plane(at.octets, [&](auto width, int shift, int start) {
+            constexpr uint32_t kMask = 0x01010101u * ((1u << width.value) - 1);
+            store_plane<width.value>(payload + start + index * width.value,
+                                     pack4<width.value>(codes[0] >> shift & kMask),
+                                     pack4<width.value>(codes[1] >> shift & kMask));
+        });
+    }
+
+    FC_DEVICE void zero_gaps(const At& at, uint8_t* payload) const {
+        each_plane(at.octets, [&](auto width, int, int start) { zero(payload + start, at.octets * width.value); });
+        zero(payload + at.scales, 2 * at.blocks);
+        zero(payload + at.minima, 2 * at.blocks);
+    }
+    static FC_DEVICE void zero(uint8_t* section, int size) {
+        for (int i = size; i < padded16(size); i++) section[i] = 0;
+    }
+};
+
+// No compression: the tile itself. What the others are measured against over the same inboxes; finite values only.
+template <class T> struct ExactTile {
+    static constexpr int kMaxBytes = kTileValues * sizeof(typename T::Word);
+
+    FC_INLINE explicit ExactTile(int) {}
+    static FC_INLINE int scratch_bytes(int) { return 0; }
+    FC_INLINE int bytes(int values) const { return (values + 7) / 8 * (int)sizeof(Octet<T>); }
+
+    FC_DEVICE void encode(const Octet<T> (&x)[kRows], int values, uint8_t*, uint8_t* payload) const {
+        const int lane = thread();
+        sync();
+        FC_UNROLL for (int row = 0; row < kRows; row++) {
+            const int octet = row * kThreads + lane;
+            if (8 * octet < values) ((Octet<T>*)payload)[octet] = x[row];
+        }
+        sync();
+    }
+    FC_DEVICE void decode(const uint8_t* payload, int, int octet, float (&x)[8]) const {
+        widen<T>(((const Octet<T>*)payload)[octet], x);
+    }
+};
+
+}  // namespace flashcomm::FLASHCOMM_ISA

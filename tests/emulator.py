@@ -1,0 +1,129 @@
+"""The CUDA kernels run on the host (emulator.cpp): built once with the system's compiler and called through ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+KINDS = {"one-step": 0, "two-step": 1, "reduce_scatter": 2, "all_gather": 3}
+MAX_WORLD = 8
+
+
+class Job(ctypes.Structure):
+    """One collective on all ranks: emulator.cpp's Job."""
+
+    _fields_ = [
+        *(
+            (name, ctypes.c_int)
+            for name in ("kind", "reduce_bits", "gather_bits", "reduce_block", "gather_block", "dtype")
+        ),
+        ("numel", ctypes.c_int64),
+        ("x", ctypes.c_void_p * MAX_WORLD),
+        ("out", ctypes.c_void_p * MAX_WORLD),
+        ("stalled_rank", ctypes.c_int),
+        ("single_buffer", ctypes.c_int),
+        ("stall", ctypes.c_uint64),
+        ("deadline", ctypes.c_uint64),
+    ]
+
+
+@lru_cache
+def library() -> Any:
+    """The emulator, compiled into a folder that goes with this process."""
+    folder = tempfile.TemporaryDirectory()
+    path = Path(folder.name) / "emulator.so"
+    compiler = shutil.which(os.environ.get("CXX", "g++").split()[0]) or "c++"
+    flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]
+    subprocess.run([compiler, *flags, "tests/emulator.cpp", "-o", str(path)], cwd=ROOT, check=True)
+    loaded = ctypes.CDLL(str(path))
+    loaded.folder = folder
+    for name in ("world_new",):
+        getattr(loaded, name).restype = ctypes.c_void_p
+    for name in ("world_error", "world_epoch"):
+        getattr(loaded, name).restype = ctypes.c_uint64
+    for name in ("shape", "encode", "decode_sum", "rule_reached"):
+        getattr(loaded, name).restype = ctypes.c_bool
+    return loaded
+
+
+class Shape(ctypes.Structure):
+    """How the kernel cuts a call: csrc/shape.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("numel", "slice", "rounds")),
+        *((name, ctypes.c_int) for name in ("tile", "blocks", "depth", "stride")),
+    ]
+
+
+class World:
+    """``world`` ranks with their inboxes; ``blocks`` thread blocks a rank and ``region`` bytes an inbox region at most."""
+
+    def __init__(self, world: int, blocks: int = 2, region: int = 2 * 16384, epoch: int = 0) -> None:
+        self.world = world
+        self._as_parameter_ = ctypes.c_void_p(
+            library().world_new(world, blocks, ctypes.c_int64(region), ctypes.c_uint64(epoch))
+        )
+
+    def __del__(self) -> None:
+        library().world_free(self)
+
+    def job(self, kind: str, codecs: Any, x: Sequence[Tensor], out: Sequence[Tensor], **tests: int) -> Job:
+        """``codecs``: (reduce, gather), each with bits and block."""
+        reduce, gather = codecs
+        numel = (out if kind == "all_gather" else x)[0].numel()
+        job = Job(KINDS[kind], reduce.bits, gather.bits, reduce.block, gather.block, DTYPES[x[0].dtype], numel)
+        job.deadline = 10**12
+        for rank in range(self.world):
+            job.x[rank], job.out[rank] = x[rank].data_ptr(), out[rank].data_ptr()
+        for name, value in tests.items():
+            setattr(job, name, value)
+        return job
+
+    def shape(self, job: Job) -> Shape:
+        """How the kernel cuts ``job``."""
+        found = Shape()
+        assert library().shape(self, ctypes.byref(job), None, ctypes.byref(found)), "no kernel for these legs"
+        return found
+
+    def run(self, jobs: Sequence[Job], seed: int = 0, absent: int = 0) -> None:
+        """Every rank runs all jobs in order; ranks in the bit mask ``absent`` never start."""
+        assert library().run(self, (Job * len(jobs))(*jobs), len(jobs), seed, absent) == 0
+
+    def error(self, rank: int) -> int:
+        """The packed word of the flag that rank missed, or 0."""
+        return library().world_error(self, rank)
+
+    def epoch(self, rank: int) -> int:
+        """Rounds this rank has ended."""
+        return library().world_epoch(self, rank)
+
+
+def encode(codec: Any, x: Tensor, blocks: int = 2) -> Tensor | None:
+    """The payload of the codec kernel run with a grid of ``blocks``; None where the block has no whole tile."""
+    payload = torch.full((codec.wire_bytes(x.numel()),), 0xEE, dtype=torch.uint8)
+    size, block, grid = (ctypes.c_int64(n) for n in (x.numel(), codec.block, blocks))
+    pointers = ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(payload.data_ptr())
+    done = library().encode(pointers[0], DTYPES[x.dtype], size, codec.bits, block, grid, pointers[1])
+    return payload if done else None
+
+
+def decode_sum(codec: Any, payloads: Sequence[Tensor], numel: int, dtype: torch.dtype, blocks: int = 2) -> Tensor:
+    """What the decode kernel writes, run with a grid of ``blocks``."""
+    out = torch.full((numel,), torch.nan, dtype=dtype)
+    addresses = (ctypes.c_void_p * len(payloads))(*(payload.data_ptr() for payload in payloads))
+    size, block, grid = (ctypes.c_int64(n) for n in (numel, codec.block, blocks))
+    target = ctypes.c_void_p(out.data_ptr())
+    assert library().decode_sum(addresses, len(payloads), DTYPES[dtype], size, codec.bits, block, grid, target)
+    return out

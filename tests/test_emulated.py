@@ -1,0 +1,239 @@
+"""The CUDA kernels, run on the host: bit for bit the codec's definition and the collectives' specification."""
+
+from __future__ import annotations
+
+import math
+from itertools import product
+
+import emulator
+import pytest
+import torch
+from protocol_model import AS_BUILT, reached
+
+from flashcomm_megatron.codec import Uniform
+from flashcomm_megatron.config import Config
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def strange(numel: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    """Normal values, with blocks that are constant, zero, NaN, Inf, tiny, huge or of both zeros."""
+    x = torch.randn(numel, generator=torch.Generator().manual_seed(seed))
+    tricks = [0.0, 1 / 3, math.nan, math.inf, 1e-38, 3e38, -0.0]
+    for i, value in enumerate(tricks):
+        start = (i * 2 + 1) * 32
+        x[start : start + 32] = value
+        if i % 2:
+            x[start + 3 : start + 5] *= -1
+    return x.to(dtype)
+
+
+def same(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Equal bit patterns, but for the sign and payload of NaN, in which torch's own conversions differ."""
+    bits = [torch.where(x.isnan(), torch.nan, x.float()).view(torch.int32) for x in (found, expected)]
+    return torch.equal(*bits)
+
+
+# ---- codec kernels --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_codec_kernels_equal_the_definition(bits):
+    for dtype, (block, numel) in product(DTYPES, [(32, 9000), (8, 2049), (128, 1), (24, 4100), (256, 515)]):
+        codec, x = Uniform(bits, block), strange(numel, dtype)
+        payload = codec.encode_ref(x)
+        found = emulator.encode(codec, x)
+        assert found is not None and torch.equal(found, payload), (dtype, block, numel)
+        parts = [payload, codec.encode_ref(strange(numel, dtype, 1)), codec.encode_ref(strange(numel, dtype, 2))]
+        for count in (1, 3):
+            expected = codec.decode_sum_ref(parts[:count], numel, dtype)
+            assert same(emulator.decode_sum(codec, parts[:count], numel, dtype), expected), (dtype, block, numel, count)
+
+
+def test_blocks_without_a_whole_tile_are_left_to_the_scalar_kernel():
+    assert emulator.encode(Uniform(4, 1000), torch.zeros(8000)) is None
+
+
+def test_unaligned_tensors():
+    x = strange(4001, torch.bfloat16)[1:]
+    found = emulator.encode(Uniform(4, 32), x)
+    assert found is not None and torch.equal(found, Uniform(4, 32).encode_ref(x.clone()))
+
+
+# ---- collectives ----------------------------------------------------------------------------------------------
+
+
+def through(codec, x, dtype=torch.float32):
+    return codec.decode_sum_ref([codec.encode_ref(x)], x.numel(), dtype)
+
+
+def total(codec, parts):
+    """Sum in rank order, float32, of the decoded parts."""
+    return codec.decode_sum_ref([codec.encode_ref(x) for x in parts], parts[0].numel(), parts[0].dtype)
+
+
+def expected(kind, codecs, parts):
+    """What every rank holds afterwards: the specification of collectives.py."""
+    reduce, gather = codecs
+    world, numel = len(parts), parts[0].numel()
+    if kind == "one-step":
+        return [total(reduce, parts)] * world
+    if kind == "all_gather":
+        return [torch.cat([through(gather, x, x.dtype) for x in parts])] * world
+    if kind == "reduce_scatter":
+        return [total(reduce, [x.chunk(world)[rank] for x in parts]) for rank in range(world)]
+    unit = math.lcm(reduce.block, gather.block)
+    length = math.ceil(math.ceil(numel / world) / unit) * unit
+    slices = zip(*(x.split(length) for x in parts), strict=True)
+    return [torch.cat([through(gather, total(reduce, s), s[0].dtype) for s in slices])] * world
+
+
+def outputs(kind, parts, in_place):
+    world, numel = len(parts), parts[0].numel()
+    if in_place:
+        return parts
+    size = {"reduce_scatter": numel // world, "all_gather": numel * world}.get(kind, numel)
+    return [torch.full((size,), torch.nan, dtype=parts[0].dtype) for _ in parts]
+
+
+def check(kind, world, numel, dtype, codecs, seed=0, in_place=False, setting=None):
+    if kind == "reduce_scatter":
+        numel = math.ceil(numel / world) * world
+    parts = [strange(max(numel, 512), dtype, seed * 10 + rank)[:numel].clone() for rank in range(world)]
+    want = expected(kind, codecs, parts)
+    ranks = setting or emulator.World(world)
+    out = outputs(kind, parts, in_place)
+    ranks.run([ranks.job(kind, codecs, parts, out)], seed)
+    for rank in range(world):
+        assert same(out[rank], want[rank]), (kind, world, numel, dtype, codecs, rank)
+
+
+BLOCK32 = (Uniform(4, 32), Uniform(4, 32))
+
+
+@pytest.mark.parametrize("kind", emulator.KINDS)
+def test_any_numel(kind):
+    for numel in (1, 7, 65, 2048, 2049, 6000):
+        check(kind, 3, numel, torch.bfloat16, BLOCK32)
+
+
+@pytest.mark.parametrize("world", [2, 4, 5, 8])
+def test_any_world(world):
+    for kind in emulator.KINDS:
+        check(kind, world, 3000, torch.float16, (Uniform(5, 64), Uniform(5, 64)))
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_any_width_dtype_and_block(bits):
+    for dtype, block in product(DTYPES, (8, 32, 40, 128)):
+        check("two-step", 2, 2500, dtype, (Uniform(bits, block), Uniform(bits, block)))
+
+
+def test_legs_of_different_widths():
+    check("two-step", 3, 5000, torch.bfloat16, Config(bits=6, recipe="flash-v1").legs)
+
+
+@pytest.mark.parametrize("kind", emulator.KINDS)
+def test_messages_of_many_rounds(kind):
+    """An inbox that holds one tile for each block: 40,000 values take several rounds."""
+    ranks = emulator.World(2, blocks=2, region=2 * 16384)
+    numel = 150_000 if kind == "two-step" else 80_000
+    codecs = (Uniform(8, 8), Uniform(8, 8))
+    x = [torch.zeros(numel, dtype=torch.bfloat16)] * 2
+    assert ranks.shape(ranks.job(kind, codecs, x, outputs(kind, x, False))).rounds > 1
+    check(kind, 2, numel, torch.bfloat16, codecs, setting=ranks)
+
+
+def test_in_place():
+    for kind in ("one-step", "two-step"):
+        check(kind, 2, 40_000, torch.float32, BLOCK32, in_place=True)
+
+
+def test_uncompressed_path():
+    parts = [torch.randint(-8, 8, (5001,)).to(torch.float16) for _ in range(3)]
+
+    class Exact:
+        bits, block = 16, 8
+
+    for kind in ("one-step", "two-step"):
+        ranks, out = emulator.World(3), outputs("", parts, False)
+        ranks.run([ranks.job(kind, (Exact, Exact), parts, out)])
+        assert all(same(each, sum(parts)) for each in out)
+
+
+# ---- many calls, ranks at different ones ----------------------------------------------------------------------
+
+
+def mixed_jobs(ranks, count, seed, **tests):
+    """Calls of all kinds and several sizes with their expected results."""
+    jobs, keep = [], []
+    for i in range(count):
+        kind = list(emulator.KINDS)[(i * 7 + seed) % 4]
+        numel = (1, 5000, 300, 20_000)[(i + seed) % 4] // ranks.world * ranks.world
+        parts = [torch.randn(numel).bfloat16() for _ in range(ranks.world)]
+        out = outputs(kind, parts, False)
+        keep.append((parts, out, expected(kind, BLOCK32, parts) if numel else out))
+        jobs.append(ranks.job(kind, BLOCK32, parts, out, **tests))
+    return jobs, keep
+
+
+def right(keep) -> bool:
+    return all(same(each, want) for _, out, wants in keep for each, want in zip(out, wants, strict=True))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_consecutive_calls_of_all_kinds_sizes_and_grids(seed):
+    """Also calls of no values: their ranks exchange flags like all others."""
+    ranks = emulator.World(2 + seed % 2, blocks=3, region=3 * 16384)
+    jobs, keep = mixed_jobs(ranks, 8, seed)
+    ranks.run(jobs, seed)
+    assert right(keep)
+    assert len({ranks.epoch(rank) for rank in range(ranks.world)}) == 1
+
+
+def test_the_counter_wraps():
+    ranks = emulator.World(2, epoch=2**64 - 3)
+    jobs, keep = mixed_jobs(ranks, 8, 1)
+    ranks.run(jobs)
+    assert right(keep)
+    assert 0 < ranks.epoch(0) < 100
+
+
+def stalled(single_buffer: int) -> bool:
+    """Rank 1 reads late in a reduce-scatter of many rounds."""
+    ranks = emulator.World(2, blocks=1, region=16384)
+    codecs = (Uniform(8, 8), Uniform(8, 8))
+    parts = [torch.randn(80_000).bfloat16() for _ in range(2)]
+    out = outputs("reduce_scatter", parts, False)
+    job = ranks.job("reduce_scatter", codecs, parts, out, stalled_rank=1, stall=30_000, single_buffer=single_buffer)
+    assert ranks.shape(job).rounds > 3
+    ranks.run([job])
+    return right([(parts, out, expected("reduce_scatter", codecs, parts))])
+
+
+def test_a_stalled_reader_is_not_overtaken():
+    assert stalled(single_buffer=0)
+    assert not stalled(single_buffer=1), "negative control: without the second buffer it must be"
+
+
+def test_an_absent_rank_is_named():
+    ranks = emulator.World(3)
+    jobs, _ = mixed_jobs(ranks, 3, 2, deadline=10**6)
+    ranks.run(jobs, absent=0b100)
+    for rank in (0, 1):
+        word = ranks.error(rank)
+        assert word >> 63 == 1 and (word >> 58) & 15 == 2, "rank 2 is missing"
+        assert ranks.epoch(rank) == ranks.epoch(0)
+    assert ranks.error(2) == 0
+
+
+# ---- the rules ------------------------------------------------------------------------------------------------
+
+
+def test_the_model_has_the_rules_of_the_kernel():
+    for round in (0, 1, 2, 2**63, 2**64 - 1):
+        assert emulator.library().rule_parity(emulator.ctypes.c_uint64(round)) == AS_BUILT.parity(round)
+        for ahead in (-2, -1, 0, 1, 2, 2**62):
+            seen = (round + ahead) % 2**64
+            words = emulator.ctypes.c_uint64(seen), emulator.ctypes.c_uint64(round)
+            assert emulator.library().rule_reached(*words) == reached(seen, round, AS_BUILT.modulus)
