@@ -22,7 +22,7 @@ class Report(dict[str, Any]):
         width = max(map(len, self))
         rows = [f"{name:{width}}  {value}" for name, value in self.items() if name != "seams"]
         states = [f"  {state:10}  {path}" for path, state in self["seams"]]
-        return "\n".join([*rows, "seams", *(states or ["  none: Megatron is not installed"])])
+        return "\n".join([*rows, "seams", *(states or ["  none without Megatron"])])
 
     __repr__ = __str__
 
@@ -32,20 +32,23 @@ def report() -> Report:
 
     Imports Megatron if it is installed, which takes seconds; changes nothing.
     """
-    megatron = seams.megatron_version()
+    try:
+        megatron, rows = seams.megatron_version(), patching.status(seams.SEAMS) + _training_seams()
+    except patching.PatchError as error:
+        megatron, rows = f"none ({error.__cause__})", []
     return Report(
         {
             "flashcomm_megatron": __version__,
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "megatron-core": megatron or "not installed",
+            "megatron-core": megatron,
             "codec": extension.describe(),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
             "transports": ", ".join(name for name in TRANSPORTS if name != "auto"),
             "environment": ", ".join(f"{name}={os.environ[name]}" for name in environment.KNOWN if name in os.environ)
             or "no FLASH_COMM_* variable set",
             "state": _state(),
-            "seams": patching.status(seams.SEAMS) + _training_seams() if megatron else [],
+            "seams": rows,
         }
     )
 

@@ -243,8 +243,6 @@ def install() -> None:
         announce.say("flash-comm: off, because FLASH_COMM_DISABLE is set.")
         return
     version = megatron_version()
-    if version is None:
-        raise PatchError("flash-comm needs megatron-core >= 0.13: it is not installed. Run pip install megatron-core.")
     if Version(version).release < OLDEST:
         raise PatchError(
             f"flash-comm needs megatron-core >= 0.13 (found {version}): "
@@ -264,12 +262,10 @@ def uninstall() -> None:
     announce.stop()
 
 
-def megatron_version() -> str | None:
-    """Version of the megatron-core that imports, or None if there is none."""
+def megatron_version() -> str:
+    """Version of the megatron-core that imports; PatchError with the reason if none does."""
     try:
         import megatron.core
-    except ModuleNotFoundError as error:
-        if error.name in ("megatron", "megatron.core"):
-            return None
-        raise
+    except ImportError as error:
+        raise PatchError(f"flash-comm needs megatron-core >= 0.13, which cannot be imported: {error}.") from error
     return str(megatron.core.__version__)

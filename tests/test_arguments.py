@@ -166,16 +166,19 @@ def test_a_megatron_that_does_not_fit_is_one_sentence(
 @pytest.mark.parametrize(
     ("version", "sentence"),
     [
-        (None, "flash-comm needs megatron-core >= 0.13: it is not installed"),
         ("0.11.0", r"flash-comm needs megatron-core >= 0.13 \(found 0.11.0\): before 0.13 .* takes no group"),
         ("0.12.3rc1", r"flash-comm needs megatron-core >= 0.13 \(found 0.12.3rc1\)"),
     ],
 )
-def test_a_megatron_too_old_or_missing_is_refused(
-    monkeypatch: pytest.MonkeyPatch, version: str | None, sentence: str
-) -> None:
+def test_a_megatron_too_old_is_refused(monkeypatch: pytest.MonkeyPatch, version: str, sentence: str) -> None:
     monkeypatch.setattr(seams, "megatron_version", lambda: version)
     with pytest.raises(PatchError, match=sentence):
+        seams.install()
+
+
+def test_a_missing_megatron_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "megatron.core", None)
+    with pytest.raises(PatchError, match="which cannot be imported: "):
         seams.install()
 
 

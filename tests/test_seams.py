@@ -46,8 +46,9 @@ def everything(rank: int, world: int) -> dict[str, Any]:
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=world)
     model_parallel_cuda_manual_seed(1)
     seen: dict[str, Any] = {name: one_linear(rank, world, *row) for name, row in LINEARS.items()}
-    seen |= {"training": mixture(sequence_parallel=True), "inference": mixture(sequence_parallel=False)}
-    return seen | {"left alone": left_alone()}
+    seen |= {"training": mixture(sequence_parallel=True), "left alone": left_alone()}
+    with torch.inference_mode():
+        return seen | {"inference": mixture(sequence_parallel=False)}
 
 
 @pytest.fixture(scope="module")
