@@ -15,10 +15,11 @@ import sys
 from collections.abc import Callable
 
 from . import announce, environment
+from .calibration import main as calibrate
 from .compare.command import main as compare
 from .report import main as report
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"report": report, "compare": compare}
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"report": report, "calibrate": calibrate, "compare": compare}
 
 
 def main(argv: list[str]) -> int:

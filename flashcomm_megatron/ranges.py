@@ -38,10 +38,7 @@ class Ranges(NamedTuple):
 
 
 def save(path: str, layers: Mapping[str, Tensor], batches: int) -> None:
-    """Write the ranges [2, ranks, features] of every layer. ValueError if one is not finite: the run was broken."""
-    for name, ranges in layers.items():
-        if not ranges.isfinite().all():
-            raise ValueError(f"calibration of {name} met a NaN or an Inf, so {path} was not written.")
+    """Write the finite ranges [2, ranks, features] of every layer."""
     ranks = next(iter(layers.values())).size(1)
     told = {"format": FORMAT, "version": VERSION, "package": __version__, "ranks": str(ranks), "batches": str(batches)}
     header: dict[str, Any] = {"__metadata__": told}
@@ -54,6 +51,13 @@ def save(path: str, layers: Mapping[str, Tensor], batches: int) -> None:
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     Path(path).write_bytes(struct.pack("<Q", len(text)) + text + b"".join(data))
+
+
+def check_finite(layers: Mapping[str, Tensor]) -> None:
+    """ValueError if a range is not finite: the calibration run was broken."""
+    for name, values in layers.items():
+        if not values.isfinite().all():
+            raise ValueError(f"layer {name} met a NaN or an Inf, so its ranges mean nothing.")
 
 
 @cache

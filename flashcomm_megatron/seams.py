@@ -28,9 +28,10 @@ import torch
 from packaging.version import Version
 from torch import Tensor, nn
 
-from . import announce, collectives, environment, patching, sampling, training_log
+from . import announce, collectives, environment, patching, sampling, sites, training_log
 from .config import Config, current
 from .patching import PatchError, Seam
+from .recipes import Legs
 
 OLDEST = (0, 13)  # megatron-core; the first whose layers hand their process group to every collective
 LAYERS = "megatron.core.tensor_parallel.layers"
@@ -46,11 +47,22 @@ class Site(NamedTuple):
     config: Config
 
 
+class Call(NamedTuple):
+    """How a collective at a site is compressed: by the configuration, or by the site's own codecs."""
+
+    config: Config
+    legs: Legs | None
+
+
+Observer = Callable[[nn.Module, Tensor, Any], None]  # (row layer, partial sum, group)
+
+
 class _Here(threading.local):
     site: Site | None = None
 
 
 _here = _Here()
+_observer: Observer | None = None
 sampling.locate(lambda: _here.site.kind if _here.site else None)
 
 
@@ -113,8 +125,8 @@ def _linear_backward(original: Function) -> Function:
 
 def _reduce(original: Function) -> Function:
     def reduce_from_tensor_model_parallel_region(input_: Tensor, group: Any = None) -> Any:
-        config = _wanted("row", "all_reduce", input_, group)
-        return _run(_AllReduce, input_, group, config) if config else original(input_, group)
+        call = _wanted("row", "all_reduce", input_, group)
+        return _run(_AllReduce, input_, group, call) if call else original(input_, group)
 
     return reduce_from_tensor_model_parallel_region
 
@@ -122,8 +134,8 @@ def _reduce(original: Function) -> Function:
 def _reduce_scatter(original: Function) -> Function:
     def reduce_scatter_to_sequence_parallel_region(input_: Tensor, group: Any = None, *args: Any, **kwargs: Any) -> Any:
         plain = not args and not kwargs  # neither uneven splits nor a shared output buffer
-        config = _wanted("row", "reduce_scatter", input_, group) if plain else None
-        return _run(_ReduceScatter, input_, group, config) if config else original(input_, group, *args, **kwargs)
+        call = _wanted("row", "reduce_scatter", input_, group) if plain else None
+        return _run(_ReduceScatter, input_, group, call) if call else original(input_, group, *args, **kwargs)
 
     return reduce_scatter_to_sequence_parallel_region
 
@@ -133,9 +145,9 @@ def _gather(original: Function) -> Function:
         input_: Tensor, tensor_parallel_output_grad: bool = True, group: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
         plain = tensor_parallel_output_grad and not args and not kwargs
-        config = _wanted("column", "all_gather", input_, group) if plain else None
-        if config:
-            return _run(_AllGather, input_, group, config)
+        call = _wanted("column", "all_gather", input_, group) if plain else None
+        if call:
+            return _run(_AllGather, input_, group, call)
         return original(input_, tensor_parallel_output_grad, group, *args, **kwargs)
 
     return gather_from_sequence_parallel_region
@@ -145,33 +157,44 @@ def _gather_tensor(original: Function) -> Function:
     def all_gather_into_tensor(
         output_tensor: Tensor, input_tensor: Tensor, group: Any = None, async_op: bool = False
     ) -> Any:
-        config = _wanted("column", "all_gather", input_tensor, group)
-        if not config:
+        call = _wanted("column", "all_gather", input_tensor, group)
+        if not call:
             return original(output_tensor, input_tensor, group=group, async_op=async_op)
-        handle = collectives.all_gather(input_tensor, group, config, async_op=async_op, out=output_tensor)
+        handle = collectives.all_gather(input_tensor, group, call.config, async_op=async_op, out=output_tensor)
         return handle if async_op else None
 
     return all_gather_into_tensor
 
 
-def _wanted(kind: str, collective: str, x: Tensor, group: Any) -> Config | None:
-    """The configuration to compress with, or None: not inside a site of this kind, or deferred and counted."""
+def observe(observer: Observer | None) -> None:
+    """Show ``observer`` every partial sum at a row site and compress nothing, until called again with None."""
+    global _observer
+    _observer = observer
+
+
+def _wanted(kind: str, collective: str, x: Tensor, group: Any) -> Call | None:
+    """How to compress, or None: not inside a site of this kind, deferred and counted, or only observed."""
     site = _here.site
     if site is None or site.kind != kind or group is None:
         return None
-    return site.config if collectives.wants(collective, x, group, site.config) else None
+    if _observer is not None:
+        if kind == "row":
+            _observer(site.module, x, group)
+        return None
+    legs = sites.legs(site.config, site.module, group) if kind == "row" else None
+    return Call(site.config, legs) if collectives.wants(collective, x, group, site.config, legs) else None
 
 
-def _run(function: type[torch.autograd.Function], x: Tensor, group: Any, config: Config) -> Any:
-    return function.apply(x, group, config)  # type: ignore[no-untyped-call]
+def _run(function: type[torch.autograd.Function], x: Tensor, group: Any, call: Call) -> Any:
+    return function.apply(x, group, call)  # type: ignore[no-untyped-call]
 
 
 class _AllReduce(torch.autograd.Function):
     """Sum over ranks; the gradient of a sum that every rank holds is the gradient itself."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any, config: Config) -> Any:
-        return collectives.all_reduce(x, group, config)
+    def forward(ctx: Any, x: Tensor, group: Any, call: Call) -> Any:
+        return collectives.all_reduce(x, group, call.config, legs=call.legs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -182,9 +205,9 @@ class _ReduceScatter(torch.autograd.Function):
     """Sum over ranks, cut along the first dimension; the gradient is gathered, exactly."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any, config: Config) -> Any:
+    def forward(ctx: Any, x: Tensor, group: Any, call: Call) -> Any:
         ctx.group = group
-        return collectives.reduce_scatter(x, group, config)
+        return collectives.reduce_scatter(x, group, call.config, legs=call.legs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -195,9 +218,9 @@ class _AllGather(torch.autograd.Function):
     """Concatenate along the first dimension; the gradients are summed and cut, exactly."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any, config: Config) -> Any:
+    def forward(ctx: Any, x: Tensor, group: Any, call: Call) -> Any:
         ctx.group = group
-        return collectives.all_gather(x, group, config)
+        return collectives.all_gather(x, group, call.config)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:

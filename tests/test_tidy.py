@@ -32,7 +32,7 @@ LAYERS = (
     {"collectives", "patching"},
     {"training_log", "cpu", "feedback", "plan"},
     {"seams"},
-    {"api", "arguments"},
+    {"api", "arguments", "calibration"},
     {"report", "compare"},
     {"__init__"},
     {"__main__"},
