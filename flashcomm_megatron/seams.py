@@ -28,7 +28,8 @@ import torch
 from packaging.version import Version
 from torch import Tensor, nn
 
-from . import announce, collectives, environment, patching, sampling, sites, training_log
+from . import announce, collectives, environment, feedback, patching, sampling, sites, training_log
+from .algorithms import Residuals
 from .config import Config, current
 from .patching import PatchError, Seam
 from .recipes import Legs
@@ -51,7 +52,8 @@ class Call(NamedTuple):
     """How a collective at a site is compressed: by the configuration, or by the site's own codecs."""
 
     config: Config
-    legs: Legs | None
+    legs: Legs | None = None
+    residuals: Residuals | None = None  # what this rank's roundings lost at the layers before
 
 
 Observer = Callable[[nn.Module, Tensor, Any], None]  # (row layer, partial sum, group)
@@ -182,7 +184,10 @@ def _wanted(kind: str, collective: str, x: Tensor, group: Any) -> Call | None:
             _observer(site.module, x, group)
         return None
     legs = sites.legs(site.config, site.module, group) if kind == "row" else None
-    return Call(site.config, legs) if collectives.wants(collective, x, group, site.config, legs) else None
+    if not collectives.wants(collective, x, group, site.config, legs):
+        return None
+    row = kind == "row"  # asked here: inside an autograd function gradients look switched off
+    return Call(site.config, legs, feedback.residuals(site.module, x, group, site.config) if row else None)
 
 
 def _run(function: type[torch.autograd.Function], x: Tensor, group: Any, call: Call) -> Any:
@@ -194,7 +199,7 @@ class _AllReduce(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any, call: Call) -> Any:
-        return collectives.all_reduce(x, group, call.config, legs=call.legs)
+        return collectives.all_reduce(x, group, call.config, legs=call.legs, residuals=call.residuals)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -207,7 +212,7 @@ class _ReduceScatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any, call: Call) -> Any:
         ctx.group = group
-        return collectives.reduce_scatter(x, group, call.config, legs=call.legs)
+        return collectives.reduce_scatter(x, group, call.config, legs=call.legs, residuals=call.residuals)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:

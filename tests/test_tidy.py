@@ -33,7 +33,7 @@ LAYERS = (
     {"training_log", "cpu", "feedback", "plan"},
     {"seams"},
     {"api", "arguments", "calibration"},
-    {"report", "compare"},
+    {"report", "compare", "accuracy"},
     {"__init__"},
     {"__main__"},
 )

@@ -7,7 +7,7 @@ notes, for every site, how much of the sum was lost, and how many bits a value t
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Collection
 
 import torch
@@ -59,9 +59,9 @@ class Compressed:
     ) -> None:
         self.config, self.world, self.ranges, self.sites = config, world, ranges, sites
         self.has_feedback = has_feedback and RECIPES[config.recipe].feedback
-        self.lost: Counter[str] = Counter()
-        self.sent: Counter[str] = Counter()
-        self.bits = self.values = 0
+        self.lost: dict[str, float] = defaultdict(float)
+        self.sent: dict[str, float] = defaultdict(float)
+        self.bits, self.values = 0.0, 0
         self.legs: dict[str, list[Legs]] = {}
         self.begin()
 
@@ -81,8 +81,8 @@ class Compressed:
             return algorithm(parts[link.rank], link, plans[link.rank], self.memory[link.rank])
 
         found = lockstep.first(start, self.world)
-        self.lost[site] += (found - wanted).double().square().sum().item()  # type: ignore[assignment]
-        self.sent[site] += wanted.double().square().sum().item()  # type: ignore[assignment]
+        self.lost[site] += (found - wanted).double().square().sum().item()
+        self.sent[site] += wanted.double().square().sum().item()
         self.bits += 8 * payload_bytes(wanted.numel(), self.world, plans[0])
         self.values += wanted.numel()
         return found

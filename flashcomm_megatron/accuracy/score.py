@@ -76,9 +76,7 @@ class Bench:
             kl=totals.kl / count,
             rise_by_quarter=[self._rise(totals.loss, quarter) for quarter in range(QUARTERS)],
             diverged_after=_common_prefix(agreed),
-            agreement_by_quarter=[
-                part.float().mean().item() for part in agreed.tensor_split(QUARTERS, 1) if part.numel()
-            ],
+            agreement_by_quarter=_means(agreed),
             decibels=ranks.decibels,
             rise_by_site={
                 site: self._rise(self._totals(Compressed(config, world, ranges, sites={site})).loss) for site in sites
@@ -94,7 +92,7 @@ class Bench:
     def _totals(self, ranks: Compressed | None) -> Totals:
         """Losses of the text with the sums of ``ranks``, None for exact ones, compared with the exact model's."""
         totals = Totals(torch.zeros(self.windows.size(1) - 1, dtype=torch.float64))
-        for batch in self.windows.split(BATCH):
+        for batch in torch.split(self.windows, BATCH):
             reference = logits = self.model(batch, 1, exact)[:, :-1]
             if ranks is not None:
                 ranks.begin()
@@ -139,6 +137,11 @@ class Bench:
                 self.model(self.windows[:BATCH], world, recorder)
             self._ranges[world] = recorder.ranges
         return self._ranges[world]
+
+
+def _means(agreed: Tensor) -> list[float]:
+    """Share of True in each quarter of bool [rows, steps]."""
+    return [part.float().mean().item() for part in agreed.tensor_split(QUARTERS, 1) if part.numel()]
 
 
 def _common_prefix(agreed: Tensor) -> float:

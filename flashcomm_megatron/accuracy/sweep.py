@@ -81,13 +81,14 @@ class Results:
 
 def run(todo: list[Combination], results: Results, score: Callable[[Config, int], Score]) -> None:
     """Score what ``results`` does not hold yet, with a bar on a terminal."""
-    started, made = time.monotonic(), 0
+    started = time.monotonic()
     keys = {name(config, world): (config, world) for config, world in todo}
-    missing = {key: each for key, each in keys.items() if key not in results.scores}
-    for key, (config, world) in missing.items():
-        _bar(len(keys) - len(missing) + made, len(keys), key, (time.monotonic() - started) / made if made else None)
-        results.add(key, score(config, world))
-        made += 1
+    missing = [key for key in keys if key not in results.scores]
+    before = len(keys) - len(missing)
+    for made, key in enumerate(missing):
+        seconds = (time.monotonic() - started) / made if made else None
+        _bar(before + made, len(keys), key, seconds)
+        results.add(key, score(*keys[key]))
     _bar(len(keys), len(keys), "done", None)
 
 
