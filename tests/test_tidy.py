@@ -37,13 +37,8 @@ LAYERS = (
     {"__init__"},
     {"__main__"},
 )
-LAZY = {
-    "megatron",
-    "transformer_engine",
-    "wandb",
-    "wandb_workspaces",
-    "matplotlib",
-}  # slow, or absent for those who use the codec alone
+# Slow, or absent for those who use the codec alone.
+LAZY = {"megatron", "transformer_engine", "wandb", "wandb_workspaces", "matplotlib"}
 
 FUNCTION_LINES = 60
 FILE_LINES = 400
