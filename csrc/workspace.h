@@ -31,7 +31,7 @@ struct Leg {
 };
 
 // One call. Addresses are those of this launch's ranks.
-struct Request {
+struct Request {  // in the order in which bindings_cuda.cpp fills it
     int kind;  // Collective of shape.h
     Leg reduce, gather;
     int dtype;

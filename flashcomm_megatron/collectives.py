@@ -23,6 +23,7 @@ from . import agreement, algorithms, policy, sampling, stats
 from .algorithms import Residuals, Steps
 from .config import Config, current
 from .recipes import Legs
+from .transport import workspace
 from .transport.group import link
 from .transport.link import Transfer
 
@@ -101,7 +102,8 @@ def all_reduce(
     algorithm, sent = ALL_REDUCE[plan.algorithm]
     sampling.sample("all_reduce", x, plan.reduce)
     sent_bytes = sent(x.numel(), group.rank(), group.size(), plan)
-    return _run(algorithm(x, link(group), plan, residuals), plan, sent_bytes, async_op)
+    steps = _fused(plan.algorithm, x, x, group, plan, config, residuals) or algorithm(x, link(group), plan, residuals)
+    return _run(steps, plan, sent_bytes, async_op)
 
 
 def reduce_scatter(
@@ -125,7 +127,8 @@ def reduce_scatter(
     plan = policy.plan("reduce_scatter", x, world, config, legs)
     sent = (world - 1) * plan.reduce.wire_bytes(out.numel())
     sampling.sample("reduce_scatter", x, plan.reduce)
-    return _run(algorithms.reduce_scatter(x, out, link(group), plan, residuals), plan, sent, async_op)
+    steps = _fused("reduce_scatter", x, out, group, plan, config, residuals)
+    return _run(steps or algorithms.reduce_scatter(x, out, link(group), plan, residuals), plan, sent, async_op)
 
 
 def all_gather(
@@ -145,7 +148,8 @@ def all_gather(
     plan = policy.plan("all_gather", x, world, config)
     sent = (world - 1) * plan.gather.wire_bytes(x.numel())
     sampling.sample("all_gather", x, plan.gather)
-    return _run(algorithms.all_gather(x, out, link(group), plan), plan, sent, async_op)
+    steps = _fused("all_gather", x, out, group, plan, config) or algorithms.all_gather(x, out, link(group), plan)
+    return _run(steps, plan, sent, async_op)
 
 
 def wants(collective: str, x: Tensor, group: dist.ProcessGroup, config: Config, legs: Legs | None = None) -> bool:
@@ -162,6 +166,25 @@ def wants(collective: str, x: Tensor, group: dist.ProcessGroup, config: Config, 
 
 
 # ---- pieces ---------------------------------------------------------------------------------------------------
+
+
+def _fused(
+    kind: str,
+    x: Tensor,
+    out: Tensor,
+    group: dist.ProcessGroup,
+    plan: policy.Plan,
+    config: Config,
+    residuals: Residuals | None = None,
+) -> Steps | None:
+    """The whole collective as one kernel, with the same results, where there is a transport and a kernel for it."""
+    made = None if residuals else workspace.serving(group, x, plan, config.transport)
+    return None if made is None else _in_one_step(made, kind, x, out, plan)
+
+
+def _in_one_step(made: workspace.Workspace, kind: str, x: Tensor, out: Tensor, plan: policy.Plan) -> Steps:
+    return made.run(kind, (plan.reduce, plan.gather), x, out)
+    yield  # nothing to wait for: the stream does
 
 
 def _output(out: Tensor | None, x: Tensor, rows: int) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 
 from .recipes import RECIPES, Legs
 
-TRANSPORTS = ("auto", "group")
+TRANSPORTS = ("auto", "peer", "host", "group")
 ALGORITHMS = ("auto", "one-step", "two-step")
 
 
@@ -25,14 +25,20 @@ class Config:
     """How tensor-parallel sums and gathers travel. Raises ValueError for a value that no recipe knows."""
 
     bits: int = field(
-        metadata={"help": "Bits per value on the wire, 2 to 8, of tensor-parallel sums and gathers. Switches flash-comm on."}
+        metadata={
+            "help": "Bits per value on the wire, 2 to 8, of tensor-parallel sums and gathers. Switches flash-comm on."
+        }
     )
     recipe: str = _option("auto", "Number format and algorithm: auto (best measured) or a published method.")
     block: int | None = _option(None, "Values that share one scale. Smaller is more accurate and costs more bytes.")
     min_bytes: int | None = _option(
-        None, "Leave tensors of fewer bytes than this to the original collective. Default: where compression starts to pay."
+        None,
+        "Leave tensors of fewer bytes than this to the original collective. Default: where compression starts to pay.",
     )
-    transport: str = _option("auto", "How bytes move: group uses the process group (NCCL or gloo).")
+    transport: str = _option(
+        "auto",
+        "How bytes move on GPUs: peer memory, pinned host memory, or the process group; auto: the first that works.",
+    )
     algorithm: str = _option("auto", "All-reduce as one-step (one rounding) or two-step (least bytes beyond 2 ranks).")
     calibration: str | None = _option(None, "File of calibrated ranges, made by calibrate; for recipe outlier only.")
     strict: bool = _option(False, "Turn the warning that nothing was quantized into an error.")

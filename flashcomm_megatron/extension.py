@@ -60,6 +60,11 @@ def info() -> dict[str, Any]:
     return {} if _extension is None else _extension.info()
 
 
+def cuda() -> ModuleType | None:
+    """The extension if it has CUDA kernels: transport/workspace.py runs whole collectives with them."""
+    return _extension if info().get("cuda") else None
+
+
 def describe() -> str:
     """Which codec serves, in a phrase: "compiled codec (avx512; CUDA sm_80 sm_90 compute_90)"."""
     if _extension is None:

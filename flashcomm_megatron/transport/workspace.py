@@ -1,0 +1,272 @@
+"""One group's workspace: inboxes that all its ranks write, and the kernel that runs whole collectives on them.
+
+:func:`serving` says whether a call runs here or over the process group. Every rank gives the same answer: it depends
+on configuration, codecs, dtype and device kind, and on a workspace all ranks made together or none. Making one tries
+``peer``, then ``host`` (transport/peer.py, host.py), each step voted on; a real exchange of data is checked before it
+is trusted, for the driver's word is not enough. What failed is printed once.
+
+A workspace belongs to one stream, in whose order its calls run. CUDA graphs may capture its calls from any stream;
+their replays must run in the order of the workspace's stream.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .. import extension
+from ..policy import Plan
+from . import votes
+from .host import HostInboxes
+from .peer import PeerInboxes
+
+KINDS = {"one-step": 0, "two-step": 1, "reduce_scatter": 2, "all_gather": 3}  # enum Collective in csrc/shape.h
+WORLDS = range(2, 9)
+INBOXES: dict[str, type[PeerInboxes] | type[HostInboxes]] = {"peer": PeerInboxes, "host": HostInboxes}
+CHAINS = {"auto": ("peer", "host"), "peer": ("peer", "host"), "host": ("host",), "group": ()}
+REGION_BYTES = 4 << 20  # of each (parity, leg, source): messages beyond take several rounds of one kernel
+UNIFORM = 0  # the codec format that has fused kernels: csrc/api.h
+LARGEST_BLOCK = 8192  # values of a tile: csrc/tile.h
+
+deadline = 30.0  # seconds a kernel waits for a peer; set before the calls it shall hold for
+
+
+class Workspace:
+    """Inboxes of all ranks of ``group`` on one device, ready to launch on."""
+
+    def __init__(self, cuda: ModuleType, inboxes: Any, group: dist.ProcessGroup, device: int, blocks: int, region: int):
+        self._cuda, self._inboxes, self._group, self._stream = cuda, inboxes, group, -1
+        rank, world = group.rank(), group.size()
+        self.device = device
+        self.kernels = cuda.Workspace(device, world, rank, 1, blocks, region, inboxes.addresses)
+
+    def run(self, kind: str, codecs: tuple[Any, Any], x: Tensor, out: Tensor, **tests: Any) -> Tensor:
+        """Launch one collective of ``kind`` on the current stream and return ``out``.
+
+        ``x``, ``out``: contiguous, on this device. ``codecs``: of the reduce and the gather leg. RuntimeError if an
+        earlier call missed a rank.
+        """
+        self.raise_error()
+        request = self._cuda.Request(
+            kind=KINDS[kind],
+            **_legs(self._cuda, codecs),
+            dtype=extension.DTYPES[x.dtype],
+            numel=max(x.numel(), out.numel()),
+            x=[x.data_ptr()],
+            out=[out.data_ptr()],
+            stream=self._own_stream(),
+            deadline=deadline,
+            **tests,
+        )
+        self.kernels.launch(request)
+        return out
+
+    def raise_error(self) -> None:
+        """RuntimeError naming the rank and phase if a flag did not come in time in any call so far that has ended."""
+        found = self.kernels.error()
+        if found:
+            leg, source, _, call = found
+            missing = dist.get_global_rank(self._group, source)
+            raise RuntimeError(
+                f"flash-comm: rank {missing} did not arrive in the {('reduce', 'gather')[leg]} phase of round {call} "
+                f"within {deadline:g} s. Results since then are invalid. Look for that rank's own error; to go on in "
+                "this process, let every rank call flashcomm_megatron.transport.workspace.rebuild(group)."
+            )
+
+    def adopt_stream(self) -> None:
+        """Belong to the current stream from now on, once everything launched so far has ended."""
+        torch.cuda.synchronize(self.device)
+        self._stream = torch.cuda.current_stream(self.device).cuda_stream
+
+    def _own_stream(self) -> int:
+        stream = torch.cuda.current_stream(self.device).cuda_stream
+        if torch.cuda.is_current_stream_capturing():
+            return stream
+        if self._stream == -1:
+            self._stream = stream
+        if stream != self._stream:
+            raise RuntimeError(
+                "flash-comm: this group's collectives run on another stream. Call them from one stream, or move them "
+                "with flashcomm_megatron.transport.workspace.prepare(group, config) on the new one, on every rank."
+            )
+        return stream
+
+    def close(self) -> None:
+        """Give everything back; every rank of the group must call it."""
+        _release(self, self._inboxes, self._group)
+
+
+_made: WeakKeyDictionary[dist.ProcessGroup, Workspace | None] = WeakKeyDictionary()
+
+
+def serving(group: dist.ProcessGroup, x: Tensor, plan: Plan, transport: str) -> Workspace | None:
+    """The workspace that runs this call whole, made with the group's first such call; None: use the process group."""
+    if x.device.type != "cuda" or not CHAINS[transport]:
+        return None
+    if group.size() not in WORLDS or not _has_kernel(_native(plan.reduce), _native(plan.gather), x.dtype):
+        return None
+    if group not in _made:
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "flash-comm: the first collective of a group cannot be captured. Call "
+                "flashcomm_megatron.transport.workspace.prepare(group, config) before the capture, on every rank."
+            )
+        _made[group] = _make(group, x.device.index, transport)
+    return _made[group]
+
+
+Native = tuple[int, int, int]  # format, bits, block: extension.py
+
+
+def _native(codec: Any) -> Native | None:
+    return getattr(codec, "native", None)
+
+
+@lru_cache
+def _has_kernel(reduce: Native | None, gather: Native | None, dtype: torch.dtype) -> bool:
+    """Whether there is a fused kernel for these legs."""
+    cuda = extension.cuda()
+    if cuda is None or reduce is None or gather is None:
+        return False
+    fits = reduce[0] == gather[0] == UNIFORM and max(reduce[2], gather[2]) <= LARGEST_BLOCK
+    return fits and bool(cuda.has_collective(reduce[1], gather[1], extension.DTYPES[dtype]))
+
+
+def prepare(group: dist.ProcessGroup, transport: str = "auto") -> Workspace | None:
+    """Make the group's workspace now, before a capture, and let it belong to the current stream. On every rank."""
+    if group not in _made:
+        _made[group] = _make(group, torch.cuda.current_device(), transport)
+    made = _made[group]
+    if made is not None:
+        made.adopt_stream()
+    return made
+
+
+def rebuild(group: dist.ProcessGroup, transport: str = "auto") -> Workspace | None:
+    """Close the group's workspace and make a new one. On every rank."""
+    close(group)
+    return prepare(group, transport)
+
+
+def close(group: dist.ProcessGroup) -> None:
+    """Close the group's workspace, if it has one. On every rank."""
+    made = _made.pop(group, None)
+    if made is not None:
+        made.close()
+
+
+# ---- making one -----------------------------------------------------------------------------------------------
+
+
+def _make(group: dist.ProcessGroup, device: int, transport: str) -> Workspace | None:
+    reasons: list[str] = []
+    for name in CHAINS[transport]:
+        made, reason = _try(name, group, device)
+        if made is not None:
+            _say(group, reasons, name)
+            return made
+        reasons.append(f"{name}: {reason}")
+    _say(group, reasons, "group")
+    return None
+
+
+def _say(group: dist.ProcessGroup, reasons: list[str], name: str) -> None:
+    if reasons and group.rank() == 0:
+        print(f"flash-comm: transport {name} ({'; '.join(reasons)})", flush=True)
+
+
+def _try(name: str, group: dist.ProcessGroup, device: int) -> tuple[Workspace | None, str]:
+    """A workspace whose inboxes carried data between all ranks, or None and the reason; the same on every rank."""
+    cuda = extension.cuda()
+    everyone = votes.gather(_place(cuda, device), group)
+    machines = {place[20:] for place in everyone}
+    if cuda is None or b"" in everyone:
+        return None, "the extension has no CUDA kernels on every rank"
+    if len(machines) > 1:
+        return None, "ranks on several machines"
+    blocks = _blocks([place[:20] for place in everyone])
+    region = max(REGION_BYTES, blocks * cuda.slot_bytes())
+    inboxes = INBOXES[name](cuda, device, cuda.inbox_bytes(group.size(), region), group)
+    made: Workspace | None = None
+    reason = inboxes.reason
+    if not reason:
+        try:
+            made = Workspace(cuda, inboxes, group, device, blocks, region)
+        except RuntimeError as error:
+            reason = str(error)
+        reason = votes.failure(reason, group)
+    if made is not None and not reason:
+        reason = votes.failure(_trial(made, group), group)
+    if reason:
+        _release(made, inboxes, group)
+        return None, reason
+    return made, ""
+
+
+def _release(made: Workspace | None, inboxes: Any, group: dist.ProcessGroup) -> None:
+    """Give back what was made so far, in step with all ranks of the group."""
+    if made is not None:
+        made.kernels.close()
+    votes.gather(b"", group)  # nobody's kernels run any more
+    inboxes.unmap()
+    votes.gather(b"", group)  # nobody maps what is freed next
+    inboxes.free()
+
+
+def _place(cuda: ModuleType | None, device: int) -> bytes:
+    """16 bytes that name the GPU, 4 with the blocks it holds, then the machine."""
+    if cuda is None:
+        return b""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    machine = socket.gethostname() + (boot.read_text() if boot.exists() else "")
+    return bytes(cuda.device_uuid(device) + cuda.device_blocks(device).to_bytes(4, "little") + machine.encode())
+
+
+def _blocks(places: Sequence[bytes]) -> int:
+    """Thread blocks that every rank may launch, given that ranks on one GPU share it."""
+    return max(1, min(int.from_bytes(place[16:], "little") // places.count(place) for place in places))
+
+
+def _trial(made: Workspace, group: dist.ProcessGroup) -> str:
+    """Gather known numbers twice, once through each buffer; why they did not all arrive, or nothing."""
+    from ..codec import Uniform  # only here: a transport knows no codec
+
+    global deadline
+    before, deadline = deadline, 10.0
+    codec = Uniform(8, 32)
+    try:
+        for turn in range(2):
+            parts = [_known(rank, turn, made.device) for rank in range(group.size())]
+            out = torch.full((len(parts) * parts[0].numel(),), torch.nan, dtype=torch.bfloat16, device=made.device)
+            made.run("all_gather", (codec, codec), parts[group.rank()], out)
+            torch.cuda.synchronize(made.device)
+            made.raise_error()
+            if not torch.equal(out, torch.cat(parts)):
+                return "data written by a peer arrived changed"
+    except RuntimeError as error:
+        return str(error)
+    finally:
+        deadline = before
+        made._stream = -1
+    return ""
+
+
+def _known(rank: int, turn: int, device: int) -> Tensor:
+    """Integers from 0 to 255 that 8-bit blocks hold exactly, different for every rank and turn."""
+    x = (torch.arange(1 << 18, device=device) * (2 * rank + 3) + 7 * turn) % 256
+    x[::32], x[1::32] = 0, 255
+    return x.bfloat16()
+
+
+def _legs(cuda: ModuleType, codecs: tuple[Any, Any]) -> dict[str, Any]:
+    reduce, gather = codecs
+    return {"reduce": cuda.Leg(*reduce.native[1:]), "gather": cuda.Leg(*gather.native[1:])}
