@@ -24,11 +24,21 @@ from setuptools.command.build_ext import build_ext
 CSRC = Path("csrc")
 EXACT = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]  # never -ffast-math: NaN must survive
 COMMON = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-pthread"]
+CUDA = ["-std=c++17", "-O3", "-fmad=false", "-DFLASHCOMM_ISA=cuda", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+CUDA_SOURCES = ["codec_cuda.cu"]
 INSTRUCTION_SETS = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS |= {
-        "avx2": ["-mavx2", "-mfma"],
-        "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"],
+        "avx2": ["-mavx2", "-mfma", "-mf16c"],
+        "avx512": [
+            "-mavx512f",
+            "-mavx512bw",
+            "-mavx512vl",
+            "-mavx512dq",
+            "-mfma",
+            "-mf16c",
+            "-mprefer-vector-width=512",
+        ],
     }
 
 
@@ -75,51 +85,38 @@ class Build(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         nvcc, without_cuda = find_nvcc()
-        objects = Path(self.build_temp)
-        objects.mkdir(parents=True, exist_ok=True)
-        jobs = self.cpu_jobs(objects, f'-DFLASHCOMM_WITHOUT_CUDA="{without_cuda}"')
+        gencode, cuda = cuda_architectures() if nvcc else ([], "")
+        sets = ", ".join(INSTRUCTION_SETS)
+        print(f"flashcomm_megatron: CPU codec for {sets}; CUDA for {cuda or 'nothing: ' + without_cuda}", flush=True)
+        say = f'-DFLASHCOMM_CUDA_ARCHS="{cuda}"' if nvcc else f'-DFLASHCOMM_WITHOUT_CUDA="{without_cuda}"'
+        jobs = self.cpu_jobs(say)
         if nvcc:
-            gencode, names = cuda_architectures()
-            jobs = self.cpu_jobs(objects, f'-DFLASHCOMM_CUDA_ARCHS="{names}"')
-            jobs[objects / "codec_cuda.o"] = [
-                nvcc,
-                "-std=c++17",
-                "-O3",
-                "-fmad=false",
-                "-DFLASHCOMM_ISA=cuda",
-                *gencode,
-                "-Xcompiler=-fPIC,-fvisibility=hidden",
-                str(CSRC / "codec_cuda.cu"),
-            ]
-        print(
-            f"flashcomm_megatron: CPU codec for {', '.join(INSTRUCTION_SETS)}; CUDA for "
-            f"{names if nvcc else 'nothing: ' + without_cuda}",
-            flush=True,
-        )
+            jobs |= {name: [nvcc, *CUDA, *gencode, str(CSRC / name)] for name in CUDA_SOURCES}
+        folder = Path(self.build_temp)
+        folder.mkdir(parents=True, exist_ok=True)
+        objects = [str(folder / f"{name}.o") for name in jobs]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(lambda job: run([*job[1], "-c", "-o", str(job[0])]), jobs.items()))
+            list(pool.map(lambda job, out: run([*job, "-c", "-o", out]), jobs.values(), objects))
         library = Path(self.get_ext_fullpath(ext.name))
         library.parent.mkdir(parents=True, exist_ok=True)
-        if nvcc:
-            run([nvcc, "-shared", "-cudart=static", "-Xcompiler=-pthread", *map(str, jobs), "-o", str(library)])
+        if nvcc:  # knows where its runtime lies
+            run([nvcc, "-shared", "-cudart=static", "-Xcompiler=-pthread", *objects, "-o", str(library)])
         else:
-            self.compiler.link_shared_object(
-                list(map(str, jobs)), str(library), extra_postargs=["-pthread"], target_lang="c++"
-            )
+            self.compiler.link_shared_object(objects, str(library), extra_postargs=["-pthread"], target_lang="c++")
 
-    def cpu_jobs(self, objects: Path, cuda: str) -> dict[Path, list[str]]:
-        """{object: the compiler's command without -c -o}"""
+    def cpu_jobs(self, say: str) -> dict[str, list[str]]:
+        """{object: the compiler's command without -c -o}; ``say`` tells the bindings what CUDA there is."""
         compiler = [*self.compiler.compiler_so_cxx, *COMMON]
         if os.environ.get("FLASHCOMM_WERROR") == "1":
             compiler += ["-Wall", "-Wextra", "-Werror"]
         includes = [f"-isystem{path}" for path in [*self.compiler.include_dirs, pybind11.get_include()]]
         jobs = {
-            objects / "bindings.o": [*compiler, *includes, cuda, str(CSRC / "bindings.cpp")],
-            objects / "codec_threads.o": [*compiler, str(CSRC / "codec_threads.cpp")],
+            "bindings": [*compiler, *includes, say, str(CSRC / "bindings.cpp")],
+            "codec_threads": [*compiler, str(CSRC / "codec_threads.cpp")],
         }
         for name, flags in INSTRUCTION_SETS.items():
             source = [f"-DFLASHCOMM_ISA={name}", str(CSRC / "codec_cpu.cpp")]
-            jobs[objects / f"codec_{name}.o"] = [*compiler, *EXACT, *flags, *source]
+            jobs[f"codec_{name}"] = [*compiler, *EXACT, *flags, *source]
         return jobs
 
 

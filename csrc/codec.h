@@ -45,6 +45,11 @@ FC_INLINE float float_of(uint32_t bits) {
     return x;
 }
 
+// All ones or all zeros, and what such a mask chooses.
+FC_INLINE uint32_t mask(bool condition) { return 0u - (uint32_t)condition; }
+FC_INLINE uint32_t choose(uint32_t mask, uint32_t yes, uint32_t no) { return (yes & mask) | (no & ~mask); }
+FC_INLINE float choose(uint32_t mask, float yes, float no) { return float_of(choose(mask, bits_of(yes), bits_of(no))); }
+
 // ---- number types --------------------------------------------------------------------------------------------
 // widen: finite numbers only. narrow: rounds to nearest even, overflows to Inf, any number that is not NaN.
 
@@ -93,27 +98,26 @@ FC_INLINE float next_up(float x) { return float_of(bits_of(x) + 0x10000); }
 
 // Bit patterns in the order of the numbers (-0 below +0, NaN outermost), the one order in which a minimum does not
 // depend on who computes it.
-template <class T> FC_INLINE typename T::Word ordered(typename T::Word word) {
+template <class T> FC_INLINE constexpr typename T::Word ordered(typename T::Word word) {
     using Word = typename T::Word;
     constexpr int top = 8 * sizeof(Word) - 1;
     return word ^ (Word)((Word)((typename T::Signed)word >> top) | (Word)((Word)1 << top));
 }
 
-template <class T> FC_INLINE typename T::Word unordered(typename T::Word key) {
-    using Word = typename T::Word;
-    constexpr int top = 8 * sizeof(Word) - 1;
-    return key ^ (Word)((Word) ~(Word)((typename T::Signed)key >> top) | (Word)((Word)1 << top));
+// The way back, in 32 bits: what follows is float32 and must not mix lanes of two widths.
+template <class T> FC_INLINE uint32_t unordered(uint32_t key) {
+    constexpr int top = 8 * sizeof(typename T::Word) - 1;
+    return key ^ ((((key >> top) - 1) & ((1u << top) - 1)) | 1u << top);
 }
 
 // ---- metadata ------------------------------------------------------------------------------------------------
 
 // What encoding needs to know of a block. `constant` is the code of every value where it is not kVaries; `plain`
-// says that code = round((x - minimum) * inverse) and nothing else matters: true of all but strange blocks.
+// is a mask: code = round((x - minimum) * inverse) and nothing else matters. So it is in all but strange blocks.
 struct Fit {
     static constexpr uint32_t kVaries = 256;
     float minimum, prescale, inverse;
-    uint32_t minimum_bits, scale_bits, constant;
-    bool plain;
+    uint32_t minimum_bits, scale_bits, constant, plain;
 };
 
 // A bfloat16 minimum rounded down and a bfloat16 scale rounded up.
@@ -125,31 +129,33 @@ struct Bf16Pair {
     static constexpr float kTiny = 0x1p-100f;    // scales below have a reciprocal beyond float32: scale up first
 
     // The metadata of a block whose extremes have these ordered keys; levels = 2**bits - 1.
-    template <class T> static FC_INLINE Fit fit(typename T::Word low_key, typename T::Word high_key, float levels) {
-        using Word = typename T::Word;
-        const bool finite = (high_key < ordered<T>(T::kInfinity)) & (low_key > (Word)~ordered<T>(T::kInfinity));
-        const float low = finite ? T::widen(unordered<T>(low_key)) : 0.0f;
-        const float high = finite ? T::widen(unordered<T>(high_key)) : 0.0f;
+    // Without a branch or a bool that could become one, so that a loop over blocks stays a loop over vectors.
+    template <class T> static FC_INLINE Fit fit(uint32_t low_key, uint32_t high_key, float levels) {
+        constexpr uint32_t above = ordered<T>(T::kInfinity), below = (typename T::Word)~above;
+        const uint32_t finite = mask(high_key < above) & mask(low_key > below);
+        const float low = choose(finite, T::widen(unordered<T>(low_key)), 0.0f);
+        const float high = choose(finite, T::widen(unordered<T>(high_key)), 0.0f);
 
         float minimum = high_half(low);
-        minimum = minimum > low ? next_up(minimum) : minimum;
-        minimum = minimum < -BFloat16::kMax ? -BFloat16::kMax : minimum;
-        const bool wide = high * 0.5f - minimum * 0.5f >= 0x1p126f;  // max - min overflows float32
-        const float halve = wide ? 0.5f : 1.0f;
+        minimum = choose(mask(minimum > low), next_up(minimum), minimum);
+        minimum = choose(mask(minimum < -BFloat16::kMax), -BFloat16::kMax, minimum);
+        const uint32_t wide = mask(high * 0.5f - minimum * 0.5f >= 0x1p126f);  // max - min overflows float32
+        const float halve = choose(wide, 0.5f, 1.0f);
         float spread = high * halve - minimum * halve;
-        spread = spread > 0 ? spread : 0.0f;
+        spread = choose(mask(spread > 0), spread, 0.0f);
         float scale = high_half(spread / levels);
-        scale = (scale * levels < spread ? next_up(scale) : scale) * (wide ? 2.0f : 1.0f);
-        const float prescale = (scale > 0) & (scale < kTiny) ? 0x1p64f : halve;
-        const float inverse = scale > 0 ? 1.0f / (scale * prescale) : 0.0f;
+        scale = choose(mask(scale * levels < spread), next_up(scale), scale) * choose(wide, 2.0f, 1.0f);
+        const uint32_t varies = mask(scale > 0);
+        const float prescale = choose(varies & mask(scale < kTiny), 0x1p64f, halve);
+        const float inverse = choose(varies, 1.0f / (scale * prescale), 0.0f);
 
         const uint32_t bits = bits_of(low);
-        const bool escaped = finite & (low == high) & (minimum != low);
-        const uint32_t scale_bits = escaped ? 0x8000 | (bits >> 1 & 0x7FFF) : bits_of(scale) >> 16;
-        const uint32_t minimum_bits = escaped ? bits >> 16 : bits_of(minimum) >> 16;
-        const uint32_t constant = escaped ? bits & 1 : finite ? Fit::kVaries : 0;
-        const bool plain = finite & !escaped & (prescale == 1.0f) & (minimum <= low);
-        return {minimum, prescale, inverse, finite ? minimum_bits : kNan, finite ? scale_bits : kNan, constant, plain};
+        const uint32_t escaped = finite & mask(low == high) & mask(minimum != low);
+        const uint32_t minimum_bits = choose(escaped, bits, bits_of(minimum)) >> 16;
+        const uint32_t scale_bits = choose(escaped, 0x8000 | (bits >> 1 & 0x7FFF), bits_of(scale) >> 16);
+        return {minimum, prescale, inverse, choose(finite, minimum_bits, kNan), choose(finite, scale_bits, kNan),
+                choose(escaped, bits & 1, choose(finite, Fit::kVaries, 0)),
+                finite & ~escaped & mask(prescale == 1.0f) & mask(minimum <= low)};
     }
 
     // Whether value() is minimum + code * scale for every code, in one rounding since the product is exact.
@@ -164,7 +170,7 @@ struct Bf16Pair {
         if ((scale & 0x7FFF) > 0x7F80) return float_of(Float32::kNan);
         const float halve = scale >= kHuge ? 0.5f : 1.0f, limit = T::kMax * halve;
         const float x = float_of(minimum << 16) * halve + (float)(int)code * (float_of(scale << 16) * halve);
-        return (x < -limit ? -limit : x > limit ? limit : x) / halve;
+        return (x < -limit ? -limit : x > limit ? limit : x) * (scale >= kHuge ? 2.0f : 1.0f);
     }
 };
 

@@ -13,6 +13,10 @@
 
 #include "codec.h"
 
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
 namespace flashcomm::FLASHCOMM_ISA {
 namespace {
 
@@ -36,7 +40,8 @@ struct alignas(64) Strip {
 
 // ---- encode --------------------------------------------------------------------------------------------------
 
-// Smallest and largest key of every block; the largest as a minimum of complements, one instruction on x86 and Arm.
+// Smallest and largest key of every block. The last eight lanes meet in an unsigned minimum, of complements for the
+// largest key: one instruction on x86 and Arm.
 template <class T, int kBlock>
 void extremes(const typename T::Word* __restrict x, int blocks, uint32_t* __restrict low_keys,
               uint32_t* __restrict high_keys) {
@@ -44,15 +49,15 @@ void extremes(const typename T::Word* __restrict x, int blocks, uint32_t* __rest
     for (int b = 0; b < blocks; b++, x += kBlock) {
         Word low[kLanes], high[kLanes];
         for (int lane = 0; lane < kLanes; lane++) {
-            Word least = (Word)~(Word)0, most = (Word)~(Word)0;
+            Word least = (Word)~(Word)0, most = 0;
 #pragma GCC unroll 8
             for (int i = lane; i < kBlock; i += kLanes) {
-                const Word key = ordered<T>(x[i]), complement = (Word)~key;
+                const Word key = ordered<T>(x[i]);
                 least = key < least ? key : least;
-                most = complement < most ? complement : most;
+                most = key > most ? key : most;
             }
             low[lane] = least;
-            high[lane] = most;
+            high[lane] = (Word)~most;
         }
         Word least = (Word)~(Word)0, most = (Word)~(Word)0;
         for (int i = 0; i < kLanes / 2; i++) {
@@ -72,13 +77,12 @@ template <class T, class Metadata>
 void fit(const uint32_t* __restrict low_keys, const uint32_t* __restrict high_keys, int blocks, float levels,
          float* __restrict minima, float* __restrict inverses, uint32_t* __restrict metadata,
          uint32_t* __restrict strange) {
-    using Word = typename T::Word;
     for (int b = 0; b < blocks; b++) {
-        const Fit fit = Metadata::template fit<T>((Word)low_keys[b], (Word)high_keys[b], levels);
+        const Fit fit = Metadata::template fit<T>(low_keys[b], high_keys[b], levels);
         minima[b] = fit.minimum;
         inverses[b] = fit.inverse;
         metadata[b] = fit.scale_bits | fit.minimum_bits << 16;
-        strange[b] = !fit.plain;
+        strange[b] = ~fit.plain;
     }
 }
 
@@ -100,30 +104,39 @@ void quantize(const typename T::Word* __restrict x, const float* __restrict mini
     }
 }
 
+bool any(const uint32_t* marks, int blocks) {
+    uint32_t all = 0;
+    for (int b = 0; b < blocks; b++) all |= marks[b];
+    return all;
+}
+
 template <class T, int kBlock>
-void quantize_strange(const typename T::Word* x, uint32_t low_key, uint32_t high_key, float levels, uint8_t* codes) {
-    const Fit fit = Bf16Pair::fit<T>((typename T::Word)low_key, (typename T::Word)high_key, levels);
-    for (int i = 0; i < kBlock; i++) codes[i] = (uint8_t)code_of(T::widen(x[i]), fit);
+void quantize_strange(const typename T::Word* x, int blocks, float levels, const Strip& s, uint8_t* codes) {
+    for (int b = 0; b < blocks; b++) {
+        if (!s.strange[b]) continue;
+        const Fit fit = Bf16Pair::fit<T>(s.low_keys[b], s.high_keys[b], levels);
+        for (int i = b * kBlock; i < (b + 1) * kBlock; i++) codes[i] = (uint8_t)code_of(T::widen(x[i]), fit);
+    }
 }
 
 // A lane is 8 / kWidth codes, a byte each, and becomes one byte of the plane: groups of bits, as far apart as a full
-// lane lets them, move next to their lower neighbours, twice as many at each step.
+// lane lets them, move next to their lower neighbours, and twice as large groups after them.
+template <class Lane, int kGroup> FC_INLINE Lane gather(Lane lane) {
+    if constexpr (kGroup == 8) return lane;
+    else return gather<Lane, 2 * kGroup>((Lane)(lane | lane >> kGroup * ((int)sizeof(Lane) - 1)));
+}
+
 template <class Lane, int kWidth>
 void pack_plane(const uint8_t* __restrict codes, int values, int shift, uint8_t* __restrict plane) {
-    constexpr Lane kMask = (Lane)(0x0101010101010101 * ((1 << kWidth) - 1));
-    for (int i = 0; i < values * kWidth / 8; i++) {
-        Lane lane = (Lane)(((const Lane*)codes)[i] >> shift & kMask);
-#pragma GCC unroll 3
-        for (int group = kWidth; group <= 4; group *= 2) lane |= (Lane)(lane >> group * ((int)sizeof(Lane) - 1));
-        plane[i] = (uint8_t)lane;
-    }
+    constexpr Lane kCodes = (Lane)(0x0101010101010101 * ((1 << kWidth) - 1));
+    for (int i = 0; i < values * kWidth / 8; i++)
+        plane[i] = (uint8_t)gather<Lane, kWidth>((Lane)(((const Lane*)codes)[i] >> shift & kCodes));
 }
 
 void pack(const Layout& at, int64_t octet, int values, const uint8_t* codes, uint8_t* payload) {
     at.each_plane([&](int width, int shift, int64_t start) {
         uint8_t* plane = payload + start + octet * width;
-        if (width == 8) __builtin_memcpy(plane, codes, values);
-        if (width == 4) pack_plane<Word16, 4>(codes, values, shift, plane);
+        if (width == 4) pack_plane<Word16, 4>(codes, values, 0, plane);  // always the first
         if (width == 2) pack_plane<Word32, 2>(codes, values, shift, plane);
         if (width == 1) pack_plane<Word64, 1>(codes, values, shift, plane);
     });
@@ -141,29 +154,29 @@ void encode_strip(const typename T::Word* x, const Layout& at, int64_t first, in
     x += first * kBlock;
     extremes<T, kBlock>(x, blocks, s.low_keys, s.high_keys);
     fit<T, Bf16Pair>(s.low_keys, s.high_keys, blocks, at.levels(), s.minima, s.inverses, s.metadata, s.strange);
-    quantize<T, kBlock>(x, s.minima, s.inverses, blocks, s.codes);
-    for (int b = 0; b < blocks; b++)
-        if (s.strange[b])
-            quantize_strange<T, kBlock>(x + b * kBlock, s.low_keys[b], s.high_keys[b], at.levels(),
-                                        s.codes + b * kBlock);
-    pack(at, first * kBlock / 8, blocks * kBlock, s.codes, payload);
+    uint8_t* codes = at.bits == 8 ? payload + first * kBlock : s.codes;  // a plane of 8 bits is the codes themselves
+    quantize<T, kBlock>(x, s.minima, s.inverses, blocks, codes);
+    if (any(s.strange, blocks)) quantize_strange<T, kBlock>(x, blocks, at.levels(), s, codes);
+    pack(at, first * kBlock / 8, blocks * kBlock, codes, payload);
     store_metadata(at, first, blocks, s.metadata, payload);
 }
 
 // ---- decode --------------------------------------------------------------------------------------------------
 
 // The way back: the upper half of every group moves up, until each code has its byte.
+template <class Lane, int kWidth, int kGroup = 4> FC_INLINE Lane scatter(Lane lane) {
+    if constexpr (kGroup < kWidth) return lane;
+    else {
+        constexpr int kSpacing = kGroup * (int)sizeof(Lane);
+        constexpr Lane kGroups = (Lane)((Lane)~(Lane)0 / (((uint64_t)1 << kSpacing) - 1) * ((1u << kGroup) - 1));
+        return scatter<Lane, kWidth, kGroup / 2>((Lane)((lane | lane << (kSpacing - kGroup)) & kGroups));
+    }
+}
+
 template <class Lane, int kWidth, bool kFirst>
 void unpack_plane(const uint8_t* __restrict plane, int values, int shift, uint8_t* __restrict codes) {
     for (int i = 0; i < values * kWidth / 8; i++) {
-        Lane lane = plane[i];
-#pragma GCC unroll 3
-        for (int group = 4; group >= kWidth; group /= 2) {
-            const int spacing = group * (int)sizeof(Lane);
-            const Lane keep = (Lane)((uint64_t)(Lane)~0ull / (((uint64_t)1 << spacing) - 1) * ((1u << group) - 1));
-            lane = (Lane)(lane | (Lane)(lane << (spacing - group))) & keep;
-        }
-        lane = (Lane)(lane << shift);
+        const Lane lane = (Lane)(scatter<Lane, kWidth>(plane[i]) << shift);
         ((Lane*)codes)[i] = kFirst ? lane : (Lane)(((Lane*)codes)[i] | lane);
     }
 }
@@ -177,8 +190,7 @@ void unpack_plane(const uint8_t* plane, int values, int shift, uint8_t* codes) {
 void unpack(const uint8_t* payload, const Layout& at, int64_t octet, int values, uint8_t* codes) {
     at.each_plane([&](int width, int shift, int64_t start) {
         const uint8_t* plane = payload + start + octet * width;
-        if (width == 8) __builtin_memcpy(codes, plane, values);
-        if (width == 4) unpack_plane<Word16, 4>(plane, values, shift, codes);
+        if (width == 4) unpack_plane<Word16, 4>(plane, values, 0, codes);
         if (width == 2) unpack_plane<Word32, 2>(plane, values, shift, codes);
         if (width == 1) unpack_plane<Word64, 1>(plane, values, shift, codes);
     });
@@ -208,13 +220,26 @@ FC_INLINE float affine(uint32_t code, float scale, float minimum) {
 #endif
 }
 
+// Whether rounding to T is a step of its own, `round_all`, rather than a part of the loop.
+template <class T> constexpr bool kRoundsApart = false;
+
+#if defined(__F16C__)
+// To float16 there is one instruction, which compilers do not find, or a dozen.
+template <> constexpr bool kRoundsApart<Float16> = true;
+
+void round_all(const float* sums, int count, uint16_t* out) {
+    for (int i = 0; i < count; i += 8)
+        _mm_storeu_si128((__m128i*)(out + i), _mm256_cvtps_ph(_mm256_loadu_ps(sums + i), _MM_FROUND_TO_NEAREST_INT));
+}
+#endif
+
 // Adds a payload's part to the sums, which the first starts; the last writes them to the tensor instead.
 template <class T, int kBlock, bool kFirst, bool kLast>
 void accumulate(const uint8_t* __restrict codes, const float* __restrict minima, const float* __restrict scales,
                 int blocks, float* __restrict sums, typename T::Word* __restrict out) {
     for (int b = 0; b < blocks; b++, codes += kBlock, sums += kBlock, out += kBlock) {
         const float minimum = minima[b], scale = scales[b];
-        if constexpr (sizeof(*out) == 2) {
+        if constexpr (sizeof(*out) == 2 && !kRoundsApart<T>) {
             constexpr int kHalf = kBlock / 2;  // sums of even values lie before those of odd ones
             for (int i = 0; i < kHalf; i++) {
                 const uint32_t pair = ((const Word16*)codes)[i];
@@ -227,9 +252,10 @@ void accumulate(const uint8_t* __restrict codes, const float* __restrict minima,
             for (int i = 0; i < kBlock; i++) {
                 float part = affine(codes[i], scale, minimum);
                 if (!kFirst) part = sums[i] + part;
-                if (kLast) out[i] = T::narrow(part);
+                if (kLast && !kRoundsApart<T>) out[i] = (typename T::Word)T::narrow(part);
                 else sums[i] = part;
             }
+            if constexpr (kLast && kRoundsApart<T>) round_all(sums, kBlock, out);
         }
     }
 }
@@ -243,10 +269,12 @@ void decode_strip(const uint8_t* const* payloads, int count, const Layout& at, i
         const bool is_last = p == count - 1;
         const auto add = p == 0 ? is_last ? accumulate<T, kBlock, true, true> : accumulate<T, kBlock, true, false>
                          : is_last ? accumulate<T, kBlock, false, true> : accumulate<T, kBlock, false, false>;
+        const uint8_t* codes = at.bits == 8 ? payloads[p] + begin : s.codes;
         unpack(payloads[p], at, begin / 8, blocks * kBlock, s.codes);
         load_metadata<T>(payloads[p], at, first, blocks, s.minima, s.scales, s.strange);
-        add(s.codes, s.minima, s.scales, blocks, s.sums, out + begin);
+        add(codes, s.minima, s.scales, blocks, s.sums, out + begin);
     }
+    if (!any(s.strange, blocks)) return;
     for (int b = 0; b < blocks; b++)
         for (int i = 0; s.strange[b] && i < kBlock / 8; i++)
             decode_octet<T>(payloads, count, at, (begin + b * kBlock) / 8 + i, out);
