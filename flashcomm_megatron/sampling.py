@@ -22,7 +22,7 @@ from torch import Tensor
 from .codec import Codec
 
 EVERY = 100  # calls of a site for one sample
-WINDOW = 2**18  # values of one sample
+WINDOW = 2**16  # values of one sample
 
 
 class Error(NamedTuple):

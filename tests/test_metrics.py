@@ -132,15 +132,29 @@ def test_exact_values_have_no_error_and_no_snr() -> None:
     assert "flash-comm/snr-db/all_reduce" not in scalars
 
 
+COPY: Any = SimpleNamespace(block=32, encode=lambda x: x, decode_sum=lambda payloads, out: out.copy_(payloads[0]))
+
+
 def test_sampling_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     def waits(*args: Any) -> Any:
         raise AssertionError("this would wait for the device")
 
-    codec = SimpleNamespace(block=32, encode=lambda x: x, decode_sum=lambda payloads, out: out.copy_(payloads[0]))
     for name in ("item", "tolist", "__bool__", "__float__", "__int__", "cpu", "numpy", "nonzero", "is_nonzero"):
         monkeypatch.setattr(torch.Tensor, name, waits)
     for _ in range(sampling.EVERY + 1):
-        sampling.sample("all_reduce", values(640), codec)  # type: ignore[arg-type]
+        sampling.sample("all_reduce", values(640), COPY)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_cuda_sees_no_wait() -> None:
+    x = values(640).cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(sampling.EVERY + 1):
+            sampling.sample("all_reduce", x, COPY)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert sampling.read()["all_reduce"] == (0.0, 0)
 
 
 def test_site_of_the_caller_names_the_sample() -> None:
