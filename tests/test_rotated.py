@@ -41,21 +41,22 @@ def blocks_of(x: Tensor, block: int) -> Tensor:
 def bound(codec: Rotated, x: Tensor) -> Tensor:
     """Largest error allowed of each value, float64, as the module docstring has it; NaN for a block that is not finite.
 
-    Steps are computed anew from float64 coefficients: an upper bound of what rounding up to three mantissa bits and
-    the floors (15 5/8 octaves below the largest step of 32 blocks, 2**-100) make of them.
+    Steps are computed anew from float64 coefficients, as the interval that rounding to three mantissa bits and the
+    floors (15 5/8 octaves below the largest step of 32 blocks, 2**-100) leave them.
     """
     blocks = blocks_of(x, codec.block)
     coefficients = blocks @ hadamard(codec.block) / codec.block
     finite = blocks.isfinite().all(1)
     constant = (blocks == blocks[:, :1]).all(1)
     needed = torch.where(finite & ~constant, coefficients.abs().amax(1) / codec.zero, 0.0)
-    steps = (9 / 8 * needed * (1 + 2.0**-20)).clamp(min=2.0**-100)
+    least, most = (16 / 17, 17 / 16) if codec.levels <= 32 else (1, 9 / 8)
+    steps = (most * needed * (1 + 2.0**-20)).clamp(min=2.0**-100)
     for first in range(0, len(blocks), 32):
         family = steps[first : first + 32]
         family.clamp_(min=family.max().item() * 9 / 8 * 2.0 ** (-125 / 8))
-    last = codec.levels - 1 - codec.zero
-    beyond = coefficients.abs() - last * needed[:, None]
-    errors = torch.maximum(steps[:, None] / 2, torch.minimum(beyond, steps[:, None])).sum(1)
+    reach = (codec.levels - 1 - codec.zero) * least * needed
+    beyond = coefficients.abs() - reach[:, None]
+    errors = torch.maximum(steps[:, None] / 2, beyond).sum(1)
     errors = torch.where(constant, 0.0, errors) + blocks.abs().amax(1) * codec.block * 2.0**-22
     return torch.where(finite, errors, math.nan)[:, None].expand_as(blocks).flatten()[: x.numel()]
 
@@ -83,7 +84,7 @@ def test_squared_errors_are_those_of_the_coefficients() -> None:
     x = tensor("normal", 32 * 64, torch.float32)
     errors = (through(Rotated(5, 32), x) - x).view(-1, 32).double()
     coefficients = x.view(-1, 32).double() @ hadamard(32) / 32
-    step = 9 / 8 * coefficients.abs().amax(1) / 16
+    step = 17 / 16 * coefficients.abs().amax(1) / 16
     assert (errors.square().mean(1).sqrt() <= math.sqrt(32) * step).all()
 
 

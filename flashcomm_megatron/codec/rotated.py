@@ -7,7 +7,7 @@ the others two or three levels. A Walsh-Hadamard rotation inside each block spre
 what comes out is close to a centred Gaussian whatever went in, so the format needs no minimum, and its scale fits in
 one byte that counts down from the largest scale of 32 blocks::
 
-    c = H x / block        step = max|c| / zero, rounded up        q = zero + round(+-c / step)        x' = H c'
+    c = H x / block        step = max|c| / zero        q = zero + round(+-c / step)        x' = H c'
 
 with ``H`` the Hadamard matrix of ``block`` rows, ``levels`` codes 0 .. levels - 1 and ``zero = levels // 2``. The
 sign is chosen so that the largest coefficient becomes code 0, which is the end of the range that reaches farther.
@@ -27,7 +27,8 @@ Whole widths travel as planes of codes. A width with a half travels as pairs: ``
 integer of ``2 * bits`` bits (22 * 22 <= 512), whose low eight bits are one plane and whose other bits follow as planes
 of their own. With block 32, metadata are 0.266 bits a value.
 
-A step is a float32 with three mantissa bits, known by ``key = float32 bits >> 20``. ``top`` is the largest key of 32
+A step is a float32 with three mantissa bits, rounded to nearest (beyond 32 levels up, lest the largest coefficient lose
+many steps), known by ``key = float32 bits >> 20``. ``top`` is the largest key of 32
 blocks, ``scale = negative << 7 | d`` the block's own: ``key = top - d``. A block whose step would lie more than 125
 eighths of an octave below the largest takes ``d = 125``. Steps are at least 2**-100: a block far below decodes to
 zeros. ``negative`` says that the largest coefficient is positive. Two values of ``scale`` are escapes:
@@ -40,9 +41,10 @@ Sums are taken over coefficients, in rank order, and rotated back once. The butt
 fixed order, strides 1, 2, 4, ..., (a, b) -> (a + b, a - b); every product is by a power of two or exact, so that all
 implementations agree bit for bit.
 
-Error: a coefficient is off by at most ``step / 2``, or by what it exceeds the last code's value, at most ``step``,
-where ``step <= 9/8 * max|c| / zero`` unless one of the floors above is larger; a value by at most the sum of its
-block's coefficients' errors, and the block's squared errors sum to ``block`` times those of its coefficients.
+Error: a coefficient is off by at most ``step / 2``, or by what it lies beyond the first or last code's value. ``step``
+is ``max|c| / zero`` within -1/17 and +1/16, beyond 32 levels within +1/8, unless one of the floors above is larger. A
+value is off by at most the sum of its block's coefficients' errors, and the squared errors of a block sum to ``block``
+times those of its coefficients.
 """
 
 from __future__ import annotations
@@ -63,6 +65,7 @@ BLOCKS = (16, 32, 64, 128, 256, 512, 1024)
 FAMILY = 32  # blocks that share a top
 NAN, CONSTANT, LAST = 127, 126, 125  # of the scale byte without its sign; LAST is the largest distance from the top
 KEY_SHIFT = 20  # a key counts float32 bit patterns in units of 2**20: eight steps an octave
+NEAREST = 32  # steps of at most this many levels are rounded to nearest, others up
 LEAST_KEY = (127 - 100) << 3  # 2**-100
 HUGE = 2.0**100  # from here on butterflies could overflow: shrink first
 SHRINK = 2.0**-16
@@ -140,7 +143,8 @@ class Rotated(Reference):
         low, high = coefficients.amin(1), coefficients.amax(1)
         negative = high > -low
         needed = torch.maximum(high, -low) / (self.block * self.zero)
-        keys = (needed.view(torch.int32) + ((1 << KEY_SHIFT) - 1)) >> KEY_SHIFT
+        half = 1 << (KEY_SHIFT - 1)
+        keys = (needed.view(torch.int32) + (half if self.levels <= NEAREST else 2 * half - 1)) >> KEY_SHIFT
         keys = (keys + (shrink < 1).int() * (16 << 3)).clamp(min=LEAST_KEY)
         families = keys.masked_fill(~regular, LEAST_KEY)
         families = torch.nn.functional.pad(families, (0, -keys.numel() % FAMILY), value=LEAST_KEY).view(-1, FAMILY)
