@@ -35,10 +35,10 @@ class Error(NamedTuple):
 _calls: Counter[str] = Counter()
 _sums: dict[tuple[str, torch.device], Tensor] = {}  # float64 [squared error, squared value, blocks not finite]
 _lock = threading.Lock()
-_where: Callable[[], str | None] = lambda: None
+_where: Callable[[], str | None] | None = None
 
 
-def locate(where: Callable[[], str | None]) -> None:
+def locate(where: Callable[[], str | None] | None) -> None:
     """``where()`` names the site of the collective that is about to run, or None for the collective's own name."""
     global _where
     _where = where
@@ -46,7 +46,7 @@ def locate(where: Callable[[], str | None]) -> None:
 
 def sample(collective: str, x: Tensor, codec: Codec) -> None:
     """Note one call that encodes ``x`` (any shape, contiguous); every hundredth is measured."""
-    name = _where() or collective
+    name = (_where and _where()) or collective
     call = _calls[name]
     _calls[name] = call + 1
     if call % EVERY == 0 and not _is_capturing(x):
