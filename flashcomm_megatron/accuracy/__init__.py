@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 
 from ..config import ALGORITHMS, Config
 from ..recipes import RECIPES
@@ -68,6 +69,7 @@ def _run(options: argparse.Namespace) -> int:
     todo = sweep.combinations(recipes, options.bits, options.tp, options.block, options.algorithm)
     varying = ("tp", "bits", "recipe", "block", "algorithm", "out")
     settings = {key: value for key, value in vars(options).items() if key not in varying}
+    settings |= {key: Path(settings[key]).name for key in ("model", "text")}
     results = sweep.Results(options.out, settings)
     model = Llama(options.model)
     if max(options.length, PROMPT + options.generate) > model.context:

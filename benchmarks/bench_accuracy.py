@@ -1,0 +1,175 @@
+"""What recipes, block sizes, feedback and context cost in accuracy, on a real checkpoint.
+
+run as:  python benchmarks/bench_accuracy.py recipes | blocks | feedback | context   [--model DIR] [--text FILE]
+
+- recipes: every recipe and width, TP2 and TP8 (python -m flashcomm_megatron accuracy scores one's own model)
+- blocks: 4 bits in blocks of 16 to 1024: perplexity, signal to noise by kind of layer, bytes and codec speed
+- feedback: recipe auto with and without residual feedback, and the loss of each site compressed alone
+- context: perplexity by position and agreement along a long generation, up to the model's context
+
+Writes CSV, JSON and a plot to benchmarks/results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import record
+import torch
+
+from flashcomm_megatron.accuracy import plot, sweep
+from flashcomm_megatron.accuracy.llama import Llama, windows
+from flashcomm_megatron.accuracy.score import Bench, Score
+from flashcomm_megatron.config import Config
+from flashcomm_megatron.recipes import RECIPES
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+BLOCKS = (16, 32, 64, 128, 256, 512, 1024)
+KINDS = ("self_attn.o_proj", "mlp.down_proj")
+
+
+def main() -> None:
+    options = parse()
+    torch.set_num_threads(options.threads)
+    {"recipes": recipes, "blocks": blocks, "feedback": feedback, "context": context}[options.part](options)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=["recipes", "blocks", "feedback", "context"])
+    parser.add_argument("--model", default=str(DATA / "stories3M"))
+    parser.add_argument("--text", default=str(DATA / "tinystories.txt"))
+    parser.add_argument("--sequences", type=int, default=46)
+    parser.add_argument("--tp", type=int, nargs="+", default=[2, 8])
+    parser.add_argument("--bits", type=int, nargs="+", default=[8, 6, 5, 4, 3, 2])
+    parser.add_argument("--threads", type=int, default=1)
+    return parser.parse_args()
+
+
+def bench(options: argparse.Namespace, length: int = 192, prompts: int = 4, generated: int = 0) -> Bench:
+    model = Llama(options.model)
+    text = windows(options.model, options.text, model, length, options.sequences)
+    return Bench(model, text, prompts, 16, generated)
+
+
+def flat(score: Score, **more: Any) -> dict[str, Any]:
+    """A score as a row of a table: sites by kind of layer, in the mean."""
+    row = {key: value for key, value in asdict(score).items() if not isinstance(value, dict | list)}
+    for kind in KINDS:
+        of_kind = [value for site, value in score.decibels.items() if site.endswith(kind)]
+        row[f"decibels {kind}"] = statistics.fmean(of_kind) if of_kind else None
+    return row | more
+
+
+def recipes(options: argparse.Namespace) -> None:
+    lab, scores = bench(options, generated=32), []
+    for config, world in sweep.combinations(RECIPES, options.bits, options.tp, [None], "auto"):
+        scores.append(lab.score(config, world, with_sites=False))
+        show(scores[-1])
+    record.save("accuracy_recipes", [flat(score) for score in scores])
+    plot.draw(scores, record.RESULTS / "accuracy_recipes.png")
+
+
+def blocks(options: argparse.Namespace) -> None:
+    lab, rows = bench(options), []
+    for recipe in ("flash-v1", "auto"):
+        for block in BLOCKS:
+            config = Config(bits=4, recipe=recipe, block=block, min_bytes=0)
+            for world in options.tp:
+                score = lab.score(config, world, with_sites=False)
+                show(score, f"block {block}")
+                rows.append(flat(score, **speed(config)))
+    record.save("accuracy_blocks", rows)
+    draw_blocks(rows)
+
+
+def feedback(options: argparse.Namespace) -> None:
+    lab, rows = bench(options), []
+    for world in options.tp:
+        for bits in options.bits:
+            for has_feedback in (True, False):
+                score = lab.score(Config(bits=bits, min_bytes=0), world, bits == 4 and not has_feedback, has_feedback)
+                show(score, "feedback" if has_feedback else "no feedback")
+                rows.append(flat(score, feedback=has_feedback, rise_by_site=str(score.rise_by_site or "")))
+    record.save("accuracy_feedback", rows)
+
+
+def context(options: argparse.Namespace) -> None:
+    """Stories one after the other, so that every window is as long as the model's context."""
+    joined = Path(options.text).read_text().replace("<|endoftext|>", "\n")
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
+        file.write(joined)
+        file.flush()
+        options.text = file.name
+        length = Llama(options.model).context
+        lab = bench(options, length, prompts=min(4, options.sequences), generated=length - 16)
+    rows = []
+    for recipe in ("auto", "flash-v1"):
+        for world in options.tp:
+            score = lab.score(Config(bits=4, recipe=recipe, min_bytes=0), world, with_sites=False)
+            show(score, f"{score.rise_by_quarter} {score.agreement_by_quarter}")
+            quarters = enumerate(zip(score.rise_by_quarter, score.agreement_by_quarter, strict=True), 1)
+            by_quarter = {
+                f"{what} {i}": pair[j] for i, pair in quarters for j, what in enumerate(("rise", "agreement"))
+            }
+            rows.append(flat(score, **by_quarter))
+    record.save("accuracy_context", rows)
+
+
+def speed(config: Config, numel: int = 1 << 20) -> dict[str, float]:
+    """GB/s of a bfloat16 tensor through encode and decode of the reduce leg, medians, in this process's threads."""
+    codec, x = config.legs.reduce, torch.randn(numel).bfloat16()
+    payload, out = codec.encode(x), torch.empty_like(x)
+    return {
+        "encode GB/s": x.nbytes / median(lambda: codec.encode(x, payload)) / 1e9,
+        "decode GB/s": x.nbytes / median(lambda: codec.decode_sum([payload], out)) / 1e9,
+    }
+
+
+def median(call: Any, repeats: int = 7) -> float:
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def draw_blocks(rows: Iterable[dict[str, Any]]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5))
+    curves: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in rows:
+        curves.setdefault((row["recipe"], row["tp"]), []).append(row)
+    for (recipe, world), points in curves.items():
+        label = f"{recipe}, TP{world}"
+        left.plot([each["block"] for each in points], [each["rise"] for each in points], "o-", label=label)
+        right.plot([each["wire_bits"] for each in points], [each["rise"] for each in points], "o-", label=label)
+    left.set(xscale="log", xlabel="values in a block", ylabel="relative rise of perplexity", title="4 bits")
+    left.set_xticks(BLOCKS, [str(each) for each in BLOCKS])
+    right.set(xlabel="bits per value on the wire", title="the same, by what it costs")
+    for axis in (left, right):
+        axis.set(yscale="log")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="small")
+    figure.tight_layout()
+    figure.savefig(record.RESULTS / "accuracy_blocks.png", dpi=120)
+
+
+def show(score: Score, what: str = "") -> None:
+    print(f"{score.recipe} {score.bits} TP{score.tp} {what}: {score.wire_bits:.3f} bits, {score.rise:.3%}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
