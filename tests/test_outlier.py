@@ -86,6 +86,22 @@ def test_values_beyond_the_calibrated_range_saturate():
     assert (y != 0).sum() == 4
 
 
+def test_catastrophic_outliers_cost_ten_times_less_than_in_per_tensor_static_int4():
+    """Ranges as skewed as an independent replication found in a 12B model: three wide features, the worst 285 times."""
+    generator, features, ranks = torch.Generator().manual_seed(0), 512, 8
+    reach = torch.empty(features).uniform_(0.7, 1.3, generator=generator)
+    reach[[40, 100, 300]] = torch.tensor([285.0, 60.0, 4.0])
+    seen, fresh = (reach * (2 * torch.rand(ranks, 1024, features, generator=generator) - 1) for _ in range(2))
+    low, high = seen.amin(1), seen.amax(1)
+    codecs = [from_ranges(low, high, rank) for rank in range(ranks)]
+    sent = [codec.encode(part.flatten()) for codec, part in zip(codecs, fresh, strict=True)]
+    outlier = codecs[0].decode_sum(sent, torch.empty(fresh[0].numel())).view_as(fresh[0])
+    scale = seen.abs().amax() / 7
+    int4 = ((fresh / scale).round().clamp(-8, 7) * scale).sum(0)
+    exact = fresh.double().sum(0)
+    assert (int4 - exact).abs().max() > 10 * (outlier - exact).abs().max()
+
+
 def test_a_feature_that_was_always_zero_decodes_to_zero():
     low, high = -torch.ones(1, 70), torch.ones(1, 70)
     low[0, 3], high[0, 3], high[0, 4], low[0, 4] = 0, 0, 1e-44, 0
