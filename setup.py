@@ -4,7 +4,7 @@ The CPU codec is compiled once for every instruction set and chooses when it run
 of an architecture. No torch header is used, so it also serves every torch.
 
     FLASHCOMM_CUDA=0 | 1      forbid | require CUDA; by default it is built where nvcc is on PATH
-    TORCH_CUDA_ARCH_LIST      GPU architectures as for torch, "8.0;9.0+PTX"; default "8.0;9.0+PTX"
+    TORCH_CUDA_ARCH_LIST      GPU architectures as for torch; default: the GPUs present, else "8.0;9.0+PTX"
     FLASHCOMM_WERROR=1        warnings of our own sources are errors
 """
 
@@ -24,8 +24,8 @@ from setuptools.command.build_ext import build_ext
 CSRC = Path("csrc")
 EXACT = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]  # never -ffast-math: NaN must survive
 COMMON = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-pthread"]
-CUDA = ["-std=c++17", "-O3", "-fmad=false", "-DFLASHCOMM_ISA=cuda", "-Xcompiler=-fPIC,-fvisibility=hidden"]
-CUDA_SOURCES = ["codec_cuda.cu"]
+CUDA = ["-std=c++17", "-O3", "-fmad=false", "-DFLASHCOMM_ISA=cuda", "--threads=2"]
+CUDA_SOURCES = ["collectives.cu", "codec_cuda.cu", "shared_memory.cu"]  # the longest first
 INSTRUCTION_SETS = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS |= {
@@ -55,9 +55,19 @@ def find_nvcc() -> tuple[str | None, str]:
     return nvcc, "" if nvcc else "built without nvcc"
 
 
+def present_architectures() -> str:
+    """Compute capabilities of this machine's GPUs, "9.0"; empty where there is none or no driver."""
+    try:
+        query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+        lines = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30).stdout.split()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return ";".join(sorted({line for line in lines if re.fullmatch(r"\d+\.\d+", line)}))
+
+
 def cuda_architectures() -> tuple[list[str], str]:
     """nvcc's -gencode options and the same for people, "sm_80 sm_90 compute_90"."""
-    found = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;9.0+PTX"
+    found = os.environ.get("TORCH_CUDA_ARCH_LIST") or present_architectures() or "8.0;9.0+PTX"
     targets: list[str] = []
     for word in re.split(r"[;,\s]+", found.strip()):
         match = re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", word)
@@ -91,7 +101,8 @@ class Build(build_ext):
         say = f'-DFLASHCOMM_CUDA_ARCHS="{cuda}"' if nvcc else f'-DFLASHCOMM_WITHOUT_CUDA="{without_cuda}"'
         jobs = self.cpu_jobs(say)
         if nvcc:
-            jobs |= {name: [nvcc, *CUDA, *gencode, str(CSRC / name)] for name in CUDA_SOURCES}
+            kernels = [nvcc, *CUDA, "-Xcompiler=-fPIC,-fvisibility=hidden", *gencode]
+            jobs = {name: [*kernels, str(CSRC / name)] for name in CUDA_SOURCES} | jobs
         folder = Path(self.build_temp)
         folder.mkdir(parents=True, exist_ok=True)
         objects = [str(folder / f"{name}.o") for name in jobs]
@@ -114,6 +125,8 @@ class Build(build_ext):
             "bindings": [*compiler, *includes, say, str(CSRC / "bindings.cpp")],
             "codec_threads": [*compiler, str(CSRC / "codec_threads.cpp")],
         }
+        if "CUDA_ARCHS" in say:
+            jobs["bindings_cuda"] = [*compiler, *includes, str(CSRC / "bindings_cuda.cpp")]
         for name, flags in INSTRUCTION_SETS.items():
             source = [f"-DFLASHCOMM_ISA={name}", str(CSRC / "codec_cpu.cpp")]
             jobs[f"codec_{name}"] = [*compiler, *EXACT, *flags, *source]

@@ -26,6 +26,10 @@ static py::dict info() {
                     py::arg("cuda") = cuda, py::arg("without_cuda") = without_cuda);
 }
 
+#ifdef FLASHCOMM_CUDA_ARCHS
+void bind_cuda(py::module_& m);  // bindings_cuda.cpp
+#endif
+
 PYBIND11_MODULE(_C, m) {
     m.doc() = "Compiled codec; see flashcomm_megatron/extension.py.";
     m.def("info", info);
@@ -39,6 +43,7 @@ PYBIND11_MODULE(_C, m) {
         decode_sum(pointers(payloads), (int)payloads.size(), {format, bits, block, numel}, (void*)out, dtype, threads);
     }, ReleaseGil());
 #ifdef FLASHCOMM_CUDA_ARCHS
+    bind_cuda(m);
     m.def("encode_cuda", [](Address x, int dtype, int64_t numel, int format, int bits, int64_t block, Address payload,
                             Address stream) {
         encode_cuda((const void*)x, dtype, {format, bits, block, numel}, (uint8_t*)payload, (void*)stream);

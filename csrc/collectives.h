@@ -110,13 +110,12 @@ private:
     // False: a flag did not come.
     FC_DEVICE bool one_round() {
         if (reduces(call.kind)) {
-            if (scatters(call.kind)) scatter();
-            else share(reduce, kReduceLeg);
+            send(reduce, kReduceLeg);
             announce(kReduceLeg);
             if (!await(kReduceLeg)) return false;
             sum();
         } else {
-            share(gather, kGatherLeg);
+            send(gather, kGatherLeg);
         }
         if (!gathers(call.kind)) return true;
         announce(kGatherLeg);
@@ -125,27 +124,21 @@ private:
         return true;
     }
 
-    FC_DEVICE void scatter() {
+    // Encodes this rank's part of x and pushes it: scattering, every rank's slice to that rank; sharing, all of it (in
+    // one-step) or its slice of what all-gather returns to every rank.
+    template <class Codec> FC_DEVICE void send(const Codec& codec, Leg leg) {
+        const bool scatter = scatters(call.kind);
         for (int d = 0; d < call.shape.depth; d++)
-            for (int distance = 1; distance <= call.world; distance++) {
+            for (int distance = 1; distance <= (scatter ? call.world : 1); distance++) {
                 const int peer = (rank + distance) % call.world;  // no two ranks start with the same one
+                const int slice = scatter ? peer : 0;
                 const int64_t t = tile(d);
-                const int values = call.shape.values(call.shape.size(peer), t);
+                const int values = call.shape.values(call.shape.size(leg == kGatherLeg ? rank : slice), t);
                 if (values == 0) continue;
-                encode(reduce, x(peer) + t * call.shape.tile, values);
-                push(peer, kReduceLeg, d, reduce.bytes(values));
+                encode(codec, x(slice) + t * call.shape.tile, values);
+                if (scatter) push(peer, leg, d, codec.bytes(values));
+                else push_all(leg, d, codec.bytes(values));
             }
-    }
-
-    // This rank's part of x: all of it in one-step, its slice of what all-gather returns.
-    template <class Codec> FC_DEVICE void share(const Codec& codec, Leg leg) {
-        for (int d = 0; d < call.shape.depth; d++) {
-            const int64_t t = tile(d);
-            const int values = call.shape.values(call.shape.size(leg == kGatherLeg ? rank : 0), t);
-            if (values == 0) continue;
-            encode(codec, x(0) + t * call.shape.tile, values);
-            push_all(leg, d, codec.bytes(values));
-        }
     }
 
     template <class Codec> FC_DEVICE void encode(const Codec& codec, const Word* values, int count) {

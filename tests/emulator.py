@@ -68,7 +68,7 @@ class Shape(ctypes.Structure):
 
 
 class World:
-    """``world`` ranks with their inboxes; ``blocks`` thread blocks a rank and ``region`` bytes an inbox region at most."""
+    """``world`` ranks with their inboxes; at most ``blocks`` thread blocks a rank, ``region`` bytes an inbox region."""
 
     def __init__(self, world: int, blocks: int = 2, region: int = 2 * 16384, epoch: int = 0) -> None:
         self.world = world

@@ -9,29 +9,12 @@ import emulator
 import pytest
 import torch
 from protocol_model import AS_BUILT, reached
+from specification import expected, outputs, same, strange
 
 from flashcomm_megatron.codec import Uniform
 from flashcomm_megatron.config import Config
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
-def strange(numel: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
-    """Normal values, with blocks that are constant, zero, NaN, Inf, tiny, huge or of both zeros."""
-    x = torch.randn(numel, generator=torch.Generator().manual_seed(seed))
-    tricks = [0.0, 1 / 3, math.nan, math.inf, 1e-38, 3e38, -0.0]
-    for i, value in enumerate(tricks):
-        start = (i * 2 + 1) * 32
-        x[start : start + 32] = value
-        if i % 2:
-            x[start + 3 : start + 5] *= -1
-    return x.to(dtype)
-
-
-def same(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Equal bit patterns, but for the sign and payload of NaN, in which torch's own conversions differ."""
-    bits = [torch.where(x.isnan(), torch.nan, x.float()).view(torch.int32) for x in (found, expected)]
-    return torch.equal(*bits)
 
 
 # ---- codec kernels --------------------------------------------------------------------------------------------
@@ -63,46 +46,13 @@ def test_unaligned_tensors():
 # ---- collectives ----------------------------------------------------------------------------------------------
 
 
-def through(codec, x, dtype=torch.float32):
-    return codec.decode_sum_ref([codec.encode_ref(x)], x.numel(), dtype)
-
-
-def total(codec, parts):
-    """Sum in rank order, float32, of the decoded parts."""
-    return codec.decode_sum_ref([codec.encode_ref(x) for x in parts], parts[0].numel(), parts[0].dtype)
-
-
-def expected(kind, codecs, parts):
-    """What every rank holds afterwards: the specification of collectives.py."""
-    reduce, gather = codecs
-    world, numel = len(parts), parts[0].numel()
-    if kind == "one-step":
-        return [total(reduce, parts)] * world
-    if kind == "all_gather":
-        return [torch.cat([through(gather, x, x.dtype) for x in parts])] * world
-    if kind == "reduce_scatter":
-        return [total(reduce, [x.chunk(world)[rank] for x in parts]) for rank in range(world)]
-    unit = math.lcm(reduce.block, gather.block)
-    length = math.ceil(math.ceil(numel / world) / unit) * unit
-    slices = zip(*(x.split(length) for x in parts), strict=True)
-    return [torch.cat([through(gather, total(reduce, s), s[0].dtype) for s in slices])] * world
-
-
-def outputs(kind, parts, in_place):
-    world, numel = len(parts), parts[0].numel()
-    if in_place:
-        return parts
-    size = {"reduce_scatter": numel // world, "all_gather": numel * world}.get(kind, numel)
-    return [torch.full((size,), torch.nan, dtype=parts[0].dtype) for _ in parts]
-
-
 def check(kind, world, numel, dtype, codecs, seed=0, in_place=False, setting=None):
     if kind == "reduce_scatter":
         numel = math.ceil(numel / world) * world
-    parts = [strange(max(numel, 512), dtype, seed * 10 + rank)[:numel].clone() for rank in range(world)]
+    parts = [strange(numel, dtype, seed * 10 + rank).clone() for rank in range(world)]
     want = expected(kind, codecs, parts)
     ranks = setting or emulator.World(world)
-    out = outputs(kind, parts, in_place)
+    out = parts if in_place else outputs(kind, parts)
     ranks.run([ranks.job(kind, codecs, parts, out)], seed)
     for rank in range(world):
         assert same(out[rank], want[rank]), (kind, world, numel, dtype, codecs, rank)
@@ -140,7 +90,7 @@ def test_messages_of_many_rounds(kind):
     numel = 150_000 if kind == "two-step" else 80_000
     codecs = (Uniform(8, 8), Uniform(8, 8))
     x = [torch.zeros(numel, dtype=torch.bfloat16)] * 2
-    assert ranks.shape(ranks.job(kind, codecs, x, outputs(kind, x, False))).rounds > 1
+    assert ranks.shape(ranks.job(kind, codecs, x, outputs(kind, x))).rounds > 1
     check(kind, 2, numel, torch.bfloat16, codecs, setting=ranks)
 
 
@@ -156,7 +106,7 @@ def test_uncompressed_path():
         bits, block = 16, 8
 
     for kind in ("one-step", "two-step"):
-        ranks, out = emulator.World(3), outputs("", parts, False)
+        ranks, out = emulator.World(3), outputs("one-step", parts)
         ranks.run([ranks.job(kind, (Exact, Exact), parts, out)])
         assert all(same(each, sum(parts)) for each in out)
 
@@ -171,7 +121,7 @@ def mixed_jobs(ranks, count, seed, **tests):
         kind = list(emulator.KINDS)[(i * 7 + seed) % 4]
         numel = (1, 5000, 300, 20_000)[(i + seed) % 4] // ranks.world * ranks.world
         parts = [torch.randn(numel).bfloat16() for _ in range(ranks.world)]
-        out = outputs(kind, parts, False)
+        out = outputs(kind, parts)
         keep.append((parts, out, expected(kind, BLOCK32, parts) if numel else out))
         jobs.append(ranks.job(kind, BLOCK32, parts, out, **tests))
     return jobs, keep
@@ -204,7 +154,7 @@ def stalled(single_buffer: int) -> bool:
     ranks = emulator.World(2, blocks=1, region=16384)
     codecs = (Uniform(8, 8), Uniform(8, 8))
     parts = [torch.randn(80_000).bfloat16() for _ in range(2)]
-    out = outputs("reduce_scatter", parts, False)
+    out = outputs("reduce_scatter", parts)
     job = ranks.job("reduce_scatter", codecs, parts, out, stalled_rank=1, stall=30_000, single_buffer=single_buffer)
     assert ranks.shape(job).rounds > 3
     ranks.run([job])

@@ -1,0 +1,132 @@
+"""Several ranks on one GPU inside one process: in one launch, or each on its own stream.
+
+One launch: all ranks are blocks of one grid, so a call is all or nothing and can be timed and captured. Streams: each
+rank launches its own kernels, which overtake each other as those of separate GPUs do. Both run the kernel of
+csrc/collectives.h over inboxes made here; host_memory=True puts these into pinned host memory, behind the PCIe link.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashcomm_megatron import extension
+from flashcomm_megatron.transport import host
+from flashcomm_megatron.transport.workspace import KINDS
+
+Codecs = tuple[Any, Any]  # of the reduce and the gather leg, each with bits and block
+
+
+class Uncompressed:
+    """Stands for the 16-bit path of the same kernel."""
+
+    bits, block = 16, 8
+
+
+class Inboxes:
+    """``world`` inboxes on the current device or in pinned host memory."""
+
+    def __init__(self, world: int, blocks: int, region: int, host_memory: bool = False) -> None:
+        self.cuda: Any = extension.cuda()
+        self.world, self.blocks = world, blocks
+        self.region = max(region, blocks * self.cuda.slot_bytes())
+        self._size = self.cuda.inbox_bytes(world, self.region)
+        self._segments: list[mmap.mmap] = []
+        self.addresses = [
+            self._pinned() if host_memory else self.cuda.device_allocate(0, self._size) for _ in range(world)
+        ]
+
+    def _pinned(self) -> int:
+        name, segment = host.create(self._size)
+        host.remove(name)
+        self._segments.append(segment)
+        return int(self.cuda.host_register(0, host.address(segment), self._size))
+
+    def free(self) -> None:
+        """Give the memory back; nothing may be running."""
+        for segment in self._segments:
+            self.cuda.host_unregister(host.address(segment))
+            segment.close()
+        for address in [] if self._segments else self.addresses:
+            self.cuda.device_free(0, address)
+        self.addresses, self._segments = [], []
+
+
+def resident_blocks(world: int) -> int:
+    """Thread blocks each of ``world`` ranks on the current device may launch."""
+    cuda: Any = extension.cuda()
+    return max(1, int(cuda.device_blocks(0)) // world)
+
+
+class OneLaunch:
+    """``world`` ranks that run in one launch."""
+
+    def __init__(self, world: int, blocks: int = 0, region: int = 1 << 20, host_memory: bool = False) -> None:
+        blocks = blocks or resident_blocks(world)
+        self.inboxes = Inboxes(world, blocks, region, host_memory)
+        self.world = world
+        self.kernels = self.inboxes.cuda.Workspace(
+            0, world, 0, world, blocks, self.inboxes.region, self.inboxes.addresses
+        )
+
+    def run(self, kind: str, codecs: Codecs, x: Sequence[Tensor], out: Sequence[Tensor], **tests: Any) -> None:
+        """One collective over all ranks, on the current stream."""
+        self.kernels.launch(request(self.inboxes.cuda, kind, codecs, x, out, **tests))
+
+    def shape(self, kind: str, codecs: Codecs, x: Sequence[Tensor], out: Sequence[Tensor]) -> list[int]:
+        """[rounds, tile, blocks, depth, stride]"""
+        return list(self.kernels.shape(request(self.inboxes.cuda, kind, codecs, x, out)))
+
+    def close(self) -> None:
+        """Give everything back."""
+        self.kernels.close()
+        self.inboxes.free()
+
+
+class Streams:
+    """``world`` ranks that launch their own kernels, each on its own stream."""
+
+    def __init__(self, world: int, blocks: int = 0, region: int = 1 << 20) -> None:
+        blocks = blocks or resident_blocks(world)
+        self.inboxes = Inboxes(world, blocks, region)
+        make = self.inboxes.cuda.Workspace
+        arguments = blocks, self.inboxes.region, self.inboxes.addresses
+        self.kernels = [make(0, world, rank, 1, *arguments) for rank in range(world)]
+        self.streams = [torch.cuda.Stream() for _ in range(world)]
+        self.world = world
+
+    def run(self, rank: int, kind: str, codecs: Codecs, x: Tensor, out: Tensor, **tests: Any) -> None:
+        """One rank's part of a collective."""
+        with torch.cuda.stream(self.streams[rank]):
+            self.kernels[rank].launch(request(self.inboxes.cuda, kind, codecs, [x], [out], **tests))
+
+    def run_all(self, kind: str, codecs: Codecs, x: Sequence[Tensor], out: Sequence[Tensor], **tests: Any) -> None:
+        """Every rank's part."""
+        for rank in range(self.world):
+            self.run(rank, kind, codecs, x[rank], out[rank], **tests)
+
+    def close(self) -> None:
+        """Give everything back."""
+        for kernels in self.kernels:
+            kernels.close()
+        self.inboxes.free()
+
+
+def request(cuda: Any, kind: str, codecs: Codecs, x: Sequence[Tensor], out: Sequence[Tensor], **tests: Any) -> Any:
+    """What the extension is asked to launch on the current stream."""
+    reduce, gather = (cuda.Leg(codec.bits, codec.block) for codec in codecs)
+    return cuda.Request(
+        kind=KINDS[kind],
+        reduce=reduce,
+        gather=gather,
+        dtype=extension.DTYPES[x[0].dtype],
+        numel=max(x[0].numel(), out[0].numel()),
+        x=[each.data_ptr() for each in x],
+        out=[each.data_ptr() for each in out],
+        stream=torch.cuda.current_stream().cuda_stream,
+        **{"deadline": 20.0, **tests},
+    )
