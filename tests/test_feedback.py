@@ -208,3 +208,73 @@ def _scattered(rank: int, world: int) -> tuple[float, float]:
 def test_reduce_scatter_remembers_the_whole_partial_sum() -> None:
     for without, kept in spawn(_scattered, 2):
         assert kept < 0.2 * without
+
+
+# ---- in Megatron ------------------------------------------------------------------------------------------------
+
+
+def _gpt(world: int, sequence_parallel: bool) -> nn.Module:
+    """Six layers, whose row-parallel sums all land in one residual stream."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    config = TransformerConfig(
+        num_layers=6, hidden_size=64, num_attention_heads=4, tensor_model_parallel_size=world,
+        sequence_parallel=sequence_parallel, use_cpu_initialization=True, hidden_dropout=0.0, attention_dropout=0.0,
+    )  # fmt: skip
+    return GPTModel(config, get_gpt_layer_local_spec(), 128, 64, position_embedding_type="rope").eval()
+
+
+def _megatron(rank: int, world: int) -> dict[str, object]:
+    """Errors of the residual stream with and without feedback, for prompts of two shapes; and what training counts."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    import flashcomm_megatron as fc
+    from flashcomm_megatron import cpu
+
+    cpu.enable(force=True)
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=world)
+    model_parallel_cuda_manual_seed(1)
+    seen: dict[str, object] = {}
+    for sequence_parallel in (False, True):
+        model, streams = _gpt(world, sequence_parallel), []
+        model.decoder.final_layernorm.register_forward_pre_hook(lambda _, args: streams.append(args[0].clone()))  # noqa: B023
+        for shape in ((2, 64), (1, 32)):
+            tokens = torch.arange(shape[0] * shape[1]).view(shape) * 7 % 128
+            feedback.reset_counts()
+            with torch.no_grad():
+                model(tokens, tokens, None)
+                with fc.flashcomm(AUTO):
+                    model(tokens, tokens, None)
+                    seen["counts"] = feedback.counts()
+                    handed, feedback.residuals = feedback.residuals, lambda *args: None
+                    model(tokens, tokens, None)
+                    feedback.residuals = handed
+            exact, kept, plain = streams[-3:]
+            seen[f"{shape} {sequence_parallel}"] = [(each - exact).square().sum().item() for each in (kept, plain)]
+    feedback.reset_counts()
+    with fc.flashcomm(AUTO):
+        model.train()(tokens, tokens, None)
+    return seen | {"training": feedback.counts()}
+
+
+@pytest.fixture(scope="module")
+def megatron() -> list[dict[str, object]]:
+    pytest.importorskip("megatron.core", reason="megatron-core is not installed")
+    return spawn(_megatron, 2, seconds=200)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize("shape", [(2, 64), (1, 32)])
+def test_the_residual_stream_ends_nearer_the_exact_one(megatron, shape, sequence_parallel) -> None:  # type: ignore[no-untyped-def]
+    for seen in megatron:
+        kept, plain = seen[f"{shape} {sequence_parallel}"]
+        assert kept < 0.6 * plain
+
+
+def test_megatron_counts_and_reasons(megatron) -> None:  # type: ignore[no-untyped-def]
+    for seen in megatron:
+        assert seen["counts"] == {"on": 12}
+        assert seen["training"] == {"training": 12}
