@@ -45,10 +45,10 @@ def test_the_widest_features_by_range_summed_over_ranks_stay_exact():
     low, high = torch.zeros(2, 128), torch.ones(2, 128)
     low[0, 100] = -9.0  # range 2 * 9 + 2 * 1 = 20
     high[:, 7] = 6.0  # range 2 * 6 + 2 * 6 = 24
-    high[1, 50] = 8.0  # range 2 + 16 = 18
+    high[1, 50] = 10.5  # range 2 + 21 = 23
     first, second = from_ranges(low, high, 0), from_ranges(low, high, 1)
-    assert first.kept.tolist() == second.kept.tolist() == [7, 100], "128 / 64 features, the same on all ranks"
-    assert first.scales[0, 100] == torch.tensor(9.0) / 7 and first.scales[1, 50] == torch.tensor(8.0) / 7
+    assert first.kept.tolist() == second.kept.tolist() == [7, 50], "128 / 64 features, the same on all ranks"
+    assert first.scales[0, 100] == torch.tensor(9.0) / 7 and first.scales[1, 50] == 1.5
     assert from_ranges(torch.zeros(2, 200), torch.ones(2, 200), 0).kept.tolist() == [0, 1, 2], "the first of equals"
     assert len(from_ranges(torch.zeros(2, 20), torch.ones(2, 20), 0).kept) == 1
 
