@@ -56,6 +56,11 @@ def huge(n: int, generator: torch.Generator) -> Tensor:
     return largest * (2 * torch.rand(n, generator=generator) - 1).sign() * torch.rand(n, generator=generator).round()
 
 
+def saturating(n: int, generator: torch.Generator) -> Tensor:
+    """A narrow range around bfloat16's lowest number, which float32 goes below."""
+    return -3.38e38 - 2.2e36 * torch.rand(n, generator=generator)
+
+
 def strange(n: int, generator: torch.Generator) -> Tensor:
     """Some NaN and Inf among the values, the rest of the blocks ordinary."""
     x = torch.randn(n, generator=generator)
@@ -86,7 +91,7 @@ def octaves(n: int, generator: torch.Generator) -> Tensor:
 KINDS: dict[str, Callable[[int, torch.Generator], Tensor]] = {
     function.__name__: function
     for function in (
-        normal, one_sided, constants, denormals, tiny, signed_zeros, huge, strange, outlier, patterns, octaves,
+        normal, one_sided, constants, denormals, tiny, signed_zeros, huge, saturating, strange, outlier, patterns, octaves,
     )
 }  # fmt: skip
 
