@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import struct
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -150,7 +149,6 @@ def activation(step: int) -> torch.Tensor:
 
 def calibrate(folder: str, name: str, steps: int, batches: int) -> list[torch.Tensor]:
     """Run the command on this rank; what the model's layers would have reduced."""
-    Path(folder, "script.py").write_text(SCRIPT)
     live["model"].partials.clear()
     argv = [f"{folder}/script.py", str(steps), "--out", f"{folder}/{name}", "--batches", str(batches)]
     assert calibration.main(argv) == 0
@@ -202,6 +200,7 @@ def ranks(tmp_path_factory):
     """Folder of the files and what each rank saw."""
     pytest.importorskip("megatron.core", reason="megatron-core is not installed")
     folder = tmp_path_factory.mktemp("calibration")
+    (folder / "script.py").write_text(SCRIPT)
     return folder, spawn(_two_ranks, 2, str(folder))
 
 
