@@ -26,6 +26,7 @@ EXACT = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]  # never 
 COMMON = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-pthread"]
 CUDA = ["-std=c++17", "-O3", "-fmad=false", "-DFLASHCOMM_ISA=cuda", "--threads=2"]
 CUDA_SOURCES = ["collectives.cu", "codec_cuda.cu", "shared_memory.cu"]  # the longest first
+CPU_SOURCES = ("codec_cpu.cpp", "rotated_cpu.cpp")  # once for every instruction set
 INSTRUCTION_SETS = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS |= {
@@ -128,8 +129,9 @@ class Build(build_ext):
         if "CUDA_ARCHS" in say:
             jobs["bindings_cuda"] = [*compiler, *includes, str(CSRC / "bindings_cuda.cpp")]
         for name, flags in INSTRUCTION_SETS.items():
-            source = [f"-DFLASHCOMM_ISA={name}", str(CSRC / "codec_cpu.cpp")]
-            jobs[f"codec_{name}"] = [*compiler, *EXACT, *flags, *source]
+            for source in CPU_SOURCES:
+                command = [*compiler, *EXACT, *flags, f"-DFLASHCOMM_ISA={name}", str(CSRC / source)]
+                jobs[f"{Path(source).stem}_{name}"] = command
         return jobs
 
 

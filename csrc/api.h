@@ -7,14 +7,15 @@ namespace flashcomm {
 
 enum Dtype { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
-constexpr int kFormats = 1;  // codec families; 0 is flashcomm_megatron.codec.Uniform
+constexpr int kFormats = 2;  // codec families: 0 is flashcomm_megatron.codec.Uniform, 1 Rotated (bits counted in halves)
 
 struct Spec {
     int format, bits;
     int64_t block, numel;
 };
 
-void encode(const void* x, int dtype, const Spec&, uint8_t* payload, int threads);
+// `residual` (x's dtype, or null) is added to x before encoding and becomes what the encoding lost; Rotated only.
+void encode(const void* x, void* residual, int dtype, const Spec&, uint8_t* payload, int threads);
 void decode_sum(const uint8_t* const* payloads, int count, const Spec&, void* out, int dtype, int threads);
 
 // On the current device, in stream order; std::runtime_error names what CUDA reports. Only in builds with nvcc.
@@ -28,7 +29,8 @@ bool use_isa(const char* name);  // false: not among them
 
 // What one instruction set offers for one format: the blocks first .. last - 1 of a tensor.
 struct Kernels {
-    void (*encode)(const void* x, int dtype, const Spec&, uint8_t* payload, int64_t first, int64_t last);
+    void (*encode)(const void* x, void* residual, int dtype, const Spec&, uint8_t* payload, int64_t first,
+                   int64_t last);
     void (*decode_sum)(const uint8_t* const* payloads, int count, const Spec&, void* out, int dtype, int64_t first,
                        int64_t last);
 };

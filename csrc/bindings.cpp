@@ -35,8 +35,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("info", info);
     m.def("use_isa", use_isa);
     m.def("encode", [](Address x, int dtype, int64_t numel, int format, int bits, int64_t block, Address payload,
-                       int threads) {
-        encode((const void*)x, dtype, {format, bits, block, numel}, (uint8_t*)payload, threads);
+                       Address residual, int threads) {
+        encode((const void*)x, (void*)residual, dtype, {format, bits, block, numel}, (uint8_t*)payload, threads);
     }, ReleaseGil());
     m.def("decode_sum", [](const std::vector<Address>& payloads, int64_t numel, int format, int bits, int64_t block,
                            Address out, int dtype, int threads) {

@@ -12,6 +12,8 @@
 #include "api.h"
 
 #include "codec.h"
+#include "planes.h"
+#include "rotated_cpu.h"
 
 #if defined(__F16C__)
 #include <immintrin.h>
@@ -23,11 +25,6 @@ namespace {
 constexpr int kStrip = 2048;             // values
 constexpr int kMaxBlocks = kStrip / 32;  // blocks of a strip
 constexpr int kLanes = 16;               // of one step of `extremes`
-
-// Words of the wire and of the tensor seen at other widths, wherever they lie.
-typedef uint16_t __attribute__((may_alias, aligned(1))) Word16;
-typedef uint32_t __attribute__((may_alias, aligned(1))) Word32;
-typedef uint64_t __attribute__((may_alias, aligned(1))) Word64;
 
 // A strip's intermediate results: one array for each quantity, so that stages are loops without strides. Stages take
 // arrays, never the whole: what a loop reads and writes must be objects of their own to the compiler.
@@ -119,26 +116,10 @@ void quantize_strange(const typename T::Word* x, int blocks, float levels, const
     }
 }
 
-// A lane is 8 / kWidth codes, a byte each, and becomes one byte of the plane: groups of bits, as far apart as a full
-// lane lets them, move next to their lower neighbours, and twice as large groups after them.
-template <class Lane, int kGroup> FC_INLINE Lane gather(Lane lane) {
-    if constexpr (kGroup == 8) return lane;
-    else return gather<Lane, 2 * kGroup>((Lane)(lane | lane >> kGroup * ((int)sizeof(Lane) - 1)));
-}
-
-template <class Lane, int kWidth>
-void pack_plane(const uint8_t* __restrict codes, int values, int shift, uint8_t* __restrict plane) {
-    constexpr Lane kCodes = (Lane)(0x0101010101010101 * ((1 << kWidth) - 1));
-    for (int i = 0; i < values * kWidth / 8; i++)
-        plane[i] = (uint8_t)gather<Lane, kWidth>((Lane)(((const Lane*)codes)[i] >> shift & kCodes));
-}
-
 void pack(const Layout& at, int64_t octet, int values, const uint8_t* codes, uint8_t* payload) {
     at.each_plane([&](int width, int shift, int64_t start) {
         uint8_t* plane = payload + start + octet * width;
-        if (width == 4) pack_plane<Word16, 4>(codes, values, 0, plane);  // always the first
-        if (width == 2) pack_plane<Word32, 2>(codes, values, shift, plane);
-        if (width == 1) pack_plane<Word64, 1>(codes, values, shift, plane);
+        pack_plane(width, codes, values, shift, plane);
     });
 }
 
@@ -163,36 +144,10 @@ void encode_strip(const typename T::Word* x, const Layout& at, int64_t first, in
 
 // ---- decode --------------------------------------------------------------------------------------------------
 
-// The way back: the upper half of every group moves up, until each code has its byte.
-template <class Lane, int kWidth, int kGroup = 4> FC_INLINE Lane scatter(Lane lane) {
-    if constexpr (kGroup < kWidth) return lane;
-    else {
-        constexpr int kSpacing = kGroup * (int)sizeof(Lane);
-        constexpr Lane kGroups = (Lane)((Lane)~(Lane)0 / (((uint64_t)1 << kSpacing) - 1) * ((1u << kGroup) - 1));
-        return scatter<Lane, kWidth, kGroup / 2>((Lane)((lane | lane << (kSpacing - kGroup)) & kGroups));
-    }
-}
-
-template <class Lane, int kWidth, bool kFirst>
-void unpack_plane(const uint8_t* __restrict plane, int values, int shift, uint8_t* __restrict codes) {
-    for (int i = 0; i < values * kWidth / 8; i++) {
-        const Lane lane = (Lane)(scatter<Lane, kWidth>(plane[i]) << shift);
-        ((Lane*)codes)[i] = kFirst ? lane : (Lane)(((Lane*)codes)[i] | lane);
-    }
-}
-
-template <class Lane, int kWidth>
-void unpack_plane(const uint8_t* plane, int values, int shift, uint8_t* codes) {
-    shift ? unpack_plane<Lane, kWidth, false>(plane, values, shift, codes)
-          : unpack_plane<Lane, kWidth, true>(plane, values, 0, codes);
-}
-
 void unpack(const uint8_t* payload, const Layout& at, int64_t octet, int values, uint8_t* codes) {
     at.each_plane([&](int width, int shift, int64_t start) {
         const uint8_t* plane = payload + start + octet * width;
-        if (width == 4) unpack_plane<Word16, 4>(plane, values, 0, codes);
-        if (width == 2) unpack_plane<Word32, 2>(plane, values, shift, codes);
-        if (width == 1) unpack_plane<Word64, 1>(plane, values, shift, codes);
+        unpack_plane(width, plane, values, shift, codes);
     });
 }
 
@@ -325,7 +280,7 @@ void decode_range(const uint8_t* const* payloads, int count, const Layout& at, v
     for (int64_t i = first * at.block / 8; i < octets; i++) decode_octet<T>(payloads, count, at, i, words);
 }
 
-void encode(const void* x, int dtype, const Spec& spec, uint8_t* payload, int64_t first, int64_t last) {
+void encode(const void* x, void*, int dtype, const Spec& spec, uint8_t* payload, int64_t first, int64_t last) {
     const Layout at(spec.numel, spec.bits, spec.block);
     if (dtype == kFloat32) encode_range<Float32>(x, at, payload, first, last);
     if (dtype == kFloat16) encode_range<Float16>(x, at, payload, first, last);
@@ -343,6 +298,6 @@ void decode_sum(const uint8_t* const* payloads, int count, const Spec& spec, voi
 }  // namespace
 
 extern const Kernels kernels[kFormats];
-const Kernels kernels[kFormats] = {{encode, decode_sum}};
+const Kernels kernels[kFormats] = {{encode, decode_sum}, {encode_rotated, decode_sum_rotated}};
 
 }  // namespace flashcomm::FLASHCOMM_ISA

@@ -58,9 +58,11 @@ template <class Run> void share(const Spec& spec, int threads, Run run) {
 
 }  // namespace
 
-void encode(const void* x, int dtype, const Spec& spec, uint8_t* payload, int threads) {
+void encode(const void* x, void* residual, int dtype, const Spec& spec, uint8_t* payload, int threads) {
     const Kernels& kernels = isas[in_use].kernels[spec.format];
-    share(spec, threads, [=](int64_t first, int64_t last) { kernels.encode(x, dtype, spec, payload, first, last); });
+    share(spec, threads, [=](int64_t first, int64_t last) {
+        kernels.encode(x, residual, dtype, spec, payload, first, last);
+    });
 }
 
 void decode_sum(const uint8_t* const* payloads, int count, const Spec& spec, void* out, int dtype, int threads) {

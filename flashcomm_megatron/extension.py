@@ -21,6 +21,7 @@ from torch import Tensor
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum Dtype in csrc/api.h
 BYTES = (torch.uint8,)
+CUDA_FORMATS = (0,)  # of csrc/api.h, those with kernels
 
 
 class Codec(Protocol):
@@ -77,7 +78,21 @@ def encode(codec: Codec, x: Tensor, out: Tensor) -> bool:
     """Encode x, of a dtype in DTYPES, into out, uint8 of the codec's wire bytes; ValueError names what does not fit."""
     _check("encode: x", x, DTYPES, x.device)
     _check("encode: out", out, BYTES, x.device, codec.wire_bytes(x.numel()))
-    return _call("encode", codec, x, (x.data_ptr(), DTYPES[x.dtype], x.numel()), (out.data_ptr(),))
+    residual = (0,) if x.device.type == "cpu" else ()
+    return _call("encode", codec, x, (x.data_ptr(), DTYPES[x.dtype], x.numel()), (out.data_ptr(), *residual))
+
+
+def encode_residual(codec: Codec, x: Tensor, residual: Tensor, out: Tensor) -> bool:
+    """Encode x + residual into out; residual, like x, becomes what the encoding lost. CPU, Rotated only."""
+    _check("encode_residual: x", x, DTYPES, x.device)
+    _check("encode_residual: residual", residual, (x.dtype,), x.device)
+    if residual.numel() != x.numel():
+        raise ValueError(f"encode_residual: residual has {residual.numel()} values; x has {x.numel()}.")
+    _check("encode_residual: out", out, BYTES, x.device, codec.wire_bytes(x.numel()))
+    if x.device.type != "cpu" or not getattr(codec, "native_residual", False):
+        return False
+    before = x.data_ptr(), DTYPES[x.dtype], x.numel()
+    return _call("encode", codec, x, before, (out.data_ptr(), residual.data_ptr()))
 
 
 def decode_sum(codec: Codec, payloads: Sequence[Tensor], out: Tensor) -> bool:
@@ -115,7 +130,7 @@ def _call(name: str, codec: Codec, where: Tensor, before: tuple[Any, ...], after
         getattr(_extension, name)(*before, *native, *after, torch.get_num_threads())
         return True
     function = getattr(_extension, name + "_cuda", None)
-    if where.device.type != "cuda" or function is None:
+    if where.device.type != "cuda" or function is None or native[0] not in CUDA_FORMATS:
         return False
     with torch.cuda.device(where.device):
         function(*before, *native, *after, torch.cuda.current_stream().cuda_stream)

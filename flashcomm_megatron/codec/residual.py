@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .. import extension
+
 if TYPE_CHECKING:
     from . import Codec
 
@@ -21,6 +23,10 @@ def encode(codec: Codec, x: Tensor, residual: Tensor, out: Tensor | None = None)
 
     The sum and the difference are float32. A loss that is not finite (a block with NaN or Inf) is forgotten.
     """
+    if out is None:
+        out = x.new_empty(codec.wire_bytes(x.numel()), dtype=torch.uint8)
+    if x.numel() and extension.encode_residual(codec, x, residual, out):
+        return out
     carried = x.float() + residual.float()
     out = codec.encode(carried, out)
     lost = carried - codec.decode_sum([out], torch.empty_like(carried))

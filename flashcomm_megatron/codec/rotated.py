@@ -85,6 +85,16 @@ class Rotated(Reference):
             raise ValueError(f"block={self.block}: a rotated block is a power of two; choose {BLOCKS}.")
 
     @property
+    def native(self) -> tuple[int, int, int]:
+        """Format number in csrc/api.h, twice the bits, and block: how the compiled extension knows this codec."""
+        return 1, int(2 * self.bits), self.block
+
+    @property
+    def native_residual(self) -> bool:
+        """Whether the compiled extension keeps residuals for this codec."""
+        return True
+
+    @property
     def levels(self) -> int:
         """Number of codes."""
         return LEVELS[self.bits]
