@@ -40,7 +40,7 @@ def main() -> None:
         f"{record.circumstances()['cpu']}, one core, {extension.describe()}, block {options.block}, GB/s of the tensor"
     )
     print(
-        "| dtype | KiB | bits | memcpy | encode | decode | sum2 | encode ratio | decode ratio | torch enc. | torch dec. |"
+        "| dtype | KiB | bits | memcpy | encode | decode | sum2 | encode ratio | decode ratio | torch e. | torch d. |"
     )
     print("|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
     rows = []

@@ -179,7 +179,9 @@ def plot(rows: list[dict[str, Any]]) -> None:
             axis = axes[line][column]
             for bits in sorted({row["bits"] for row in rows}, reverse=True):
                 chosen = [r for r in rows if (r["collective"], r["world"], r["bits"]) == (name, world, bits)]
-                axis.plot([r["bytes"] for r in chosen], [r["speedup"] for r in chosen], marker="o", label=f"{bits} bits")
+                axis.plot(
+                    [r["bytes"] for r in chosen], [r["speedup"] for r in chosen], marker="o", label=f"{bits} bits"
+                )
             axis.axhline(1, color="black", linewidth=0.8)
             axis.set(xscale="log", title=f"{name}, {world} ranks", xlabel="bytes of the tensor", ylabel="speed-up")
     axes[0][0].legend()

@@ -1,6 +1,6 @@
 """Quantized tensor-parallel communication for Megatron-LM.
 
-- ``enable(bits=4)``, ``disable()``, ``with flashcomm(bits=4):`` switch compression of Megatron's collectives on and off.
+- ``enable(bits=4)``, ``disable()``, ``with flashcomm(bits=4):`` switch compression of Megatron on and off.
 - ``Config`` is everything that can be chosen; only ``bits`` is needed.
 - ``all_reduce``, ``reduce_scatter``, ``all_gather`` are the quantized collectives themselves, on any process group.
 - ``encode``, ``decode``, ``wire_bytes`` are the number format of a configuration.
@@ -13,9 +13,9 @@ from .api import decode, disable, enable, encode, flashcomm, wire_bytes
 from .arguments import add_arguments, install
 from .collectives import all_gather, all_reduce, reduce_scatter
 from .config import Config
+from .counters import reset_stats, stats
 from .metrics import log_metrics, metrics
 from .report import report
-from .stats import reset_stats, stats
 from .version import __version__
 
 __all__ = [

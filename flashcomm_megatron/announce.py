@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from . import environment, extension, stats
+from . import counters, environment, extension
 from .config import Config, current
 
 logger = logging.getLogger("flashcomm_megatron")
@@ -41,7 +41,7 @@ class _FirstForward:
     def enter(self, module: torch.nn.Module, args: Any) -> None:
         if self.outermost is None:
             say(headline(self.patched))
-            self.outermost, self.layers, self.before = module, Counter[type](), stats.stats()
+            self.outermost, self.layers, self.before = module, Counter[type](), counters.stats()
         if _is_row_parallel(module):
             self.layers[type(module)] += 1
 
@@ -56,7 +56,7 @@ class _FirstForward:
     def judge(self) -> None:
         """Warn of what this forward left uncompressed; with ``strict``, raise if that is everything."""
         foreign = {kind.__name__: n for kind, n in self.layers.items() if not issubclass(kind, self.reached)}
-        now = stats.stats()
+        now = counters.stats()
         deferred = Counter(now["deferred"]) - Counter(self.before["deferred"])
         nothing = now["quantized"] == self.before["quantized"]
         if foreign:

@@ -22,8 +22,13 @@ def enable(config: Config | None = None, **options: Any) -> None:
     """
     if config is not None and options:
         raise ValueError(f"enable() takes a Config or options, found both ({', '.join(options)}).")
+    before = current()
     set_current(config or Config(**options))
-    seams.install()
+    try:
+        seams.install()
+    except Exception:
+        set_current(before)
+        raise
 
 
 def disable() -> None:
@@ -56,9 +61,7 @@ def encode(x: Tensor, config: Config, leg: str = "reduce") -> Tensor:
     return _codec(config, leg).encode(x.detach().reshape(-1).contiguous())
 
 
-def decode(
-    payload: Tensor, shape: Sequence[int], dtype: torch.dtype, config: Config, leg: str = "reduce"
-) -> Tensor:
+def decode(payload: Tensor, shape: Sequence[int], dtype: torch.dtype, config: Config, leg: str = "reduce") -> Tensor:
     """Values of a payload as a tensor of ``shape`` and ``dtype``; ValueError if its length does not fit ``shape``."""
     out = torch.empty(tuple(shape), dtype=dtype, device=payload.device)
     expected = wire_bytes(out.numel(), config, leg)
@@ -77,6 +80,7 @@ def wire_bytes(numel: int, config: Config, leg: str = "reduce") -> int:
 
 
 def _codec(config: Config, leg: str) -> Codec:
-    if leg not in config.legs._fields:
-        raise ValueError(f"leg {leg!r}: choose {' or '.join(config.legs._fields)}.")
-    return getattr(config.legs, leg)
+    legs: dict[str, Codec] = config.legs._asdict()
+    if leg not in legs:
+        raise ValueError(f"leg {leg!r}: choose {' or '.join(legs)}.")
+    return legs[leg]

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import agreement, algorithms, policy, sampling, stats
+from . import agreement, algorithms, counters, policy, sampling
 from .algorithms import Residuals, Steps
 from .config import Config, current
 from .recipes import Legs
@@ -61,7 +61,7 @@ class Handle:
             self._result = end.value
         self._seconds += time.perf_counter() - started
         if self._result is not None:
-            stats.count_quantized(*self._bytes, self._seconds)
+            counters.count_quantized(*self._bytes, self._seconds)
 
 
 class Exact:
@@ -161,7 +161,7 @@ def wants(collective: str, x: Tensor, group: dist.ProcessGroup, config: Config, 
     plan = policy.plan(collective, x, group.size(), config, legs)
     if plan.reason is None:
         return True
-    stats.count_deferred(plan.reason, plan.exact_bytes)
+    counters.count_deferred(plan.reason, plan.exact_bytes)
     return False
 
 
@@ -209,4 +209,6 @@ def _resolve(group: dist.ProcessGroup | None, config: Config | None) -> tuple[di
     config = config or current()
     if config is None:
         raise ValueError("flash-comm is off: pass config=Config(bits=4) or call enable(bits=4) first.")
-    return group or dist.group.WORLD, config
+    group = group or dist.group.WORLD
+    assert group is not None  # torch raises first where there is none
+    return group, config

@@ -27,7 +27,7 @@ import torch
 
 from . import extension, sampling
 from .config import Config, current
-from .stats import stats
+from .counters import stats
 from .version import __version__
 
 logger = logging.getLogger("flashcomm_megatron")

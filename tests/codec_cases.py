@@ -91,7 +91,8 @@ def octaves(n: int, generator: torch.Generator) -> Tensor:
 KINDS: dict[str, Callable[[int, torch.Generator], Tensor]] = {
     function.__name__: function
     for function in (
-        normal, one_sided, constants, denormals, tiny, signed_zeros, huge, saturating, strange, outlier, patterns, octaves,
+        normal, one_sided, constants, denormals, tiny, signed_zeros, huge, saturating, strange, outlier,
+        patterns, octaves,
     )
 }  # fmt: skip
 

@@ -49,7 +49,7 @@ def defer() -> None:
 
 
 def count(name: str, *args: object) -> None:
-    getattr(sys.modules["flashcomm_megatron.stats"], name)(*args)
+    getattr(sys.modules["flashcomm_megatron.counters"], name)(*args)
 
 
 @pytest.fixture(autouse=True)

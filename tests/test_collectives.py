@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from ranks import spawn
 
-from flashcomm_megatron import policy, stats
+from flashcomm_megatron import counters, policy
 from flashcomm_megatron.collectives import all_gather, all_reduce, reduce_scatter
 from flashcomm_megatron.config import Config
 
@@ -171,7 +171,7 @@ def test_a_sum_that_overflows_is_infinite():
 
 
 def _deferred(rank: int, world: int) -> dict:
-    stats.reset_stats()
+    counters.reset_stats()
     config = Config(bits=4, min_bytes=1000)
     all_reduce(torch.ones(10), None, config)
     all_reduce(torch.ones(1000, dtype=torch.int64), None, config)
@@ -179,7 +179,7 @@ def _deferred(rank: int, world: int) -> dict:
     all_reduce(torch.ones(0), None, config)
     x = torch.ones(1000) * (rank + 1)
     assert torch.equal(all_reduce(x, None, config), torch.full((1000,), 3.0))
-    return stats.stats()
+    return counters.stats()
 
 
 def test_what_is_deferred_is_exact_and_counted_with_its_reason():
@@ -200,12 +200,12 @@ def _bytes(rank: int, world: int, algorithm: str) -> tuple[int, int]:
 
     transport.dist.isend = recording
     dist.distributed_c10d.isend = recording
-    stats.reset_stats()
+    counters.reset_stats()
     config = Config(bits=5, min_bytes=0, algorithm=algorithm)
     all_reduce(part(rank, (1111,), torch.bfloat16), None, config)
     reduce_scatter(part(rank, (world * 3, 111), torch.bfloat16), None, config)
     all_gather(part(rank, (7, 111), torch.bfloat16), None, config)
-    return stats.stats()["wire_bytes"], sum(sent)
+    return counters.stats()["wire_bytes"], sum(sent)
 
 
 @pytest.mark.parametrize("algorithm", ["one-step", "two-step"])

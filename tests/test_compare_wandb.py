@@ -19,8 +19,8 @@ from flashcomm_megatron.compare.runs import CannotRead, Run, read
 OFFLINE = """
 import sys, time, pathlib
 import wandb, flashcomm_megatron as fc
-from flashcomm_megatron import config, stats
-from flashcomm_megatron.stats import count_quantized
+from flashcomm_megatron import config, counters
+from flashcomm_megatron.counters import count_quantized
 config.set_current(fc.Config(bits=5))
 run = wandb.init(project="p", mode="offline", dir=sys.argv[1], settings=wandb.Settings(silent=True))
 for step in range(10, 50, 10):

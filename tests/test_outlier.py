@@ -14,8 +14,8 @@ from flashcomm_megatron.codec import Outlier, Uncalibrated
 from flashcomm_megatron.codec.outlier import from_ranges
 from flashcomm_megatron.collectives import all_gather, all_reduce, reduce_scatter
 from flashcomm_megatron.config import Config
+from flashcomm_megatron.counters import reset_stats, stats
 from flashcomm_megatron.recipes import Legs
-from flashcomm_megatron.stats import reset_stats, stats
 
 FEATURES = 130
 

@@ -49,7 +49,10 @@ def same(found: torch.Tensor, expected: torch.Tensor) -> bool:
     return torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
 
 
-@pytest.mark.parametrize(("bits", "block"), [(bits, 32) for bits in LEVELS] + [(4.5, 16), (5, 64), (2.5, 256), (8, 1024)])
+FORMATS = [(bits, 32) for bits in LEVELS] + [(4.5, 16), (5, 64), (2.5, 256), (8, 1024)]
+
+
+@pytest.mark.parametrize(("bits", "block"), FORMATS)
 def test_compiled_equals_definition(isa, bits, block):
     codec = Rotated(bits, block)
     for numel in (1, block * 33 + 5):

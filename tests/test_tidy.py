@@ -21,7 +21,7 @@ SOURCES = [ROOT / "setup.py", *MODULES, *SCRIPTS]
 NATIVE = sorted((ROOT / "csrc").iterdir())
 
 LAYERS = (
-    {"version", "environment", "stats", "when_imported"},
+    {"version", "environment", "counters", "when_imported"},
     {"extension", "ranges"},
     {"codec"},
     {"recipes", "sampling"},
