@@ -92,6 +92,7 @@ Workspace::Workspace(int device, int world, int first, int ranks, int blocks, in
         throw std::runtime_error("flash-comm: a workspace has 2 to 8 ranks, an inbox for each, and a slot for each block.");
     check(cudaSetDevice(device_), "choosing the device");
     check(cudaMalloc(&controls_, sizeof(Control) * ranks_), "allocating control words");
+    check(cudaMalloc((void**)&own_, Inbox{world, region}.own_bytes() * ranks_), "allocating own slots");
     check(cudaHostAlloc((void**)&host_errors_, sizeof(uint64_t) * ranks_, cudaHostAllocMapped | cudaHostAllocPortable),
           "allocating error words");
     void* seen_by_device = nullptr;
@@ -117,8 +118,9 @@ void Workspace::close() {
     check(cudaSetDevice(device_), "choosing the device");
     const cudaError_t waited = cudaDeviceSynchronize();
     cudaFree(controls_);
+    cudaFree(own_);
     cudaFreeHost(host_errors_);
-    controls_ = nullptr, host_errors_ = nullptr;
+    controls_ = nullptr, own_ = nullptr, host_errors_ = nullptr;
     check(waited, "waiting for the last collective");
 }
 
@@ -138,6 +140,7 @@ void Workspace::launch(const Request& request) {
         call.x[i] = (const void*)request.x.at(i);
         call.out[i] = (void*)request.out.at(i);
         call.control[i] = (Control*)controls_ + i;
+        call.own[i] = own_ + i * Inbox{world_, region_}.own_bytes();
     }
     for (int rank = 0; rank < world_; rank++) call.inbox[rank] = (uint8_t*)inboxes_[rank];
     void* arguments[] = {&call};

@@ -44,6 +44,7 @@ struct Call {
     const void* x[kMaxWorld];  // of the ranks of this launch
     void* out[kMaxWorld];
     Control* control[kMaxWorld];
+    uint8_t* own[kMaxWorld];    // what they send themselves
     uint8_t* inbox[kMaxWorld];  // of every rank of the group, as this device addresses them
     // Tests alone set these: a rank that reads its inbox late, and the protocol without its second buffer.
     int stalled_rank;
@@ -207,7 +208,10 @@ private:
 
     FC_DEVICE uint8_t* slot(int owner, Leg leg, int source, int d) const {
         const int half = call.single_buffer ? 0 : parity(round);
-        return call.inbox[owner] + Inbox{call.world, call.region}.slots(half, leg, source) + ((int64_t)d * call.shape.blocks + block) * call.shape.stride;
+        const Inbox at{call.world, call.region};
+        uint8_t* slots = owner == source ? call.own[local] + at.own_slots(half, leg)
+                                         : call.inbox[owner] + at.slots(half, leg, source);
+        return slots + ((int64_t)d * call.shape.blocks + block) * call.shape.stride;
     }
 
     FC_DEVICE void push(int peer, Leg leg, int d, int bytes) const {

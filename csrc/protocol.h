@@ -29,7 +29,7 @@ using Round = uint64_t;
 constexpr int kMaxWorld = 8;
 constexpr int kMaxBlocks = 512;  // of one rank; GPUs have fewer than 256 multiprocessors
 constexpr int kParities = 2;
-constexpr int64_t kSlotBytes = 16384;  // the largest payload of a tile
+constexpr int64_t kSlotBytes = 12288;  // the largest payload of a tile: 8192 codes of 8 bits in blocks of 8
 
 enum Leg : int { kReduceLeg = 0, kGatherLeg = 1, kLegs = 2 };
 
@@ -50,6 +50,10 @@ struct Inbox {
         return kFlagBytes + ((parity * kLegs + leg) * world + source) * region;
     }
     FC_INLINE int64_t bytes() const { return slots(kParities, kReduceLeg, 0); }
+
+    // What a rank sends itself stays in its own device memory, wherever inboxes are: (parity, leg) there, and its size.
+    FC_INLINE int64_t own_slots(int parity, Leg leg) const { return (parity * kLegs + leg) * region; }
+    FC_INLINE int64_t own_bytes() const { return own_slots(kParities, kReduceLeg); }
 };
 
 // A rank's own words, in its device memory.

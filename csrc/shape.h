@@ -69,8 +69,11 @@ Shape shape_of(Collective kind, int64_t numel, const Capacity& capacity, int64_t
     if (kind == kTwoStep) shape.slice = ceil_div(shape.slice, unit) * unit;
     int64_t tiles = 0;
     for (int values = kTileValues / kRows; values <= kTileValues; values *= 2) {
-        shape.tile = (int)(values / unit * unit);
-        tiles = shape.tile ? ceil_div(shape.slice, shape.tile) : capacity.blocks + 1;
+        const int tile = (int)(values / unit * unit);
+        if (tile == 0) continue;
+        if (payload_bytes(tile) > kSlotBytes) break;
+        shape.tile = tile;
+        tiles = ceil_div(shape.slice, tile);
         if (tiles <= capacity.blocks) break;
     }
     shape.blocks = (int)(tiles < 1 ? 1 : tiles < capacity.blocks ? tiles : capacity.blocks);

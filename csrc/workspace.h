@@ -45,7 +45,7 @@ struct Request {  // in the order in which bindings_cuda.cpp fills it
 };
 
 // The ranks first .. first + ranks - 1 of a group of `world`, whose inboxes are addressed by `inboxes`; the control
-// words of these ranks belong to it. Not safe to destroy while a call runs: close() waits for the device.
+// words of these ranks, and what they send themselves, belong to it. Not safe to destroy while a call runs: close() waits for the device.
 class Workspace {
 public:
     Workspace(int device, int world, int first, int ranks, int blocks, int64_t region, std::vector<uintptr_t> inboxes);
@@ -64,6 +64,7 @@ private:
     int64_t region_;
     std::vector<uintptr_t> inboxes_;
     void* controls_ = nullptr;
+    uint8_t* own_ = nullptr;
     uint64_t* host_errors_ = nullptr;
 };
 

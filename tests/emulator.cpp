@@ -138,7 +138,7 @@ namespace {
 
 struct World {
     Capacity capacity;
-    std::vector<std::vector<uint8_t>> inboxes;
+    std::vector<std::vector<uint8_t>> inboxes, own;
     std::vector<Control> controls;
     std::vector<uint64_t> host_errors;
 };
@@ -158,10 +158,11 @@ struct Job {
 };
 
 World* world_new(int world, int blocks, int64_t region, uint64_t epoch) {
-    World* made = new World{{world, blocks, region}, {}, {}, std::vector<uint64_t>(world)};
+    World* made = new World{{world, blocks, region}, {}, {}, {}, std::vector<uint64_t>(world)};
     const Inbox inbox{world, region};
     for (int rank = 0; rank < world; rank++) {
         made->inboxes.emplace_back(inbox.bytes(), 0);
+        made->own.emplace_back(inbox.own_bytes(), 0);
         uint64_t* flags = (uint64_t*)made->inboxes.back().data();
         for (int64_t i = 0; i < Inbox::kFlagBytes / 8; i++) flags[i] = epoch;
         made->controls.push_back({epoch, 0, &made->host_errors[rank], 0});
@@ -212,6 +213,7 @@ int run(World* world, const Job* jobs, int count, unsigned seed, unsigned absent
         call.reduce_block = job.reduce_block, call.gather_block = job.gather_block;
         call.region = world->capacity.region, call.deadline = job.deadline;
         call.x[0] = job.x[r], call.out[0] = job.out[r], call.control[0] = &world->controls[r];
+        call.own[0] = world->own[r].data();
         for (int peer = 0; peer < call.world; peer++) call.inbox[peer] = world->inboxes[peer].data();
         call.stalled_rank = job.stalled_rank, call.stall = job.stall, call.single_buffer = job.single_buffer;
         rank.blocks.clear();

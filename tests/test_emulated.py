@@ -100,7 +100,7 @@ def test_in_place():
 
 
 def test_uncompressed_path():
-    parts = [torch.randint(-8, 8, (5001,)).to(torch.float16) for _ in range(3)]
+    parts = [torch.randint(-8, 8, (50_001,)).to(torch.float16) for _ in range(3)]
 
     class Exact:
         bits, block = 16, 8

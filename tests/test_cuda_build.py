@@ -1,0 +1,62 @@
+"""What can be said of the CUDA code without a GPU: it compiles for every architecture, spills nothing, and fails well.
+
+Collectives are compiled for every width of one number type or another here, since all of them take three minutes a
+run on two cores; FLASHCOMM_TEST_ALL_KERNELS=1 compiles them all.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from flashcomm_megatron import extension
+
+ARCHITECTURES = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"]
+FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-DFLASHCOMM_ISA=cuda", "-Xptxas=-v", "--threads=2", "-c"]
+nvcc = shutil.which("nvcc")
+
+
+@pytest.mark.skipif(nvcc is None, reason="nvcc is not on PATH")
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("source", ["codec_cuda", "collectives", "shared_memory"])
+def test_compiles_for_every_architecture_and_spills_nothing(root, tmp_path, source):
+    assert nvcc is not None
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    wanted = [arch for arch in ARCHITECTURES if arch in known]
+    assert "sm_80" in wanted or "sm_90" in wanted, f"this nvcc knows {known}"
+    few = [] if os.environ.get("FLASHCOMM_TEST_ALL_KERNELS") == "1" else ["-DFLASHCOMM_FEW_COLLECTIVES"]
+    targets = [f"-gencode=arch={arch.replace('sm', 'compute')},code={arch}" for arch in wanted]
+    command = [nvcc, *FLAGS, *few, *targets, f"csrc/{source}.cu", "-o", str(tmp_path / "out.o")]
+    compiled = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert compiled.returncode == 0, compiled.stderr[-4000:]
+    report = compiled.stdout + compiled.stderr
+    stacks = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    assert len(stacks) >= (0 if source == "shared_memory" else 4) * len(wanted), "ptxas reports every kernel"
+    assert set(stacks) <= {("0", "0", "0")}, "a kernel spills registers or keeps an array in local memory"
+
+
+@pytest.mark.skipif(extension.cuda() is None, reason=f"no CUDA kernels: {extension.reason()}")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_driver_a_cuda_call_says_what_is_wrong():
+    cuda = extension.cuda()
+    assert cuda is not None and cuda.has_collective(4, 4, extension.DTYPES[torch.bfloat16])
+    for call in (
+        lambda: cuda.device_blocks(0),
+        lambda: cuda.device_allocate(0, 16),
+        lambda: cuda.encode_cuda(16, 2, 8, 0, 4, 8, 16, 0),
+    ):
+        with pytest.raises(RuntimeError, match=r"^flash-comm: .* on CUDA failed: .*\(cudaError\w+\)$"):
+            call()
+
+
+def test_sources_ship(root):
+    """Every file of csrc that the build names exists, and an sdist takes headers along."""
+    named = re.findall(r'"(\w+\.(?:cu|cpp))"', (root / "setup.py").read_text())
+    assert named and all((root / "csrc" / name).exists() for name in named)
+    assert "csrc" in (Path(root) / "MANIFEST.in").read_text()
