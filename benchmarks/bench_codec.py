@@ -39,9 +39,7 @@ def main() -> None:
     print(
         f"{record.circumstances()['cpu']}, one core, {extension.describe()}, block {options.block}, GB/s of the tensor"
     )
-    print(
-        "| dtype | KiB | bits | memcpy | encode | decode | sum2 | encode ratio | decode ratio | torch e. | torch d. |"
-    )
+    print("| dtype | KiB | bits | memcpy | encode | decode | sum2 | encode ratio | decode ratio | torch enc. | dec. |")
     print("|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
     rows = []
     for dtype in options.dtypes:

@@ -24,7 +24,6 @@ namespace {
 
 constexpr int kStrip = 2048;             // values
 constexpr int kMaxBlocks = kStrip / 32;  // blocks of a strip
-constexpr int kLanes = 16;               // of one step of `extremes`
 
 // A strip's intermediate results: one array for each quantity, so that stages are loops without strides. Stages take
 // arrays, never the whole: what a loop reads and writes must be objects of their own to the compiler.
@@ -37,36 +36,39 @@ struct alignas(64) Strip {
 
 // ---- encode --------------------------------------------------------------------------------------------------
 
-// Smallest and largest key of every block. The last eight lanes meet in an unsigned minimum, of complements for the
-// largest key: one instruction on x86 and Arm.
+// Smallest and largest key of every block, in explicit vectors, since compilers differ most in reductions. The last
+// eight lanes meet in an unsigned minimum, of complements for the largest key: one instruction on x86 and Arm.
 template <class T, int kBlock>
 void extremes(const typename T::Word* __restrict x, int blocks, uint32_t* __restrict low_keys,
               uint32_t* __restrict high_keys) {
     using Word = typename T::Word;
-    for (int b = 0; b < blocks; b++, x += kBlock) {
-        Word low[kLanes], high[kLanes];
-        for (int lane = 0; lane < kLanes; lane++) {
-            Word least = (Word)~(Word)0, most = 0;
+    constexpr int kBytes = 32, kLanes = kBytes / sizeof(Word), kTop = 8 * sizeof(Word) - 1;
+    typedef Word Vector __attribute__((vector_size(kBytes)));
+    typedef typename T::Signed Signed __attribute__((vector_size(kBytes)));
+    for (int b = 0; b < blocks; b++) {
+        Vector least = ~Vector{}, most = {};
 #pragma GCC unroll 8
-            for (int i = lane; i < kBlock; i += kLanes) {
-                const Word key = ordered<T>(x[i]);
-                least = key < least ? key : least;
-                most = key > most ? key : most;
-            }
-            low[lane] = least;
-            high[lane] = (Word)~most;
+        for (int i = 0; i < kBlock; i += kLanes, x += kLanes) {
+            Vector key;
+            __builtin_memcpy(&key, x, kBytes);
+            key ^= (Vector)((Signed)key >> kTop) | (Word)((Word)1 << kTop);
+            least = key < least ? key : least;
+            most = key > most ? key : most;
         }
-        Word least = (Word)~(Word)0, most = (Word)~(Word)0;
+        Word low[kLanes], high[kLanes], low_key = (Word)~(Word)0, high_key = low_key;
+        most = ~most;
+        __builtin_memcpy(low, &least, kBytes);
+        __builtin_memcpy(high, &most, kBytes);
         for (int i = 0; i < kLanes / 2; i++) {
             const Word key = low[i] < low[i + kLanes / 2] ? low[i] : low[i + kLanes / 2];
-            least = key < least ? key : least;
+            low_key = key < low_key ? key : low_key;
         }
         for (int i = 0; i < kLanes / 2; i++) {
             const Word key = high[i] < high[i + kLanes / 2] ? high[i] : high[i + kLanes / 2];
-            most = key < most ? key : most;
+            high_key = key < high_key ? key : high_key;
         }
-        low_keys[b] = least;
-        high_keys[b] = (Word)~most;
+        low_keys[b] = low_key;
+        high_keys[b] = (Word)~high_key;
     }
 }
 
