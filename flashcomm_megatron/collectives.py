@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import agreement, algorithms, counters, policy, sampling
+from . import agreement, algorithms, counters, policy, sampling, traced
 from .algorithms import Residuals, Steps
 from .config import Config, current
 from .recipes import Legs
@@ -94,6 +94,8 @@ def all_reduce(
     force. Integers, float64, empty and small tensors go through ``torch.distributed`` unchanged (policy.py).
     ``legs``: the codecs of a calibrated site, the same site on every rank.
     """
+    if torch.compiler.is_compiling() and not async_op and legs is None and residuals is None:
+        return traced.all_reduce(x, group, config)
     group, config = _resolve(group, config)
     x = x.contiguous()
     if not wants("all_reduce", x, group, config, legs):
@@ -116,6 +118,8 @@ def reduce_scatter(
     residuals: Residuals | None = None,
 ) -> Any:
     """Sum ``x`` [N * s, ...] over N ranks and return this rank's slice [s, ...]. ValueError if N does not divide."""
+    if torch.compiler.is_compiling() and not async_op and out is None and legs is None and residuals is None:
+        return traced.reduce_scatter(x, group, config)
     group, config = _resolve(group, config)
     world = group.size()
     if x.dim() == 0 or x.size(0) % world:
@@ -139,6 +143,8 @@ def all_gather(
     out: Tensor | None = None,
 ) -> Any:
     """Concatenate ``x`` [s, ...] of N ranks in rank order to [N * s, ...]; this rank's part is encoded as well."""
+    if torch.compiler.is_compiling() and not async_op and out is None:
+        return traced.all_gather(x, group, config)
     group, config = _resolve(group, config)
     world = group.size()
     x = x.contiguous()
@@ -163,6 +169,9 @@ def wants(collective: str, x: Tensor, group: dist.ProcessGroup, config: Config, 
         return True
     counters.count_deferred(plan.reason, plan.exact_bytes)
     return False
+
+
+traced.eager.update(all_reduce=all_reduce, reduce_scatter=reduce_scatter, all_gather=all_gather)
 
 
 # ---- pieces ---------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ LAYERS = (
     {"config"},
     {"policy", "agreement", "announce", "metrics", "sites"},
     {"transport"},
-    {"algorithms"},
+    {"algorithms", "traced"},
     {"collectives", "patching"},
     {"training_log", "cpu", "feedback", "plan"},
     {"seams"},
