@@ -22,6 +22,7 @@ constexpr int kKeyShift = 20;                          // a key counts float32 b
 constexpr int kNearest = 32;                           // steps of at most this many levels round to nearest, others up
 constexpr uint32_t kLeastKey = (127 - 100) << 3;       // 2**-100
 constexpr float kHugeStep = 0x1p100f;                  // from here on butterflies could overflow: shrink first
+constexpr uint32_t kHugeKey = (127 + 100) << 3;        // its key
 constexpr float kShrink = 0x1p-16f, kGrow = 0x1p16f;
 
 // Where everything lies. `half_bits` is twice the width.
@@ -63,11 +64,9 @@ struct RotatedLayout {
     FC_INLINE int constant_bits() const { return block < 32 ? (int)(32 / block) : 1; }
 };
 
-// The step of a block whose largest coefficient has magnitude `largest`, as a key: three mantissa bits.
-FC_INLINE uint32_t key_of(float largest, const RotatedLayout& at, bool is_shrunk) {
-    const uint32_t bits = bits_of(largest / (float)(at.block * at.zero));
-    const uint32_t half = 1u << (kKeyShift - 1), rounding = at.levels <= kNearest ? half : 2 * half - 1;
-    const uint32_t key = ((bits + rounding) >> kKeyShift) + (is_shrunk ? 16 << 3 : 0);
+// The key of a step, rounded to three mantissa bits; a shrunk block's is that of what it was.
+FC_INLINE uint32_t key_of(float needed, uint32_t rounding, float shrink) {
+    const uint32_t key = ((bits_of(needed) + rounding) >> kKeyShift) + (shrink < 1 ? 16 << 3 : 0);
     return key < kLeastKey ? kLeastKey : key;
 }
 
