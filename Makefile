@@ -35,12 +35,14 @@ if not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")):
 endef
 export PREFLIGHT
 
-.PHONY: help demo test lint bench
+.PHONY: help demo test lint bench gpu-check
 help:  ## Say what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1: /'
 
 demo: $(READY)  ## Generate text with a small model over two ranks, at 16 bits and fewer, and compare
-	$(PY) -m torch.distributed.run --nproc-per-node 2 examples/generate.py $(if $(MODEL),--model $(MODEL))
+	$(PY) -m torch.distributed.run --standalone --nproc-per-node 2 examples/generate.py \
+	  $(if $(MODEL),--model $(MODEL),--perplexity examples/models/python-stdlib-3M/held-out.txt) \
+	  --flash-comm-bits 4 --flash-comm-min-bytes 0 --compare 16,8,4 --dtype bfloat16
 
 test: $(READY)  ## Run every test
 	$(PY) -m pytest -q -n $(WORKERS) --maxprocesses 4
@@ -53,6 +55,9 @@ lint: $(READY)  ## Check style and types
 bench: $(READY)  ## Measure codec and collectives; CSV and plots go to benchmarks/results
 	$(PY) benchmarks/bench_codec.py
 	$(PY) benchmarks/bench_collectives.py
+
+gpu-check:  ## On a CUDA machine: build, test and measure with the packages at hand; results go to OUT=
+	$(PYTHON) benchmarks/gpu_check.py $(if $(OUT),--out $(OUT))
 
 $(READY): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	@command -v $(PYTHON) >/dev/null || { echo "flashcomm_megatron: $(PYTHON) not found: name one with make PYTHON=..." >&2; exit 1; }
