@@ -198,7 +198,7 @@ def against_uncompressed(ranks: OneLaunch, kind: str, size: int) -> Iterator[Row
     """One size at 16 bits, then fewer, with the speed-up and what the bytes allow."""
     x = [torch.randn(size // 2, device="cuda").bfloat16() for _ in range(ranks.world)]
     out, exact_us = outputs(kind, x), 0.0
-    for codec in (Uncompressed(), Uniform(8, BLOCK), Uniform(4, BLOCK)):
+    for codec in (Uncompressed(), Uniform(8, 128), Uniform(4, 128), Uniform(4, BLOCK)):
         if codec.bits < 16:
             verify(ranks, kind, codec)
         us = microseconds(lambda codec=codec: ranks.run(kind, (codec, codec), x, out))
@@ -207,6 +207,7 @@ def against_uncompressed(ranks: OneLaunch, kind: str, size: int) -> Iterator[Row
         yield {
             "MiB": size // MIB,
             "bits": codec.bits,
+            "block": codec.block,
             "us": round(us, 1),
             "GB/s over the link, one way": round((ranks.world - 1) * ranks.world * wire / us / 1e3, 1),
             "speed-up": round(exact_us / us, 2),

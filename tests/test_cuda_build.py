@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import subprocess
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -18,27 +19,35 @@ import torch
 from flashcomm_megatron import extension
 
 ARCHITECTURES = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"]
-FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-DFLASHCOMM_ISA=cuda", "-Xptxas=-v", "--threads=2", "-c"]
+FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-DFLASHCOMM_ISA=cuda", "-Xptxas=-v", "-c"]
 nvcc = shutil.which("nvcc")
 
 
-@pytest.mark.skipif(nvcc is None, reason="nvcc is not on PATH")
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("source", ["codec_cuda", "collectives", "shared_memory"])
-def test_compiles_for_every_architecture_and_spills_nothing(root, tmp_path, source):
+@lru_cache
+def known_architectures() -> list[str]:
+    """What the installed nvcc can compile for."""
     assert nvcc is not None
-    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
-    wanted = [arch for arch in ARCHITECTURES if arch in known]
-    assert "sm_80" in wanted or "sm_90" in wanted, f"this nvcc knows {known}"
+    return subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+
+
+@pytest.mark.skipif(nvcc is None, reason="nvcc is not on PATH")
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("source", ["codec_cuda", "collectives", "shared_memory"])
+def test_compiles_and_spills_nothing(root, tmp_path, source, architecture):
+    if architecture not in known_architectures():
+        pytest.skip(f"this nvcc does not know {architecture}")
     few = [] if os.environ.get("FLASHCOMM_TEST_ALL_KERNELS") == "1" else ["-DFLASHCOMM_FEW_COLLECTIVES"]
-    targets = [f"-gencode=arch={arch.replace('sm', 'compute')},code={arch}" for arch in wanted]
-    command = [nvcc, *FLAGS, *few, *targets, f"csrc/{source}.cu", "-o", str(tmp_path / "out.o")]
+    target = f"-gencode=arch={architecture.replace('sm', 'compute')},code={architecture}"
+    command = [nvcc, *FLAGS, *few, target, f"csrc/{source}.cu", "-o", str(tmp_path / "out.o")]
     compiled = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert compiled.returncode == 0, compiled.stderr[-4000:]
     report = compiled.stdout + compiled.stderr
-    stacks = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
-    assert len(stacks) >= (0 if source == "shared_memory" else 4) * len(wanted), "ptxas reports every kernel"
-    assert set(stacks) <= {("0", "0", "0")}, "a kernel spills registers or keeps an array in local memory"
+    kernels = re.findall(r"entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill", report, re.DOTALL)
+    assert len(kernels) >= {"codec_cuda": 48, "collectives": 12, "shared_memory": 0}[source], (
+        "ptxas reports every kernel"
+    )
+    spilling = [name for name, stack, spilled in kernels if (stack, spilled) != ("0", "0")]
+    assert not spilling, "a kernel spills registers or keeps an array in local memory"
 
 
 @pytest.mark.skipif(extension.cuda() is None, reason=f"no CUDA kernels: {extension.reason()}")
