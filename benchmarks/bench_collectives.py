@@ -84,7 +84,7 @@ def compare(name: str, nbytes: int, config: fc.Config, options: argparse.Namespa
     fc.reset_stats()
     error = relative_error(quantized(), exact())
     counted = fc.stats()
-    assert counted["quantized"] == 1 and error < 2.0 ** (1 - config.bits), f"{name} {config.bits} bits: error {error}"
+    assert counted["quantized"] == 1 and error < 2.0 ** (2 - config.bits), f"{name} {config.bits} bits: error {error}"
     times = {"exact": [], "quantized": []}
     for _ in range(options.repeats if nbytes <= 2**20 else options.repeats // 2):
         times["exact"].append(timed(exact))

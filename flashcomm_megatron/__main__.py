@@ -15,11 +15,17 @@ import sys
 from collections.abc import Callable
 
 from . import announce, environment
+from .accuracy import main as accuracy
 from .calibration import main as calibrate
 from .compare.command import main as compare
 from .report import main as report
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"report": report, "calibrate": calibrate, "compare": compare}
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "report": report,
+    "accuracy": accuracy,
+    "calibrate": calibrate,
+    "compare": compare,
+}
 
 
 def main(argv: list[str]) -> int:

@@ -37,7 +37,7 @@ class Config:
     )
     transport: str = _option(
         "auto",
-        "How bytes move on GPUs: peer memory, pinned host memory, or the process group; auto: the first that works.",
+        "How bytes move on GPUs: fused kernels over peer or pinned host memory, or the process group; auto: group.",
     )
     algorithm: str = _option("auto", "All-reduce as one-step (one rounding) or two-step (least bytes beyond 2 ranks).")
     calibration: str | None = _option(None, "File of calibrated ranges, made by calibrate; for recipe outlier only.")

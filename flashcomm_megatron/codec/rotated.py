@@ -152,7 +152,8 @@ class Rotated(Reference):
         """Scale bytes [blocks] and tops [families] as int32, and the signed steps float32 [blocks]."""
         low, high = coefficients.amin(1), coefficients.amax(1)
         negative = high > -low
-        needed = torch.maximum(high, -low) / (self.block * self.zero)
+        largest = torch.maximum(high, -low)
+        needed = largest / torch.full_like(largest, self.block * self.zero)  # a scalar divisor is inverted on CUDA
         half = 1 << (KEY_SHIFT - 1)
         keys = (needed.view(torch.int32) + (half if self.levels <= NEAREST else 2 * half - 1)) >> KEY_SHIFT
         keys = (keys + (shrink < 1).int() * (16 << 3)).clamp(min=LEAST_KEY)

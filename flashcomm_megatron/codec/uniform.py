@@ -163,7 +163,7 @@ class Uniform:
         """Per block: scale, power-of-two prescale, and the reciprocal of the prescaled scale."""
         halve = torch.where(high * 0.5 - minimum * 0.5 >= 2.0**126, 0.5, 1.0)  # max - min overflows float32
         spread = (high * halve - minimum * halve).clamp(min=0)
-        scale = high_half_value(spread / self.levels)
+        scale = high_half_value(spread / torch.full_like(spread, self.levels))  # a scalar divisor is inverted on CUDA
         scale = torch.where(scale * self.levels < spread, next_up(scale), scale) / halve
         prescale = torch.where((scale > 0) & (scale < TINY), 2.0**64, halve)
         return scale, prescale, torch.where(scale > 0, 1.0 / (scale * prescale), 0.0)

@@ -32,7 +32,8 @@ from .peer import PeerInboxes
 KINDS = {"one-step": 0, "two-step": 1, "reduce_scatter": 2, "all_gather": 3}  # enum Collective in csrc/shape.h
 WORLDS = range(2, 9)
 INBOXES: dict[str, type[PeerInboxes] | type[HostInboxes]] = {"peer": PeerInboxes, "host": HostInboxes}
-CHAINS = {"auto": ("peer", "host"), "peer": ("peer", "host"), "host": ("host",), "group": ()}
+# What is tried in turn before the process group. auto: nothing, until the kernels have passed make gpu-check.
+CHAINS = {"auto": (), "peer": ("peer", "host"), "host": ("host",), "group": ()}
 REGION_BYTES = 4 << 20  # of each (parity, leg, source): messages beyond take several rounds of one kernel
 UNIFORM = 0  # the codec format that has fused kernels: csrc/api.h
 LARGEST_BLOCK = 8192  # values of a tile: csrc/tile.h
