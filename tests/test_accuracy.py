@@ -132,6 +132,17 @@ def test_payloads_of_any_length_are_counted() -> None:
     assert payload_bytes(1000, 3, plan) == sum(plan.reduce.wire_bytes(n) for n in sizes)
 
 
+def test_equal_bits_are_equal_bytes_sent() -> None:
+    """Against the bytes that collectives count: (world - 1) / world of the tensor on each of two legs."""
+    from flashcomm_megatron import algorithms, policy
+
+    for name, sent in (("one-step", algorithms.one_step_bytes), ("two-step", algorithms.two_step_bytes)):
+        config = Config(bits=4, recipe="flash-v1", min_bytes=0, algorithm=name)
+        for world in (2, 4, 8):
+            plan = policy.plan("all_reduce", torch.empty(8192), world, config)
+            assert sent(8192, 0, world, plan) == 2 * (world - 1) / world * payload_bytes(8192, world, plan)
+
+
 # ---- scores ------------------------------------------------------------------------------------------------------
 
 

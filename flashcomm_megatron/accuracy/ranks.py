@@ -89,7 +89,7 @@ class Compressed:
 
     @property
     def bits_per_value(self) -> float:
-        """Bits on the wire of one value, metadata and padding included, averaged over both legs."""
+        """Bits on the wire of one value, all included: 16 is what an uncompressed bfloat16 ring would send."""
         return self.bits / self.values if self.values else 0.0
 
     @property
@@ -110,9 +110,12 @@ class Compressed:
 
 
 def payload_bytes(numel: int, world: int, plan: policy.Plan) -> float:
-    """Bytes that carry ``numel`` values once: of the only leg, or of both legs' slices in the mean."""
+    """Bytes for ``numel`` values: of two-step, the mean of both legs; of one-step, what it sends as often as it sends it.
+
+    One-step sends ``world / 2`` times as many values, so that equal numbers here are equal bytes from each rank.
+    """
     if plan.algorithm == "one-step":
-        return plan.reduce.wire_bytes(numel)
+        return plan.reduce.wire_bytes(numel) * world / 2
     length = algorithms.slice_length(numel, world, plan)
     sizes = [min(max(numel - rank * length, 0), length) for rank in range(world)]
     return sum(leg.wire_bytes(size) for leg in (plan.reduce, plan.gather) for size in sizes) / 2

@@ -25,7 +25,9 @@ class Score:
     bits: int
     tp: int
     block: int
-    wire_bits: float  # per value, metadata and padding included, averaged over both legs
+    wire_bits: (
+        float  # per value, all included: mean of both legs, times tp / 2 for one-step, which sends that much more
+    )
     perplexity: float
     rise: float  # of perplexity over the exact model's, relative
     agreement: float  # share of tokens whose most likely successor is the exact model's

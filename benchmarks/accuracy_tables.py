@@ -1,0 +1,110 @@
+"""Put the results of bench_accuracy.py into docs/accuracy.md, between ``<!-- recipes -->`` and ``<!-- end -->`` etc.
+
+run as:  python benchmarks/accuracy_tables.py
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+PAGE = Path(__file__).parents[1] / "docs" / "accuracy.md"
+Row = dict[str, Any]
+
+
+def main() -> None:
+    page = PAGE.read_text()
+    tables: dict[str, Callable[[list[Row]], list[list[str]]]] = {
+        "recipes": recipes,
+        "feedback": feedback,
+        "blocks": blocks,
+        "context": context,
+    }
+    for name, table in tables.items():
+        path = RESULTS / f"accuracy_{name}.json"
+        if path.exists():
+            found = json.loads(path.read_text())
+            text = markdown(table(found["rows"])) + f"\n\n{origin(found['circumstances'])}"
+            page = re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)", rf"\g<1>{text}\n\g<2>", page, count=1, flags=re.S)
+    PAGE.write_text(page)
+
+
+def markdown(rows: list[list[str]]) -> str:
+    head, *body = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([head, "|---" + "|--:" * (len(rows[0]) - 1) + "|", *body])
+
+
+def origin(found: Row) -> str:
+    return f"*{found['cpu']}, torch {found['torch']}, commit {found['commit']}*"
+
+
+def recipes(rows: list[Row]) -> list[list[str]]:
+    table = [
+        ["recipe", "bits", "wire TP2", "TP2", "agreement", "same text", "wire TP8", "TP8", "agreement", "same text"]
+    ]
+    for one, other in pairs(rows, "recipe", "bits"):
+        cells = [
+            [f"{r['wire_bits']:.2f}", rise(r), f"{r['agreement']:.1%}", f"{r['diverged_after']:.0f}"]
+            for r in (one, other)
+        ]
+        table.append([one["recipe"], str(one["bits"]), *cells[0], *cells[1]])
+    return table
+
+
+def feedback(rows: list[Row]) -> list[list[str]]:
+    table = [["bits", "TP2 with", "TP2 without", "TP8 with", "TP8 without"]]
+    for bits in dict.fromkeys(row["bits"] for row in rows):
+        cells = {(row["tp"], row["feedback"]): rise(row) for row in rows if row["bits"] == bits}
+        table.append([str(bits), cells[2, True], cells[2, False], cells[8, True], cells[8, False]])
+    return table
+
+
+def blocks(rows: list[Row]) -> list[list[str]]:
+    head = [
+        "recipe",
+        "block",
+        "wire TP2",
+        "TP2",
+        "wire TP8",
+        "TP8",
+        "attention dB",
+        "MLP dB",
+        "encode GB/s",
+        "decode GB/s",
+    ]
+    table = [head]
+    for one, other in pairs(rows, "recipe", "block"):
+        wire = [f"{each['wire_bits']:.2f}" for each in (one, other)]
+        decibels = [f"{one[f'decibels {kind}']:.1f}" for kind in ("self_attn.o_proj", "mlp.down_proj")]
+        speeds = [f"{one[f'{what} GB/s']:.2f}" for what in ("encode", "decode")]
+        table.append([one["recipe"], str(one["block"]), wire[0], rise(one), wire[1], rise(other), *decibels, *speeds])
+    return table
+
+
+def context(rows: list[Row]) -> list[list[str]]:
+    quarters = [f"{what} {i}" for what in ("rise", "agreement") for i in range(1, 5)]
+    body = [
+        [f"{r['recipe']} TP{r['tp']}", *(f"{r[each]:.1%}" for each in quarters), f"{r['diverged_after']:.0f}"]
+        for r in rows
+    ]
+    return [["4 bits", *quarters, "same text"], *body]
+
+
+def pairs(rows: list[Row], *keys: str) -> list[tuple[Row, Row]]:
+    """Rows of TP2 and TP8 that agree in ``keys``."""
+    by: dict[tuple[Any, ...], dict[int, Row]] = {}
+    for row in rows:
+        by.setdefault(tuple(row[key] for key in keys), {})[row["tp"]] = row
+    return [(each[2], each[8]) for each in by.values()]
+
+
+def rise(row: Row) -> str:
+    return f"{row['rise']:.2%}" if row["rise"] < 0.1 else f"{row['rise']:.0%}"
+
+
+if __name__ == "__main__":
+    main()
