@@ -110,7 +110,7 @@ class Compressed:
 
 
 def payload_bytes(numel: int, world: int, plan: policy.Plan) -> float:
-    """Bytes for ``numel`` values: of two-step, the mean of both legs; of one-step, what it sends as often as it sends it.
+    """Bytes for ``numel`` values: of two-step the mean of both legs, of one-step all it sends instead.
 
     One-step sends ``world / 2`` times as many values, so that equal numbers here are equal bytes from each rank.
     """
