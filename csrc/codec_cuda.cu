@@ -49,7 +49,7 @@ unsigned tiles_grid(int64_t tiles) { return (unsigned)std::min(tiles, kManyBlock
 
 template <class T> void encode_launch(const void* from, const Spec& spec, uint8_t* payload, cudaStream_t stream) {
     const auto* x = (const typename T::Word*)from;
-    const int tile = tensor_tile(spec.numel, spec.block, kEnoughTiles);
+    const int tile = tensor_tile<T>(spec.numel, spec.block, kEnoughTiles);
     const Layout at(spec.numel, spec.bits, spec.block);
     if (tile == 0) return scalar_encode_kernel<T><<<grid(at.blocks), kThreads, 0, stream>>>(x, at, payload);
     with_bits(spec.bits, [&](auto bits) {
@@ -62,7 +62,7 @@ template <class T> void encode_launch(const void* from, const Spec& spec, uint8_
 template <class T>
 void decode_sum_launch(const Payloads& payloads, int count, const Spec& spec, void* to, cudaStream_t stream) {
     auto* out = (typename T::Word*)to;
-    const int tile = tensor_tile(spec.numel, spec.block, kEnoughTiles);
+    const int tile = tensor_tile<T>(spec.numel, spec.block, kEnoughTiles);
     const Layout at(spec.numel, spec.bits, spec.block);
     if (tile == 0)
         return scalar_decode_sum_kernel<T><<<grid(at.octets), kThreads, 0, stream>>>(payloads, count, at, out);

@@ -20,12 +20,12 @@ inline int whole_tile(int64_t block, int most) {
 }
 
 // The smallest tile that leaves `enough` tiles or fewer, as in shape_of().
-inline int tensor_tile(int64_t numel, int64_t block, int64_t enough) {
-    for (int most = kTileValues / kRows; most < kTileValues; most *= 2) {
+template <class T> int tensor_tile(int64_t numel, int64_t block, int64_t enough) {
+    for (int most = kLeastTile; most < kTileValues<T>; most *= 2) {
         const int values = whole_tile(block, most);
         if (values && ceil_div(numel, values) <= enough) return values;
     }
-    return whole_tile(block, kTileValues);
+    return whole_tile(block, kTileValues<T>);
 }
 
 template <int kBits, class T> struct TensorCodec {
@@ -66,7 +66,7 @@ template <int kBits, class T> struct TensorCodec {
         const int lane = thread();
         for (int64_t t = block_index(); t < tiles(); t += block_count()) {
             const int count = values(t);
-            Octet<T> octets[kRows];
+            Octet<T> octets[kRows<T>];
             load<T>(x + t * tile, count, octets);
             codec.encode(octets, count, packed + codec.bytes(tile), packed);
             const auto at = codec.at(count);
@@ -82,7 +82,7 @@ template <int kBits, class T> struct TensorCodec {
         for (int64_t t = block_index(); t < tiles(); t += block_count()) {
             const int valid = values(t);
             const auto at = codec.at(valid);
-            float total[kRows][8];
+            float total[kRows<T>][8];
             clear(total);
             Vec16 ahead[kAhead];
             auto fetch = [&](int p) {
@@ -100,7 +100,7 @@ template <int kBits, class T> struct TensorCodec {
                 }
                 if (p + 1 < count) fetch(p + 1);
                 sync();  // the buffer written next was read before this barrier
-                FC_UNROLL for (int row = 0; row < kRows; row++) {
+                FC_UNROLL for (int row = 0; row < kRows<T>; row++) {
                     const int octet = row * kThreads + lane;
                     if (octet >= at.octets) continue;
                     float x[8];

@@ -39,13 +39,13 @@ Kernel kernel_for(const Request& request, const Capacity& capacity) {
         const Reduce first(request.reduce.block);
         const Gather second(request.gather.block);
         kernel.shape = shape_of((Collective)request.kind, request.numel, capacity, request.reduce.block, request.gather.block,
-                                [&](int values) { return W::max2(first.bytes(values), second.bytes(values)); });
+                                kTileValues<T>, [&](int values) { return W::max2(first.bytes(values), second.bytes(values)); });
         kernel.shared_bytes = W::shared_bytes(kernel.shape, request.reduce.block, request.gather.block);
         kernel.function = (const void*)collective_kernel<Reduce, Gather, T>;
     });
-    if (!kernel.function)
+    if (!kernel.function || kernel.shape.tile == 0)
         throw std::runtime_error("flash-comm: no fused kernel for legs of " + std::to_string(request.reduce.bits) + " and " +
-                                 std::to_string(request.gather.bits) + " bits.");
+                                 std::to_string(request.gather.bits) + " bits in such blocks.");
     return kernel;
 }
 

@@ -143,43 +143,41 @@ private:
     }
 
     template <class Codec> FC_DEVICE void encode(const Codec& codec, const Word* values, int count) {
-        Octet<T> octets[kRows];
+        Octet<T> octets[kRows<T>];
         load<T>(values, count, octets);
         codec.encode(octets, count, scratch(), payload());
     }
 
     // Adds up what all ranks sent for this rank's slice; two-step shares the sum, others keep it.
     FC_DEVICE void sum() {
-        const int64_t size = call.shape.size(call.kind == kOneStep ? 0 : rank);
+        auto values = [&](int d) { return call.shape.values(call.shape.size(call.kind == kOneStep ? 0 : rank), tile(d)); };
         for (int d = 0; d < call.shape.depth; d++) {
-            const int64_t t = tile(d);
-            const int values = call.shape.values(size, t);
-            float total[kRows][8];
+            float total[kRows<T>][8];
             clear(total);
-            receive(reduce, kReduceLeg, d, [&](int) { return values; }, [&](int, int row, int, float (&x)[8]) {
+            receive(reduce, kReduceLeg, d, [&](int) { return values(d); }, [&](int, int row, int, float (&x)[8]) {
                 FC_UNROLL for (int i = 0; i < 8; i++) total[row][i] += x[i];
             });
-            if (values == 0) continue;
-            Octet<T> octets[kRows];
-            FC_UNROLL for (int row = 0; row < kRows; row++) octets[row] = narrow<T>(total[row]);
-            if (gathers(call.kind)) share_sum(octets, values, d);
-            else store_tile(out(0) + t * call.shape.tile, values, octets);
+            if (values(d) == 0) continue;
+            Octet<T> octets[kRows<T>];
+            FC_UNROLL for (int row = 0; row < kRows<T>; row++) octets[row] = narrow<T>(total[row]);
+            if (gathers(call.kind)) share_sum(octets, values(d), d);
+            else store_tile(out(0) + tile(d) * call.shape.tile, values(d), octets);
         }
     }
 
-    FC_DEVICE void share_sum(Octet<T> (&octets)[kRows], int values, int d) {
+    FC_DEVICE void share_sum(Octet<T> (&octets)[kRows<T>], int values, int d) {
         const int lane = thread();
-        FC_UNROLL for (int row = 0; row < kRows; row++) repeat_last(octets[row], values - 8 * (row * kThreads + lane));
-        FC_UNROLL for (int row = 0; row < kRows; row++)
+        FC_UNROLL for (int row = 0; row < kRows<T>; row++) repeat_last(octets[row], values - 8 * (row * kThreads + lane));
+        FC_UNROLL for (int row = 0; row < kRows<T>; row++)
             FC_UNROLL for (int i = 0; i < Octet<T>::kWords; i++) forget(octets[row].w[i]);
         sync();  // all have decoded: what encoding needs takes the place of payloads
         gather.encode(octets, values, scratch(), payload());
         push_all(kGatherLeg, d, gather.bytes(values));
     }
 
-    static FC_DEVICE void store_tile(Word* to, int values, const Octet<T> (&octets)[kRows]) {
+    static FC_DEVICE void store_tile(Word* to, int values, const Octet<T> (&octets)[kRows<T>]) {
         const int lane = thread();
-        FC_UNROLL for (int row = 0; row < kRows; row++) store<T>(to, values, 8 * (row * kThreads + lane), octets[row]);
+        FC_UNROLL for (int row = 0; row < kRows<T>; row++) store<T>(to, values, 8 * (row * kThreads + lane), octets[row]);
     }
 
     FC_DEVICE void decode() {
@@ -247,7 +245,7 @@ private:
             }
             if (source + 1 < call.world) fetch(source + 1);
             sync();  // and the other buffer has been decoded
-            FC_UNROLL for (int row = 0; row < kRows; row++) {
+            FC_UNROLL for (int row = 0; row < kRows<T>; row++) {
                 const int octet = row * kThreads + lane;
                 if (8 * octet >= values) continue;
                 float x[8];

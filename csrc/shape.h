@@ -3,7 +3,7 @@
 //
 //     slice       the values one rank owns. Two-step: numel / world, rounded up to whole blocks of values of both legs;
 //                 one-step: everything; reduce-scatter and all-gather: what the caller owns.
-//     tile        the values one thread block codes at a time, in one payload: 2048, 4096 or 8192 less what is needed
+//     tile        the values one thread block codes at a time, in one payload: 2048, 4096 or 8192, less what is needed
 //                 to be a multiple of both legs' blocks. Small messages take small tiles, to occupy more blocks.
 //     block       thread block b of every rank does tiles b, b + blocks, ... of every slice in every step, so blocks
 //                 wait for blocks of their own number only.
@@ -57,10 +57,11 @@ inline int64_t common_multiple(int64_t a, int64_t b) {
     return a / x * b;
 }
 
-// payload_bytes(values): the longer of both legs' payloads of a tile. Blocks of more than a tile are not for this kernel.
+// `most`: values of the largest tile; payload_bytes(values): the longer of both legs' payloads of one. Without a tile
+// that is a multiple of both blocks, `tile` is 0 and the kernel cannot serve.
 template <class PayloadBytes>
 Shape shape_of(Collective kind, int64_t numel, const Capacity& capacity, int64_t reduce_block, int64_t gather_block,
-               PayloadBytes payload_bytes) {
+               int most, PayloadBytes payload_bytes) {
     const int64_t unit = kind == kTwoStep ? common_multiple(reduce_block, gather_block)
                                           : (reduces(kind) ? reduce_block : gather_block);
     Shape shape{};
@@ -68,7 +69,7 @@ Shape shape_of(Collective kind, int64_t numel, const Capacity& capacity, int64_t
     shape.slice = kind == kOneStep ? numel : ceil_div(numel, capacity.world);
     if (kind == kTwoStep) shape.slice = ceil_div(shape.slice, unit) * unit;
     int64_t tiles = 0;
-    for (int values = kTileValues / kRows; values <= kTileValues; values *= 2) {
+    for (int values = kLeastTile; values <= most; values *= 2) {
         const int tile = (int)(values / unit * unit);
         if (tile == 0) continue;
         if (payload_bytes(tile) > kSlotBytes) break;
@@ -76,6 +77,7 @@ Shape shape_of(Collective kind, int64_t numel, const Capacity& capacity, int64_t
         tiles = ceil_div(shape.slice, tile);
         if (tiles <= capacity.blocks) break;
     }
+    if (shape.tile == 0) return shape;
     shape.blocks = (int)(tiles < 1 ? 1 : tiles < capacity.blocks ? tiles : capacity.blocks);
     shape.stride = payload_bytes(shape.tile);
     const int64_t fitting = capacity.region / shape.stride / shape.blocks, wanted = ceil_div(tiles, shape.blocks);

@@ -1,6 +1,6 @@
-// One thread block codes one tile: up to 8192 values in registers, their payload in shared memory.
+// One thread block codes one tile: up to 16 KiB of values in registers, their payload in shared memory.
 //
-// A thread holds four octets, 256 apart, so that a warp reads and writes whole lines. The payload of a tile is the
+// A thread holds four octets (of float32: two), 256 apart, so that a warp reads and writes whole lines. The payload of a tile is the
 // payload of its values (codec.h), so it is independent of who coded it and how the tensor was cut. A codec is
 //
 //     bytes(values)                        length of the payload, a multiple of 16
@@ -21,17 +21,18 @@
 namespace flashcomm::FLASHCOMM_ISA {
 
 constexpr int kThreads = 256;
-constexpr int kRows = 4;
-constexpr int kTileOctets = kThreads * kRows;
-constexpr int kTileValues = 8 * kTileOctets;
+constexpr int kLeastTile = 8 * kThreads;  // values: one octet a thread
+template <class T> constexpr int kRows = 8 / (int)sizeof(typename T::Word);  // octets of one thread
+template <class T> constexpr int kTileOctets = kThreads * kRows<T>;
+template <class T> constexpr int kTileValues = 8 * kTileOctets<T>;
 constexpr int kMinBlock = 8;
 
 // Reads the four octets of this thread from x[0 .. values). What a last, partial octet lacks is its last value again,
 // which changes no extreme.
-template <class T> FC_DEVICE void load(const typename T::Word* x, int values, Octet<T> (&octets)[kRows]) {
+template <class T> FC_DEVICE void load(const typename T::Word* x, int values, Octet<T> (&octets)[kRows<T>]) {
     const bool aligned = ((uintptr_t)x & 15) == 0;
     const int lane = thread();
-    FC_UNROLL for (int row = 0; row < kRows; row++) {
+    FC_UNROLL for (int row = 0; row < kRows<T>; row++) {
         const int first = 8 * (row * kThreads + lane);
         if (aligned && first + 8 <= values) {
             FC_UNROLL for (int v = 0; v < Octet<T>::kVectors; v++)
@@ -58,8 +59,8 @@ template <class T> FC_DEVICE void store(typename T::Word* out, int values, int f
 }
 
 // -0 is what changes nothing when a float is added to it, -0 included.
-FC_DEVICE void clear(float (&total)[kRows][8]) {
-    FC_UNROLL for (int row = 0; row < kRows; row++)
+template <int kCount> FC_DEVICE void clear(float (&total)[kCount][8]) {
+    FC_UNROLL for (int row = 0; row < kCount; row++)
         FC_UNROLL for (int i = 0; i < 8; i++) total[row][i] = -0.0f;
 }
 
@@ -100,7 +101,7 @@ template <int kWidth> FC_DEVICE void load_plane(const uint8_t* at, uint32_t& low
 // codec.h's format, kBits a compile-time constant so that planes cost no branch; the block is a runtime value.
 template <int kBits, class T> struct UniformTile {
     using Word = typename T::Word;
-    static constexpr int kMaxBytes = kTileOctets * kBits + 2 * 2 * (kTileValues / kMinBlock);
+    static constexpr int kMaxBytes = kTileOctets<T> * kBits + 2 * 2 * (kTileValues<T> / kMinBlock);
     static constexpr int kPlanes = (kBits >> 3 & 1) + (kBits >> 2 & 1) + (kBits >> 1 & 1) + (kBits & 1);
     static constexpr float kLevels = (float)((1 << kBits) - 1);
     static constexpr uint32_t kPlain = 2 * Fit::kVaries;
@@ -122,7 +123,7 @@ template <int kBits, class T> struct UniformTile {
         : octets_per_block(block / 8), reciprocal(((1u << 20) + block / 8 - 1) / (block / 8)) {}
 
     static FC_INLINE int scratch_bytes(int block) {
-        return kTileOctets * (int)sizeof(Keys<T>) + (kTileValues / block) * (int)sizeof(Meta);
+        return kTileOctets<T> * (int)sizeof(Keys<T>) + (kTileValues<T> / block) * (int)sizeof(Meta);
     }
     FC_INLINE int block_of(int octet) const { return (int)(octet * reciprocal >> 20); }
 
@@ -157,12 +158,12 @@ template <int kBits, class T> struct UniformTile {
         static constexpr int value = kWidth;
     };
 
-    FC_DEVICE void encode(const Octet<T> (&x)[kRows], int values, uint8_t* scratch, uint8_t* payload) const {
+    FC_DEVICE void encode(const Octet<T> (&x)[kRows<T>], int values, uint8_t* scratch, uint8_t* payload) const {
         const At at = this->at(values);
         Keys<T>* keys = (Keys<T>*)scratch;
-        Meta* metas = (Meta*)(keys + kTileOctets);
+        Meta* metas = (Meta*)(keys + kTileOctets<T>);
         const int lane = thread();
-        FC_UNROLL for (int row = 0; row < kRows; row++) {
+        FC_UNROLL for (int row = 0; row < kRows<T>; row++) {
             const int octet = row * kThreads + lane;
             if (octet < at.octets) keys[octet] = extremes<T>(x[row]);
         }
@@ -170,7 +171,7 @@ template <int kBits, class T> struct UniformTile {
         for (int index = lane; index < at.blocks; index += kThreads) metas[index] = fit(keys, index, at, payload);
         if (lane == kThreads - 1) zero_gaps(at, payload);
         sync();
-        FC_UNROLL for (int row = 0; row < kRows; row++) {
+        FC_UNROLL for (int row = 0; row < kRows<T>; row++) {
             const int octet = row * kThreads + lane;
             if (octet < at.octets) store_codes(x[row], values - 8 * octet, metas[block_of(octet)], octet, at, payload);
         }
@@ -259,16 +260,16 @@ private:
 
 // No compression: the tile itself. What the others are measured against over the same inboxes; finite values only.
 template <class T> struct ExactTile {
-    static constexpr int kMaxBytes = kTileValues * sizeof(typename T::Word);
+    static constexpr int kMaxBytes = kTileValues<T> * sizeof(typename T::Word);
 
     FC_INLINE explicit ExactTile(int) {}
     static FC_INLINE int scratch_bytes(int) { return 0; }
     FC_INLINE int bytes(int values) const { return (values + 7) / 8 * (int)sizeof(Octet<T>); }
 
-    FC_DEVICE void encode(const Octet<T> (&x)[kRows], int values, uint8_t*, uint8_t* payload) const {
+    FC_DEVICE void encode(const Octet<T> (&x)[kRows<T>], int values, uint8_t*, uint8_t* payload) const {
         const int lane = thread();
         sync();
-        FC_UNROLL for (int row = 0; row < kRows; row++) {
+        FC_UNROLL for (int row = 0; row < kRows<T>; row++) {
             const int octet = row * kThreads + lane;
             if (8 * octet < values) ((Octet<T>*)payload)[octet] = x[row];
         }

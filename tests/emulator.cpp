@@ -183,7 +183,7 @@ bool shape(const World* world, const Job* job, int64_t* found, Shape* shape) {
         const Reduce first(job->reduce_block);
         const Gather second(job->gather_block);
         *shape = shape_of((Collective)job->kind, job->numel, world->capacity, job->reduce_block, job->gather_block,
-                          [&](int values) { return W::max2(first.bytes(values), second.bytes(values)); });
+                          kTileValues<typename decltype(type)::type>, [&](int values) { return W::max2(first.bytes(values), second.bytes(values)); });
         fits = W::shared_bytes(*shape, job->reduce_block, job->gather_block) <= kSharedBytes;
     });
     const int64_t values[6] = {shape->slice, shape->rounds, shape->tile, shape->blocks, shape->depth, shape->stride};
@@ -265,32 +265,34 @@ static void run_blocks(int64_t count, const std::function<void()>& body) {
 
 // The codec kernels; `blocks` is the grid. False where the block has no whole tile.
 bool encode(const void* x, int dtype, int64_t numel, int bits, int64_t block, int64_t blocks, uint8_t* payload) {
-    const int tile = tensor_tile(numel, block, blocks);
-    if (tile == 0) return false;
+    bool found = false;
     with_dtype(dtype, [&](auto type) {
         using T = typename decltype(type)::type;
-        with_bits(bits, [&](auto width) {
+        const int tile = tensor_tile<T>(numel, block, blocks);
+        found = tile != 0;
+        if (found) with_bits(bits, [&](auto width) {
             const TensorCodec<width.value, T> codec(numel, block, tile);
             run_blocks(blocks, [&] { codec.encode((const typename T::Word*)x, payload); });
         });
     });
-    return true;
+    return found;
 }
 
 bool decode_sum(const uint8_t* const* payloads, int count, int dtype, int64_t numel, int bits, int64_t block,
                 int64_t blocks, void* out) {
-    const int tile = tensor_tile(numel, block, blocks);
-    if (tile == 0) return false;
+    bool found = false;
     Payloads all{};
     for (int p = 0; p < count; p++) all.at[p] = payloads[p];
     with_dtype(dtype, [&](auto type) {
         using T = typename decltype(type)::type;
-        with_bits(bits, [&](auto width) {
+        const int tile = tensor_tile<T>(numel, block, blocks);
+        found = tile != 0;
+        if (found) with_bits(bits, [&](auto width) {
             const TensorCodec<width.value, T> codec(numel, block, tile);
             run_blocks(blocks, [&] { codec.decode_sum(all, count, (typename T::Word*)out); });
         });
     });
-    return true;
+    return found;
 }
 
 // The rules by name, for the model to compare itself with.

@@ -11,6 +11,7 @@ their replays must run in the order of the workspace's stream.
 
 from __future__ import annotations
 
+import math
 import socket
 from collections.abc import Sequence
 from functools import lru_cache
@@ -36,7 +37,7 @@ INBOXES: dict[str, type[PeerInboxes] | type[HostInboxes]] = {"peer": PeerInboxes
 CHAINS = {"auto": (), "peer": ("peer", "host"), "host": ("host",), "group": ()}
 REGION_BYTES = 4 << 20  # of each (parity, leg, source): messages beyond take several rounds of one kernel
 UNIFORM = 0  # the codec format that has fused kernels: csrc/api.h
-LARGEST_BLOCK = 8192  # values of a tile: csrc/tile.h
+LARGEST_BLOCK = 4096  # values of a tile of float32: csrc/tile.h
 
 deadline = 30.0  # seconds a kernel waits for a peer; set before the calls it shall hold for
 
@@ -138,7 +139,7 @@ def _has_kernel(reduce: Native | None, gather: Native | None, dtype: torch.dtype
     cuda = extension.cuda()
     if cuda is None or reduce is None or gather is None:
         return False
-    fits = reduce[0] == gather[0] == UNIFORM and max(reduce[2], gather[2]) <= LARGEST_BLOCK
+    fits = reduce[0] == gather[0] == UNIFORM and math.lcm(reduce[2], gather[2]) <= LARGEST_BLOCK
     return fits and bool(cuda.has_collective(reduce[1], gather[1], extension.DTYPES[dtype]))
 
 
