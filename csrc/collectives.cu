@@ -18,7 +18,8 @@ namespace {
 constexpr int kBlocksPerMultiprocessor = 2;  // resident at once: bounds the registers, and with them the grid
 
 template <class Reduce, class Gather, class T>
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) collective_kernel(const __grid_constant__ Call call) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+    collective_kernel(const __grid_constant__ Call call) {
     Worker<Reduce, Gather, T>::hire(call).run();
 }
 
@@ -38,14 +39,15 @@ Kernel kernel_for(const Request& request, const Capacity& capacity) {
         using W = Worker<Reduce, Gather, T>;
         const Reduce first(request.reduce.block);
         const Gather second(request.gather.block);
-        kernel.shape = shape_of((Collective)request.kind, request.numel, capacity, request.reduce.block, request.gather.block,
-                                kTileValues<T>, [&](int values) { return W::max2(first.bytes(values), second.bytes(values)); });
+        auto payload_bytes = [&](int values) { return W::max2(first.bytes(values), second.bytes(values)); };
+        kernel.shape = shape_of((Collective)request.kind, request.numel, capacity, request.reduce.block,
+                                request.gather.block, kTileValues<T>, payload_bytes);
         kernel.shared_bytes = W::shared_bytes(kernel.shape, request.reduce.block, request.gather.block);
         kernel.function = (const void*)collective_kernel<Reduce, Gather, T>;
     });
     if (!kernel.function || kernel.shape.tile == 0)
-        throw std::runtime_error("flash-comm: no fused kernel for legs of " + std::to_string(request.reduce.bits) + " and " +
-                                 std::to_string(request.gather.bits) + " bits in such blocks.");
+        throw std::runtime_error("flash-comm: no fused kernel for legs of " + std::to_string(request.reduce.bits) +
+                                 " and " + std::to_string(request.gather.bits) + " bits in such blocks.");
     return kernel;
 }
 
@@ -57,13 +59,16 @@ void check_resident(const Kernel& kernel, int device, int blocks) {
     int& resident = most[kernel.function];
     if (resident == 0) {
         int each = 0, multiprocessors = 0;
-        check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel.function, kThreads, 48 * 1024), "asking for occupancy");
-        check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "asking for the device");
+        check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel.function, kThreads, 48 * 1024),
+              "asking for occupancy");
+        check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
+              "asking for the device");
         resident = each * multiprocessors;
     }
     if (blocks > resident)
-        throw std::runtime_error("flash-comm: " + std::to_string(blocks) + " thread blocks that wait for each other, but only " +
-                                 std::to_string(resident) + " fit on the device at once.");
+        throw std::runtime_error("flash-comm: " + std::to_string(blocks) +
+                                 " thread blocks that wait for each other, but only " + std::to_string(resident) +
+                                 " fit on the device at once.");
 }
 
 Capacity capacity_of(int world, int blocks, int64_t region) { return {world, blocks, region}; }
@@ -84,12 +89,14 @@ int device_blocks(int device) {
     return blocks < kMaxBlocks ? blocks : kMaxBlocks;
 }
 
-Workspace::Workspace(int device, int world, int first, int ranks, int blocks, int64_t region, std::vector<uintptr_t> inboxes)
+Workspace::Workspace(int device, int world, int first, int ranks, int blocks, int64_t region,
+                     std::vector<uintptr_t> inboxes)
     : device_(device), world_(world), first_(first), ranks_(ranks), blocks_(blocks), region_(region),
       inboxes_(std::move(inboxes)) {
     if (world < 2 || world > kMaxWorld || (int)inboxes_.size() != world || blocks < 1 || blocks > kMaxBlocks ||
         region < blocks * kSlotBytes)
-        throw std::runtime_error("flash-comm: a workspace has 2 to 8 ranks, an inbox for each, and a slot for each block.");
+        throw std::runtime_error(
+            "flash-comm: a workspace has 2 to 8 ranks, an inbox for each, and a slot for each block.");
     check(cudaSetDevice(device_), "choosing the device");
     check(cudaMalloc(&controls_, sizeof(Control) * ranks_), "allocating control words");
     check(cudaMalloc((void**)&own_, Inbox{world, region}.own_bytes() * ranks_), "allocating own slots");
@@ -102,7 +109,8 @@ Workspace::Workspace(int device, int world, int first, int ranks, int blocks, in
         host_errors_[i] = 0;
         controls[i] = {0, 0, (uint64_t*)seen_by_device + i, 0};
     }
-    check(cudaMemcpy(controls_, controls.data(), sizeof(Control) * ranks_, cudaMemcpyHostToDevice), "writing control words");
+    check(cudaMemcpy(controls_, controls.data(), sizeof(Control) * ranks_, cudaMemcpyHostToDevice),
+          "writing control words");
     check(cudaDeviceSynchronize(), "writing control words");
 }
 
@@ -144,8 +152,8 @@ void Workspace::launch(const Request& request) {
     }
     for (int rank = 0; rank < world_; rank++) call.inbox[rank] = (uint8_t*)inboxes_[rank];
     void* arguments[] = {&call};
-    check(cudaLaunchKernel(kernel.function, dim3(kernel.shape.blocks * ranks_), dim3(kThreads), arguments, kernel.shared_bytes,
-                           (cudaStream_t)request.stream), "launching a collective");
+    check(cudaLaunchKernel(kernel.function, dim3(kernel.shape.blocks * ranks_), dim3(kThreads), arguments,
+                           kernel.shared_bytes, (cudaStream_t)request.stream), "launching a collective");
 }
 
 std::vector<int64_t> Workspace::shape(const Request& request) const {
@@ -167,8 +175,9 @@ void Workspace::preset(uint64_t epoch) {
     check(cudaSetDevice(device_), "choosing the device");
     const std::vector<uint64_t> flags(Inbox::kFlagBytes / sizeof(uint64_t), epoch);
     for (int i = 0; i < ranks_; i++) {
-        check(cudaMemcpy((Control*)controls_ + i, &epoch, sizeof epoch, cudaMemcpyHostToDevice), "presetting the epoch");
-        check(cudaMemcpy((void*)inboxes_[first_ + i], flags.data(), Inbox::kFlagBytes, cudaMemcpyDefault), "presetting flags");
+        void* inbox = (void*)inboxes_[first_ + i];
+        check(cudaMemcpy((Control*)controls_ + i, &epoch, sizeof epoch, cudaMemcpyHostToDevice), "presetting an epoch");
+        check(cudaMemcpy(inbox, flags.data(), Inbox::kFlagBytes, cudaMemcpyDefault), "presetting flags");
     }
     check(cudaDeviceSynchronize(), "presetting the epoch");
 }

@@ -150,7 +150,8 @@ private:
 
     // Adds up what all ranks sent for this rank's slice; two-step shares the sum, others keep it.
     FC_DEVICE void sum() {
-        auto values = [&](int d) { return call.shape.values(call.shape.size(call.kind == kOneStep ? 0 : rank), tile(d)); };
+        const int slice = call.kind == kOneStep ? 0 : rank;
+        auto values = [&](int d) { return call.shape.values(call.shape.size(slice), tile(d)); };
         for (int d = 0; d < call.shape.depth; d++) {
             float total[kRows<T>][8];
             clear(total);
@@ -167,9 +168,8 @@ private:
 
     FC_DEVICE void share_sum(Octet<T> (&octets)[kRows<T>], int values, int d) {
         const int lane = thread();
-        FC_UNROLL for (int row = 0; row < kRows<T>; row++) repeat_last(octets[row], values - 8 * (row * kThreads + lane));
         FC_UNROLL for (int row = 0; row < kRows<T>; row++)
-            FC_UNROLL for (int i = 0; i < Octet<T>::kWords; i++) forget(octets[row].w[i]);
+            repeat_last(octets[row], values - 8 * (row * kThreads + lane));
         sync();  // all have decoded: what encoding needs takes the place of payloads
         gather.encode(octets, values, scratch(), payload());
         push_all(kGatherLeg, d, gather.bytes(values));
@@ -177,7 +177,8 @@ private:
 
     static FC_DEVICE void store_tile(Word* to, int values, const Octet<T> (&octets)[kRows<T>]) {
         const int lane = thread();
-        FC_UNROLL for (int row = 0; row < kRows<T>; row++) store<T>(to, values, 8 * (row * kThreads + lane), octets[row]);
+        FC_UNROLL for (int row = 0; row < kRows<T>; row++)
+            store<T>(to, values, 8 * (row * kThreads + lane), octets[row]);
     }
 
     FC_DEVICE void decode() {
@@ -220,8 +221,8 @@ private:
         for (int distance = 1; distance <= call.world; distance++) push((rank + distance) % call.world, leg, d, bytes);
     }
 
-    // The payloads of one tile from every rank, in rank order, one read ahead: use(source, row, octet, x) for each octet of this
-    // thread. values(source): of the tile.
+    // The payloads of one tile from every rank, in rank order, one read ahead: use(source, row, octet, x) for each
+    // octet of this thread. values(source): of the tile.
     template <class Codec, class Values, class Use>
     FC_DEVICE void receive(const Codec& codec, Leg leg, int d, Values values_of, Use use) {
         constexpr int kAhead = (Codec::kMaxBytes + 16 * kThreads - 1) / (16 * kThreads);

@@ -35,7 +35,6 @@ FC_DEVICE int thread() {
     asm volatile("" : "+r"(index));
     return index;
 }
-FC_DEVICE void forget(uint32_t& word) { asm volatile("" : "+r"(word)); }  // how it was computed
 FC_DEVICE int64_t block_index() { return blockIdx.x; }
 FC_DEVICE int64_t block_count() { return gridDim.x; }
 FC_DEVICE void sync() { __syncthreads(); }
@@ -82,7 +81,6 @@ FC_DEVICE float fused_multiply_add(float a, float b, float c) { return __fmaf_rn
 #else
 
 int thread();
-FC_DEVICE void forget(uint32_t&) {}
 int64_t block_index();
 int64_t block_count();
 void sync();
@@ -111,7 +109,9 @@ template <class T> struct alignas(16) Octet {
     static constexpr int kWords = 2 * sizeof(typename T::Word), kVectors = kWords / 4;
     uint32_t w[kWords];
 
-    FC_DEVICE uint32_t at(int i) const { return sizeof(typename T::Word) == 4 ? w[i] : w[i / 2] >> (16 * (i & 1)) & 0xFFFF; }
+    FC_DEVICE uint32_t at(int i) const {
+        return sizeof(typename T::Word) == 4 ? w[i] : w[i / 2] >> (16 * (i & 1)) & 0xFFFF;
+    }
 };
 
 // Two 16-bit values of one word as float32, and back. Any value but NaN.
@@ -171,7 +171,8 @@ template <class T> FC_DEVICE Octet<T> narrow(const float (&x)[8]) {
             octet.w[i / 2] = narrow2<T>(x[i], x[i + 1]);
         }
     }
-    if (x[0] != x[0]) FC_UNROLL for (int i = 0; i < Octet<T>::kWords; i++) octet.w[i] = T::kNan * (kWide ? 1u : 0x10001u);
+    constexpr uint32_t kNan = T::kNan * (kWide ? 1u : 0x10001u);
+    if (x[0] != x[0]) FC_UNROLL for (int i = 0; i < Octet<T>::kWords; i++) octet.w[i] = kNan;
     return octet;
 }
 

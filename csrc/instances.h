@@ -43,7 +43,8 @@ template <int kBits, class T> constexpr bool compiled(Is<UniformTile<kBits, T>>)
 #endif
 }
 
-template <int kBits, class T, class Visit> bool visit_equal_legs(Is<UniformTile<kBits, T>> codec, Is<T> type, Visit visit) {
+template <int kBits, class T, class Visit>
+bool visit_equal_legs(Is<UniformTile<kBits, T>> codec, Is<T> type, Visit visit) {
     if constexpr (compiled(Is<UniformTile<kBits, T>>{})) return visit(codec, codec, type), true;
     return false;
 }

@@ -71,7 +71,8 @@ struct Overdue {
     Round round;
 
     FC_INLINE uint64_t packed() const {
-        return 1ull << 63 | (uint64_t)leg << 62 | (uint64_t)rank << 58 | (uint64_t)block << 48 | (round & ((1ull << 48) - 1));
+        const uint64_t low = round & ((1ull << 48) - 1);
+        return 1ull << 63 | (uint64_t)leg << 62 | (uint64_t)rank << 58 | (uint64_t)block << 48 | low;
     }
     static FC_INLINE Overdue of(uint64_t word) {
         return {(Leg)(word >> 62 & 1), (int)(word >> 58 & 15), (int)(word >> 48 & 1023), word & ((1ull << 48) - 1)};

@@ -1,4 +1,4 @@
-// Memory that several processes and GPUs can reach: device allocations shared by CUDA IPC, host memory mapped for the GPU.
+// Memory that several processes and GPUs can reach: device allocations shared by CUDA IPC, mapped host memory.
 #include <cstring>
 
 #include "cuda_check.h"
@@ -55,7 +55,8 @@ void ipc_close(int device, uintptr_t address) {
 
 uintptr_t host_register(int device, uintptr_t address, int64_t bytes) {
     use(device);
-    check(cudaHostRegister((void*)address, bytes, cudaHostRegisterMapped | cudaHostRegisterPortable), "pinning host memory");
+    const unsigned flags = cudaHostRegisterMapped | cudaHostRegisterPortable;
+    check(cudaHostRegister((void*)address, bytes, flags), "pinning host memory");
     void* mapped = nullptr;
     check(cudaHostGetDevicePointer(&mapped, (void*)address, 0), "mapping host memory");
     return (uintptr_t)mapped;

@@ -1,7 +1,8 @@
 // One thread block codes one tile: up to 16 KiB of values in registers, their payload in shared memory.
 //
-// A thread holds four octets (of float32: two), 256 apart, so that a warp reads and writes whole lines. The payload of a tile is the
-// payload of its values (codec.h), so it is independent of who coded it and how the tensor was cut. A codec is
+// A thread holds four octets (of float32: two), 256 apart, so that a warp reads and writes whole lines. The payload of
+// a tile is the payload of its values (codec.h), so it is independent of who coded it and how the tensor was cut. A
+// codec is
 //
 //     bytes(values)                        length of the payload, a multiple of 16
 //     encode(octets, values, shared)       all threads; ends with a barrier, the payload is in shared.payload

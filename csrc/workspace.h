@@ -1,7 +1,7 @@
 // What the fused collectives offer to Python: memory that ranks can share, and a workspace that launches on it.
 //
-// The memory of a workspace is allocated here and not by torch: its caching allocator hands out parts of segments, whose
-// IPC handles would name the whole segment, and under expandable segments there are none.
+// The memory of a workspace is allocated here and not by torch: its caching allocator hands out parts of segments,
+// whose IPC handles would name the whole segment, and under expandable segments there are none.
 #pragma once
 
 #include <stdint.h>
@@ -45,7 +45,7 @@ struct Request {  // in the order in which bindings_cuda.cpp fills it
 };
 
 // The ranks first .. first + ranks - 1 of a group of `world`, whose inboxes are addressed by `inboxes`; the control
-// words of these ranks, and what they send themselves, belong to it. Not safe to destroy while a call runs: close() waits for the device.
+// words of these ranks, and what they send themselves, belong to it.
 class Workspace {
 public:
     Workspace(int device, int world, int first, int ranks, int blocks, int64_t region, std::vector<uintptr_t> inboxes);

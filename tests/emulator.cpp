@@ -173,22 +173,22 @@ void world_free(World* world) { delete world; }
 uint64_t world_error(const World* world, int rank) { return world->host_errors[rank]; }
 uint64_t world_epoch(const World* world, int rank) { return world->controls[rank].epoch; }
 
-// {slice, rounds, tile, blocks, depth, stride} of a job; false: no kernel for these legs.
-bool shape(const World* world, const Job* job, int64_t* found, Shape* shape) {
+// How a job is cut; false: no kernel for these legs, or too little shared memory for it.
+bool shape(const World* world, const Job* job, Shape* shape) {
     bool fits = true;
-    const bool exists = with_legs(job->reduce_bits, job->gather_bits, job->dtype, [&](auto reduce, auto gather, auto type) {
+    auto visit = [&](auto reduce, auto gather, auto type) {
         using Reduce = typename decltype(reduce)::type;
         using Gather = typename decltype(gather)::type;
-        using W = Worker<Reduce, Gather, typename decltype(type)::type>;
+        using T = typename decltype(type)::type;
+        using W = Worker<Reduce, Gather, T>;
         const Reduce first(job->reduce_block);
         const Gather second(job->gather_block);
+        auto payload_bytes = [&](int values) { return W::max2(first.bytes(values), second.bytes(values)); };
         *shape = shape_of((Collective)job->kind, job->numel, world->capacity, job->reduce_block, job->gather_block,
-                          kTileValues<typename decltype(type)::type>, [&](int values) { return W::max2(first.bytes(values), second.bytes(values)); });
-        fits = W::shared_bytes(*shape, job->reduce_block, job->gather_block) <= kSharedBytes;
-    });
-    const int64_t values[6] = {shape->slice, shape->rounds, shape->tile, shape->blocks, shape->depth, shape->stride};
-    if (found) std::memcpy(found, values, sizeof values);
-    return exists && fits;
+                          kTileValues<T>, payload_bytes);
+        fits = shape->tile && W::shared_bytes(*shape, job->reduce_block, job->gather_block) <= kSharedBytes;
+    };
+    return with_legs(job->reduce_bits, job->gather_bits, job->dtype, visit) && fits;
 }
 
 // Runs `count` jobs on every rank, each rank's in order, ranks and blocks in an order drawn from the seed. A rank in
@@ -207,7 +207,7 @@ int run(World* world, const Job* jobs, int count, unsigned seed, unsigned absent
         const Job& job = jobs[rank.job];
         Call& call = rank.call;
         call = {};
-        if (!shape(world, &job, nullptr, &call.shape)) return false;
+        if (!shape(world, &job, &call.shape)) return false;
         call.kind = (Collective)job.kind;
         call.world = world->capacity.world, call.first = r, call.ranks = 1;
         call.reduce_block = job.reduce_block, call.gather_block = job.gather_block;

@@ -94,7 +94,7 @@ class World:
     def shape(self, job: Job) -> Shape:
         """How the kernel cuts ``job``."""
         found = Shape()
-        assert library().shape(self, ctypes.byref(job), None, ctypes.byref(found)), "no kernel for these legs"
+        assert library().shape(self, ctypes.byref(job), ctypes.byref(found)), "no kernel for these legs"
         return found
 
     def run(self, jobs: Sequence[Job], seed: int = 0, absent: int = 0) -> None:
