@@ -42,7 +42,7 @@ def one_step(x: Tensor, link: Link, plan: Plan, residuals: Residuals | None = No
     """All-reduce of ``x`` in place."""
     flat = x.view(-1)
     inbox = _inbox(plan.reduce, flat, link)
-    _encode(plan.reduce, flat, _reduce_residual(residuals, flat), inbox[link.rank])
+    _encode(plan.reduce, flat, _residual(residuals, "reduce", flat), inbox[link.rank])
     yield link.exchange([inbox[link.rank]] * link.world, inbox)
     plan.reduce.decode_sum(inbox, flat)
     return x
@@ -53,17 +53,17 @@ def two_step(x: Tensor, link: Link, plan: Plan, residuals: Residuals | None = No
     flat = x.view(-1)
     length = slice_length(flat.numel(), link.world, plan)
     slices = _slices(flat, length, link)
-    lost = _reduce_residual(residuals, flat)
+    lost = _residual(residuals, "reduce", flat)
     mine = slices[link.rank]
     yield from _reduce_leg(slices, None if lost is None else _slices(lost, length, link), mine, link, plan.reduce)
-    yield from _gather_leg(mine, _gather_residual(residuals, mine), slices, link, plan.gather)
+    yield from _gather_leg(mine, _residual(residuals, "gather", mine), slices, link, plan.gather)
     return x
 
 
 def reduce_scatter(x: Tensor, out: Tensor, link: Link, plan: Plan, residuals: Residuals | None = None) -> Steps:
     """Sum of every rank's ``x``, this rank's slice of it in ``out``."""
     flat = x.view(-1)
-    lost = _reduce_residual(residuals, flat)
+    lost = _residual(residuals, "reduce", flat)
     parts = None if lost is None else list(lost.chunk(link.world))
     yield from _reduce_leg(list(flat.chunk(link.world)), parts, out.view(-1), link, plan.reduce)
     return out
@@ -101,20 +101,14 @@ def _encode(codec: Codec, x: Tensor, lost: Tensor | None, out: Tensor | None = N
     return codec.encode(x, out) if lost is None else residual.encode(codec, x, lost, out)
 
 
-def _reduce_residual(residuals: Residuals | None, like: Tensor) -> Tensor | None:
+def _residual(residuals: Residuals | None, leg: str, like: Tensor) -> Tensor | None:
+    """What was lost in ``leg`` ("reduce" or "gather") so far, zeros at first; None where nothing is remembered."""
     if residuals is None:
         return None
-    if residuals.reduce is None:
-        residuals.reduce = torch.zeros_like(like)
-    return residuals.reduce
-
-
-def _gather_residual(residuals: Residuals | None, like: Tensor) -> Tensor | None:
-    if residuals is None:
-        return None
-    if residuals.gather is None:
-        residuals.gather = torch.zeros_like(like)
-    return residuals.gather
+    if getattr(residuals, leg) is None:
+        setattr(residuals, leg, torch.zeros_like(like))
+    found: Tensor = getattr(residuals, leg)
+    return found
 
 
 def _slices(flat: Tensor, length: int, link: Link) -> list[Tensor]:
