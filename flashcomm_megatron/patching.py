@@ -5,7 +5,7 @@ the replacement from the original, and why this name reaches its callers. :func:
 compares every row, and only when all of them fit rebinds any. :func:`revert` restores the very objects it found and
 refuses when somebody has patched over us, because undoing ours would then undo theirs.
 
-Nothing here knows a tensor or Megatron; which names are replaced stands in seams.py.
+Nothing here knows a tensor or Megatron; which names are replaced stands in seams/.
 """
 
 from __future__ import annotations

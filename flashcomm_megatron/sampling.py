@@ -5,7 +5,7 @@ the first rounding of its own contribution: x against decode(encode(x)). One in 
 in one window of at most ``WINDOW`` values that moves on through the tensor from sample to sample, so neither time nor
 memory depends on the model. Sums stay on the device; :func:`read` is the only place that waits for it.
 
-A *site* is where a collective stands: the kind of layer that seams.py notes, else the collective's own name.
+A *site* is where a collective stands: the kind of layer that seams/where.py notes, else the collective's own name.
 """
 
 from __future__ import annotations

@@ -16,7 +16,8 @@ from ranks import spawn
 from torch import Tensor
 
 import flashcomm_megatron as fc
-from flashcomm_megatron import seams
+from flashcomm_megatron import patching, seams
+from flashcomm_megatron.seams import differentiable, where
 
 pytest.importorskip("megatron.core", reason="megatron-core is not installed")
 
@@ -215,7 +216,7 @@ class Recorder:
         self.widths: set[int] = set()
         self.passed: list[str] = []  # collectives that reached a seam outside of every site
         self.io: dict[str, tuple[Any, Any]] = {}
-        self.wanted = seams._wanted
+        self.wanted = differentiable.wanted
         for name, module in model.named_modules():
             module.register_forward_hook(partial(self.keep, name))
 
@@ -225,7 +226,7 @@ class Recorder:
         self.io[name] = args, tuple(each.clone() if isinstance(each, Tensor) else each for each in outputs)
 
     def __call__(self, kind: str, collective: str, x: Tensor, group: Any) -> Any:
-        config, site = self.wanted(kind, collective, x, group), seams._here.site
+        config, site = self.wanted(kind, collective, x, group), where.site()
         if config is None:
             self.passed.append(collective)
         else:
@@ -242,13 +243,13 @@ def mixture(sequence_parallel: bool) -> dict[str, Any]:
     inputs = tokens, tokens, None
     embedded = model.embedding(tokens, tokens)
     recorder = Recorder(model)
-    seams._wanted, wanted = recorder, seams._wanted
+    differentiable.wanted, wanted = recorder, differentiable.wanted
     with fc.flashcomm(CONFIG):
         loss = model(*inputs, labels=tokens)
         forward = list(recorder.compressed)
         if sequence_parallel:
             loss.mean().backward()
-    seams._wanted = wanted
+    differentiable.wanted = wanted
     found = {"forward": forward, "backward": recorder.compressed[len(forward) :], "passed": recorder.passed}
     found |= {"dtypes": recorder.dtypes, "widths": recorder.widths, "finite": bool(loss.isfinite().all())}
     return found | exactness(model, recorder, embedded, loss, tokens)
@@ -349,7 +350,7 @@ def test_output_layers_and_experts_are_no_sites(seen: list[dict[str, Any]]) -> N
 
 def bound() -> list[Any]:
     """The objects bound to every name of the table, staticmethod wrappers included."""
-    return [vars(owner)[attribute] for owner, attribute in map(seams.patching._owner, seams.SEAMS)]
+    return [vars(owner)[attribute] for owner, attribute in map(patching._owner, seams.SEAMS)]
 
 
 def test_disable_restores_every_object() -> None:
