@@ -141,17 +141,18 @@ def all_gather(
     config: Config | None = None,
     async_op: bool = False,
     out: Tensor | None = None,
+    legs: Legs | None = None,
 ) -> Any:
     """Concatenate ``x`` [s, ...] of N ranks in rank order to [N * s, ...]; this rank's part is encoded as well."""
-    if torch.compiler.is_compiling() and not async_op and out is None:
+    if torch.compiler.is_compiling() and not async_op and out is None and legs is None:
         return traced.all_gather(x, group, config)
     group, config = _resolve(group, config)
     world = group.size()
     x = x.contiguous()
     out = _output(out, x, world * x.size(0) if x.dim() else world)
-    if not wants("all_gather", x, group, config):
+    if not wants("all_gather", x, group, config, legs):
         return _exact(out, dist.all_gather_into_tensor(out, x, group=group, async_op=async_op), async_op)
-    plan = policy.plan("all_gather", x, world, config)
+    plan = policy.plan("all_gather", x, world, config, legs)
     sent = (world - 1) * plan.gather.wire_bytes(x.numel())
     sampling.sample("all_gather", x, plan.gather)
     steps = _fused("all_gather", x, out, group, plan, config) or algorithms.all_gather(x, out, link(group), plan)

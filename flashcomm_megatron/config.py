@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
+from .codec import Stochastic
 from .recipes import RECIPES, Legs
 
 TRANSPORTS = ("auto", "peer", "host", "group")
 ALGORITHMS = ("auto", "one-step", "two-step")
+ROUNDINGS = ("nearest", "stochastic")
+EXACT = 16  # grad_bits that leave gradients to the original collectives
 
 
 def _option(default: Any, help: str) -> Any:
@@ -37,9 +41,16 @@ class Config:
     )
     transport: str = _option(
         "auto",
-        "How bytes move on GPUs: fused kernels over peer or pinned host memory, or the process group; auto: group.",
+        "How bytes move: peer (GPUs) or host memory shared by the ranks of a machine, or the process group.",
     )
     algorithm: str = _option("auto", "All-reduce as one-step (one rounding) or two-step (least bytes beyond 2 ranks).")
+    timeout: float | None = _option(
+        None, "Seconds a rank waits for another one that does nothing. Default: the process group's own timeout."
+    )
+    grad_bits: int = _option(8, "Bits per value of gradients in backward, 2 to 8; 16 leaves them exact.")
+    grad_rounding: str = _option(
+        "nearest", "Round gradients to the nearest code, or stochastic: without bias, the same gradient always alike."
+    )
     calibration: str | None = _option(None, "File of calibrated ranges, made by calibrate; for recipe outlier only.")
     strict: bool = _option(False, "Turn the warning that nothing was quantized into an error.")
     log_interval: int | None = _option(
@@ -54,15 +65,23 @@ class Config:
         _check(self.bits in widths, "bits", self.bits, f"{_list(widths)} with recipe {self.recipe}")
         _check(self.block is None or (self.block > 0 and self.block % 8 == 0), "block", self.block, "a multiple of 8")
         _check(self.min_bytes is None or self.min_bytes >= 0, "min-bytes", self.min_bytes, "0 or more")
+        _check(self.timeout is None or self.timeout > 0, "timeout", self.timeout, "seconds, more than 0")
         positive = self.log_interval is None or self.log_interval > 0
         _check(positive, "log-interval", self.log_interval, "1 or more")
         _check(self.transport in TRANSPORTS, "transport", self.transport, ", ".join(TRANSPORTS))
         _check(self.algorithm in ALGORITHMS, "algorithm", self.algorithm, ", ".join(ALGORITHMS))
+        self._check_gradients()
         self._check_calibration()
         try:
-            _ = self.legs
+            _ = self.legs, self.gradient_legs
         except ValueError as error:  # a format has its own limits, for example on blocks
             raise ValueError(f"--flash-comm-{error}") from None
+
+    def _check_gradients(self) -> None:
+        widths = (*RECIPES[self._gradient_recipe].widths, EXACT)
+        choices = f"{_list(widths)} with recipe {self._gradient_recipe}"
+        _check(self.grad_bits in widths, "grad-bits", self.grad_bits, choices)
+        _check(self.grad_rounding in ROUNDINGS, "grad-rounding", self.grad_rounding, ", ".join(ROUNDINGS))
 
     def _check_calibration(self) -> None:
         if RECIPES[self.recipe].calibrated and self.calibration is None:
@@ -81,6 +100,20 @@ class Config:
         """The codecs of both legs. A calibrated recipe has another reduce leg at every site (sites.py)."""
         row = RECIPES[self.recipe]
         return row.legs(self.bits, self.block or row.block)
+
+    @cached_property
+    def gradient_legs(self) -> Legs | None:
+        """The codecs of both legs for gradients, None where they stay exact."""
+        if self.grad_bits == EXACT:
+            return None
+        row = RECIPES[self._gradient_recipe]
+        legs = row.legs(self.grad_bits, self.block or row.block)
+        return Legs(*(Stochastic(leg) for leg in legs)) if self.grad_rounding == "stochastic" else legs
+
+    @property
+    def _gradient_recipe(self) -> str:
+        """Ranges are calibrated for activations, not for gradients, which then travel as ours."""
+        return "auto" if RECIPES[self.recipe].calibrated else self.recipe
 
 
 def _check(holds: bool, name: str, found: Any, choices: str) -> None:

@@ -15,9 +15,10 @@ from .microscaling import Microscaling
 from .outlier import Outlier, Uncalibrated
 from .rotated import Rotated
 from .spike import Spike
+from .stochastic import Stochastic
 from .uniform import Uniform
 
-__all__ = ["Codec", "Microscaling", "Outlier", "Rotated", "Spike", "Uncalibrated", "Uniform"]
+__all__ = ["Codec", "Microscaling", "Outlier", "Rotated", "Spike", "Stochastic", "Uncalibrated", "Uniform"]
 
 
 class Codec(Protocol):

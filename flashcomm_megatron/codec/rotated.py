@@ -58,6 +58,7 @@ from torch import Tensor
 
 from .blocks import extremes, in_blocks
 from .reference import Reference
+from .stochastic import rounded
 from .wire import from_half_words, half_words, join_planes, join_sections, plane_bytes, split_planes, split_sections
 
 LEVELS = {2: 4, 2.5: 5, 3: 8, 3.5: 11, 4: 16, 4.5: 22, 5: 32, 5.5: 45, 6: 64, 6.5: 90, 7: 128, 7.5: 181, 8: 256}
@@ -95,6 +96,11 @@ class Rotated(Reference):
         return True
 
     @property
+    def dithers(self) -> bool:
+        """Whether codes may be rounded stochastically (stochastic.py): steps are then made wide enough for it."""
+        return True
+
+    @property
     def levels(self) -> int:
         """Number of codes."""
         return LEVELS[self.bits]
@@ -111,17 +117,19 @@ class Rotated(Reference):
         planes = [size for width in self._widths for size in plane_bytes(words, width)]
         return [*planes, blocks, 2 * math.ceil(blocks / FAMILY)]
 
-    def encode_ref(self, x: Tensor) -> Tensor:
-        """Payload of a contiguous, non-empty 1-D floating tensor."""
+    def encode_ref(self, x: Tensor, dither: Tensor | None = None) -> Tensor:
+        """Payload of a contiguous, non-empty 1-D floating tensor; with ``dither`` [blocks, block] rounded
+        stochastically, in steps of ``max|c| / (levels - 1 - zero)``, rounded up, that clip nothing on either side."""
         values = in_blocks(x, self.block).float()
         low, high, finite = extremes(values)
         constant = finite & (low == high)
         regular = finite & ~constant
         shrink = torch.where(torch.maximum(-low, high) >= HUGE, SHRINK, 1.0)
         coefficients = butterflies(torch.where(regular[:, None], values, 0.0) * shrink[:, None])
-        scales, tops, step = self._scales(coefficients, shrink, regular)
+        scales, tops, step = self._scales(coefficients, shrink, regular, clips=dither is None)
         inverse = 1.0 / (step * shrink * self.block)
-        codes = ((coefficients * inverse[:, None]).round() + self.zero).clamp(0, self.levels - 1).to(torch.uint8)
+        codes = rounded(coefficients * inverse[:, None], dither) + self.zero
+        codes = codes.clamp(0, self.levels - 1).to(torch.uint8)
 
         codes = torch.where(constant[:, None], self._constant_codes(low), codes)
         codes = torch.where(finite[:, None], codes, 0)
@@ -148,14 +156,17 @@ class Rotated(Reference):
             values = values.clamp(-limit, limit)
         return torch.where(values.isnan(), math.nan, values).to(dtype).flatten()[:numel]
 
-    def _scales(self, coefficients: Tensor, shrink: Tensor, regular: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _scales(
+        self, coefficients: Tensor, shrink: Tensor, regular: Tensor, clips: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Scale bytes [blocks] and tops [families] as int32, and the signed steps float32 [blocks]."""
         low, high = coefficients.amin(1), coefficients.amax(1)
         negative = high > -low
         largest = torch.maximum(high, -low)
-        needed = largest / torch.full_like(largest, self.block * self.zero)  # a scalar divisor is inverted on CUDA
+        reach = self.zero if clips else self.levels - 1 - self.zero
+        needed = largest / torch.full_like(largest, self.block * reach)  # a scalar divisor is inverted on CUDA
         half = 1 << (KEY_SHIFT - 1)
-        keys = (needed.view(torch.int32) + (half if self.levels <= NEAREST else 2 * half - 1)) >> KEY_SHIFT
+        keys = (needed.view(torch.int32) + (half if clips and self.levels <= NEAREST else 2 * half - 1)) >> KEY_SHIFT
         keys = (keys + (shrink < 1).int() * (16 << 3)).clamp(min=LEAST_KEY)
         families = keys.masked_fill(~regular, LEAST_KEY)
         families = torch.nn.functional.pad(families, (0, -keys.numel() % FAMILY), value=LEAST_KEY).view(-1, FAMILY)

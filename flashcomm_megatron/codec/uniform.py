@@ -60,6 +60,7 @@ from .blocks import (
     next_up,
     round_down,
 )
+from .stochastic import rounded
 from .wire import (
     from_half_words,
     half_words,
@@ -92,6 +93,11 @@ class Uniform:
     def native(self) -> tuple[int, int, int]:
         """Format number in csrc/api.h, bits and block: how the compiled extension knows this codec."""
         return 0, self.bits, self.block
+
+    @property
+    def dithers(self) -> bool:
+        """Whether codes may be rounded stochastically (stochastic.py): they reach every value of a block."""
+        return True
 
     @property
     def levels(self) -> int:
@@ -127,8 +133,8 @@ class Uniform:
 
     # ---- the definition ------------------------------------------------------------------------------------
 
-    def encode_ref(self, x: Tensor) -> Tensor:
-        """What :meth:`encode` does, in torch."""
+    def encode_ref(self, x: Tensor, dither: Tensor | None = None) -> Tensor:
+        """What :meth:`encode` does, in torch; with ``dither`` [blocks, block] rounded stochastically."""
         numel = x.numel()
         if numel == 0:
             return torch.empty(0, dtype=torch.uint8, device=x.device)
@@ -138,7 +144,7 @@ class Uniform:
         minimum = round_down(low)
         scale, prescale, inverse = self._scale(minimum, high)
         scaled = (values * prescale[:, None] - (minimum * prescale)[:, None]) * inverse[:, None]
-        codes = torch.where(finite[:, None], scaled, 0.0).round().clamp(min=0).to(torch.uint8)
+        codes = rounded(torch.where(finite[:, None], scaled, 0.0), dither).clamp(0, self.levels).to(torch.uint8)
 
         minimum_bits, scale_bits = high_half(minimum), high_half(scale)
         bits = low.view(torch.int32)

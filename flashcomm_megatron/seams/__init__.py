@@ -4,6 +4,7 @@ One file a table, each row with the reason why that name reaches its callers:
 
     where.py          which layer is running: notes the site, compresses nothing
     forward.py        Megatron-Core's collectives of activations
+    gradients.py      and of gradients, in backward
 
 ``differentiable.py`` holds what takes their place. A new table is a file with ``ROWS`` and a place in ``TABLES``.
 """
@@ -14,13 +15,14 @@ from packaging.version import Version
 
 from .. import announce, environment, patching, training_log
 from ..patching import PatchError, Seam
-from . import forward, where
-from .differentiable import Call, observe
+from . import forward, gradients, where
+from .differentiable import Call
+from .where import observe
 
 __all__ = ["SEAMS", "TABLES", "Call", "install", "megatron_version", "observe", "uninstall"]
 
 OLDEST = (0, 13)  # megatron-core; the first whose layers hand their process group to every collective
-TABLES = (where.ROWS, forward.ROWS)
+TABLES = (where.ROWS, forward.ROWS, gradients.ROWS)
 SEAMS: tuple[Seam, ...] = tuple(row for table in TABLES for row in table)
 
 

@@ -1,22 +1,21 @@
 """The compressed collectives as autograd functions, and the one question every seam asks: compress here?
 
 :func:`wanted` answers with a :class:`Call` inside a site of the right kind, None everywhere else and where the policy
-defers. Gradients are those of the exact collective.
+defers. Gradients travel as gradients.py says.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import collectives, feedback, sites
 from ..algorithms import Residuals
 from ..config import Config
 from ..recipes import Legs
-from . import where
+from . import gradients, where
 
 
 class Call(NamedTuple):
@@ -27,24 +26,15 @@ class Call(NamedTuple):
     residuals: Residuals | None = None  # what this rank's roundings lost at the layers before
 
 
-Observer = Callable[[nn.Module, Tensor, Any], None]  # (row layer, partial sum, group)
-_observer: Observer | None = None
-
-
-def observe(observer: Observer | None) -> None:
-    """Show ``observer`` every partial sum at a row site and compress nothing, until called again with None."""
-    global _observer
-    _observer = observer
-
-
 def wanted(kind: str, collective: str, x: Tensor, group: Any) -> Call | None:
     """How to compress, or None: not inside a site of this kind, deferred and counted, or only observed."""
     site = where.site()
     if site is None or site.kind != kind or group is None:
         return None
-    if _observer is not None:
+    observer = where.observer()
+    if observer is not None:
         if kind == "row":
-            _observer(site.module, x, group)
+            observer(site.module, x, group)
         return None
     legs = sites.legs(site.config, site.module, group) if kind == "row" else None
     if not collectives.wants(collective, x, group, site.config, legs):
@@ -71,32 +61,26 @@ class AllReduce(torch.autograd.Function):
 
 
 class ReduceScatter(torch.autograd.Function):
-    """Sum over ranks, cut along the first dimension; the gradient is gathered, exactly."""
+    """Sum over ranks, cut along the first dimension; the gradient is gathered."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any, call: Call) -> Any:
-        ctx.group = group
+        ctx.group, ctx.site = group, where.site()
         return collectives.reduce_scatter(x, group, call.config, legs=call.legs, residuals=call.residuals)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return _mappings().gather_from_sequence_parallel_region(grads[0], group=ctx.group), None, None
+        return gradients.all_gather(grads[0], ctx.group, ctx.site), None, None
 
 
 class AllGather(torch.autograd.Function):
-    """Concatenate along the first dimension; the gradients are summed and cut, exactly."""
+    """Concatenate along the first dimension; the gradients are summed and cut."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any, call: Call) -> Any:
-        ctx.group = group
+        ctx.group, ctx.site = group, where.site()
         return collectives.all_gather(x, group, call.config)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return _mappings().reduce_scatter_to_sequence_parallel_region(grads[0], group=ctx.group), None, None
-
-
-def _mappings() -> Any:
-    from megatron.core.tensor_parallel import mappings
-
-    return mappings
+        return gradients.reduce_scatter(grads[0], ctx.group, ctx.site), None, None

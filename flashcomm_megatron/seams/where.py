@@ -1,4 +1,4 @@
-"""Where we are: which of Megatron's linear layers is running, in forward and again in backward.
+"""Where we are: which of Megatron's linear layers is running, and who is watching.
 
 The idea
 --------
@@ -31,7 +31,6 @@ from ..config import Config, current
 from ..patching import Seam
 
 LAYERS = "megatron.core.tensor_parallel.layers"
-LINEAR = "LinearWithGradAccumulationAndAsyncCommunication"
 
 Function = Callable[..., Any]
 
@@ -44,11 +43,15 @@ class Site(NamedTuple):
     config: Config
 
 
+Observer = Callable[[nn.Module, Tensor, Any], None]  # (row layer, partial sum, group)
+
+
 class _Here(threading.local):
     site: Site | None = None
 
 
 _here = _Here()
+_observer: Observer | None = None
 sampling.locate(lambda: _here.site.kind if _here.site else None)
 
 
@@ -67,6 +70,17 @@ def at(site: Site | None) -> Iterator[None]:
         _here.site = outer
 
 
+def observe(observer: Observer | None) -> None:
+    """Show ``observer`` every partial sum at a row site and compress nothing, until called again with None."""
+    global _observer
+    _observer = observer
+
+
+def observer() -> Observer | None:
+    """Who is being shown partial sums."""
+    return _observer
+
+
 def site_of(kind: str, module: Any) -> Site | None:
     """The site that a layer is: None when flash-comm is off or the layer belongs to an expert."""
     config = current()
@@ -83,26 +97,32 @@ def _row_forward(original: Function) -> Function:
 
 def _column_forward(original: Function) -> Function:
     def forward(self: Any, input_: Tensor, weight: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        with at(None if _is_output_layer(self, weight) else site_of("column", self)):
+        with at(None if is_output_layer(self, weight) else site_of("column", self)):
             return original(self, input_, weight, *args, **kwargs)
 
     return forward
 
 
-def _is_output_layer(module: Any, weight: Tensor | None) -> bool:
+def is_output_layer(module: Any, weight: Tensor | None) -> bool:
     """Only an output layer is handed its weight (the embedding's); Megatron marks the weight of one that owns it."""
-    return weight is not None or getattr(module.weight, "is_embedding_or_output_parameter", False)
+    own = getattr(module, "weight", None)
+    return weight is not None or getattr(own, "is_embedding_or_output_parameter", False)
 
 
-def _linear_forward(original: Function) -> Function:
+def keep_site(original: Function) -> Function:
+    """Wrap an autograd function's forward; it may be called without a context where no gradient is recorded."""
+
     def forward(ctx: Any, *args: Any, **kwargs: Any) -> Any:
-        ctx.flash_comm_site = _here.site
+        if ctx is not None:
+            ctx.flash_comm_site = _here.site
         return original(ctx, *args, **kwargs)
 
     return forward
 
 
-def _linear_backward(original: Function) -> Function:
+def restore_site(original: Function) -> Function:
+    """Wrap an autograd function's backward, which runs at the site of its forward."""
+
     def backward(ctx: Any, *grads: Any) -> Any:
         with at(getattr(ctx, "flash_comm_site", None)):
             return original(ctx, *grads)
@@ -115,8 +135,4 @@ ROWS = (
          "notes the row site; a method, so subclasses and instances made earlier find it at call time"),
     Seam(LAYERS, "ColumnParallelLinear.forward", ("self", "input_", "weight"), _column_forward,
          "notes the column site, and none for the output layer"),
-    Seam(LAYERS, f"{LINEAR}.forward", ("ctx", "input", "weight"), _linear_forward,
-         "keeps the site for backward; apply() looks forward up on the class at every call"),
-    Seam(LAYERS, f"{LINEAR}.backward", ("ctx", "grad_output"), _linear_backward,
-         "restores the site, so the second gather of the input equals the first; looked up on the class as well"),
 )  # fmt: skip
