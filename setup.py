@@ -124,6 +124,8 @@ class Build(build_ext):
         includes = [f"-isystem{path}" for path in [*self.compiler.include_dirs, pybind11.get_include()]]
         jobs = {
             "bindings": [*compiler, *includes, say, str(CSRC / "bindings.cpp")],
+            "bindings_streams": [*compiler, *includes, str(CSRC / "bindings_streams.cpp")],
+            "streams": [*compiler, str(CSRC / "streams.cpp")],
             "codec_threads": [*compiler, str(CSRC / "codec_threads.cpp")],
         }
         if "CUDA_ARCHS" in say:

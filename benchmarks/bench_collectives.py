@@ -47,16 +47,17 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--worlds", type=int, nargs="+", default=[2, 4])
-    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="bytes of the full tensor")
-    parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS)
+    parser.add_argument("--worlds", type=int, nargs="+")
+    parser.add_argument("--sizes", type=int, nargs="+", help="bytes of the full tensor")
+    parser.add_argument("--widths", type=int, nargs="+")
     parser.add_argument("--recipes", nargs="+", default=["auto", "flash-v1"])
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--repeats", type=int, default=21)
     parser.add_argument("--quick", action="store_true", help="one size, one width, world 2; writes nothing")
     options = parser.parse_args()
-    if options.quick:
-        options.worlds, options.sizes, options.widths = [2], [8192 * KIB], [4]
+    options.worlds = options.worlds or ([2] if options.quick else [2, 4])
+    options.sizes = options.sizes or ([8192 * KIB] if options.quick else SIZES)
+    options.widths = options.widths or ([4] if options.quick else WIDTHS)
     return options
 
 

@@ -5,6 +5,8 @@
 
 namespace flashcomm {
 
+constexpr int kInterface = 2;  // raise it with every change of what Python calls; flashcomm_megatron/extension.py checks
+
 enum Dtype { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
 constexpr int kFormats = 2;  // codec families: 0 is flashcomm_megatron.codec.Uniform, 1 Rotated (bits counted in halves)

@@ -26,14 +26,17 @@ static py::dict info() {
                     py::arg("cuda") = cuda, py::arg("without_cuda") = without_cuda);
 }
 
+void bind_streams(py::module_& m);  // bindings_streams.cpp
 #ifdef FLASHCOMM_CUDA_ARCHS
 void bind_cuda(py::module_& m);  // bindings_cuda.cpp
 #endif
 
 PYBIND11_MODULE(_C, m) {
     m.doc() = "Compiled codec; see flashcomm_megatron/extension.py.";
+    m.attr("interface") = kInterface;
     m.def("info", info);
     m.def("use_isa", use_isa);
+    bind_streams(m);
     m.def("encode", [](Address x, int dtype, int64_t numel, int format, int bits, int64_t block, Address payload,
                        Address residual, int threads) {
         encode((const void*)x, (void*)residual, dtype, {format, bits, block, numel}, (uint8_t*)payload, threads);

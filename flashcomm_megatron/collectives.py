@@ -23,9 +23,8 @@ from . import agreement, algorithms, counters, policy, sampling, traced
 from .algorithms import Residuals, Steps
 from .config import Config, current
 from .recipes import Legs
-from .transport import workspace
-from .transport.group import link
-from .transport.link import Transfer
+from .transport import links, workspace
+from .transport.link import Link, Transfer
 
 ALL_REDUCE = {
     "one-step": (algorithms.one_step, algorithms.one_step_bytes),
@@ -104,8 +103,10 @@ def all_reduce(
     algorithm, sent = ALL_REDUCE[plan.algorithm]
     sampling.sample("all_reduce", x, plan.reduce)
     sent_bytes = sent(x.numel(), group.rank(), group.size(), plan)
-    steps = _fused(plan.algorithm, x, x, group, plan, config, residuals) or algorithm(x, link(group), plan, residuals)
-    return _run(steps, plan, sent_bytes, async_op)
+    steps = _fused(plan.algorithm, x, x, group, plan, config, residuals)
+    return _run(
+        steps or algorithm(x, _link("all_reduce", x, group, config), plan, residuals), plan, sent_bytes, async_op
+    )
 
 
 def reduce_scatter(
@@ -132,7 +133,8 @@ def reduce_scatter(
     sent = (world - 1) * plan.reduce.wire_bytes(out.numel())
     sampling.sample("reduce_scatter", x, plan.reduce)
     steps = _fused("reduce_scatter", x, out, group, plan, config, residuals)
-    return _run(steps or algorithms.reduce_scatter(x, out, link(group), plan, residuals), plan, sent, async_op)
+    steps = steps or algorithms.reduce_scatter(x, out, _link("reduce_scatter", x, group, config), plan, residuals)
+    return _run(steps, plan, sent, async_op)
 
 
 def all_gather(
@@ -155,7 +157,8 @@ def all_gather(
     plan = policy.plan("all_gather", x, world, config, legs)
     sent = (world - 1) * plan.gather.wire_bytes(x.numel())
     sampling.sample("all_gather", x, plan.gather)
-    steps = _fused("all_gather", x, out, group, plan, config) or algorithms.all_gather(x, out, link(group), plan)
+    steps = _fused("all_gather", x, out, group, plan, config)
+    steps = steps or algorithms.all_gather(x, out, _link("all_gather", x, group, config), plan)
     return _run(steps, plan, sent, async_op)
 
 
@@ -190,6 +193,10 @@ def _fused(
     """The whole collective as one kernel, with the same results, where there is a transport and a kernel for it."""
     made = None if residuals else workspace.serving(group, x, plan, config.transport)
     return None if made is None else _in_one_step(made, kind, x, out, plan)
+
+
+def _link(kind: str, x: Tensor, group: dist.ProcessGroup, config: Config) -> Link:
+    return links.link(group, x.device, config, f"{kind} {list(x.shape)} {str(x.dtype).removeprefix('torch.')}")
 
 
 def _in_one_step(made: workspace.Workspace, kind: str, x: Tensor, out: Tensor, plan: policy.Plan) -> Steps:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum Dtype in csrc/api.h
+INTERFACE = 2  # kInterface in csrc/api.h
 BYTES = (torch.uint8,)
 CUDA_FORMATS = (0,)  # of csrc/api.h, those with kernels
 
@@ -36,11 +37,14 @@ def _load() -> tuple[ModuleType | None, str]:
     if os.environ.get("FLASH_COMM_EXTENSION") == "0":
         return None, "FLASH_COMM_EXTENSION=0"
     try:
-        return importlib.import_module("flashcomm_megatron._C"), ""
+        found = importlib.import_module("flashcomm_megatron._C")
     except ModuleNotFoundError:
         return None, "not built: run pip install -e ."
     except ImportError as error:
         return None, f"cannot be loaded, run pip install -e . again: {error}"
+    if getattr(found, "interface", None) != INTERFACE:
+        return None, "built from other sources than these: run pip install -e . again"
+    return found, ""
 
 
 _extension, _reason = _load()
@@ -59,6 +63,11 @@ def reason() -> str:
 def info() -> dict[str, Any]:
     """What was compiled in: isas (best first), isa (in use), formats, cuda, without_cuda; empty if not available."""
     return {} if _extension is None else _extension.info()
+
+
+def module() -> ModuleType | None:
+    """The extension, for what is not a codec: transport/streams.py."""
+    return _extension
 
 
 def cuda() -> ModuleType | None:

@@ -7,7 +7,6 @@ csrc/collectives.h over inboxes made here; host_memory=True puts these into pinn
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flashcomm_megatron import extension
-from flashcomm_megatron.transport import host
+from flashcomm_megatron.transport import segment
 from flashcomm_megatron.transport.workspace import KINDS
 
 Codecs = tuple[Any, Any]  # of the reduce and the gather leg, each with bits and block
@@ -35,22 +34,22 @@ class Inboxes:
         self.world, self.blocks = world, blocks
         self.region = max(region, blocks * self.cuda.slot_bytes())
         self._size = self.cuda.inbox_bytes(world, self.region)
-        self._segments: list[mmap.mmap] = []
+        self._segments: list[segment.Segment] = []
         self.addresses = [
             self._pinned() if host_memory else self.cuda.device_allocate(0, self._size) for _ in range(world)
         ]
 
     def _pinned(self) -> int:
-        name, segment = host.create(self._size)
-        host.remove(name)
-        self._segments.append(segment)
-        return int(self.cuda.host_register(0, host.address(segment), self._size))
+        made = segment.create(self._size)
+        segment.remove(made.name)
+        self._segments.append(made)
+        return int(self.cuda.host_register(0, made.address, self._size))
 
     def free(self) -> None:
         """Give the memory back; nothing may be running."""
-        for segment in self._segments:
-            self.cuda.host_unregister(host.address(segment))
-            segment.close()
+        for made in self._segments:
+            self.cuda.host_unregister(made.address)
+            made.close()
         for address in [] if self._segments else self.addresses:
             self.cuda.device_free(0, address)
         self.addresses, self._segments = [], []

@@ -1,7 +1,8 @@
 """Run one function on N ranks over gloo and collect what each rank returned; a rank that hangs fails the test.
 
 ``fn`` must be a module-level function ``fn(rank, world, *args)``. An exception on any rank is raised here with that
-rank's traceback; ranks still waiting after ``seconds`` are killed and named.
+rank's traceback; ranks still waiting after ``seconds`` are killed and named. Ranks that are meant to be ``lost`` leave
+no result.
 """
 
 from __future__ import annotations
@@ -13,20 +14,22 @@ import pickle
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 
 
-def spawn(fn: Callable[..., Any], world: int, *args: Any, seconds: float = 120.0) -> list[Any]:
+def spawn(
+    fn: Callable[..., Any], world: int, *args: Any, seconds: float = 120.0, lost: Collection[int] = ()
+) -> list[Any]:
     """Results of ``fn(rank, world, *args)`` for every rank, in rank order."""
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["torch.distributed", "flashcomm_megatron"])  # imported once, not once per rank
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
-            context.Process(target=_run, args=(fn, rank, world, folder, seconds, args), daemon=True)
+            context.Process(target=_run, args=(fn, rank, world, folder, seconds, args, bool(lost)), daemon=True)
             for rank in range(world)
         ]
         for process in ranks:
@@ -37,7 +40,10 @@ def spawn(fn: Callable[..., Any], world: int, *args: Any, seconds: float = 120.0
             raise AssertionError("\n".join(f"{path.name}:\n{path.read_text()}" for path in failures))
         if stuck:
             raise AssertionError(f"ranks {stuck} of {world} did not end within {seconds:.0f} s")
-        return [_result(Path(folder) / f"result-{rank}", process.exitcode) for rank, process in enumerate(ranks)]
+        return [
+            None if rank in lost else _result(Path(folder) / f"result-{rank}", process.exitcode)
+            for rank, process in enumerate(ranks)
+        ]
 
 
 def _join(ranks: list[Any], seconds: float) -> list[int]:
@@ -57,7 +63,15 @@ def _result(path: Path, exitcode: int | None) -> Any:
     return pickle.loads(path.read_bytes())
 
 
-def _run(fn: Callable[..., Any], rank: int, world: int, folder: str, seconds: float, args: tuple[Any, ...]) -> None:
+def _run(
+    fn: Callable[..., Any],
+    rank: int,
+    world: int,
+    folder: str,
+    seconds: float,
+    args: tuple[Any, ...],
+    some_are_lost: bool,
+) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
     try:
@@ -70,8 +84,9 @@ def _run(fn: Callable[..., Any], rank: int, world: int, folder: str, seconds: fl
         )
         result = fn(rank, world, *args)
         Path(folder, f"result-{rank}").write_bytes(pickle.dumps(result))
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+        if not some_are_lost:
+            torch.distributed.barrier()
+            torch.distributed.destroy_process_group()
     except BaseException:
         Path(folder, f"error-{rank}").write_text(traceback.format_exc())
         os._exit(1)

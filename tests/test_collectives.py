@@ -201,7 +201,7 @@ def _bytes(rank: int, world: int, algorithm: str) -> tuple[int, int]:
     transport.dist.isend = recording
     dist.distributed_c10d.isend = recording
     counters.reset_stats()
-    config = Config(bits=5, min_bytes=0, algorithm=algorithm)
+    config = Config(bits=5, min_bytes=0, algorithm=algorithm, transport="group")
     all_reduce(part(rank, (1111,), torch.bfloat16), None, config)
     reduce_scatter(part(rank, (world * 3, 111), torch.bfloat16), None, config)
     all_gather(part(rank, (7, 111), torch.bfloat16), None, config)

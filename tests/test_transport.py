@@ -13,7 +13,7 @@ from ranks import spawn
 from flashcomm_megatron import extension, policy
 from flashcomm_megatron.collectives import all_reduce
 from flashcomm_megatron.config import Config
-from flashcomm_megatron.transport import host, votes, workspace
+from flashcomm_megatron.transport import host, segment, votes, workspace
 
 
 def _votes(rank: int, world: int) -> str:
@@ -44,11 +44,11 @@ def _host_inboxes(rank: int, world: int) -> None:
     """What one rank writes into another's inbox is there, and no name is left."""
     inboxes = host.HostInboxes(FakeCuda(), 0, 8192, dist.group.WORLD)
     assert inboxes.reason == "" and len(inboxes.addresses) == world
-    assert not list(host.FOLDER.glob(f"flash-comm-{os.getpid()}-*")), "the name is gone"
-    for peer, mapping in enumerate(inboxes._pinned):
-        mapping[100 * rank] = 10 + rank + peer
+    assert not list(segment.FOLDER.glob(f"flash-comm-{os.getpid()}-*")), "the name is gone"
+    for peer, pinned in enumerate(inboxes._pinned):
+        pinned.mapping[100 * rank] = 10 + rank + peer
     dist.barrier()
-    mine = inboxes._pinned[rank]
+    mine = inboxes._pinned[rank].mapping
     assert [mine[100 * peer] for peer in range(world)] == [10 + rank + peer for peer in range(world)]
     assert mine[8191] == 0
     dist.barrier()
@@ -61,22 +61,22 @@ def test_inboxes_in_host_memory_are_shared():
 
 
 def test_a_segment_is_for_its_user_alone():
-    name, mapping = host.create(4096)
+    made = segment.create(4096)
     try:
-        assert (host.FOLDER / name).stat().st_mode & 0o777 == 0o600
-        again = host.attach(name, 4096)
-        again[7] = 42
-        assert mapping[7] == 42
+        assert (segment.FOLDER / made.name).stat().st_mode & 0o777 == 0o600
+        again = segment.attach(made.name, 4096)
+        again.mapping[7] = 42
+        assert made.mapping[7] == 42
     finally:
-        host.remove(name)
+        segment.remove(made.name)
     with pytest.raises(OSError):
-        host.attach(name, 4096)
+        segment.attach(made.name, 4096)
 
 
 def test_a_segment_that_does_not_fit_is_an_error_now_and_leaves_nothing():
     with pytest.raises(OSError):
-        host.create(1 << 60)
-    assert not list(host.FOLDER.glob(f"flash-comm-{os.getpid()}-*"))
+        segment.create(1 << 60)
+    assert not list(segment.FOLDER.glob(f"flash-comm-{os.getpid()}-*"))
 
 
 def serving(device: str, **options) -> object:

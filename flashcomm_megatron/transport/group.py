@@ -8,26 +8,44 @@ faster than its all_gather at every size measured (benchmarks/bench_collectives.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from datetime import timedelta
+from typing import NamedTuple
 
 import torch.distributed as dist
 from torch import Tensor
 
-from .link import Link
+from .link import Transfer
 
 TAG = 0xFC  # keeps these messages apart from a user's own point-to-point traffic on the same group
 
 
-def link(group: dist.ProcessGroup) -> Link:
-    """This rank's end of a process group."""
-    return Link(group.rank(), group.size(), partial(exchange, group=group))
+class Message(NamedTuple):
+    """One message in main memory, which its peer has ``seconds`` to take or to send."""
+
+    work: dist.Work
+    peer: int
+    seconds: float
+    what: str
+
+    def wait(self) -> None:
+        """Block until it was delivered; RuntimeError naming the peer if it was not."""
+        try:
+            self.work.wait(timedelta(seconds=self.seconds))
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"flash-comm: {self.what}: no message passed between this rank and rank {self.peer} (allowed: "
+                f"{self.seconds:g} s). Look for that rank's own error. The process group says: {error}"
+            ) from error
 
 
-def exchange(sends: Sequence[Tensor], receives: Sequence[Tensor], group: dist.ProcessGroup) -> list[dist.Work]:
+def exchange(
+    sends: Sequence[Tensor], receives: Sequence[Tensor], group: dist.ProcessGroup, seconds: float, what: str
+) -> list[Transfer]:
     """Send ``sends[r]`` to rank r and receive ``receives[r]`` from it, for every other rank r of ``group``.
 
     All tensors are contiguous uint8; an empty one is neither sent nor awaited, so both sides must know sizes.
-    Returns handles; the tensors must stay alive and untouched until each was waited for.
+    Returns handles; the tensors must stay alive and untouched until each was waited for. ``seconds`` and ``what`` (the
+    call, for the error) serve messages in main memory; NCCL has its own watchdog.
     """
     me, world = group.rank(), group.size()
     messages: list[dist.P2POp] = []
@@ -37,4 +55,9 @@ def exchange(sends: Sequence[Tensor], receives: Sequence[Tensor], group: dist.Pr
             messages.append(dist.P2POp(dist.isend, sends[to], dist.get_global_rank(group, to), group, TAG))
         if receives[source].numel():
             messages.append(dist.P2POp(dist.irecv, receives[source], dist.get_global_rank(group, source), group, TAG))
-    return dist.batch_isend_irecv(messages) if messages else []
+    if not messages:
+        return []
+    works = dist.batch_isend_irecv(messages)
+    if messages[0].tensor.device.type != "cpu":
+        return works
+    return [Message(work, message.peer, seconds, what) for work, message in zip(works, messages, strict=True)]

@@ -1,4 +1,4 @@
-"""What an algorithm knows of its peers: which rank it is, how many there are, and how to exchange payloads."""
+"""What an algorithm knows of its peers: which rank it is, how many there are, where they are, and how to exchange."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 class Transfer(Protocol):
-    """A message under way."""
+    """A message under way, or several."""
 
     def wait(self) -> Any:
-        """Return when the message has been delivered (on a GPU: make the current stream wait for it)."""
+        """Return when everything has been delivered (on a GPU: make the current stream wait for it)."""
 
 
 Exchange = Callable[[Sequence[Tensor], Sequence[Tensor]], Sequence[Transfer]]

@@ -12,10 +12,8 @@ their replays must run in the order of the workspace's stream.
 from __future__ import annotations
 
 import math
-import socket
 from collections.abc import Sequence
 from functools import lru_cache
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -26,7 +24,7 @@ from torch import Tensor
 
 from .. import extension
 from ..policy import Plan
-from . import votes
+from . import segment, votes
 from .host import HostInboxes
 from .peer import PeerInboxes
 
@@ -228,9 +226,8 @@ def _place(cuda: ModuleType | None, device: int) -> bytes:
     """16 bytes that name the GPU, 4 with the blocks it holds, then the machine."""
     if cuda is None:
         return b""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    machine = socket.gethostname() + (boot.read_text() if boot.exists() else "")
-    return bytes(cuda.device_uuid(device) + cuda.device_blocks(device).to_bytes(4, "little") + machine.encode())
+    blocks = cuda.device_blocks(device).to_bytes(4, "little")
+    return bytes(cuda.device_uuid(device) + blocks + segment.machine().encode())
 
 
 def _blocks(places: Sequence[bytes]) -> int:

@@ -1,0 +1,35 @@
+// Streams for Python: addresses and descriptors in, outcomes as (failure, peer, what the peer sent instead).
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "streams.h"
+
+namespace py = pybind11;
+using namespace flashcomm;
+using Postings = std::vector<std::pair<std::uintptr_t, uint64_t>>;
+
+static std::vector<Posting> postings(const Postings& pairs) {
+    std::vector<Posting> out;
+    for (const auto& [address, bytes] : pairs) out.push_back({address, bytes});
+    return out;
+}
+
+void bind_streams(py::module_& m) {
+    py::class_<Streams::Exchange, Streams::Handle>(m, "Exchange").def_readonly("open", &Streams::Exchange::open);
+    py::class_<Streams>(m, "Streams")
+        .def(py::init<int, std::vector<std::uintptr_t>, std::vector<int>, uint64_t>())
+        .def_static("segment_bytes", &Streams::segment_bytes)
+        .def("start", [](Streams& streams, const Postings& sends, const Postings& receives, const std::string& what) {
+            const auto out = postings(sends), in = postings(receives);
+            const py::gil_scoped_release release;
+            return streams.start(out, in, what);
+        })
+        .def("wait", [](Streams& streams, const Streams::Handle& handle, double seconds) {
+            Outcome outcome;
+            {
+                const py::gil_scoped_release release;
+                outcome = streams.wait(handle, seconds);
+            }
+            return std::make_tuple((int)outcome.failure, outcome.peer, py::str(py::bytes(outcome.theirs).attr("decode")("utf-8", "replace")));
+        });
+}

@@ -1,0 +1,98 @@
+"""Transport for tensors in main memory between ranks of one machine: byte streams through shared memory.
+
+Every rank has a segment with a ring for each other rank (csrc/streams.h); a message is copied in by its sender and out
+by its receiver, without a system call unless somebody sleeps. Frames name the call, so that ranks that have got out of
+step hear of it at once, and a rank that is gone is noticed within a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+from torch import Tensor
+
+from .. import extension
+from . import segment, votes
+from .segment import Segment
+
+RING_BYTES = 512 << 10  # for each ordered pair of ranks: fits the second-level cache, and two ranks copy at once
+WHAT_BYTES = 55  # of a frame: csrc/streams.h
+
+REASONS = {
+    1: "rank {peer} neither sent nor took anything for {seconds:g} s. Is it stuck, or in another branch?",
+    2: "the process of rank {peer} has ended. Look for its own error.",
+    3: "rank {peer} has given up. Look for its own error, which came first.",
+    4: "rank {peer} is in another call ({theirs}): every rank must call the same collectives in the same order.",
+}
+
+
+class Exchange(NamedTuple):
+    """All messages of one exchange. ``wait()`` moves them."""
+
+    streams: Streams
+    handle: Any
+    seconds: float
+    what: str
+
+    def wait(self) -> None:
+        """Block until all are delivered; RuntimeError naming the rank that failed, and every later call's as well."""
+        failure, peer, theirs = self.streams.native.wait(self.handle, self.seconds)
+        if failure:
+            reason = REASONS[failure].format(peer=self.streams.ranks[peer], seconds=self.seconds, theirs=theirs)
+            raise RuntimeError(f"flash-comm: {self.what}: {reason} This group's streams are closed to further calls.")
+
+
+class Streams:
+    """This rank's ends of the streams to all ranks of ``group``; ``reason`` says why there are none."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.ranks = dist.get_process_group_ranks(group)
+        self.native: Any = None
+        self._process, self._calls = os.getpid(), 0
+        self._under_way: deque[tuple[Any, Sequence[Tensor], Sequence[Tensor]]] = deque()
+        self._segments: list[Segment] = []
+        module = extension.module()
+        machines = votes.gather(segment.machine().encode() if module else b"", group)
+        if module is None or b"" in machines:
+            self.reason = "the compiled extension is missing on a rank"
+        elif len(set(machines)) > 1:
+            self.reason = "ranks on several machines"
+        else:
+            self._segments, self.reason = segment.share(
+                module.Streams.segment_bytes(len(self.ranks), RING_BYTES), group
+            )
+        if module is not None and not self.reason:
+            self.native = self._connect(module, group.rank())
+
+    def exchange(
+        self, sends: Sequence[Tensor], receives: Sequence[Tensor], seconds: float, what: str
+    ) -> list[Exchange]:
+        """Post messages, as :func:`group.exchange` does; the tensors live until they are delivered."""
+        if os.getpid() != self._process:
+            raise RuntimeError(f"flash-comm: {what}: called in a forked child of a rank; only the rank itself can.")
+        self._calls += 1
+        handle = self.native.start(
+            [(each.data_ptr(), each.numel()) for each in sends],
+            [(each.data_ptr(), each.numel()) for each in receives],
+            f"#{self._calls} {what}"[:WHAT_BYTES],
+        )
+        while self._under_way and not self._under_way[0][0].open:
+            self._under_way.popleft()
+        if handle.open:
+            self._under_way.append((handle, sends, receives))
+        return [Exchange(self, handle, seconds, what)]
+
+    def _connect(self, module: ModuleType, me: int) -> Any:
+        addresses = [each.address for each in self._segments]
+        locks = [-1 if rank == me else each.descriptor for rank, each in enumerate(self._segments)]
+        return module.Streams(me, addresses, locks, RING_BYTES)
+
+    def __del__(self) -> None:
+        self.native = None
+        for each in self._segments:
+            each.close()

@@ -1,0 +1,193 @@
+"""Streams through shared memory: what arrives, in which order, and what a rank hears when another one does not come."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import spawn
+from torch import Tensor
+
+import flashcomm_megatron as fc
+from flashcomm_megatron import collectives, extension
+from flashcomm_megatron.transport import links, segment, streams
+
+pytestmark = pytest.mark.skipif(extension.module() is None, reason="the extension is not built")
+
+LARGE = 3 * streams.RING_BYTES + 12345
+
+
+def payload(source: int, to: int, size: int) -> Tensor:
+    return ((torch.arange(size) * (source + 3) + 7 * to) % 251).to(torch.uint8)
+
+
+def opened(seconds: float = 60.0) -> links.Link:
+    config = fc.Config(bits=4, transport="host", timeout=seconds)
+    return links.link(dist.group.WORLD, torch.device("cpu"), config, "test")
+
+
+def message(call: Callable[[], object]) -> str:
+    with pytest.raises(RuntimeError) as error:
+        call()
+    return str(error.value)
+
+
+# ---- what arrives -----------------------------------------------------------------------------------------------
+
+
+def exchanges(rank: int, world: int) -> None:
+    sizes = [[0, 1, 63, 65, LARGE][(3 * source + to) % 5] for source in range(world) for to in range(world)]
+    link = opened()
+    under_way = []
+    for _ in range(3):  # all posted before any is waited for
+        sends = [payload(rank, to, sizes[rank * world + to]) for to in range(world)]
+        receives = [torch.zeros(sizes[source * world + rank], dtype=torch.uint8) for source in range(world)]
+        under_way.append((link.exchange(sends, receives), receives))
+        del sends
+    for transfers, receives in under_way if rank else reversed(under_way):
+        for transfer in transfers:
+            transfer.wait()
+        for source in range(world):
+            if source != rank:
+                assert torch.equal(receives[source], payload(source, rank, sizes[source * world + rank]))
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_messages_of_any_size_arrive_in_any_order_of_waiting(world: int) -> None:
+    spawn(exchanges, world)
+
+
+def same_as_group(rank: int, world: int) -> None:
+    torch.manual_seed(rank)
+    for numel in (8, 1000, 100_000, 2_000_000):
+        x = torch.randn(numel, dtype=torch.bfloat16)
+        results = []
+        for transport in ("host", "group"):
+            config = fc.Config(bits=4, transport=transport, min_bytes=0)
+            handle = collectives.all_reduce(x.clone(), None, config, async_op=True)
+            gathered = collectives.all_gather(x, None, config)
+            results.append(torch.cat([handle.wait(), gathered]))
+        assert torch.equal(*results)
+        everyone = [torch.empty_like(results[0]) for _ in range(world)]
+        dist.all_gather(everyone, results[0])
+        assert all(torch.equal(each, results[0]) for each in everyone)
+    assert opened().exchange.func.__self__.native is not None, "shared memory was used"
+
+
+def test_same_bits_as_over_the_process_group() -> None:
+    spawn(same_as_group, 3)
+
+
+def cycles(rank: int, world: int) -> tuple[int, int]:
+    def once() -> None:
+        config = fc.Config(bits=4, transport="host", min_bytes=0)
+        collectives.all_reduce(torch.ones(4096), None, config)
+        links.close(dist.group.WORLD)
+        dist.barrier()
+
+    once()
+    before = len(os.listdir("/proc/self/fd")), Path("/proc/self/maps").read_text().count("flash-comm")
+    for _ in range(200):
+        once()
+    after = len(os.listdir("/proc/self/fd")), Path("/proc/self/maps").read_text().count("flash-comm")
+    assert before == after
+    assert not list(segment.FOLDER.glob(f"flash-comm-{os.getpid()}-*"))
+    return after
+
+
+def test_nothing_is_left_behind() -> None:
+    assert {maps for _, maps in spawn(cycles, 2)} == {0}
+
+
+# ---- who does not come ------------------------------------------------------------------------------------------
+
+
+def killed(rank: int, world: int, when: str) -> str | None:
+    config = fc.Config(bits=4, transport="host", min_bytes=0)
+    x = torch.randn(4_000_000 if when == "inside" else 10_000)
+    collectives.all_reduce(x, None, config)
+    if rank == 1:
+        if when == "inside":
+            link = opened()
+            empty = x.new_empty(0, dtype=torch.uint8)
+            link.exchange([payload(1, 0, LARGE), empty], [empty, empty])
+        os.kill(os.getpid(), signal.SIGKILL)
+    started = time.monotonic()
+    if when == "inside":
+        link, empty = opened(), x.new_empty(0, dtype=torch.uint8)
+        (transfer,) = link.exchange([empty, empty], [empty, torch.empty(LARGE, dtype=torch.uint8)])
+        text = message(transfer.wait)
+    else:
+        text = message(lambda: collectives.all_reduce(x, None, config))
+    assert time.monotonic() - started < 10, "noticed by the lock, not by the timeout"
+    assert "closed to further calls" in message(lambda: collectives.all_reduce(x, None, config))
+    return text
+
+
+@pytest.mark.parametrize("when", ["between", "inside"])
+def test_a_killed_rank_is_named_at_once(when: str) -> None:
+    survivor, _ = spawn(killed, 2, when, lost=[1])
+    assert "the process of rank 1 has ended" in survivor
+
+
+def absent(rank: int, world: int) -> str | None:
+    config = fc.Config(bits=4, transport="host", min_bytes=0, timeout=1.0)
+    collectives.all_reduce(torch.ones(100_000), None, config)
+    if rank == 2:
+        time.sleep(4)
+        return None
+    return message(lambda: collectives.all_reduce(torch.ones(100_000), None, config))
+
+
+def test_a_rank_that_never_calls_is_named_after_the_timeout() -> None:
+    first, second, _ = spawn(absent, 3, lost=[2])
+    texts = first + second
+    assert "rank 2 neither sent nor took anything for 1 s" in texts
+    assert "all_reduce [100000] float32" in first
+
+
+def other_call(rank: int, world: int) -> str:
+    config = fc.Config(bits=4, transport="host", min_bytes=0)
+    shape = (64, 64) if rank == 0 else (64, 128)
+    return message(lambda: collectives.all_reduce(torch.ones(shape), None, config))
+
+
+def test_ranks_in_different_calls_hear_of_each_other() -> None:
+    texts = spawn(other_call, 2)
+    assert any("[64, 128]" in text and "[64, 64]" in text and "same order" in text for text in texts)
+
+
+def fork(rank: int, world: int) -> int:
+    config = fc.Config(bits=4, transport="host", min_bytes=0)
+    collectives.all_reduce(torch.ones(10_000), None, config)
+    child = os.fork()
+    if child == 0:
+        refused = "forked child" in message(lambda: collectives.all_reduce(torch.ones(10_000), None, config))
+        os._exit(0 if refused else 1)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    collectives.all_reduce(torch.ones(10_000), None, config)
+    return status
+
+
+def test_a_forked_child_is_refused_and_does_no_harm() -> None:
+    assert spawn(fork, 2) == [0, 0]
+
+
+def no_room(rank: int, world: int) -> Tensor:
+    def full(size: int) -> segment.Segment:
+        raise OSError(28, "No space left on device")
+
+    if rank == 1:
+        segment.create = full
+    config = fc.Config(bits=4, transport="host", min_bytes=0)
+    return collectives.all_reduce(torch.ones(10_000), None, config)
+
+
+def test_without_room_all_ranks_use_the_process_group() -> None:
+    assert all(torch.equal(each, torch.full((10_000,), 2.0)) for each in spawn(no_room, 2))
