@@ -18,6 +18,7 @@ from . import announce, environment
 from .accuracy import main as accuracy
 from .calibration import main as calibrate
 from .compare.command import main as compare
+from .planner.command import main as plan
 from .report import main as report
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
@@ -25,6 +26,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "accuracy": accuracy,
     "calibrate": calibrate,
     "compare": compare,
+    "plan": plan,
 }
 
 

@@ -1,0 +1,83 @@
+"""Measurements in place of assumptions: a codec's speed from make gpu-check, a link and a step from the link lab.
+
+The link lab's JSON: ``rate_bits_per_second`` of each rank's link, ``latency_seconds`` of one exchange,
+``compute_seconds`` of a step, ``encode_gbytes_per_second`` and ``decode_gbytes_per_second`` of values on one rank.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .cost import Computing, Streaming
+from .hardware import GB, Link
+
+GPU_CHECKS = Path("benchmarks/results/gpu-check")  # below the current folder
+
+
+class Lab(NamedTuple):
+    """What the link lab measured."""
+
+    link: Link
+    compute_seconds: float
+    speed: Computing
+
+
+def lab(path: Path) -> Lab:
+    """Read a link lab's JSON; ValueError naming what is missing."""
+    found = _object(path)
+    rate, latency, compute, encode, decode = (
+        _number(path, found, name)
+        for name in (
+            "rate_bits_per_second",
+            "latency_seconds",
+            "compute_seconds",
+            "encode_gbytes_per_second",
+            "decode_gbytes_per_second",
+        )
+    )
+    return Lab(link(rate / 8, latency, str(path)), compute, Computing(encode * GB, decode * GB))
+
+
+def link(rate: float, latency: float, source: str) -> Link:
+    """A link of ``rate`` bytes per second from each rank, whose exchanges each wait ``latency`` seconds."""
+    return Link(rate, source, 0.0, source, codec_latency=0.0, step=latency)
+
+
+def gpu_check(path: Path, bits: int) -> Streaming:
+    """Speed of the codec at ``bits`` in a gpu_check.json: the last bf16 row at that width, the largest tensor."""
+    try:
+        rows = _object(path)["measured"]["codec"]
+        row = [row for row in rows if row.get("bits") == bits and row.get("dtype") == "bfloat16"][-1]
+        return Streaming(row["encode GB/s"] * GB, row["decode GB/s"] * GB)
+    except (KeyError, TypeError, IndexError, AttributeError):
+        raise ValueError(f"{path}: no codec of {bits} bits in bfloat16 was measured there: make gpu-check.") from None
+
+
+def find_gpu_check(gpu: str, folder: Path = GPU_CHECKS) -> Path | None:
+    """A gpu_check.json in ``folder`` made on this kind of GPU."""
+    for path in sorted(folder.rglob("*.json")):
+        machine = _object(path).get("machine")
+        words = set(re.split("[ -]", str(machine.get("gpu")))) if isinstance(machine, dict) else set()
+        if words >= set(gpu.split("-")) and ("PCIe" in words) == ("PCIe" in gpu):
+            return path
+    return None
+
+
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not readable as JSON ({error}).") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(found).__name__}.")
+    return found
+
+
+def _number(path: Path, found: dict[str, Any], name: str) -> float:
+    value = found.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+        raise ValueError(f"{path}: {name} should be a number, found {value!r}.")
+    return float(value)
