@@ -30,6 +30,7 @@ void bind_streams(py::module_& m) {
                 const py::gil_scoped_release release;
                 outcome = streams.wait(handle, seconds);
             }
-            return std::make_tuple((int)outcome.failure, outcome.peer, py::str(py::bytes(outcome.theirs).attr("decode")("utf-8", "replace")));
+            const auto theirs = py::bytes(outcome.theirs).attr("decode")("utf-8", "replace");
+            return py::make_tuple((int)outcome.failure, outcome.peer, theirs);
         });
 }

@@ -223,9 +223,10 @@ void Streams::check_peers() {
 }
 
 void Streams::give_up() {
-    const auto waits = [](const Peer& peer) { return !peer.receives.empty(); };
-    auto slow = std::find_if(peers_.begin(), peers_.end(), waits);
-    if (slow == peers_.end()) slow = std::find_if(peers_.begin(), peers_.end(), [](const Peer& peer) { return !peer.sends.empty(); });
+    const auto sends_nothing = [](const Peer& peer) { return !peer.receives.empty(); };
+    const auto takes_nothing = [](const Peer& peer) { return !peer.sends.empty(); };
+    auto slow = std::find_if(peers_.begin(), peers_.end(), sends_nothing);
+    if (slow == peers_.end()) slow = std::find_if(peers_.begin(), peers_.end(), takes_nothing);
     fail(Failure::deadline, (int)(slow - peers_.begin()));
 }
 

@@ -40,7 +40,7 @@ class Message(NamedTuple):
 
 def exchange(
     sends: Sequence[Tensor], receives: Sequence[Tensor], group: dist.ProcessGroup, seconds: float, what: str
-) -> list[Transfer]:
+) -> Sequence[Transfer]:
     """Send ``sends[r]`` to rank r and receive ``receives[r]`` from it, for every other rank r of ``group``.
 
     All tensors are contiguous uint8; an empty one is neither sent nor awaited, so both sides must know sizes.

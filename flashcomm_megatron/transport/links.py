@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from ..config import Config
 from . import group as over_group
-from .link import Link
+from .link import Exchange, Link
 from .streams import Streams
 
 SHARED_MEMORY = ("auto", "host")  # the transports that use it for tensors in main memory
@@ -25,13 +25,12 @@ _streams: WeakKeyDictionary[dist.ProcessGroup, Streams] = WeakKeyDictionary()
 
 
 def link(group: dist.ProcessGroup, device: torch.device, config: Config, what: str) -> Link:
-    """This rank's end of ``group`` for one call, which errors name ``what``. The first call of a group is collective."""
+    """This rank's end of ``group`` for one call, which errors call ``what``. A group's first link is collective."""
+    exchange: Exchange = partial(over_group.exchange, group=group, seconds=seconds(group, config), what=what)
     if device.type == "cpu" and config.transport in SHARED_MEMORY:
         streams = _open(group)
         if not streams.reason:
             exchange = partial(streams.exchange, seconds=seconds(group, config), what=what)
-            return Link(group.rank(), group.size(), exchange)
-    exchange = partial(over_group.exchange, group=group, seconds=seconds(group, config), what=what)
     return Link(group.rank(), group.size(), exchange)
 
 

@@ -1,4 +1,4 @@
-"""Shared memory between the processes of one user on one machine: made, found by an unguessable name, and nameless after.
+"""Shared memory between the processes of one user on one machine, found by an unguessable name, soon nameless.
 
 A segment is a file in /dev/shm that only its user can open. Its name is taken away as soon as every process has mapped
 it, so nothing stays behind however a process ends. Its owner holds a lock on it for as long as it lives.
