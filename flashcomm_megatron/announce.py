@@ -24,13 +24,14 @@ from .config import Config, current
 
 logger = logging.getLogger("flashcomm_megatron")
 KEPT_EXACT = "embedding, output layer, router, loss"
-ROW_PARALLEL = "RowParallelLinear"  # in the class name of every implementation of the layer, or of its base
+# In the class name of every implementation of the layer, or of its base; the last one runs it inside, as no module.
+ROW_PARALLEL = ("RowParallelLinear", "TEFusedMLP")
 
 
 class _FirstForward:
     """Watches until one outermost module that ran row-parallel layers has returned."""
 
-    def __init__(self, patched: str, reached: type) -> None:
+    def __init__(self, patched: str, reached: type | tuple[type, ...]) -> None:
         self.patched, self.reached = patched, reached
         self.outermost: Any = None
         self.hooks = [
@@ -75,8 +76,8 @@ _was_started = False
 _said: set[str] = set()
 
 
-def start(patched: str, reached: type) -> None:
-    """Watch the next forward. ``patched`` is the end of the line; ``reached`` the row-parallel class we compress."""
+def start(patched: str, reached: type | tuple[type, ...]) -> None:
+    """Watch the next forward. ``patched`` is the end of the line; ``reached`` the row-parallel classes we compress."""
     global _watch, _was_started
     stop()
     _watch, _was_started = _FirstForward(patched, reached), True
@@ -138,7 +139,7 @@ def complain(what: str, fatal: bool) -> None:
 
 
 def _is_row_parallel(module: torch.nn.Module) -> bool:
-    return any(ROW_PARALLEL in kind.__name__ for kind in type(module).__mro__)
+    return any(name in kind.__name__ for name in ROW_PARALLEL for kind in type(module).__mro__)
 
 
 def _listed(counts: dict[str, int]) -> str:

@@ -33,7 +33,7 @@ def report() -> Report:
     Imports Megatron if it is installed, which takes seconds; changes nothing.
     """
     try:
-        megatron, rows = seams.megatron_version(), patching.status(seams.SEAMS) + _training_seams()
+        megatron, rows = seams.megatron_version(), patching.status(seams.rows()) + _training_seams()
     except patching.PatchError as error:
         megatron, rows = f"none ({error.__cause__})", []
     return Report(

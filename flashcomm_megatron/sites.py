@@ -43,15 +43,28 @@ def row_layers(layer: nn.Module) -> dict[str, Any]:
     return {
         ".".join(part for part in path.split(".") if part != "module"): each
         for path, each in _model(layer).named_modules()
-        if any(kind.__name__ == "RowParallelLinear" for kind in type(each).__mro__)
-        and not (each.is_expert or each.explicit_expert_comm)
+        if _is_row_parallel(each)
     }
+
+
+def _is_row_parallel(module: Any) -> bool:
+    """Whether a module is Megatron's row-parallel layer or Transformer Engine's, and communicates by itself."""
+    if not any(kind.__name__ in ("RowParallelLinear", "TERowParallelLinear") for kind in type(module).__mro__):
+        return False
+    is_expert = getattr(module, "is_expert", False) or getattr(module, "explicit_expert_comm", False)
+    return not is_expert and getattr(module, "parallel_mode", "row") == "row"
+
+
+def _width(row: Any) -> int:
+    """Features of a row-parallel layer's output, by Megatron's name for them or Transformer Engine's."""
+    width: int = row.output_size if hasattr(row, "output_size") else row.out_features
+    return width
 
 
 def _read(config: Config, path: str, layer: nn.Module, group: dist.ProcessGroup) -> None:
     """Note the codecs of every layer of the model that the file knows."""
     file, rows = ranges.load(path), row_layers(layer)
-    ranges.check(file, {name: each.output_size for name, each in rows.items()}, group.size())
+    ranges.check(file, {name: _width(each) for name, each in rows.items()}, group.size())
     for name, (low, high) in file.layers.items():
         _legs[rows[name]] = config, config.legs._replace(reduce=from_ranges(low, high, group.rank()))
     missing = [name for name, each in rows.items() if each is layer and name not in file.layers]

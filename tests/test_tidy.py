@@ -30,7 +30,7 @@ LAYERS = (
     {"transport"},
     {"algorithms", "traced"},
     {"collectives", "patching"},
-    {"training_log", "cpu", "feedback", "planner"},
+    {"checkout", "training_log", "cpu", "feedback", "planner"},
     {"seams"},
     {"api", "arguments", "calibration"},
     {"report", "compare", "accuracy"},

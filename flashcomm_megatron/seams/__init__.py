@@ -2,9 +2,11 @@
 
 One file a table, each row with the reason why that name reaches its callers:
 
-    where.py          which layer is running: notes the site, compresses nothing
-    forward.py        Megatron-Core's collectives of activations
-    gradients.py      and of gradients, in backward
+    where.py                which layer is running: notes the site, compresses nothing
+    forward.py              Megatron-Core's collectives of activations
+    gradients.py            and of gradients, in backward
+    transformer_engine.py   Transformer Engine's layers, where it is installed
+    inference.py            Megatron's inference-optimized layers, which need Transformer Engine
 
 ``differentiable.py`` holds what takes their place. A new table is a file with ``ROWS`` and a place in ``TABLES``.
 """
@@ -15,15 +17,22 @@ from packaging.version import Version
 
 from .. import announce, environment, patching, training_log
 from ..patching import PatchError, Seam
-from . import forward, gradients, where
+from . import forward, gradients, inference, transformer_engine, where
 from .differentiable import Call
 from .where import observe
 
-__all__ = ["SEAMS", "TABLES", "Call", "install", "megatron_version", "observe", "uninstall"]
+__all__ = ["SEAMS", "TABLES", "Call", "install", "megatron_version", "observe", "rows", "uninstall"]
 
 OLDEST = (0, 13)  # megatron-core; the first whose layers hand their process group to every collective
 TABLES = (where.ROWS, forward.ROWS, gradients.ROWS)
 SEAMS: tuple[Seam, ...] = tuple(row for table in TABLES for row in table)
+OPTIONAL: tuple[Seam, ...] = (*transformer_engine.ROWS, *inference.ROWS, *inference.SINCE_0_17)
+
+
+def rows() -> tuple[Seam, ...]:
+    """The rows of every table whose package is installed. PatchError if Megatron is not."""
+    version = Version(megatron_version()).release
+    return (*SEAMS, *transformer_engine.ROWS, *inference.rows(version)) if transformer_engine.is_present() else SEAMS
 
 
 def install() -> None:
@@ -41,18 +50,28 @@ def install() -> None:
             f"flash-comm needs megatron-core >= 0.13 (found {version}): "
             "before 0.13 tensor_parallel.mappings._reduce takes no group."
         )
-    patching.apply(SEAMS)
-    from megatron.core.tensor_parallel.layers import RowParallelLinear
-
+    found = rows()
+    patching.apply(found)
     training_log.install()
-    announce.start(f"{len(SEAMS)} names patched in megatron-core {version}", RowParallelLinear)
+    announce.start(f"{len(found)} names patched in megatron-core {version}", _reached())
 
 
 def uninstall() -> None:
     """Restore every object; PatchError if somebody patched over one of them since."""
-    patching.revert(SEAMS)
+    patching.revert((*SEAMS, *OPTIONAL))
     training_log.uninstall()
     announce.stop()
+
+
+def _reached() -> tuple[type, ...]:
+    """The row-parallel layers whose communication passes by our names."""
+    from megatron.core.tensor_parallel.layers import RowParallelLinear
+
+    if not transformer_engine.is_present():
+        return (RowParallelLinear,)
+    from megatron.core.extensions.transformer_engine import TERowParallelLinear
+
+    return RowParallelLinear, TERowParallelLinear
 
 
 def megatron_version() -> str:

@@ -1,0 +1,133 @@
+"""Which seams fit a Megatron that is only read, never imported.
+
+Importing a Megatron takes seconds and, from 0.18 on, needs triton and a GPU's worth of packages; a checkout one thinks
+of moving to is often not importable at all. But a seam needs only a name with certain leading parameters, and those
+stand in the source. So a name is followed through modules, imports, classes and assignments of the syntax tree until a
+``def`` is found. What leads to torch is looked up in the torch that is running.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from .patching import PatchError, Seam
+
+INFO = Path("megatron", "core", "package_info.py")
+
+
+def version(folder: Path) -> str:
+    """Version of the Megatron-Core under ``folder``, a checkout or a folder of packages; PatchError without one."""
+    if not (folder / INFO).is_file():
+        raise PatchError(f"{folder} holds no Megatron: there is no {INFO} in it")
+    values = {name: node.value for name, node in _names(_tree(folder / INFO)) if isinstance(node, ast.Assign)}
+    parts = [ast.literal_eval(values[name]) for name in ("MAJOR", "MINOR", "PATCH")]
+    pre_release = values.get("PRE_RELEASE")
+    return ".".join(map(str, parts)) + (ast.literal_eval(pre_release) if pre_release else "")
+
+
+def status(seams: Iterable[Seam], *folders: Path) -> list[tuple[str, str]]:
+    """Path and state of every row, as :func:`patching.status` says them: "fits", or why it does not fit."""
+    return [(seam.path, _state(seam, folders)) for seam in seams]
+
+
+def has(module: str, *folders: Path) -> bool:
+    """Whether a module stands in one of the folders."""
+    return _file(module, folders) is not None
+
+
+def _state(seam: Seam, folders: Sequence[Path]) -> str:
+    try:
+        found = _parameters(seam.module, seam.name.split("."), folders)
+    except PatchError as problem:
+        return str(problem)
+    if [name for name, _ in found][: len(seam.params)] == list(seam.params):
+        return "fits"
+    expected, shown = ", ".join(seam.params), ", ".join(text for _, text in found)
+    return f"expected parameters ({expected}, ...), found ({shown})"
+
+
+def _parameters(module: str, names: Sequence[str], folders: Sequence[Path]) -> list[tuple[str, str]]:
+    """Name and text of every parameter of the function that ``names`` leads to from ``module``."""
+    if module.split(".")[0] == "torch":
+        return _running(module, names)
+    file = _file(module, folders)
+    if file is None:
+        raise PatchError(f"{module} is not there")
+    node = _lookup(_tree(file), names[0])
+    if isinstance(node, ast.ImportFrom):
+        original = next(each.name for each in node.names if (each.asname or each.name) == names[0])
+        return _parameters(_absolute(node, module, file), [original, *names[1:]], folders)
+    if isinstance(node, ast.Assign):
+        package, *rest = ast.unparse(node.value).split(".")
+        return _parameters(package, [*rest, *names[1:]], folders)
+    for name in names[1:]:
+        node = _lookup(node, name)
+    return _arguments(node)
+
+
+def _lookup(scope: ast.AST, name: str) -> Any:
+    """The statement that binds ``name`` in a module or class: the first, for fallbacks come last."""
+    for found, node in _names(scope):
+        if found == name:
+            return node
+    raise PatchError("it does not exist" if not isinstance(scope, ast.Module) else f"{name} does not exist")
+
+
+def _names(scope: Any) -> Iterator[tuple[str, Any]]:
+    """Every name bound in the statements of a module or class, those under ``if`` and ``try`` included."""
+    for node in scope.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name, node
+        elif isinstance(node, ast.ImportFrom):
+            yield from ((each.asname or each.name, node) for each in node.names)
+        elif isinstance(node, ast.Assign):
+            yield from ((each.id, node) for each in node.targets if isinstance(each, ast.Name))
+        elif isinstance(node, ast.If | ast.Try):
+            yield from _names(node)
+            yield from _names(ast.Module(node.orelse, []))
+            yield from (found for handler in getattr(node, "handlers", ()) for found in _names(handler))
+
+
+def _arguments(node: Any) -> list[tuple[str, str]]:
+    if not isinstance(node, ast.FunctionDef):
+        raise PatchError("expected a function")
+    given = node.args
+    return [
+        (each.arg, ast.unparse(each))
+        for each in (*given.posonlyargs, *given.args, given.vararg, *given.kwonlyargs, given.kwarg)
+        if each
+    ]
+
+
+def _running(module: str, names: Sequence[str]) -> list[tuple[str, str]]:
+    """Parameters of a function of the torch that is imported already."""
+    found: Any = importlib.import_module(module)
+    for name in names:
+        found = getattr(found, name)
+    return [(name, str(each)) for name, each in inspect.signature(found).parameters.items()]
+
+
+def _file(module: str, folders: Sequence[Path]) -> Path | None:
+    path = Path(*module.split("."))
+    candidates = (folder / each for folder in folders for each in (path.with_suffix(".py"), path / "__init__.py"))
+    return next((file for file in candidates if file.is_file()), None)
+
+
+def _absolute(node: ast.ImportFrom, module: str, file: Path) -> str:
+    """The module that an import, perhaps a relative one, names."""
+    if not node.level:
+        return node.module or ""
+    parts = module.split(".")
+    base = parts[: len(parts) - node.level + (file.name == "__init__.py")]
+    return ".".join([*base, node.module] if node.module else base)
+
+
+@lru_cache(maxsize=64)
+def _tree(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(), filename=str(file))
