@@ -118,9 +118,9 @@ def killed(rank: int, world: int, when: str) -> str | None:
     config = fc.Config(bits=4, transport="host", min_bytes=0)
     x = torch.randn(4_000_000 if when == "inside" else 10_000)
     collectives.all_reduce(x, None, config)
-    processes = torch.zeros(2, dtype=torch.int64)
-    processes[rank] = os.getpid()
-    dist.all_reduce(processes)
+    mine, theirs = torch.tensor([os.getpid()]).view(torch.uint8), torch.empty(8, dtype=torch.uint8)
+    for transfer in opened().exchange([mine, mine], [theirs, theirs]):  # read also if the sender is gone by then
+        transfer.wait()
     if rank == 1:
         if when == "inside":
             link = opened()
@@ -129,7 +129,7 @@ def killed(rank: int, world: int, when: str) -> str | None:
         os.kill(os.getpid(), signal.SIGKILL)
     started = time.monotonic()
     if when == "inside":
-        wait_for_the_end_of(int(processes[1]))  # else a quick reader could still take all of it
+        wait_for_the_end_of(int(theirs.view(torch.int64)))  # else a quick reader could still take all of it
         link, empty = opened(), x.new_empty(0, dtype=torch.uint8)
         (transfer,) = link.exchange([empty, empty], [empty, torch.empty(LARGE, dtype=torch.uint8)])
         text = message(transfer.wait)
