@@ -21,14 +21,15 @@ from ranks import spawn
 from torch import Tensor
 
 import flashcomm_megatron as fc
-from flashcomm_megatron import patching, seams
+from flashcomm_megatron import collectives, patching, seams
 from flashcomm_megatron.seams import differentiable, where
 
 # Not imported here: the ranks import this file before they put the stand-in where Megatron finds it.
 pytestmark = pytest.mark.skipif(find_spec("megatron") is None, reason="megatron-core is not installed")
 
 WORLD = 2
-CONFIG = fc.Config(bits=4, min_bytes=0)
+CONFIG = fc.Config(bits=4, min_bytes=0, grad_bits=16)
+GRADIENTS = fc.Config(bits=4, min_bytes=0, grad_bits=5)
 ROWS, HIDDEN, INNER = 6, 96, 40
 TOKENS, VOCABULARY = 16, 128
 
@@ -37,6 +38,7 @@ LINEARS = {
     "row TP": ("TERowParallelLinear", False),
     "row SP": ("TERowParallelLinear", True),
     "column SP": ("TEColumnParallelLinear", True),
+    "column TP": ("TEColumnParallelLinear", False),
     "norm column SP": ("TELayerNormColumnParallelLinear", True),
 }
 # name: (class, sequence parallelism, what is set on the layer, reason of the deferral)
@@ -135,6 +137,9 @@ def one_linear(rank: int, name: str, sequence_parallel: bool) -> dict[str, Any]:
     fc.reset_stats()
     with fc.flashcomm(CONFIG):
         runs |= {"quantized": step(layer, x, upstream), "stats": fc.stats()}
+    with fc.flashcomm(GRADIENTS):
+        dgrad = step(layer, x, upstream)["dgrad"]
+    runs["gradient"] = dgrad, promised_gradient(layer, upstream, name, sequence_parallel)
     return runs | {"again": step(layer, x, upstream)}
 
 
@@ -144,8 +149,33 @@ def promised(layer: Any, x: Tensor, upstream: Tensor, name: str, sequence_parall
     if "Row" in name:
         return {"y": (fc.reduce_scatter if sequence_parallel else fc.all_reduce)(x @ weight.t(), None, CONFIG)}
     normed = torch.nn.functional.layer_norm(x, (HIDDEN,)) if "Norm" in name else x
+    if not sequence_parallel:
+        return {}  # nothing is sent in forward
     total = fc.all_gather(normed, None, CONFIG)
     return {"y": total @ weight.t(), "wgrad": upstream.flatten(0, -2).t() @ total.flatten(0, -2)}
+
+
+def promised_gradient(layer: Any, upstream: Tensor, name: str, sequence_parallel: bool) -> Tensor:
+    """The input's gradient by our own collectives; without the norm's part in it."""
+    legs, weight = GRADIENTS.gradient_legs, layer.weight.detach()
+    if "Row" in name:
+        whole = collectives.all_gather(upstream, None, GRADIENTS, legs=legs) if sequence_parallel else upstream
+        return whole @ weight
+    send = collectives.reduce_scatter if sequence_parallel else collectives.all_reduce
+    return send(upstream @ weight, None, GRADIENTS, legs=legs)
+
+
+@pytest.mark.parametrize("name", [name for name in LINEARS if name != "norm column SP"])
+def test_gradients_travel_with_a_width_of_their_own(seen: list[dict[str, Any]], name: str) -> None:
+    for rank in (each[name] for each in seen):
+        found, expected = rank["gradient"]
+        assert torch.equal(found, expected)
+        assert torch.equal(found, rank["exact"]["dgrad"]) == (name == "row TP")  # whose gradient is not sent
+
+
+def test_gradients_behind_a_norm_are_compressed(seen: list[dict[str, Any]]) -> None:
+    for rank in (each["norm column SP"] for each in seen):
+        assert not torch.equal(rank["gradient"][0], rank["exact"]["dgrad"])
 
 
 @pytest.mark.parametrize("name", LINEARS)
@@ -154,8 +184,9 @@ def test_layers_send_what_our_collectives_send(seen: list[dict[str, Any]], name:
         for what, expected in rank["promised"].items():
             assert torch.equal(rank["quantized"][what], expected), what
             assert not torch.equal(rank["exact"][what], expected), what
-        assert rank["stats"]["quantized"] == len(rank["promised"]) and rank["stats"]["deferred"] == {}
-        assert 0 < rank["stats"]["wire_bytes"] < rank["stats"]["exact_bytes"]
+        assert rank["stats"]["quantized"] == len(rank["promised"])
+        assert rank["stats"]["deferred"] == ({} if name == "row TP" else {"gradients exact": 1})
+        assert (rank["stats"]["wire_bytes"] < rank["stats"]["exact_bytes"]) == bool(rank["promised"])
 
 
 @pytest.mark.parametrize("name", LINEARS)
@@ -182,6 +213,8 @@ def test_other_ways_of_communicating_are_left_alone_and_counted(seen: list[dict[
     reason = ALONE[name][-1]
     for rank in (each[name] for each in seen):
         assert rank["equal"] and rank["stats"]["quantized"] == 0
+        gradients = rank["stats"]["deferred"].pop("gradients exact", 0)
+        assert gradients == (1 if reason == "FP8" else 0)
         assert rank["stats"]["deferred"] == {reason: 2 if reason == "FP8" else 1}  # FP8: again for the weight gradient
         assert rank["stats"]["wire_bytes"] == rank["stats"]["exact_bytes"] > 0
 

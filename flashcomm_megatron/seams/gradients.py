@@ -49,31 +49,31 @@ class Compressing:
 
     def allreduce(self, tensors: list[Tensor], *options: Any) -> Any:
         """Sum the one contiguous tensor over the ranks, in place; returns what is waited for."""
-        legs = _legs("all_reduce", tensors[0], self._group, self._site)
+        legs = legs_of("all_reduce", tensors[0], self._group, self._site)
         if legs is None:
             return self._group.allreduce(tensors, *options)
-        return _sent(collectives.all_reduce, tensors[0], self._group, self._site, legs, async_op=True)
+        return sent(collectives.all_reduce, tensors[0], self._group, self._site, legs, async_op=True)
 
 
 def all_gather(gradient: Tensor, group: Any, site: Site) -> Tensor:
     """Gradients [s, ...] of all ranks one after the other, [N * s, ...]."""
-    legs = _legs("all_gather", gradient, group, site)
+    legs = legs_of("all_gather", gradient, group, site)
     if legs is None:
         return _exactly("_gather_along_first_dim", gradient, group)
-    gathered: Tensor = _sent(collectives.all_gather, gradient, group, site, legs)
+    gathered: Tensor = sent(collectives.all_gather, gradient, group, site, legs)
     return gathered
 
 
 def reduce_scatter(gradient: Tensor, group: Any, site: Site) -> Tensor:
     """This rank's slice [s, ...] of the sum of all ranks' gradients [N * s, ...]."""
-    legs = _legs("reduce_scatter", gradient, group, site)
+    legs = legs_of("reduce_scatter", gradient, group, site)
     if legs is None:
         return _exactly("_reduce_scatter_along_first_dim", gradient, group)
-    scattered: Tensor = _sent(collectives.reduce_scatter, gradient, group, site, legs)
+    scattered: Tensor = sent(collectives.reduce_scatter, gradient, group, site, legs)
     return scattered
 
 
-def _legs(collective: str, gradient: Tensor, group: Any, site: Site) -> Legs | None:
+def legs_of(collective: str, gradient: Tensor, group: Any, site: Site) -> Legs | None:
     """The codecs for a gradient, or None: left exact, deferred and counted, or only observed."""
     if where.observer() is not None:
         return None
@@ -84,7 +84,7 @@ def _legs(collective: str, gradient: Tensor, group: Any, site: Site) -> Legs | N
     return legs if collectives.wants(collective, gradient, group, site.config, legs) else None
 
 
-def _sent(collective: Callable[..., Any], x: Tensor, group: Any, site: Site, legs: Legs, **options: Any) -> Any:
+def sent(collective: Callable[..., Any], x: Tensor, group: Any, site: Site, legs: Legs, **options: Any) -> Any:
     """The result of a compressed collective, its samples filed under gradients."""
     with where.at(site._replace(kind=f"{site.kind}-gradient")):
         return collective(x, group, site.config, legs=legs, **options)
@@ -120,10 +120,10 @@ def _reduce_scatter_tensor(original: Function) -> Function:
     ) -> Any:
         site = where.site()
         at_column = site is not None and site.kind == "column" and group is not None and op == dist.ReduceOp.SUM
-        legs = _legs("reduce_scatter", input, group, site) if site is not None and at_column else None
+        legs = legs_of("reduce_scatter", input, group, site) if site is not None and at_column else None
         if site is None or legs is None:
             return original(output, input, op=op, group=group, async_op=async_op)
-        handle = _sent(collectives.reduce_scatter, input, group, site, legs, async_op=async_op, out=output)
+        handle = sent(collectives.reduce_scatter, input, group, site, legs, async_op=async_op, out=output)
         return handle if async_op else None
 
     return reduce_scatter_tensor

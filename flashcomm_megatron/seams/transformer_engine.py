@@ -8,16 +8,21 @@ modules resolve from their own globals at every call, and those are replaced:
     column site   module/linear.py              gather_along_first_dim, forward and again for the weight gradient
     column site   module/layernorm_linear.py    the same
 
-They run inside an autograd function of Transformer Engine, so no gradient is recorded here. Backward communication
-stays exact; only the second gather has the bits of the first. Left alone and counted with the reason: gathers of FP8
-values; and whatever a layer communicates by other means, that is, user buffers overlapped with the matrix product and
-all-reduces over symmetric memory. ``LayerNormMLP`` and the operations behind ``--use-transformer-engine-op-fuser``
-are no sites.
+They run inside an autograd function of Transformer Engine, so no gradient is recorded here; the same functions, called
+in backward, send gradients, which are compressed as gradients.py says:
+
+    column site   both files                    allreduce, reduce_scatter_along_first_dim, asynchronous
+    row site      module/base.py                gather_along_first_dim
+
+Left alone and counted with the reason: what travels in FP8; and what a layer communicates by other means, that is,
+user buffers overlapped with the matrix product and all-reduces over symmetric memory. ``LayerNormMLP`` and the
+operations behind ``--use-transformer-engine-op-fuser`` are no sites.
 """
 
 from __future__ import annotations
 
 import threading
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,11 +31,12 @@ from torch import Tensor
 from .. import collectives, counters, policy
 from ..config import current
 from ..patching import Seam
-from . import differentiable, where
+from . import differentiable, gradients, where
 from .where import Function, Site
 
 EXTENSION = "megatron.core.extensions.transformer_engine"
 LINEAR = "transformer_engine.pytorch.module.linear"
+BASE = "transformer_engine.pytorch.module.base"
 LAYERNORM_LINEAR = "transformer_engine.pytorch.module.layernorm_linear"
 
 
@@ -108,60 +114,83 @@ def _why_unseen(layer: Any) -> str:
 
 
 def all_reduce(original: Function) -> Function:
-    """Row all-reduce; returns what Transformer Engine's does, the sum and no handle."""
+    """Row all-reduce, and that of a column layer's gradient."""
 
     def allreduce(inp: Any, tp_group: Any = None, async_op: bool = False) -> Any:
-        call = None if async_op else _wanted("row", "all_reduce", inp, tp_group)
-        if call is None:
-            return original(inp, tp_group, async_op)
-        return collectives.all_reduce(inp, tp_group, call.config, legs=call.legs, residuals=call.residuals), None
+        sent = _send(collectives.all_reduce, "row", inp, tp_group, async_op)
+        return sent or original(inp, tp_group, async_op)
 
     return allreduce
 
 
 def reduce_scatter(original: Function) -> Function:
-    """Row reduce-scatter; returns what Transformer Engine's does, the slice and no handle."""
+    """Row reduce-scatter, and that of a column layer's gradient."""
 
     def reduce_scatter_along_first_dim(inp: Any, tp_group: Any, async_op: bool = False) -> Any:
-        call = None if async_op else _wanted("row", "reduce_scatter", inp, tp_group)
-        if call is None:
-            return original(inp, tp_group, async_op)
-        return collectives.reduce_scatter(inp, tp_group, call.config, legs=call.legs, residuals=call.residuals), None
+        sent = _send(collectives.reduce_scatter, "row", inp, tp_group, async_op)
+        return sent or original(inp, tp_group, async_op)
 
     return reduce_scatter_along_first_dim
 
 
 def gather(original: Function) -> Function:
-    """Column all-gather; returns what Transformer Engine's does, the whole and, asynchronously, a handle."""
+    """Column all-gather, and that of a row layer's gradient."""
 
     def gather_along_first_dim(
         inp: Any, process_group: Any, async_op: bool = False, quantizer: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
-        call = _wanted("column", "all_gather", inp, process_group, quantizer)
-        if call is None:
-            return original(inp, process_group, async_op, quantizer, *args, **kwargs)
-        whole = inp.new_empty(process_group.size() * inp.size(0), *inp.shape[1:])
-        handle = collectives.all_gather(inp, process_group, call.config, async_op=async_op, out=whole)
-        return whole, handle if async_op else None
+        sent = _send(collectives.all_gather, "column", inp, process_group, async_op, quantizer)
+        return sent or original(inp, process_group, async_op, quantizer, *args, **kwargs)
 
     return gather_along_first_dim
 
 
-def _wanted(kind: str, collective: str, x: Any, group: Any, quantizer: Any = None) -> differentiable.Call | None:
-    """How to compress at this site, or None: another kind of site, FP8, or deferred; the last two are counted."""
-    site = where.site()
-    if site is None or site.kind != kind or group is None:
+def _send(
+    collective: Function, kind: str, x: Any, group: Any, async_op: bool, quantizer: Any = None
+) -> tuple[Tensor, Any] | None:
+    """What Transformer Engine's collectives return, result and handle, or None: call the original.
+
+    ``kind`` is the site at which the collective moves activations; at the other one it moves gradients.
+    """
+    site, name = where.site(), collective.__name__
+    if site is None or group is None:
         return None
     _visit.was_asked = True
     if quantizer is not None or type(x) is not Tensor:
         one_byte_each = torch.Size(x.size()).numel()
-        counters.count_deferred("FP8", policy.exact_bytes(collective, one_byte_each, group.size()))
+        counters.count_deferred("FP8", policy.exact_bytes(name, one_byte_each, group.size()))
         return None
+    send = _activation(collective, kind, x, group) if site.kind == kind else _gradient(collective, x, group, site)
+    if send is None:
+        return None
+    out = _output(collective, x, group.size())
+    result = send(async_op=async_op, **out)
+    return (out.get("out", x), result) if async_op else (result, None)
+
+
+def _output(collective: Function, x: Tensor, world: int) -> dict[str, Tensor]:
+    """Where the result is written: into ``x`` by an all-reduce, else beside it."""
+    if collective is collectives.all_reduce:
+        return {}
+    rows = x.size(0) * world if collective is collectives.all_gather else x.size(0) // world
+    return {"out": x.new_empty(rows, *x.shape[1:])}
+
+
+def _activation(collective: Function, kind: str, x: Tensor, group: Any) -> Function | None:
     with torch.set_grad_enabled(_visit.records_gradients):
-        return differentiable.wanted(kind, collective, x, group)
+        call = differentiable.wanted(kind, collective.__name__, x, group)
+    if call is None:
+        return None
+    memory = {"legs": call.legs, "residuals": call.residuals} if kind == "row" else {}
+    return partial(collective, x, group, call.config, **memory)
 
 
-GATHER = ("inp", "process_group", "async_op", "quantizer")
+def _gradient(collective: Function, x: Tensor, group: Any, site: Site) -> Function | None:
+    legs = gradients.legs_of(collective.__name__, x, group, site)
+    return None if legs is None else partial(gradients.sent, collective, x, group, site, legs)
+
+
+REDUCE, GATHER = ("inp", "tp_group", "async_op"), ("inp", "process_group", "async_op", "quantizer")
 ROWS = (
     Seam(EXTENSION, "TELinear.forward", ("self", "x"), layer_forward,
          "notes the site of TERowParallelLinear and TEColumnParallelLinear, which inherit this forward"),
@@ -175,14 +204,20 @@ ROWS = (
          "keeps the site for backward, for a norm and its linear layer in one"),
     Seam(LAYERNORM_LINEAR, "_LayerNormLinear.backward", ("ctx",), where.restore_site,
          "restores the site, for a norm and its linear layer in one"),
-    Seam(LINEAR, "allreduce", ("inp", "tp_group", "async_op"), all_reduce,
-         "row all-reduce; linear.py's own binding, looked up at every call"),
-    Seam(LINEAR, "reduce_scatter_along_first_dim", ("inp", "tp_group", "async_op"), reduce_scatter,
-         "row reduce-scatter under sequence parallelism; linear.py's own binding"),
+    Seam(LINEAR, "allreduce", REDUCE, all_reduce,
+         "row all-reduce, and of a column layer's gradient; linear.py's own binding, looked up at every call"),
+    Seam(LINEAR, "reduce_scatter_along_first_dim", REDUCE, reduce_scatter,
+         "row reduce-scatter under sequence parallelism, and of a column layer's gradient; linear.py's own binding"),
     Seam(LINEAR, "gather_along_first_dim", GATHER, gather,
          "column all-gather under sequence parallelism, forward and again for the weight gradient"),
+    Seam(LAYERNORM_LINEAR, "allreduce", REDUCE, all_reduce,
+         "all-reduce of the gradient before a norm; layernorm_linear.py's own binding"),
+    Seam(LAYERNORM_LINEAR, "reduce_scatter_along_first_dim", REDUCE, reduce_scatter,
+         "reduce-scatter of the gradient before a norm; layernorm_linear.py's own binding"),
     Seam(LAYERNORM_LINEAR, "gather_along_first_dim", GATHER, gather,
-         "the same, after a norm; layernorm_linear.py's own binding"),
+         "column all-gather after a norm; layernorm_linear.py's own binding"),
+    Seam(BASE, "gather_along_first_dim", GATHER, gather,
+         "all-gather of a row layer's gradient under sequence parallelism; base.py's own binding"),
 )  # fmt: skip
 
 
