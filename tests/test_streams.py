@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -109,9 +110,9 @@ def test_nothing_is_left_behind() -> None:
 
 
 def wait_for_the_end_of(process: int) -> None:
-    stat = Path(f"/proc/{process}/stat")
-    while stat.exists() and ") Z" not in stat.read_text():
-        time.sleep(0.01)
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        while ") Z" not in Path(f"/proc/{process}/stat").read_text():
+            time.sleep(0.01)
 
 
 def killed(rank: int, world: int, when: str) -> str | None:
