@@ -44,7 +44,8 @@ def _setup(options: argparse.Namespace) -> tuple[Job, list[Codec], list[str]]:
     row = gpu(options.gpu)
     wires = link(options.link or row.link)
     if options.link_rate is not None:
-        wires = replace(measured.link(options.link_rate, options.latency, "--link-rate"), drain=wires.drain)
+        own = {"source": "--link-rate", "mesh": False, "multicast": None, "multicast_source": ""}
+        wires = replace(wires, rate=options.link_rate, step=options.latency, **own)
     job = Job(row, wires, model(options.model), options.tp, options.batch, options.seq)
     check = options.gpu_check or measured.find_gpu_check(options.gpu)
     speeds: list[Speed] = [measured.gpu_check(check, bits) if check else assumed_speed(row) for bits in options.bits]
@@ -255,7 +256,8 @@ def _published() -> Answer:
     ]
     header = ["figure", "published", "planner", "off by", "", "why it misses 20 %"]
     data = [dict(zip(("figure", "published", "planner", "error", "role", "why"), row, strict=True)) for row in rows]
-    return Answer(table.aligned(header, rows, left=1), {"projection": PROJECTION, "rows": data})
+    text = f"planner: {PROJECTION}\n\n{table.aligned(header, rows, left=1)}"
+    return Answer(text, {"projection": PROJECTION, "rows": data})
 
 
 def _range(figure: published.Figure) -> str:

@@ -112,7 +112,7 @@ def group_workspace(message: Message, codec: Codec) -> float:
         return message.world * plan.reduce.wire_bytes(message.numel)
     part = math.ceil(message.numel / message.world)
     reduce, gather = plan.reduce.wire_bytes(part), plan.gather.wire_bytes(part)
-    return max(2 * message.world * reduce, (message.world + 1) * gather)
+    return max((2 * message.world - 1) * reduce, message.world * gather)
 
 
 def fused_workspace(world: int) -> int:

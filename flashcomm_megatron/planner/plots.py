@@ -22,7 +22,7 @@ class Panel(NamedTuple):
 
 
 def draw(title: str, panels: Sequence[Panel], path: Path) -> None:
-    """Write the panels side by side; ValueError if matplotlib is missing."""
+    """Write the panels, two in a row or all of an odd number; ValueError if matplotlib is missing."""
     try:
         import matplotlib
 
@@ -30,8 +30,10 @@ def draw(title: str, panels: Sequence[Panel], path: Path) -> None:
         import matplotlib.pyplot as plt
     except ModuleNotFoundError as error:
         raise ValueError(f"figures need matplotlib ({error}): pip install 'flashcomm_megatron[plots]'.") from None
-    figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 4.4), squeeze=False)
-    for axis, panel in zip(axes[0], panels, strict=True):
+    columns = 2 if len(panels) % 2 == 0 else len(panels)
+    rows = len(panels) // columns
+    figure, axes = plt.subplots(rows, columns, figsize=(5.2 * columns, 4.2 * rows), squeeze=False)
+    for axis, panel in zip(axes.flat, panels, strict=True):
         _panel(axis, panel)
     figure.suptitle(f"{title}\n{PROJECTION}", fontsize="medium")
     figure.tight_layout()
