@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import sys
 import typing
 from collections.abc import Callable
 from dataclasses import Field, fields
@@ -51,6 +52,17 @@ def config_from(namespace: argparse.Namespace) -> Config | None:
     if given and "bits" not in given:
         raise ValueError(f"{_flag(next(iter(given)))} does nothing without {_flag('bits')}: add {_flag('bits')} 4.")
     return Config(**given) if given else None
+
+
+def enable_from(namespace: argparse.Namespace) -> None:
+    """Switch on as ``namespace`` says, if it does and parsing has not: it may come from a YAML file or a program.
+
+    Raises what :func:`api.enable` raises.
+    """
+    config = config_from(namespace)
+    if config is not None and config != current():
+        set_current(config)
+        seams.install()
 
 
 class _SwitchOn(argparse.Action):
@@ -116,6 +128,9 @@ def install() -> None:
 
 
 def _patch_parser() -> None:
+    parser = getattr(sys.modules[MEGATRON_ARGUMENTS], "add_megatron_arguments", None)
+    if "flashcomm_megatron" in getattr(getattr(parser, "__code__", None), "co_names", ()):
+        return  # it asks us for the flags by itself: a Megatron with one of patches/ applied
     try:
         patching.apply([FLAG])
     except PatchError as error:
