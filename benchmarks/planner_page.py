@@ -70,8 +70,8 @@ def evidence() -> str:
     rows = [
         [
             each.what,
-            f"{each.low:.3g}" if each.low == each.high else f"{each.low:.3g} to {each.high:.3g}",
-            f"{each.predict():.3g}",
+            each.text,
+            table.number(each.predict()),
             f"{each.error:+.0%}",
             each.role,
             "" if each.holds else published.MISSES.get(each.what, ""),

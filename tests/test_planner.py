@@ -26,6 +26,7 @@ from flashcomm_megatron.planner.cost import (
     Message,
     Streaming,
     assumed_speed,
+    pieces,
     plan_of,
     predict,
     seconds,
@@ -115,6 +116,17 @@ def test_codec_work_by_hand() -> None:
     assert found.decode_moved == (wire + nbytes / 4) + (wire + nbytes)
     assert Computing(1e9, 2e9).seconds(found) == found.encoded / 1e9 + found.decoded / 2e9
     assert Streaming(1e9, 2e9).seconds(found) == found.encode_moved / 1e9 + found.decode_moved / 2e9
+
+
+def test_pieces_overlap() -> None:
+    """Where sending takes longer than coding, only one piece of the coding is waited for."""
+    message, what = Message("all_reduce", MIB, 2), codec(recipe="flash-v1", algorithm="one-step", device="cpu")
+    plan = plan_of(message, what)
+    wire = wire_bytes(message, plan) / LINK.rate
+    speed = Computing(6 * MIB / (wire / 2), 3 * 2 * MIB / (wire / 2))
+    found = seconds(LINK, message, Codec(what.config, speed, "cpu"))
+    coding = 2 * MIB / speed.encode + 4 * MIB / speed.decode
+    assert found == pytest.approx(1e-3 + wire + coding / pieces(message, plan))
 
 
 def test_one_step_decodes_every_rank() -> None:

@@ -44,8 +44,8 @@ def _setup(options: argparse.Namespace) -> tuple[Job, list[Codec], list[str]]:
     row = gpu(options.gpu)
     wires = link(options.link or row.link)
     if options.link_rate is not None:
-        own = {"source": "--link-rate", "mesh": False, "multicast": None, "multicast_source": ""}
-        wires = replace(wires, rate=options.link_rate, step=options.latency, **own)
+        wires = replace(wires, rate=options.link_rate, source="--link-rate", step=options.latency)
+        wires = replace(wires, mesh=False, multicast=None, multicast_source="")
     job = Job(row, wires, model(options.model), options.tp, options.batch, options.seq)
     check = options.gpu_check or measured.find_gpu_check(options.gpu)
     speeds: list[Speed] = [measured.gpu_check(check, bits) if check else assumed_speed(row) for bits in options.bits]
@@ -246,8 +246,8 @@ def _published() -> Answer:
     rows = [
         [
             f.what,
-            _range(f),
-            f"{f.predict():.3g}",
+            f.text,
+            table.number(f.predict()),
             f"{f.error:+.0%}",
             f.role,
             "" if f.holds else published.MISSES.get(f.what, "?"),
@@ -258,8 +258,3 @@ def _published() -> Answer:
     data = [dict(zip(("figure", "published", "planner", "error", "role", "why"), row, strict=True)) for row in rows]
     text = f"planner: {PROJECTION}\n\n{table.aligned(header, rows, left=1)}"
     return Answer(text, {"projection": PROJECTION, "rows": data})
-
-
-def _range(figure: published.Figure) -> str:
-    low, high = f"{figure.low:.3g}", f"{figure.high:.3g}"
-    return low if low == high else f"{low} to {high}"

@@ -1,12 +1,13 @@
 """The cost of one collective, and of one step of a model: what the planner and the link lab both reckon with.
 
 A collective costs the latency of its exchanges, the bytes it sends over the link's rate, and the codec's work over the
-codec's speed, one after the other: nothing overlaps, as in the collectives themselves. The bytes are those of the real
-codecs and algorithms, the decision to compress at all is the real policy's. :func:`predict` is the whole model.
+codec's speed; the latter two one after the other, unless the policy cuts the tensor into pieces, which overlap. Bytes
+are those of the real codecs and algorithms, decisions the real policy's. :func:`predict` is the whole model.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -102,7 +103,15 @@ def seconds(link: Link, message: Message, codec: Codec | None) -> float:
     sent, exchanges = wire_bytes(message, plan), _exchanges(message, plan)
     waits = link.latency + link.codec_latency + exchanges * (link.step + (message.world - 1) * link.message)
     drained = sent / link.drain if link.drain else 0.0
-    return waits + sent / link.send_rate(message.world) + codec.speed.seconds(work(message, plan, codec)) + drained
+    wire, coding = sent / link.send_rate(message.world), codec.speed.seconds(work(message, plan, codec))
+    return waits + drained + max(wire, coding) + min(wire, coding) / pieces(message, plan)
+
+
+def pieces(message: Message, plan: policy.Plan) -> int:
+    """How many pieces are under way together; 1 where nothing overlaps."""
+    piece: int = getattr(plan, "piece", 0)
+    values = message.numel // message.world if message.collective == "reduce_scatter" else message.numel
+    return math.ceil(values / piece) if piece else 1
 
 
 def plan_of(message: Message, codec: Codec) -> policy.Plan:

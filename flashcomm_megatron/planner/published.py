@@ -14,6 +14,7 @@ from .cost import Codec, Message, assumed_speed, seconds
 from .hardware import US, gpu, link
 from .inference import Inference, Job, infer
 from .models import model
+from .table import number
 
 KIB, MIB = 2**10, 2**20
 TOLERANCE = 0.2
@@ -28,6 +29,12 @@ class Figure(NamedTuple):
     high: float
     predict: Callable[[], float]
     role: str = "held out"
+
+    @property
+    def text(self) -> str:
+        """As published."""
+        low, high = number(self.low), number(self.high)
+        return low if low == high else f"{low} to {high}"
 
     @property
     def error(self) -> float:
