@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import environment, extension, patching, seams, training_log
+from . import checkout, environment, extension, patching, seams, training_log
 from .arguments import FLAG
 from .config import TRANSPORTS, current
 from .version import __version__
@@ -53,13 +55,45 @@ def report() -> Report:
     )
 
 
+def report_on(megatron: Path, transformer_engine: Path | None = None) -> Report:
+    """How every seam fits a Megatron-LM checkout, or a folder of packages, that is read and not imported.
+
+    Transformer Engine is looked for in a folder of its own, beside Megatron, and where it is installed; without it the
+    seams in its layers are left out. PatchError if there is no Megatron.
+    """
+    version, folders = checkout.version(megatron), [transformer_engine or megatron, megatron]
+    installed = find_spec("transformer_engine")
+    if installed is not None and installed.origin is not None:
+        folders.append(Path(installed.origin).parent.parent)
+    found = checkout.has("transformer_engine.pytorch", *folders)
+    rows = [*seams.rows_of(version, found)]
+    if checkout.has(FLAG.module, *folders):
+        rows += [FLAG, training_log.SEAM]
+    return Report(
+        {
+            "flashcomm_megatron": __version__,
+            "megatron-core": f"{version} in {megatron}",
+            "transformer-engine": "found" if found else "none, so the seams in its layers are left out",
+            "seams": checkout.status(rows, *folders),
+        }
+    )
+
+
 def main(argv: list[str]) -> int:
-    """``python -m flashcomm_megatron report``: print the report."""
-    if argv:
-        print(f"report takes no arguments, found {' '.join(argv)}.")
-        return 2
-    print(report())
-    return 0
+    """``python -m flashcomm_megatron report``: print a report; 1 if a checkout's seams do not all fit."""
+    parser = argparse.ArgumentParser(prog="python -m flashcomm_megatron report", description=__doc__)
+    parser.add_argument("--megatron", type=Path, metavar="DIR", help="a checkout to read instead of what is installed")
+    parser.add_argument("--transformer-engine", type=Path, metavar="DIR", help="Transformer Engine's sources for it")
+    options = parser.parse_args(argv)
+    if options.megatron is None:
+        print(report())
+        return 0
+    try:
+        found = report_on(options.megatron, options.transformer_engine)
+    except patching.PatchError as error:
+        parser.exit(2, f"{parser.prog}: error: {error}.\n")
+    print(found)
+    return int(any(state != "fits" for _, state in found["seams"]))
 
 
 def _state() -> str:

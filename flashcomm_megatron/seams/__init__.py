@@ -21,7 +21,7 @@ from . import forward, gradients, inference, transformer_engine, where
 from .differentiable import Call
 from .where import observe
 
-__all__ = ["SEAMS", "TABLES", "Call", "install", "megatron_version", "observe", "rows", "uninstall"]
+__all__ = ["SEAMS", "TABLES", "Call", "install", "megatron_version", "observe", "rows", "rows_of", "uninstall"]
 
 OLDEST = (0, 13)  # megatron-core; the first whose layers hand their process group to every collective
 TABLES = (where.ROWS, forward.ROWS, gradients.ROWS)
@@ -31,8 +31,14 @@ OPTIONAL: tuple[Seam, ...] = (*transformer_engine.ROWS, *inference.ROWS, *infere
 
 def rows() -> tuple[Seam, ...]:
     """The rows of every table whose package is installed. PatchError if Megatron is not."""
-    version = Version(megatron_version()).release
-    return (*SEAMS, *transformer_engine.ROWS, *inference.rows(version)) if transformer_engine.is_present() else SEAMS
+    return rows_of(megatron_version(), transformer_engine.is_present())
+
+
+def rows_of(version: str, with_transformer_engine: bool) -> tuple[Seam, ...]:
+    """The rows for a version of Megatron-Core, with or without Transformer Engine."""
+    if not with_transformer_engine:
+        return SEAMS
+    return (*SEAMS, *transformer_engine.ROWS, *inference.rows(Version(version).release))
 
 
 def install() -> None:

@@ -1,0 +1,135 @@
+"""Which seam fits which version: docs/versions.md from the sources of every supported release.
+
+    python benchmarks/version_matrix.py MEGATRON_GIT TRANSFORMER_ENGINE_GIT
+
+Both are clones with their tags, of NVIDIA/Megatron-LM and NVIDIA/TransformerEngine. Nothing of them is imported: the
+signatures are read (flashcomm_megatron/checkout.py). A name that is not in a version's table is shown as a dash.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from flashcomm_megatron import checkout, seams, training_log
+from flashcomm_megatron.arguments import FLAG
+from flashcomm_megatron.seams import transformer_engine
+
+ROOT = Path(__file__).resolve().parent.parent
+# Every supported release of Megatron-LM, with the Transformer Engine that its pyproject.toml names (0.13 names none;
+# of a range the newest, of a commit the release it became).
+MEGATRON = {
+    "0.13.0": "2.3", "0.13.1": "2.3", "0.14.0": "2.7", "0.15.0": "2.9", "0.15.1": "2.9", "0.15.2": "2.9",
+    "0.15.3": "2.9", "0.16.0": "2.11", "0.16.1": "2.11", "0.17.0": "2.14.1", "0.17.1": "2.14.1", "0.18.0": "2.16",
+    "0.18.2": "2.16", "0.19.0": "2.17.1",
+}  # fmt: skip
+TRANSFORMER_ENGINE = (
+    "2.1", "2.2", "2.3", "2.4", "2.5", "2.6", "2.7", "2.8", "2.9", "2.10", "2.11", "2.12", "2.13", "2.14.1", "2.15", "2.16",
+    "2.17.1", "2.18",
+)  # fmt: skip
+States = dict[str, str]
+
+
+@contextmanager
+def sources(git: Path, tag: str, *names: str) -> Iterator[Path]:
+    """A folder with some files and folders of one release."""
+    packed = subprocess.run(["git", "-C", str(git), "archive", tag, *names], check=True, capture_output=True).stdout
+    with tempfile.TemporaryDirectory() as folder, tarfile.open(fileobj=io.BytesIO(packed)) as files:
+        files.extractall(folder, filter="data")
+        yield Path(folder)
+
+
+def megatron(git: Path, engine: Path, version: str) -> States:
+    """State of every row of one Megatron-LM, with its Transformer Engine."""
+    with (
+        sources(git, f"core_v{version}", "megatron/core", "megatron/training") as folder,
+        sources(engine, f"v{MEGATRON[version]}", "transformer_engine/pytorch") as other,
+    ):
+        rows = [*seams.rows_of(checkout.version(folder), with_transformer_engine=True), FLAG, training_log.SEAM]
+        return dict(checkout.status(rows, folder, other))
+
+
+def engine(git: Path, version: str) -> States:
+    """State of every row of one Transformer Engine."""
+    with sources(git, f"v{version}", "transformer_engine/pytorch") as folder:
+        rows = [row for row in transformer_engine.ROWS if row.module.startswith("transformer_engine")]
+        return dict(checkout.status(rows, folder))
+
+
+def patches(git: Path) -> States:
+    """What patches/make.py says of every release."""
+    script = [sys.executable, str(ROOT / "patches" / "make.py"), str(git), "--check"]
+    lines = subprocess.run(script, capture_output=True, text=True).stdout.splitlines()
+    return {tag.removeprefix("core_v"): state for tag, _, state in (line.split(maxsplit=2) for line in lines)}
+
+
+def table(columns: dict[str, States], first: str) -> list[str]:
+    """Rows of Markdown: one name a row, one version a column; what does not fit is a number, explained below."""
+    names = list(dict.fromkeys(name for states in columns.values() for name in states))
+    notes: dict[str, int] = {}
+    lines = [_row([first, *columns]), _row(["---", *[":-:"] * len(columns)])]
+    for name in names:
+        cells = [_cell(states.get(name), notes) for states in columns.values()]
+        lines.append(_row([f"`{name}`", *cells]))
+    return [*lines, "", *(f"{number}. {note}" for note, number in notes.items())]
+
+
+def _cell(state: str | None, notes: dict[str, int]) -> str:
+    if state is None or state == "fits":
+        return state or "-"
+    return f"({notes.setdefault(state, len(notes) + 1)})"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def page(git: Path, engine_git: Path) -> str:
+    """The whole page."""
+    applied = patches(git)
+    columns = {version: megatron(git, engine_git, version) for version in MEGATRON}
+    head = table(columns, "seam")
+    beside = [
+        _row(["with Transformer Engine", *MEGATRON.values()]),
+        _row(["[patch](../patches/README.md)", *(applied[version] for version in MEGATRON)]),
+    ]
+    end = 2 + len({name for states in columns.values() for name in states})
+    below = table({version: engine(engine_git, version) for version in TRANSFORMER_ENGINE}, "seam")
+    above = "\n".join([INTRODUCTION, *head[:end], *beside, *head[end:]]).rstrip()
+    return "\n".join([above, MIDDLE, *below]).rstrip() + "\n"
+
+
+INTRODUCTION = """# Versions
+
+Written by `benchmarks/version_matrix.py` from the sources of each release; nothing was imported or run. *fits*: the
+name is there and takes the parameters that its replacement relies on. A dash: that version has no such layer. For
+another checkout ask `python -m flashcomm_megatron report --megatron DIR`. What does not fit is refused, by name, when
+the flag is given: nothing is replaced then.
+
+## Megatron-LM and megatron-core
+"""
+MIDDLE = """
+## Transformer Engine
+
+Rows of Transformer Engine's own modules, by its releases. They are looked up where Megatron finds the package.
+"""
+
+
+def main() -> None:
+    """Write docs/versions.md."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("megatron", type=Path, metavar="MEGATRON_GIT")
+    parser.add_argument("engine", type=Path, metavar="TRANSFORMER_ENGINE_GIT")
+    options = parser.parse_args()
+    (ROOT / "docs" / "versions.md").write_text(page(options.megatron, options.engine))
+
+
+if __name__ == "__main__":
+    main()
