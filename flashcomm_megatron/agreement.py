@@ -1,12 +1,16 @@
-"""Ranks agree before they compress: the first use of a group compares version and configuration of all its ranks.
+"""Ranks agree before they compress: no rank encodes in 4 bits what another decodes as 8.
 
-A rank that encodes in 4 bits while its peer decodes 8 would produce garbage or a hang, so any difference is refused on
-every rank, with a table of who holds what. The check is one small all_gather for each new (group, configuration).
+The first use of a group compares version and configuration of all its ranks and refuses any difference on every rank,
+with a table of who holds what. A configuration that is new to the group, because of a later ``enable`` say, is compared
+in the same way; a rank that did not change is by then in another call, and both hear of it (transport/link.py).
+A rank that goes back to a configuration compared earlier is not asked again: every message carries its digest.
 """
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import asdict
+from functools import lru_cache
 from weakref import WeakKeyDictionary
 
 import torch
@@ -14,26 +18,44 @@ import torch.distributed as dist
 
 from . import ranges
 from .config import Config
+from .transport import links
+from .transport.link import Link
 from .version import __version__
 
 TEXT_BYTES = 1024  # every rank sends its description as this many bytes, zero padded
+FIRST = "comparison of configurations at the group's first use (is flash-comm on at every rank?)"
+LATER = "change of configuration"
 
-_agreed: WeakKeyDictionary[dist.ProcessGroup, Config] = WeakKeyDictionary()
+_agreed: WeakKeyDictionary[dist.ProcessGroup, list[Config]] = WeakKeyDictionary()  # the last one is in force
 
 
 def check(group: dist.ProcessGroup, config: Config, device: torch.device) -> None:
     """Raise RuntimeError on every rank of ``group`` unless all of them hold ``config``; remembered per group."""
-    if _agreed.get(group) is config:
+    agreed = _agreed.setdefault(group, [])
+    if agreed and agreed[-1] is config:
         return
-    if group.size() > 1 and _agreed.get(group) != config:
-        texts = _gather(_describe(config), group, device)
-        if len(set(texts)) > 1:
-            rows = "\n".join(f"  rank {dist.get_global_rank(group, i)}: {text}" for i, text in enumerate(texts))
-            raise RuntimeError(
-                f"flash-comm: the ranks of this group hold different configurations:\n{rows}\n"
-                "Give every rank the same flags and the same version."
-            )
-    _agreed[group] = config
+    if config in agreed:
+        agreed.remove(config)
+    elif group.size() > 1:
+        link = links.link(group, device, agreed[-1], LATER) if agreed else links.before_first(group, config, FIRST)
+        _compare(_gather(_describe(config), link, device), dist.get_process_group_ranks(group))
+    agreed.append(config)
+
+
+@lru_cache
+def digest(config: Config) -> str:
+    """A few characters that stand for everything :func:`check` compares."""
+    return hashlib.sha256(_describe(config).encode()).hexdigest()[:8]
+
+
+def _compare(texts: list[str], ranks: list[int]) -> None:
+    if len(set(texts)) == 1:
+        return
+    rows = "\n".join(f"  rank {rank}: {text}" for rank, text in zip(ranks, texts, strict=True))
+    raise RuntimeError(
+        f"flash-comm: the ranks of this group hold different configurations:\n{rows}\n"
+        "Give every rank the same flags and the same version."
+    )
 
 
 def _describe(config: Config) -> str:
@@ -43,9 +65,11 @@ def _describe(config: Config) -> str:
     return f"flashcomm_megatron {__version__}: {options}"
 
 
-def _gather(text: str, group: dist.ProcessGroup, device: torch.device) -> list[str]:
+def _gather(text: str, link: Link, device: torch.device) -> list[str]:
     """Every rank's text, in rank order."""
     mine = torch.tensor(list(text.encode()[:TEXT_BYTES].ljust(TEXT_BYTES, b"\0")), dtype=torch.uint8, device=device)
-    everyone = [torch.empty_like(mine) for _ in range(group.size())]
-    dist.all_gather(everyone, mine, group=group)
+    everyone = [torch.empty_like(mine) for _ in range(link.world)]
+    everyone[link.rank] = mine
+    for transfer in link.exchange([mine] * link.world, everyone):
+        transfer.wait()
     return [bytes(each.tolist()).rstrip(b"\0").decode(errors="replace") for each in everyone]

@@ -52,8 +52,7 @@ class Handle:
     @torch.no_grad()
     def _advance(self) -> None:
         started = time.perf_counter()
-        for transfer in self._transfers:
-            transfer.wait()
+        self._receive()
         try:
             self._transfers = next(self._steps)
         except StopIteration as end:
@@ -61,6 +60,16 @@ class Handle:
         self._seconds += time.perf_counter() - started
         if self._result is not None:
             counters.count_quantized(*self._bytes, self._seconds)
+
+    def _receive(self) -> None:
+        try:
+            for transfer in self._transfers:
+                transfer.wait()
+        except RuntimeError as error:
+            layer = sampling.layer()
+            if layer is None:
+                raise
+            raise RuntimeError(f"{error} (This rank was in {layer}.)") from error
 
 
 class Exact:
@@ -196,7 +205,9 @@ def _fused(
 
 
 def _link(kind: str, x: Tensor, group: dist.ProcessGroup, config: Config) -> Link:
-    return links.link(group, x.device, config, f"{kind} {list(x.shape)} {str(x.dtype).removeprefix('torch.')}")
+    words = (kind, list(x.shape), str(x.dtype).removeprefix("torch."), sampling.site())
+    text = " ".join(str(word) for word in words if word is not None)
+    return links.link(group, x.device, config, text, agreement.digest(config))
 
 
 def _in_one_step(made: workspace.Workspace, kind: str, x: Tensor, out: Tensor, plan: policy.Plan) -> Steps:

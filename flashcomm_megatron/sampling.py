@@ -35,18 +35,33 @@ class Error(NamedTuple):
 _calls: Counter[str] = Counter()
 _sums: dict[tuple[str, torch.device], Tensor] = {}  # float64 [squared error, squared value, blocks not finite]
 _lock = threading.Lock()
-_where: Callable[[], str | None] | None = None
+Where = Callable[[], str | None]
+_where: Where | None = None
+_who: Where | None = None
 
 
-def locate(where: Callable[[], str | None] | None) -> None:
-    """``where()`` names the site of the collective that is about to run, or None for the collective's own name."""
-    global _where
-    _where = where
+def locate(where: Where | None, who: Where | None = None) -> None:
+    """``where()`` names the site of the collective that is about to run, or None for the collective's own name.
+
+    ``who()`` names the very layer there, for errors; it may take its time.
+    """
+    global _where, _who
+    _where, _who = where, who or _who
+
+
+def site() -> str | None:
+    """The kind of site of the collective that is about to run, None at no site."""
+    return _where() if _where else None
+
+
+def layer() -> str | None:
+    """The layer that is communicating, None outside every layer."""
+    return _who() if _who else None
 
 
 def sample(collective: str, x: Tensor, codec: Codec) -> None:
     """Note one call that encodes ``x`` (any shape, contiguous); every hundredth is measured."""
-    name = (_where and _where()) or collective
+    name = site() or collective
     call = _calls[name]
     _calls[name] = call + 1
     if call % EVERY == 0 and not _is_capturing(x):

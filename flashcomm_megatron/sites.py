@@ -47,6 +47,12 @@ def row_layers(layer: nn.Module) -> dict[str, Any]:
     }
 
 
+def name(layer: nn.Module) -> str:
+    """``layer``'s name inside the model whose forward is running; its class where there is none, as in backward."""
+    names = (path for path, each in _model(layer).named_modules() if each is layer)
+    return next(names) or type(layer).__name__
+
+
 def _is_row_parallel(module: Any) -> bool:
     """Whether a module is Megatron's row-parallel layer or Transformer Engine's, and communicates by itself."""
     if not any(kind.__name__ in ("RowParallelLinear", "TERowParallelLinear") for kind in type(module).__mro__):

@@ -198,10 +198,11 @@ def _bytes(rank: int, world: int, algorithm: str) -> tuple[int, int]:
         sent.append(tensor.numel())
         return original(tensor, *args, **kwargs)
 
+    config = Config(bits=5, min_bytes=0, algorithm=algorithm, transport="group")
+    all_reduce(torch.empty(0), None, config)  # the ranks compare configurations
     transport.dist.isend = recording
     dist.distributed_c10d.isend = recording
     counters.reset_stats()
-    config = Config(bits=5, min_bytes=0, algorithm=algorithm, transport="group")
     all_reduce(part(rank, (1111,), torch.bfloat16), None, config)
     reduce_scatter(part(rank, (world * 3, 111), torch.bfloat16), None, config)
     all_gather(part(rank, (7, 111), torch.bfloat16), None, config)

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from .. import sampling
+from .. import sampling, sites
 from ..config import Config, current
 from ..patching import Seam
 
@@ -52,12 +52,17 @@ class _Here(threading.local):
 
 _here = _Here()
 _observer: Observer | None = None
-sampling.locate(lambda: _here.site.kind if _here.site else None)
 
 
 def site() -> Site | None:
     """The site this thread is at."""
     return _here.site
+
+
+sampling.locate(
+    lambda: _here.site.kind if _here.site else None,
+    lambda: sites.name(_here.site.module) if _here.site else None,
+)
 
 
 @contextmanager

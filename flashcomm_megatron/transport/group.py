@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch.distributed as dist
 from torch import Tensor
 
-from .link import Transfer
+from .link import Call, Transfer
 
-TAG = 0xFC  # keeps these messages apart from a user's own point-to-point traffic on the same group
+TAG = 0x7C << 24  # keeps these messages apart from a user's own point-to-point traffic on the same group
 
 
 class Message(NamedTuple):
@@ -25,7 +25,7 @@ class Message(NamedTuple):
     work: dist.Work
     peer: int
     seconds: float
-    what: str
+    call: Call
 
     def wait(self) -> None:
         """Block until it was delivered; RuntimeError naming the peer if it was not."""
@@ -33,31 +33,34 @@ class Message(NamedTuple):
             self.work.wait(timedelta(seconds=self.seconds))
         except RuntimeError as error:
             raise RuntimeError(
-                f"flash-comm: {self.what}: no message passed between this rank and rank {self.peer} (allowed: "
-                f"{self.seconds:g} s). Look for that rank's own error. The process group says: {error}"
+                f"flash-comm: {self.call}: no message passed between this rank and rank {self.peer} (allowed: "
+                f"{self.seconds:g} s). Look for that rank's own error; if it has none, it is in another call or holds "
+                f"another configuration. The process group says: {error}"
             ) from error
 
 
 def exchange(
-    sends: Sequence[Tensor], receives: Sequence[Tensor], group: dist.ProcessGroup, seconds: float, what: str
+    sends: Sequence[Tensor], receives: Sequence[Tensor], group: dist.ProcessGroup, seconds: float, call: Call
 ) -> Sequence[Transfer]:
     """Send ``sends[r]`` to rank r and receive ``receives[r]`` from it, for every other rank r of ``group``.
 
     All tensors are contiguous uint8; an empty one is neither sent nor awaited, so both sides must know sizes.
-    Returns handles; the tensors must stay alive and untouched until each was waited for. ``seconds`` and ``what`` (the
-    call, for the error) serve messages in main memory; NCCL has its own watchdog.
+    Returns handles; the tensors must stay alive and untouched until each was waited for. ``seconds`` and ``call`` serve
+    messages in main memory; NCCL has its own watchdog. Gloo ends the process when a message's length is not the one
+    awaited, so the tag is the call's own: messages of different calls never meet.
     """
+    tag = TAG | (call.number % 64) << 16 | call.check  # few, for gloo keeps something of each
     me, world = group.rank(), group.size()
     messages: list[dist.P2POp] = []
     for distance in range(1, world):
         to, source = (me + distance) % world, (me - distance) % world
         if sends[to].numel():
-            messages.append(dist.P2POp(dist.isend, sends[to], dist.get_global_rank(group, to), group, TAG))
+            messages.append(dist.P2POp(dist.isend, sends[to], dist.get_global_rank(group, to), group, tag))
         if receives[source].numel():
-            messages.append(dist.P2POp(dist.irecv, receives[source], dist.get_global_rank(group, source), group, TAG))
+            messages.append(dist.P2POp(dist.irecv, receives[source], dist.get_global_rank(group, source), group, tag))
     if not messages:
         return []
     works = dist.batch_isend_irecv(messages)
     if messages[0].tensor.device.type != "cpu":
         return works
-    return [Message(work, message.peer, seconds, what) for work, message in zip(works, messages, strict=True)]
+    return [Message(work, message.peer, seconds, call) for work, message in zip(works, messages, strict=True)]

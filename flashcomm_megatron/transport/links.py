@@ -15,22 +15,35 @@ import torch.distributed as dist
 
 from ..config import Config
 from . import group as over_group
-from .link import Exchange, Link
+from .link import Call, Exchange, Link
 from .streams import Streams
 
 SHARED_MEMORY = ("auto", "host")  # the transports that use it for tensors in main memory
 DEFAULT_SECONDS = 1800.0  # torch.distributed's own
 
 _streams: WeakKeyDictionary[dist.ProcessGroup, Streams] = WeakKeyDictionary()
+_calls: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()
 
 
-def link(group: dist.ProcessGroup, device: torch.device, config: Config, what: str) -> Link:
-    """This rank's end of ``group`` for one call, which errors call ``what``. A group's first link is collective."""
-    exchange: Exchange = partial(over_group.exchange, group=group, seconds=seconds(group, config), what=what)
+def link(group: dist.ProcessGroup, device: torch.device, config: Config, text: str, digest: str = "") -> Link:
+    """This rank's end of ``group`` for one call: ``text`` names it in errors, ``digest`` the configuration.
+
+    A group's first link is collective.
+    """
+    _calls[group] = number = _calls.get(group, 0) + 1
+    allowed, call = seconds(group, config), Call(number, text, digest)
+    exchange: Exchange = partial(over_group.exchange, group=group, seconds=allowed, call=call)
     if device.type == "cpu" and config.transport in SHARED_MEMORY:
         streams = _open(group)
         if not streams.reason:
-            exchange = partial(streams.exchange, seconds=seconds(group, config), what=what)
+            exchange = partial(streams.exchange, seconds=allowed, call=call)
+    return Link(group.rank(), group.size(), exchange)
+
+
+def before_first(group: dist.ProcessGroup, config: Config, text: str) -> Link:
+    """An end over the process group that waits no longer than any call, for what comes before a group's first."""
+    call = Call(0, text, "")
+    exchange: Exchange = partial(over_group.exchange, group=group, seconds=seconds(group, config), call=call)
     return Link(group.rank(), group.size(), exchange)
 
 

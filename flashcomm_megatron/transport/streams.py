@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .. import extension
 from . import segment, votes
+from .link import Call
 from .segment import Segment
 
 RING_BYTES = 512 << 10  # for each ordered pair of ranks: fits the second-level cache, and two ranks copy at once
@@ -27,7 +28,8 @@ REASONS = {
     1: "rank {peer} neither sent nor took anything for {seconds:g} s. Is it stuck, or in another branch?",
     2: "the process of rank {peer} has ended. Look for its own error.",
     3: "rank {peer} has given up. Look for its own error, which came first.",
-    4: "rank {peer} is in another call ({theirs}): every rank must call the same collectives in the same order.",
+    4: "rank {peer} is in another call ({theirs}): every rank must make the same calls, in the same "
+    "order, with the same configuration.",
 }
 
 
@@ -37,14 +39,14 @@ class Exchange(NamedTuple):
     streams: Streams
     handle: Any
     seconds: float
-    what: str
+    call: Call
 
     def wait(self) -> None:
         """Block until all are delivered; RuntimeError naming the rank that failed, and every later call's as well."""
         failure, peer, theirs = self.streams.native.wait(self.handle, self.seconds)
         if failure:
             reason = REASONS[failure].format(peer=self.streams.ranks[peer], seconds=self.seconds, theirs=theirs)
-            raise RuntimeError(f"flash-comm: {self.what}: {reason} This group's streams are closed to further calls.")
+            raise RuntimeError(f"flash-comm: {self.call}: {reason} This group's streams are closed to further calls.")
 
 
 class Streams:
@@ -53,7 +55,7 @@ class Streams:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.ranks = dist.get_process_group_ranks(group)
         self.native: Any = None
-        self._process, self._calls = os.getpid(), 0
+        self._process = os.getpid()
         self._under_way: deque[tuple[Any, Sequence[Tensor], Sequence[Tensor]]] = deque()
         self._segments: list[Segment] = []
         module = extension.module()
@@ -70,22 +72,21 @@ class Streams:
             self.native = self._connect(module, group.rank())
 
     def exchange(
-        self, sends: Sequence[Tensor], receives: Sequence[Tensor], seconds: float, what: str
+        self, sends: Sequence[Tensor], receives: Sequence[Tensor], seconds: float, call: Call
     ) -> list[Exchange]:
         """Post messages, as :func:`group.exchange` does; the tensors live until they are delivered."""
         if os.getpid() != self._process:
-            raise RuntimeError(f"flash-comm: {what}: called in a forked child of a rank; only the rank itself can.")
-        self._calls += 1
+            raise RuntimeError(f"flash-comm: {call}: called in a forked child of a rank; only the rank itself can.")
         handle = self.native.start(
             [(each.data_ptr(), each.numel()) for each in sends],
             [(each.data_ptr(), each.numel()) for each in receives],
-            f"#{self._calls} {what}"[:WHAT_BYTES],
+            str(call)[:WHAT_BYTES],
         )
         while self._under_way and not self._under_way[0][0].open:
             self._under_way.popleft()
         if handle.open:
             self._under_way.append((handle, sends, receives))
-        return [Exchange(self, handle, seconds, what)]
+        return [Exchange(self, handle, seconds, call)]
 
     def _connect(self, module: ModuleType, me: int) -> Any:
         addresses = [each.address for each in self._segments]
