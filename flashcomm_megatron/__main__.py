@@ -1,10 +1,12 @@
 """Run any script with the ``--flash-comm-*`` flags available, or one of the package's own commands.
 
     torchrun --nproc-per-node 8 -m flashcomm_megatron pretrain_gpt.py ... --flash-comm-bits 4
+    torchrun --nproc-per-node 2 -m flashcomm_megatron --cpu pretrain_gpt.py ... --flash-comm-bits 4
     python -m flashcomm_megatron report
 
 The script runs as ``__main__`` with its own arguments and its own folder first on ``sys.path``, as if python had been
-given its path; the import of this package is all that is added.
+given its path; the import of this package is all that is added. ``--cpu``, before the script, lets it run over gloo on
+a machine with no GPU.
 """
 
 from __future__ import annotations
@@ -14,10 +16,11 @@ import runpy
 import sys
 from collections.abc import Callable
 
-from . import announce, environment
+from . import announce, cpu, environment
 from .accuracy import main as accuracy
 from .calibration import main as calibrate
 from .compare.command import main as compare
+from .patching import PatchError
 from .planner.command import main as plan
 from .report import main as report
 
@@ -39,17 +42,23 @@ def main(argv: list[str]) -> int:
         environment.check()
     except ValueError as error:
         return _refuse(str(error))
-    name, *rest = argv
-    return COMMANDS[name](rest) if name in COMMANDS else run(name, rest)
+    on_cpu = argv[0] == "--cpu"
+    name, *rest = argv[on_cpu:] or [""]
+    return COMMANDS[name](rest) if name in COMMANDS and not on_cpu else run(name, rest, on_cpu)
 
 
-def run(script: str, argv: list[str]) -> int:
-    """Run ``script`` (a path) with ``argv`` as its arguments."""
+def run(script: str, argv: list[str], on_cpu: bool = False) -> int:
+    """Run ``script`` (a path) with ``argv`` as its arguments, without a GPU if asked to."""
     if not os.path.exists(script):
         return _refuse(f"{script}: no such file, and no command: choose {', '.join(COMMANDS)} or a script's path.")
     sys.argv = [script, *argv]
     sys.path[0] = os.path.dirname(os.path.abspath(script))
-    runpy.run_path(script, run_name="__main__")
+    try:
+        if on_cpu:
+            cpu.enable(force=True, scripts=True)
+        runpy.run_path(script, run_name="__main__")
+    except (cpu.NeedsGPU, PatchError) as error:
+        return _refuse(str(error))
     announce.ignored(argv)
     try:
         announce.close()

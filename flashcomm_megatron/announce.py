@@ -95,8 +95,13 @@ def stop() -> None:
 
 
 def close() -> None:
-    """End of the process: complain if flash-comm is on and nothing it could have compressed ever ran."""
-    if _watch is not None and getattr(sys, "last_value", None) is None:
+    """End of the process: what was saved, or a complaint that nothing flash-comm could have compressed ever ran."""
+    atexit.unregister(close)
+    if current() is None or getattr(sys, "last_value", None) is not None:
+        return
+    if _watch is None:
+        say(summary())
+    else:
         stop()
         complain("no tensor-parallel layer ran, so nothing was compressed.", fatal=True)
 
@@ -118,6 +123,18 @@ def headline(patched: str) -> str:
     return (
         f"flash-comm: {config.bits}-bit {config.recipe} (block {block}), {extension.describe()}, {patched}; "
         f"exact: {KEPT_EXACT}"
+    )
+
+
+def summary() -> str:
+    """The closing line: calls compressed, and the bytes this rank sent beside those of the exact collectives."""
+    counted = counters.stats()
+    calls = counted["quantized"] + sum(counted["deferred"].values())
+    wire, exact = counted["wire_bytes"], counted["exact_bytes"]
+    ratio = f" ({exact / wire:.2f}x)" if wire else ""
+    return (
+        f"flash-comm: compressed {counted['quantized']} of {calls} collectives; "
+        f"rank 0 sent {wire / 2**20:.2f} MiB instead of {exact / 2**20:.2f} MiB{ratio}"
     )
 
 

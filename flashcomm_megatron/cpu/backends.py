@@ -1,0 +1,121 @@
+"""What stands under a script: the process group's backend, compilers, and kernels that only a GPU runs.
+
+Collectives run over gloo whatever backend is named; gloo lacks the mean, which is a sum divided by the ranks. Nothing
+is compiled or scripted: torch.compile wants a compiler at every start and changes roundings.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from sysconfig import get_config_var
+from typing import Any
+from unittest.mock import MagicMock, patch
+
+import torch.distributed as dist
+
+from ..patching import Seam
+from .cuda import always
+
+
+def _gloo(original: Callable[..., Any]) -> Callable[..., Any]:
+    def over_gloo(*args: Any, **options: Any) -> Any:
+        options.pop("device_id", None)
+        return original(*args, **options | {"backend": "gloo", "pg_options": None})
+
+    return over_gloo
+
+
+def _init(original: Callable[..., Any]) -> Callable[..., Any]:
+    def init_process_group(backend: Any = None, *args: Any, **options: Any) -> Any:
+        return _gloo(original)(*args, **options)
+
+    return init_process_group
+
+
+def _mean(original: Callable[..., Any]) -> Callable[..., Any]:
+    def all_reduce(tensor: Any, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False) -> Any:
+        if op != dist.ReduceOp.AVG:
+            return original(tensor, op, group, async_op)
+        tensor.div_(dist.get_world_size(group))
+        return original(tensor, dist.ReduceOp.SUM, group, async_op)
+
+    return all_reduce
+
+
+def _not_compiled(original: Any) -> Callable[..., Any]:
+    def leave(function: Any = None, *args: Any, **options: Any) -> Any:
+        return function if callable(function) else lambda later: later
+
+    return leave
+
+
+def _without_main(original: Callable[..., Any]) -> Callable[..., Any]:
+    def get_preparation_data(name: str) -> dict[str, Any]:
+        return {key: value for key, value in original(name).items() if not key.startswith("init_main")}
+
+    return get_preparation_data
+
+
+DISTRIBUTED = "torch.distributed"
+SEAMS = (
+    Seam(DISTRIBUTED, "init_process_group", ("backend",), _init, "NCCL needs GPUs; gloo serves"),
+    Seam(DISTRIBUTED, "new_group", ("ranks", "timeout", "backend", "pg_options"), _gloo, "the same for subgroups"),
+    Seam(DISTRIBUTED, "all_reduce", ("tensor", "op", "group", "async_op"), _mean, "gloo has no mean"),
+    Seam("torch", "compile", ("model",), _not_compiled, "Megatron compiles small functions when it is imported"),
+    Seam("torch.jit", "script", ("obj",), _not_compiled, "older Megatron scripts them"),
+    Seam("multiprocessing.spawn", "get_preparation_data", ("name",), _without_main,
+         "a spawned child, like the queue of the checkpoint's writers, would import the script without CPU mode"),
+)  # fmt: skip
+
+
+def _for_this_python(original: Callable[[], None]) -> Callable[[], None]:
+    def compile_helpers() -> None:
+        path = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
+        with patch.dict(os.environ, MAKEFLAGS=f"LIBEXT={get_config_var('EXT_SUFFIX')}", PATH=path):
+            original()
+
+    return compile_helpers
+
+
+CORE = "megatron.core"
+# Not every version, nor the wheel, has these.
+MEGATRON = (
+    Seam("megatron.legacy.fused_kernels", "load", ("args",), always(None), "compiles CUDA kernels at the start"),
+    Seam(f"{CORE}.datasets.utils", "compile_helpers", (), _for_this_python,
+         "its Makefile asks python3-config, which a virtual environment lacks, what this Python calls an extension"),
+)  # fmt: skip
+# Modules that some versions import for every model, and that import triton for kernels which only a GPU runs.
+TRITON_USERS = (
+    f"{CORE}.transformer.custom_layers.batch_invariant_kernels",
+    f"{CORE}.inference.contexts.fused_kv_append_kernel",
+    f"{CORE}.inference.contexts.attention_context.triton.tensor_ops",
+)
+
+
+def present() -> list[Seam]:
+    """Rows of ``MEGATRON`` that this version has."""
+    return [seam for seam in MEGATRON if _exists(seam.module)]
+
+
+def import_without_triton() -> None:
+    """Where triton is not installed, let ``TRITON_USERS`` find a stand-in for it while, and only while, they import."""
+    if find_spec("triton") is not None:
+        return
+    for name in TRITON_USERS:
+        if _exists(name) and name not in sys.modules:
+            sys.modules |= dict.fromkeys(("triton", "triton.language"), MagicMock())
+            try:
+                importlib.import_module(name)
+            finally:
+                del sys.modules["triton"], sys.modules["triton.language"]
+
+
+def _exists(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ImportError:
+        return False
