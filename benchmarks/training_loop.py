@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from flashcomm_megatron import cpu
+from flashcomm_megatron.cpu import literals
 
 
 class Shape(NamedTuple):
@@ -27,6 +28,15 @@ class Shape(NamedTuple):
     context: int = 128
     batch: int = 8  # sequences in a step, cut into microbatches
     microbatches: int = 1
+
+
+def join(tensor: int, pipeline: int = 1) -> None:
+    """Make the ranks of the process group, on CPUs, Megatron's."""
+    cpu.enable(force=True)
+    literals.enter()  # Megatron's optimizer speaks of "cuda"
+    from megatron.core import parallel_state
+
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
 
 
 class Training:
@@ -131,7 +141,7 @@ def transformer_config(shape: Shape, dtype: torch.dtype, options: dict[str, Any]
             "params_dtype": dtype,
             "bf16": dtype == torch.bfloat16,
             "fp16": dtype == torch.float16,
-            "use_cpu_initialization": not torch.cuda.is_available(),
+            "use_cpu_initialization": True,
             "gradient_accumulation_fusion": False,
         }
         | options
