@@ -8,7 +8,7 @@ One file a table, each row with the reason why that name reaches its callers:
     transformer_engine.py   Transformer Engine's layers, where it is installed
     inference.py            Megatron's inference-optimized layers, which need Transformer Engine
 
-``differentiable.py`` holds what takes their place. A new table is a file with ``ROWS`` and a place in ``TABLES``.
+``differentiable.py`` holds what takes their place, ``modes.py`` where it may not. A new table is a file with ``ROWS`` and a place in ``TABLES``.
 """
 
 from __future__ import annotations

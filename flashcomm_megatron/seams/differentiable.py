@@ -15,7 +15,7 @@ from .. import collectives, feedback, sites
 from ..algorithms import Residuals
 from ..config import Config
 from ..recipes import Legs
-from . import gradients, where
+from . import gradients, modes, where
 
 
 class Call(NamedTuple):
@@ -35,6 +35,8 @@ def wanted(kind: str, collective: str, x: Tensor, group: Any) -> Call | None:
     if observer is not None:
         if kind == "row":
             observer(site.module, x, group)
+        return None
+    if modes.forbids(site, collective, x, group):
         return None
     legs = sites.legs(site.config, site.module, group) if kind == "row" else None
     if not collectives.wants(collective, x, group, site.config, legs):

@@ -32,7 +32,7 @@ from torch import Tensor
 from .. import collectives, counters, policy
 from ..patching import Seam
 from ..recipes import Legs
-from . import where
+from . import modes, where
 from .where import LAYERS, Function, Site
 
 EXACT = "gradients exact"  # the reason that counts what grad_bits 16 leaves alone
@@ -75,7 +75,7 @@ def reduce_scatter(gradient: Tensor, group: Any, site: Site) -> Tensor:
 
 def legs_of(collective: str, gradient: Tensor, group: Any, site: Site) -> Legs | None:
     """The codecs for a gradient, or None: left exact, deferred and counted, or only observed."""
-    if where.observer() is not None:
+    if where.observer() is not None or modes.forbids(site, collective, gradient, group):
         return None
     legs = site.config.gradient_legs
     if legs is None:
