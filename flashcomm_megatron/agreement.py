@@ -37,7 +37,7 @@ def check(group: dist.ProcessGroup, config: Config, device: torch.device) -> Non
     if config in agreed:
         agreed.remove(config)
     elif group.size() > 1:
-        link = links.link(group, device, agreed[-1], LATER) if agreed else links.before_first(group, config, FIRST)
+        link = links.aside(group, device, agreed[-1] if agreed else config, LATER if agreed else FIRST)
         _compare(_gather(_describe(config), link, device), dist.get_process_group_ranks(group))
     agreed.append(config)
 

@@ -6,24 +6,26 @@
   them. One rounding instead of two, world / 2 times the bytes.
 - **reduce_scatter** and **all_gather** are the two halves of two-step.
 
-Each algorithm is a generator that yields the transfers it has to wait for. Run to its end it is a blocking collective;
-started and left at its first transfer it is an asynchronous one; N of them in turns are N ranks in one process
-(transport/lockstep.py).
+Large tensors are cut into pieces that are under way together (pieces.py). Each algorithm is a generator that yields the
+transfers it has to wait for. Run to its end it is a blocking collective; started and left at its first transfer it is
+an asynchronous one; N of them in turns are N ranks in one process (transport/lockstep.py).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from . import pieces
 from .codec import Codec, residual
-from .policy import Plan
+from .policy import ONE_STEP_WORLD, Plan
 from .transport.link import Link, Transfer
 
+Going = Generator[Sequence[Transfer], None, None]
 Steps = Generator[Sequence[Transfer], None, Tensor]
 
 
@@ -36,57 +38,94 @@ class Residuals:
 
     reduce: Tensor | None = None
     gather: Tensor | None = None
+    parts: dict[int, Residuals] = field(default_factory=dict)
+
+    def part(self, number: int) -> Residuals:
+        """The memory of one piece of the tensor."""
+        return self.parts.setdefault(number, Residuals())
 
 
 def one_step(x: Tensor, link: Link, plan: Plan, residuals: Residuals | None = None) -> Steps:
     """All-reduce of ``x`` in place."""
-    flat = x.view(-1)
-    inbox = _inbox(plan.reduce, flat, link)
-    _encode(plan.reduce, flat, _residual(residuals, "reduce", flat), inbox[link.rank])
-    yield link.exchange([inbox[link.rank]] * link.world, inbox)
-    plan.reduce.decode_sum(inbox, flat)
-    return x
+    return in_pieces(_one_step, x, link, plan, residuals)
 
 
 def two_step(x: Tensor, link: Link, plan: Plan, residuals: Residuals | None = None) -> Steps:
     """All-reduce of ``x`` in place."""
-    flat = x.view(-1)
-    length = slice_length(flat.numel(), link.world, plan)
-    slices = _slices(flat, length, link)
-    lost = _residual(residuals, "reduce", flat)
-    mine = slices[link.rank]
-    yield from _reduce_leg(slices, None if lost is None else _slices(lost, length, link), mine, link, plan.reduce)
-    yield from _gather_leg(mine, _residual(residuals, "gather", mine), slices, link, plan.gather)
-    return x
+    return in_pieces(_two_step, x, link, plan, residuals)
 
 
 def reduce_scatter(x: Tensor, out: Tensor, link: Link, plan: Plan, residuals: Residuals | None = None) -> Steps:
     """Sum of every rank's ``x``, this rank's slice of it in ``out``."""
     flat = x.view(-1)
     lost = _residual(residuals, "reduce", flat)
-    parts = None if lost is None else list(lost.chunk(link.world))
-    yield from _reduce_leg(list(flat.chunk(link.world)), parts, out.view(-1), link, plan.reduce)
+    slices = flat.chunk(link.world)
+    losses = None if lost is None else lost.chunk(link.world)
+    yield from pieces.together(
+        reduce_leg(
+            [each[first:last] for each in slices],
+            None if losses is None else [each[first:last] for each in losses],
+            out.view(-1)[first:last],
+            link,
+            plan.reduce,
+        )
+        for first, last in pieces.cuts(out.numel(), plan.piece)
+    )
     return out
 
 
 def all_gather(x: Tensor, out: Tensor, link: Link, plan: Plan) -> Steps:
     """Every rank's ``x`` in rank order, in ``out``."""
-    slices = list(out.view(-1).chunk(link.world))
-    yield from _gather_leg(x.view(-1), None, slices, link, plan.gather)
+    flat, slices = x.view(-1), out.view(-1).chunk(link.world)
+    yield from pieces.together(
+        gather_leg(flat[first:last], None, [each[first:last] for each in slices], link, plan.gather)
+        for first, last in pieces.cuts(flat.numel(), plan.piece)
+    )
     return out
 
 
-def _reduce_leg(slices: list[Tensor], lost: list[Tensor] | None, mine: Tensor, link: Link, codec: Codec) -> Steps:
+def in_pieces(algorithm: Callable[..., Going], x: Tensor, link: Link, plan: Plan, residuals: Residuals | None) -> Steps:
+    """Run ``algorithm``, an all-reduce in place of a 1-D tensor, on every piece of ``x``."""
+    flat = x.view(-1)
+    yield from pieces.together(
+        algorithm(flat[first:last], link, plan, None if residuals is None else residuals.part(number))
+        for number, (first, last) in enumerate(pieces.cuts(flat.numel(), plan.piece))
+    )
+    return x
+
+
+def flat(world: int) -> Callable[..., Going]:
+    """The all-reduce in place of a whole 1-D tensor that suits ``world`` ranks."""
+    return _one_step if world <= ONE_STEP_WORLD else _two_step
+
+
+def _one_step(flat: Tensor, link: Link, plan: Plan, residuals: Residuals | None) -> Going:
+    inbox = _inbox(plan.reduce, flat, link)
+    _encode(plan.reduce, flat, _residual(residuals, "reduce", flat), inbox[link.rank])
+    yield link.exchange([inbox[link.rank]] * link.world, inbox)
+    plan.reduce.decode_sum(inbox, flat)
+
+
+def _two_step(flat: Tensor, link: Link, plan: Plan, residuals: Residuals | None) -> Going:
+    length = slice_length(flat.numel(), link.world, plan)
+    slices = _slices(flat, length, link)
+    lost = _residual(residuals, "reduce", flat)
+    mine = slices[link.rank]
+    yield from reduce_leg(slices, None if lost is None else _slices(lost, length, link), mine, link, plan.reduce)
+    yield from gather_leg(mine, _residual(residuals, "gather", mine), slices, link, plan.gather)
+
+
+def reduce_leg(slices: list[Tensor], lost: list[Tensor] | None, mine: Tensor, link: Link, codec: Codec) -> Going:
     """Send every rank its slice; write the sum of what all ranks sent here into ``mine``."""
     residuals: Sequence[Tensor | None] = lost or [None] * link.world
     outbox = [_encode(codec, part, each) for part, each in zip(slices, residuals, strict=True)]
     inbox = _inbox(codec, mine, link)
     inbox[link.rank] = outbox[link.rank]
     yield link.exchange(outbox, inbox)
-    return codec.decode_sum(inbox, mine)
+    codec.decode_sum(inbox, mine)
 
 
-def _gather_leg(mine: Tensor, lost: Tensor | None, slices: list[Tensor], link: Link, codec: Codec) -> Steps:
+def gather_leg(mine: Tensor, lost: Tensor | None, slices: list[Tensor], link: Link, codec: Codec) -> Going:
     """Send ``mine`` to every rank; decode what rank r sent, also this one, into ``slices[r]``."""
     payload = _encode(codec, mine, lost)
     inbox = [payload.new_empty(codec.wire_bytes(part.numel())) for part in slices]
@@ -94,7 +133,6 @@ def _gather_leg(mine: Tensor, lost: Tensor | None, slices: list[Tensor], link: L
     yield link.exchange([payload] * link.world, inbox)
     for part, received in zip(slices, inbox, strict=True):
         codec.decode_sum([received], part)
-    return mine
 
 
 def _encode(codec: Codec, x: Tensor, lost: Tensor | None, out: Tensor | None = None) -> Tensor:
@@ -125,6 +163,18 @@ def _inbox(codec: Codec, values: Tensor, link: Link) -> list[Tensor]:
 # ---- bytes ------------------------------------------------------------------------------------------------------
 
 
+def flat_bytes(numel: int, rank: int, world: int, plan: Plan) -> int:
+    """Bytes that ``rank`` sends in what :func:`flat` returns."""
+    if world <= ONE_STEP_WORLD:
+        return (world - 1) * plan.reduce.wire_bytes(numel)
+    return _two_step_bytes(numel, rank, world, plan)
+
+
+def wire_bytes(codec: Codec, numel: int, piece: int) -> int:
+    """Bytes of the payloads of ``numel`` values in pieces."""
+    return sum(codec.wire_bytes(last - first) for first, last in pieces.cuts(numel, piece))
+
+
 def slice_length(numel: int, world: int, plan: Plan) -> int:
     """Values of a two-step slice: a multiple of both legs' blocks; the last ranks' slices may be short or empty."""
     unit = math.lcm(plan.reduce.block, plan.gather.block)
@@ -133,11 +183,16 @@ def slice_length(numel: int, world: int, plan: Plan) -> int:
 
 def one_step_bytes(numel: int, rank: int, world: int, plan: Plan) -> int:
     """Bytes that ``rank`` sends."""
-    return (world - 1) * plan.reduce.wire_bytes(numel)
+    return (world - 1) * wire_bytes(plan.reduce, numel, plan.piece)
 
 
 def two_step_bytes(numel: int, rank: int, world: int, plan: Plan) -> int:
     """Bytes that ``rank`` sends: every other rank its slice, then this rank's slice to each of them."""
+    cuts = pieces.cuts(numel, plan.piece)
+    return sum(_two_step_bytes(last - first, rank, world, plan) for first, last in cuts)
+
+
+def _two_step_bytes(numel: int, rank: int, world: int, plan: Plan) -> int:
     length = slice_length(numel, world, plan)
     sizes = [min(max(numel - peer * length, 0), length) for peer in range(world)]
     reduce = sum(plan.reduce.wire_bytes(size) for peer, size in enumerate(sizes) if peer != rank)

@@ -19,16 +19,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import agreement, algorithms, counters, policy, sampling, traced
+from . import agreement, algorithms, counters, hierarchical, policy, sampling, traced
 from .algorithms import Residuals, Steps
 from .config import Config, current
 from .recipes import Legs
-from .transport import links, workspace
+from .transport import links, topology, workspace
 from .transport.link import Link, Transfer
 
 ALL_REDUCE = {
     "one-step": (algorithms.one_step, algorithms.one_step_bytes),
     "two-step": (algorithms.two_step, algorithms.two_step_bytes),
+    "hierarchical": (hierarchical.hierarchical, hierarchical.sent_bytes),
 }
 
 
@@ -108,7 +109,7 @@ def all_reduce(
     x = x.contiguous()
     if not wants("all_reduce", x, group, config, legs):
         return _exact(x, dist.all_reduce(x, group=group, async_op=async_op), async_op)
-    plan = policy.plan("all_reduce", x, group.size(), config, legs)
+    plan = policy.plan("all_reduce", x, group.size(), config, legs, topology.nodes(group))
     algorithm, sent = ALL_REDUCE[plan.algorithm]
     sampling.sample("all_reduce", x, plan.reduce)
     sent_bytes = sent(x.numel(), group.rank(), group.size(), plan)
@@ -139,7 +140,7 @@ def reduce_scatter(
     if not wants("reduce_scatter", x, group, config, legs):
         return _exact(out, dist.reduce_scatter_tensor(out, x, group=group, async_op=async_op), async_op)
     plan = policy.plan("reduce_scatter", x, world, config, legs)
-    sent = (world - 1) * plan.reduce.wire_bytes(out.numel())
+    sent = (world - 1) * algorithms.wire_bytes(plan.reduce, out.numel(), plan.piece)
     sampling.sample("reduce_scatter", x, plan.reduce)
     steps = _fused("reduce_scatter", x, out, group, plan, config, residuals)
     steps = steps or algorithms.reduce_scatter(x, out, _link("reduce_scatter", x, group, config), plan, residuals)
@@ -164,7 +165,7 @@ def all_gather(
     if not wants("all_gather", x, group, config, legs):
         return _exact(out, dist.all_gather_into_tensor(out, x, group=group, async_op=async_op), async_op)
     plan = policy.plan("all_gather", x, world, config, legs)
-    sent = (world - 1) * plan.gather.wire_bytes(x.numel())
+    sent = (world - 1) * algorithms.wire_bytes(plan.gather, x.numel(), plan.piece)
     sampling.sample("all_gather", x, plan.gather)
     steps = _fused("all_gather", x, out, group, plan, config)
     steps = steps or algorithms.all_gather(x, out, _link("all_gather", x, group, config), plan)

@@ -6,16 +6,17 @@ it decides, together with shape and dtype alone, which branch a call takes.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 from .codec import Stochastic
 from .recipes import RECIPES, Legs
 
 TRANSPORTS = ("auto", "peer", "host", "group")
-ALGORITHMS = ("auto", "one-step", "two-step")
+ALGORITHMS = ("auto", "one-step", "two-step", "hierarchical")
 ROUNDINGS = ("nearest", "stochastic")
 EXACT = 16  # grad_bits that leave gradients to the original collectives
 
@@ -43,7 +44,11 @@ class Config:
         "auto",
         "How bytes move: peer (GPUs) or host memory shared by the ranks of a machine, or the process group.",
     )
-    algorithm: str = _option("auto", "All-reduce as one-step (one rounding) or two-step (least bytes beyond 2 ranks).")
+    algorithm: str = _option(
+        "auto",
+        "All-reduce as one-step (one rounding), two-step (least bytes beyond 2 ranks), or hierarchical (several nodes: "
+        "exact within a node, quantized between nodes).",
+    )
     timeout: float | None = _option(
         None, "Seconds a rank waits for another one that does nothing. Default: the process group's own timeout."
     )
@@ -57,6 +62,8 @@ class Config:
         None, "Iterations between two lines of metrics. Default: Megatron's --log-interval."
     )
     metrics: str | None = _option(None, "Also write the metrics, with the loss, to this file of JSON lines.")
+
+    text: ClassVar[str]  # set for each: all of it as a line of JSON, ready for a compiled graph (traced.py)
 
     def __post_init__(self) -> None:
         _check(self.bits in range(2, 9), "bits", self.bits, "2 to 8")
@@ -76,6 +83,7 @@ class Config:
             _ = self.legs, self.gradient_legs
         except ValueError as error:  # a format has its own limits, for example on blocks
             raise ValueError(f"--flash-comm-{error}") from None
+        object.__setattr__(self, "text", json.dumps(asdict(self)))
 
     def _check_gradients(self) -> None:
         widths = (*RECIPES[self._gradient_recipe].widths, EXACT)

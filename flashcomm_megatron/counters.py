@@ -2,7 +2,8 @@
 
 ``exact_bytes`` is what the same collectives would have sent from this rank uncompressed, ``wire_bytes`` what they
 sent; a deferred call adds the same number to both, so their quotient is the compression of everything that went
-through. ``seconds`` is host time inside the calls, which on a GPU is the time to launch them.
+through. ``remote_bytes`` is what quantized calls sent to other machines, 0 where all ranks share one. ``seconds`` is
+host time inside the calls, which on a GPU is the time to launch them.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ class Counters:
         self.deferred: Counter[str] = Counter()
         self.exact_bytes = 0
         self.wire_bytes = 0
+        self.remote_bytes = 0
         self.seconds = 0.0
 
 
@@ -38,6 +40,12 @@ def count_quantized(exact_bytes: int, wire_bytes: int, seconds: float) -> None:
         _counters.seconds += seconds
 
 
+def count_remote(remote_bytes: int) -> None:
+    """Bytes of a quantized collective that go to another machine."""
+    with _lock:
+        _counters.remote_bytes += remote_bytes
+
+
 def count_deferred(reason: str, exact_bytes: int, seconds: float = 0.0) -> None:
     """One collective left to the original implementation because of ``reason``."""
     with _lock:
@@ -49,7 +57,7 @@ def count_deferred(reason: str, exact_bytes: int, seconds: float = 0.0) -> None:
 
 
 def stats() -> dict[str, Any]:
-    """Totals since the last reset: calls, quantized, deferred {reason: n}, exact_bytes, wire_bytes, seconds."""
+    """Totals since the last reset: calls, quantized, deferred {reason: n}, {exact,wire,remote}_bytes, seconds."""
     with _lock:
         return {**vars(_counters), "deferred": dict(_counters.deferred)}
 

@@ -7,6 +7,8 @@ that failed locally. Plans are cached; a call that defers costs one lookup.
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -24,6 +26,10 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # QuickReduce's table, 1 to 16 MiB by world size).
 MIN_BYTES = {"cpu": 16 * 1024, "cuda": 1024 * 1024}
 
+# Values of a piece (pieces.py): on a CPU the payload of one stays in the cache and takes milliseconds on a slow link.
+PIECE = {"cpu": 512 * 1024}
+FAMILY = 32  # a piece is a multiple of so many blocks, so that cutting changes no bit: codec/rotated.py
+
 # One-step moves world / 2 times the bytes of two-step, but in one exchange instead of two.
 ONE_STEP_WORLD = 2
 
@@ -36,29 +42,45 @@ class Plan(NamedTuple):
     reduce: Codec
     gather: Codec
     exact_bytes: int  # sent by this rank if uncompressed
+    piece: int  # values that are encoded and sent at a time; 0: all
+    nodes: tuple[int, ...]  # the machine of each rank where that matters
+    dtype: torch.dtype
 
 
-def plan(collective: str, x: Tensor, world: int, config: Config, legs: Legs | None = None) -> Plan:
+def plan(
+    collective: str, x: Tensor, world: int, config: Config, legs: Legs | None = None, nodes: tuple[int, ...] = ()
+) -> Plan:
     """The plan for ``collective`` ("all_reduce", "reduce_scatter", "all_gather") over ``x`` on ``world`` ranks.
 
-    ``legs`` are the site's own codecs where the recipe is calibrated; elsewhere the configuration's serve.
+    ``legs`` are the site's own codecs where the recipe is calibrated; elsewhere the configuration's serve. ``nodes``:
+    the machine that each rank runs on; empty: one machine.
     """
-    return _plan(collective, x.numel(), x.dtype, x.device.type, world, config, legs)
+    return _plan(collective, x.numel(), x.dtype, x.device.type, world, config, legs, nodes)
 
 
 @lru_cache(maxsize=4096)
 def _plan(
-    collective: str, numel: int, dtype: torch.dtype, device: str, world: int, config: Config, legs: Legs | None
+    collective: str,
+    numel: int,
+    dtype: torch.dtype,
+    device: str,
+    world: int,
+    config: Config,
+    legs: Legs | None,
+    nodes: tuple[int, ...],
 ) -> Plan:
     nbytes = numel * dtype.itemsize
     uncalibrated = RECIPES[config.recipe].calibrated and legs is None and collective != "all_gather"
     legs = legs or config.legs
     return Plan(
         reason="no calibrated site" if uncalibrated else _reason(nbytes, dtype, device, world, config),
-        algorithm=_algorithm(world, config),
+        algorithm=_algorithm(world, config, nodes),
         reduce=legs.reduce,
         gather=legs.gather,
         exact_bytes=exact_bytes(collective, nbytes, world),
+        piece=0 if RECIPES[config.recipe].calibrated else _piece(device, legs),
+        nodes=nodes,
+        dtype=dtype,
     )
 
 
@@ -81,8 +103,16 @@ def _reason(nbytes: int, dtype: torch.dtype, device: str, world: int, config: Co
     return None
 
 
-def _algorithm(world: int, config: Config) -> str:
+def _piece(device: str, legs: Legs) -> int:
+    unit = FAMILY * math.lcm(legs.reduce.block, legs.gather.block)
+    return PIECE.get(device, 0) // unit * unit
+
+
+def _algorithm(world: int, config: Config, nodes: tuple[int, ...]) -> str:
     asked = config.algorithm if config.algorithm != "auto" else RECIPES[config.recipe].algorithm
     if asked != "auto":
         return asked
+    ranks = Counter(nodes).values()
+    if len(ranks) > 1 and max(ranks) > 1:
+        return "hierarchical"
     return "one-step" if world <= ONE_STEP_WORLD else "two-step"

@@ -34,7 +34,7 @@ def test_one_graph_with_the_same_bits():
 
 def _operators(rank: int, world: int) -> None:
     """The fake implementations say of shapes, strides and mutation what is true."""
-    arguments = (4, "auto", None, 0, "auto", "auto")
+    arguments = (Config(bits=4, min_bytes=0).text,)
     name = dist.group.WORLD.group_name
     checks = ("test_schema", "test_faketensor")
     operators = torch.ops.flashcomm

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from .microscaling import Microscaling
 from .outlier import Outlier, Uncalibrated
+from .raw import Raw
 from .rotated import Rotated
 from .spike import Spike
 from .stochastic import Stochastic
 from .uniform import Uniform
 
-__all__ = ["Codec", "Microscaling", "Outlier", "Rotated", "Spike", "Stochastic", "Uncalibrated", "Uniform"]
+__all__ = ["Codec", "Microscaling", "Outlier", "Raw", "Rotated", "Spike", "Stochastic", "Uncalibrated", "Uniform"]
 
 
 class Codec(Protocol):

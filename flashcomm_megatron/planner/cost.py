@@ -109,7 +109,7 @@ def seconds(link: Link, message: Message, codec: Codec | None) -> float:
 
 def pieces(message: Message, plan: policy.Plan) -> int:
     """How many pieces are under way together; 1 where nothing overlaps."""
-    piece: int = getattr(plan, "piece", 0)
+    piece: int = plan.piece
     values = message.numel // message.world if message.collective == "reduce_scatter" else message.numel
     return math.ceil(values / piece) if piece else 1
 

@@ -1,4 +1,4 @@
-"""Which transport carries a group's messages: shared memory between ranks of one machine, or the process group.
+"""Which transport carries a group's messages: shared memory inside a machine, the process group between machines.
 
 Decided once for each group, by all its ranks together; the choice depends on the configuration, on where the ranks run,
 and on a vote. Messages only: kernels that run a whole collective are chosen in workspace.py.
@@ -6,16 +6,20 @@ and on a vote. Messages only: kernels that run a whole collective are chosen in 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
+from .. import counters
 from ..config import Config
 from . import group as over_group
-from .link import Call, Exchange, Link
+from . import topology
+from .link import Call, Exchange, Link, Transfer
 from .streams import Streams
 
 SHARED_MEMORY = ("auto", "host")  # the transports that use it for tensors in main memory
@@ -33,18 +37,49 @@ def link(group: dist.ProcessGroup, device: torch.device, config: Config, text: s
     _calls[group] = number = _calls.get(group, 0) + 1
     allowed, call = seconds(group, config), Call(number, text, digest)
     exchange: Exchange = partial(over_group.exchange, group=group, seconds=allowed, call=call)
-    if device.type == "cpu" and config.transport in SHARED_MEMORY:
+    nodes = topology.nodes(group)
+    far = [node != nodes[group.rank()] for node in nodes]
+    if any(far):
+        exchange = _counted(exchange, far)
+    shares_a_machine = len(set(nodes)) < len(nodes)
+    if device.type == "cpu" and config.transport in SHARED_MEMORY and shares_a_machine:
         streams = _open(group)
         if not streams.reason:
-            exchange = partial(streams.exchange, seconds=allowed, call=call)
+            near: Exchange = partial(streams.exchange, seconds=allowed, call=call)
+            exchange = _routed(near, exchange, far) if any(far) else near
     return Link(group.rank(), group.size(), exchange)
 
 
-def before_first(group: dist.ProcessGroup, config: Config, text: str) -> Link:
-    """An end over the process group that waits no longer than any call, for what comes before a group's first."""
-    call = Call(0, text, "")
-    exchange: Exchange = partial(over_group.exchange, group=group, seconds=seconds(group, config), call=call)
-    return Link(group.rank(), group.size(), exchange)
+def _routed(near: Exchange, beyond: Exchange, far: Sequence[bool]) -> Exchange:
+    """Messages to ranks that are ``far`` go ``beyond`` this machine, all others stay ``near``."""
+
+    def exchange(sends: Sequence[Tensor], receives: Sequence[Tensor]) -> Sequence[Transfer]:
+        def only(tensors: Sequence[Tensor], wanted: bool) -> list[Tensor]:
+            return [each if is_far is wanted else each[:0] for each, is_far in zip(tensors, far, strict=True)]
+
+        outward = beyond(only(sends, True), only(receives, True))
+        return [*outward, *near(only(sends, False), only(receives, False))]
+
+    return exchange
+
+
+def _counted(exchange: Exchange, far: Sequence[bool]) -> Exchange:
+    """Count what leaves this machine."""
+
+    def counting(sends: Sequence[Tensor], receives: Sequence[Tensor]) -> Sequence[Transfer]:
+        counters.count_remote(sum(each.numel() for each, is_far in zip(sends, far, strict=True) if is_far))
+        return exchange(sends, receives)
+
+    return counting
+
+
+def aside(group: dist.ProcessGroup, device: torch.device, config: Config, text: str) -> Link:
+    """An end for what ranks tell each other before a call: where their calls go if that is open, opening nothing."""
+    exchange, streams = over_group.exchange, _streams.get(group)
+    call, waits = Call(0, text, ""), seconds(group, config)
+    if streams and streams.reaches_all and device.type == "cpu" and config.transport in SHARED_MEMORY:
+        return Link(group.rank(), group.size(), partial(streams.exchange, seconds=waits, call=call))
+    return Link(group.rank(), group.size(), partial(exchange, group=group, seconds=waits, call=call))
 
 
 def seconds(group: dist.ProcessGroup, config: Config) -> float:

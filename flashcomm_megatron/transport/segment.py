@@ -12,6 +12,7 @@ import mmap
 import os
 import secrets
 import socket
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,8 +71,11 @@ def remove(name: str) -> None:
     (FOLDER / name).unlink(missing_ok=True)
 
 
-def share(size: int, group: dist.ProcessGroup) -> tuple[list[Segment], str]:
-    """One segment of ``size`` bytes for every rank of ``group``, in rank order; or none, and why. On every rank."""
+def share(size: int, group: dist.ProcessGroup, near: Collection[int]) -> tuple[dict[int, Segment], str]:
+    """The segments, of ``size`` bytes each, of the ranks ``near`` this one and itself; or none, and why.
+
+    Every rank of ``group`` calls this, and all of them have segments or none has.
+    """
     mine, reason = None, ""
     try:
         mine = create(size)
@@ -79,20 +83,21 @@ def share(size: int, group: dist.ProcessGroup) -> tuple[list[Segment], str]:
         reason = f"{FOLDER}: {error.strerror} ({size >> 10} KiB asked for)"
     names = [each.decode() for each in votes.gather(mine.name.encode() if mine else b"", group)]
     reason = votes.failure(reason, group)
-    segments = [] if mine is None else [mine]
+    segments = {} if mine is None else {group.rank(): mine}
     if mine is not None and not reason:
         try:
-            segments = [mine if rank == group.rank() else attach(name, size) for rank, name in enumerate(names)]
+            for rank in {*near} - {group.rank()}:
+                segments[rank] = attach(names[rank], size)
         except OSError as error:
             reason = f"{FOLDER}: {error.strerror}"
-        reason = votes.failure(reason, group)
+        reason = votes.failure(reason, group)  # cast by all: without a first reason every rank has its own segment
     if mine is not None:
         remove(mine.name)
     if not reason:
         return segments, ""
-    for each in segments:
+    for each in segments.values():
         each.close()
-    return [], reason
+    return {}, reason
 
 
 def machine() -> str:

@@ -1,4 +1,4 @@
-"""Transport for tensors in main memory between ranks of one machine: byte streams through shared memory.
+"""Transport for tensors in main memory between the ranks of one machine: byte streams through shared memory.
 
 Every rank has a segment with a ring for each other rank (csrc/streams.h); a message is copied in by its sender and out
 by its receiver, without a system call unless somebody sleeps. Frames name the call, so that ranks that have got out of
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import extension
-from . import segment, votes
+from . import segment, topology, votes
 from .link import Call
 from .segment import Segment
 
@@ -50,26 +50,28 @@ class Exchange(NamedTuple):
 
 
 class Streams:
-    """This rank's ends of the streams to all ranks of ``group``; ``reason`` says why there are none."""
+    """This rank's ends of the streams to the ranks of ``group`` on its machine; ``reason``: why there are none."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.ranks = dist.get_process_group_ranks(group)
         self.native: Any = None
         self._process = os.getpid()
         self._under_way: deque[tuple[Any, Sequence[Tensor], Sequence[Tensor]]] = deque()
-        self._segments: list[Segment] = []
+        self._segments: dict[int, Segment] = {}
         module = extension.module()
-        machines = votes.gather(segment.machine().encode() if module else b"", group)
-        if module is None or b"" in machines:
-            self.reason = "the compiled extension is missing on a rank"
-        elif len(set(machines)) > 1:
-            self.reason = "ranks on several machines"
-        else:
-            self._segments, self.reason = segment.share(
-                module.Streams.segment_bytes(len(self.ranks), RING_BYTES), group
-            )
+        self.reason = votes.failure("" if module else "the compiled extension is missing", group)
+        if module is not None and not self.reason:
+            size = module.Streams.segment_bytes(len(self.ranks), RING_BYTES)
+            nodes = topology.nodes(group)
+            near = [rank for rank, node in enumerate(nodes) if node == nodes[group.rank()]]
+            self._segments, self.reason = segment.share(size, group, near)
         if module is not None and not self.reason:
             self.native = self._connect(module, group.rank())
+
+    @property
+    def reaches_all(self) -> bool:
+        """Whether every rank of the group is at the other end of one."""
+        return len(self._segments) == len(self.ranks)
 
     def exchange(
         self, sends: Sequence[Tensor], receives: Sequence[Tensor], seconds: float, call: Call
@@ -89,11 +91,12 @@ class Streams:
         return [Exchange(self, handle, seconds, call)]
 
     def _connect(self, module: ModuleType, me: int) -> Any:
-        addresses = [each.address for each in self._segments]
-        locks = [-1 if rank == me else each.descriptor for rank, each in enumerate(self._segments)]
+        addresses, locks = [0] * len(self.ranks), [-1] * len(self.ranks)
+        for rank, each in self._segments.items():
+            addresses[rank], locks[rank] = each.address, each.descriptor if rank != me else -1
         return module.Streams(me, addresses, locks, RING_BYTES)
 
     def __del__(self) -> None:
         self.native = None
-        for each in self._segments:
+        for each in self._segments.values():
             each.close()

@@ -1,0 +1,33 @@
+"""The values themselves: for the exact legs of an algorithm that quantizes only slow links (hierarchical.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .reference import summed
+
+
+@dataclass(frozen=True)
+class Raw:
+    """Payloads are the bytes of tensors of ``dtype``."""
+
+    dtype: torch.dtype
+    block: int = 1
+
+    def wire_bytes(self, numel: int) -> int:
+        """Length in bytes of the payload of ``numel`` values."""
+        return numel * self.dtype.itemsize
+
+    def encode(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """The bytes of ``x``, which must be of ``dtype``; without ``out`` they are not copied."""
+        payload = x.view(torch.uint8)
+        return payload if out is None else out.copy_(payload)
+
+    def decode_sum(self, payloads: Sequence[Tensor], out: Tensor) -> Tensor:
+        """Write the float32 sum, in order, into ``out`` (1-D, any float dtype); one payload is copied as it is."""
+        parts = [payload.view(self.dtype) for payload in payloads]
+        return out.copy_(parts[0] if len(parts) == 1 else summed((part.float() for part in parts), out.dtype))
