@@ -6,7 +6,7 @@ dispatcher, latent attention, predictor and pipeline stages are Megatron-Core's 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -70,6 +70,50 @@ class Attention(torch.nn.Module):
         return torch.einsum("bhqk,kbhd->qbhd", scores.softmax(-1), v).flatten(2)
 
 
+def transformer_engine(sequence_parallel: bool) -> Any:
+    """A GPT model of Megatron's Transformer Engine layers; attention's core and lone norms are those of torch."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    config = TransformerConfig(**BASE | {"sequence_parallel": sequence_parallel})
+    layer = get_gpt_layer_with_transformer_engine_spec()
+    layer.submodules.self_attention.submodules.core_attention = Attention
+    spec = TransformerBlockSubmodules([layer] * config.num_layers, layer_norm=WrappedTorchNorm)
+    return GPTModel(config, spec, VOCABULARY, TOKENS, position_embedding_type="rope").train(sequence_parallel)
+
+
+def latent_attention() -> Any:
+    """Multi-latent attention: queries, keys and values come up from small latents. Needs Transformer Engine."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+    from megatron.core.transformer.transformer_config import MLATransformerConfig
+
+    config = MLATransformerConfig(
+        **BASE, multi_latent_attention=True, q_lora_rank=24, kv_lora_rank=16, qk_head_dim=16, qk_pos_emb_head_dim=8,
+        v_head_dim=16, rope_type="rope",
+    )  # fmt: skip
+    layer = get_gpt_layer_with_transformer_engine_spec(multi_latent_attention=True)
+    layer.submodules.self_attention.submodules.core_attention = Attention
+    layer.submodules.input_layernorm = WrappedTorchNorm
+    spec = TransformerBlockSubmodules([layer] * config.num_layers, layer_norm=WrappedTorchNorm)
+    return GPTModel(config, spec, VOCABULARY, TOKENS, position_embedding_type="rope")
+
+
+def mamba() -> Any:
+    """A hybrid of a Mamba layer and a feed-forward layer. Needs Transformer Engine and mamba_ssm."""
+    from megatron.core.models.mamba import MambaModel
+    from megatron.core.models.mamba.mamba_layer_specs import mamba_stack_spec
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    config = TransformerConfig(**BASE, mamba_num_heads=4, mamba_head_dim=32, mamba_state_dim=8, mamba_num_groups=2)
+    return MambaModel(config, mamba_stack_spec, VOCABULARY, TOKENS, hybrid_override_pattern="M-")
+
+
 def token_prediction() -> Any:
     """A GPT model that predicts one token more, by a layer of its own."""
     from megatron.core.models.gpt import GPTModel
@@ -131,3 +175,40 @@ def recorded(recorder: Recorder, config: fc.Config) -> Iterator[None]:
             yield
     finally:
         differentiable.wanted, gradients.legs_of = asked
+
+
+def step(model: Any, ids: Tensor, config: fc.Config, exact: Sequence[str], training: bool = True) -> dict[str, Any]:
+    """A forward, in training with its backward: what was compressed, and whether the modules ``exact`` were."""
+    recorder = Recorder(model)
+    with recorded(recorder, config):
+        loss = model(ids, ids, None, labels=ids)
+        recorder.forward, forward = [], recorder.forward
+        if training:
+            loss.mean().backward()
+    found = {"forward": forward, "again": recorder.forward, "gradients": recorder.backward, "dtypes": recorder.dtypes}
+    io = dict(recorder.io)  # running a module again is recorded as well
+    found["exact"] = {name: same(model.get_submodule(name), *io[name]) for name in exact}
+    return found | {"finite": bool(loss.isfinite().all())}
+
+
+def same(module: Any, args: Any, kwargs: Any, expected: Any) -> bool:
+    """Whether ``module`` returns the same bits again."""
+    with torch.no_grad():
+        found = module(*args, **kwargs)
+    return all(torch.equal(a, b) for a, b in zip(tensors(found), tensors(expected), strict=True))
+
+
+def tensors(values: Any) -> list[Tensor]:
+    if isinstance(values, tuple | list):
+        return [each for value in values for each in tensors(value)]
+    return [values] if isinstance(values, Tensor) else []
+
+
+def calls(sites: list[tuple[str, str, str | None]], column: str | None, row: str | None) -> list[tuple[str, str]]:
+    """The collectives of these layers: ``column`` in the column layers, ``row`` in the row layers."""
+    return [
+        (collective, layer + name)
+        for layer, *names in sites
+        for collective, name in zip((column, row), names, strict=True)
+        if name is not None and collective is not None
+    ]

@@ -2,8 +2,8 @@
 
 Real Megatron-Core models on four ranks over gloo, always TP=2. Every tensor is above the threshold, so whatever were
 reached by mistake would be compressed and seen. A module that must stay exact is run again with flash-comm off, on the
-input it was given while it was on, and has to return the same bits. Latent attention needs Transformer Engine in
-Megatron 0.16 and is in test_transformer_engine.py.
+input it was given while it was on, and has to return the same bits. Latent attention and Mamba need Transformer Engine
+in Megatron 0.16 and are in test_transformer_engine.py.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import mixtures
 import pytest
 import torch
-from mixtures import EXPERTS, TOKENS, Recorder, recorded
+from mixtures import EXPERTS, TOKENS, Recorder, calls, recorded
 from ranks import spawn
 from torch import Tensor
 
@@ -88,33 +88,11 @@ def tokens(parts: int = 1, part: int = 0) -> Tensor:
 
 
 def one_model(sizes: dict[str, int], build: Any, options: dict[str, Any], whole: str | None) -> dict[str, Any]:
-    """A training step with flash-comm on: what was compressed, and whether the rest returned exact results."""
+    """A training step of one model in groups of these sizes."""
     state = groups(**sizes)
-    model = build(**options | sizes)
     ids = tokens(sizes.get("context_parallel_size", 1), state.get_context_parallel_rank())
-    recorder = Recorder(model)
-    with recorded(recorder, CONFIG):
-        loss = model(ids, ids, None, labels=ids)
-        recorder.forward, forward = [], recorder.forward
-        loss.mean().backward()
-    found = {"forward": forward, "again": recorder.forward, "gradients": recorder.backward, "dtypes": recorder.dtypes}
     names = [*EXACT, *(MOE if "num_moe_experts" in options else ()), *([whole] if whole else [])]
-    io = dict(recorder.io)  # running a module again is recorded as well
-    found["finite"] = bool(loss.isfinite().all())
-    return found | {"exact": {name: same(model.get_submodule(name), *io[name]) for name in names}}
-
-
-def same(module: Any, args: Any, kwargs: Any, expected: Any) -> bool:
-    """Whether ``module`` returns the same bits again."""
-    with torch.no_grad():
-        found = module(*args, **kwargs)
-    return all(torch.equal(a, b) for a, b in zip(tensors(found), tensors(expected), strict=True))
-
-
-def tensors(values: Any) -> list[Tensor]:
-    if isinstance(values, tuple | list):
-        return [each for value in values for each in tensors(value)]
-    return [values] if isinstance(values, Tensor) else []
+    return mixtures.step(build(**options | sizes), ids, CONFIG, names)
 
 
 ATTENTION = ("self_attention.linear_qkv", "self_attention.linear_proj")
@@ -137,17 +115,6 @@ SITES: dict[str, list[tuple[str, str, str | None]]] = {
         (PREDICTOR, *DENSE),
     ],
 }
-
-
-def calls(sites: list[tuple[str, str, str | None]], column: str | None, row: str | None) -> list[tuple[str, str]]:
-    """The collectives of these layers: ``column`` in the column layers, ``row`` in the row layers."""
-    pairs = [
-        (collective, layer + name)
-        for layer, *names in sites
-        for collective, name in zip((column, row), names, strict=True)
-        if name is not None and collective is not None
-    ]
-    return pairs
 
 
 @pytest.mark.parametrize("name", MODELS)

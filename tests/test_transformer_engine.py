@@ -1,28 +1,29 @@
 """Megatron's Transformer Engine layers and inference-optimized layers, TP=2 over gloo, on a stand-in for the package.
 
 The layers are those of the installed Megatron-Core; what they inherit from is ``stand_ins/transformer_engine``, which
-has the real package's import layering. Everything runs once, on two ranks, and returns what it saw.
+has the real package's import layering; mamba_ssm has one as well. Everything runs once, on two ranks, and returns what
+it saw.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import mixtures
 import pytest
 import torch
 import torch.distributed as dist
+from mixtures import calls
 from ranks import spawn
 from torch import Tensor
 
 import flashcomm_megatron as fc
 from flashcomm_megatron import collectives, patching, seams
-from flashcomm_megatron.seams import differentiable, where
 
 # Not imported here: the ranks import this file before they put the stand-in where Megatron finds it.
 pytestmark = pytest.mark.skipif(find_spec("megatron") is None, reason="megatron-core is not installed")
@@ -31,7 +32,6 @@ WORLD = 2
 CONFIG = fc.Config(bits=4, min_bytes=0, grad_bits=16)
 GRADIENTS = fc.Config(bits=4, min_bytes=0, grad_bits=5)
 ROWS, HIDDEN, INNER = 6, 96, 40
-TOKENS, VOCABULARY = 16, 128
 
 # name: (class, sequence parallelism)
 LINEARS = {
@@ -52,22 +52,22 @@ ALONE = {
 
 def everything(rank: int, world: int) -> dict[str, Any]:
     """What one rank sees in every scenario."""
-    sys.path.insert(0, str(Path(__file__).parent / "stand_ins" / "transformer_engine"))
+    from flashcomm_megatron import cpu
+
+    sys.path[:0] = [str(Path(__file__).parent / "stand_ins" / name) for name in ("transformer_engine", "mamba")]
+    cpu.enable(force=True, scripts=True)
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    from flashcomm_megatron import cpu
-
-    cpu.enable(force=True)
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=world)
     model_parallel_cuda_manual_seed(1)
     names = bound()
     seen: dict[str, Any] = {"states": patching.status(seams.rows())}
     seen |= {name: one_linear(rank, *row) for name, row in LINEARS.items()}
     seen |= {name: left_alone(rank, *row) for name, row in ALONE.items()}
-    seen |= {"no site": no_site(), "training": model(sequence_parallel=True), "row feedback": feedback()}
+    seen |= {"no site": no_site(), "row feedback": feedback()} | models()
     with torch.inference_mode():
-        seen |= {"inference": model(sequence_parallel=False), "optimized": optimized(rank)}
+        seen |= {"optimized": optimized(rank)}
     return seen | {"restored": all(a is b for a, b in zip(names, bound(), strict=True))}
 
 
@@ -269,84 +269,50 @@ def test_feedback_knows_whether_gradients_are_recorded(seen: list[dict[str, Any]
         assert rank["row feedback"] == {"gradients are recorded": 1, "on": 1}
 
 
-# ---- a model --------------------------------------------------------------------------------------------------------
+# ---- models ---------------------------------------------------------------------------------------------------------
+
+ATTENTION, DENSE = ("self_attention.linear_qkv", "self_attention.linear_proj"), ("mlp.linear_fc1", "mlp.linear_fc2")
+LATENT = ("self_attention.linear_q_up_proj", None), ("self_attention.linear_kv_up_proj", "self_attention.linear_proj")
+GPT: Any = [(f"{layer}.", *pair) for layer in range(2) for pair in (ATTENTION, DENSE)]
+# name: (builder, column and row layers in the order in which they run, the last norm)
+MODELS: dict[str, Any] = {
+    "training": (partial(mixtures.transformer_engine, True), GPT, "decoder.final_layernorm"),
+    "latent attention": (
+        mixtures.latent_attention,
+        [(f"{layer}.", *pair) for layer in range(2) for pair in (*LATENT, DENSE)],
+        "decoder.final_layernorm",
+    ),
+    "mamba": (mixtures.mamba, [("0.", "mixer.in_proj", "mixer.out_proj"), ("1.", *DENSE)], "decoder.final_norm"),
+}
 
 
-def build(sequence_parallel: bool) -> Any:
-    """A GPT model of Megatron's Transformer Engine layers; attention's core and lone norms are those of torch."""
-    from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
-    from megatron.core.transformer.dot_product_attention import DotProductAttention
-    from megatron.core.transformer.torch_norm import WrappedTorchNorm
-    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-    from megatron.core.transformer.transformer_config import TransformerConfig
-
-    config = TransformerConfig(
-        num_layers=2, hidden_size=64, num_attention_heads=4, ffn_hidden_size=96, tensor_model_parallel_size=WORLD,
-        sequence_parallel=sequence_parallel, use_cpu_initialization=True, add_bias_linear=False, hidden_dropout=0.0,
-        attention_dropout=0.0, attention_softmax_in_fp32=True,
-    )  # fmt: skip
-    layer = get_gpt_layer_with_transformer_engine_spec()
-    layer.submodules.self_attention.submodules.core_attention = DotProductAttention
-    spec = TransformerBlockSubmodules([layer] * config.num_layers, layer_norm=WrappedTorchNorm)
-    return GPTModel(config, spec, VOCABULARY, TOKENS, position_embedding_type="rope").train(sequence_parallel)
-
-
-class Recorder:
-    """Notes every compressed call and its layer; stands in for ``differentiable.wanted``."""
-
-    def __init__(self, model: Any, wanted: Callable[..., Any]) -> None:
-        self.names = {module: name.removeprefix("decoder.layers.") for name, module in model.named_modules()}
-        self.calls: list[tuple[str, str]] = []
-        self.wanted = wanted
-
-    def __call__(self, kind: str, collective: str, x: Tensor, group: Any) -> Any:
-        call, site = self.wanted(kind, collective, x, group), where.site()
-        if call is not None and site is not None:
-            self.calls.append((collective, self.names[site.module]))
-        return call
-
-
-def model(sequence_parallel: bool) -> dict[str, Any]:
-    """What a model compresses, and whether what must stay exact does."""
-    gpt, tokens = build(sequence_parallel), torch.arange(TOKENS).view(1, TOKENS)
-    exact_embedding, io = gpt.embedding(tokens, tokens), {}
-    for name in ("embedding", "output_layer", "decoder.final_layernorm"):
-        gpt.get_submodule(name).register_forward_hook(
-            lambda _, given, result, name=name: io.update({name: (given, result)})
-        )
-    differentiable.wanted, wanted = Recorder(gpt, differentiable.wanted), differentiable.wanted
-    recorder: Any = differentiable.wanted
-    with fc.flashcomm(CONFIG):
-        logits = gpt(tokens, tokens, None)
-        forward = list(recorder.calls)
-        if sequence_parallel:
-            logits.square().mean().backward()
-    differentiable.wanted = wanted
-    given, found = dict(io), {"forward": forward, "backward": recorder.calls[len(forward) :]}
-    normed = gpt.decoder.final_layernorm(*given["decoder.final_layernorm"][0])
-    exact_logits, _ = gpt.output_layer(given["output_layer"][0][0])
-    return found | {
-        "embedding": torch.equal(given["embedding"][1], exact_embedding),
-        "final norm": torch.equal(given["decoder.final_layernorm"][1], normed),
-        "output layer": torch.equal(given["output_layer"][1][0], exact_logits),
+def models() -> dict[str, Any]:
+    """What every model compresses, and whether what must stay exact does."""
+    tokens = torch.arange(mixtures.TOKENS).view(1, -1)
+    seen = {
+        name: mixtures.step(build(), tokens, GRADIENTS, ["embedding", "output_layer", norm])
+        for name, (build, _, norm) in MODELS.items()
     }
+    with torch.inference_mode():
+        gpt = mixtures.transformer_engine(sequence_parallel=False)
+        exact = ["embedding", "output_layer", "decoder.final_layernorm"]
+        return seen | {"inference": mixtures.step(gpt, tokens, CONFIG, exact, training=False)}
 
 
-COLUMNS, SUMS = ("self_attention.linear_qkv", "mlp.linear_fc1"), ("self_attention.linear_proj", "mlp.linear_fc2")
-COLUMN_SITES = [f"{layer}.{name}" for layer in range(2) for name in COLUMNS]
-ROW_SITES = [f"{layer}.{name}" for layer in range(2) for name in SUMS]
+@pytest.mark.parametrize("name", MODELS)
+def test_models_compress_their_linear_layers_and_nothing_else(seen: list[dict[str, Any]], name: str) -> None:
+    sites = MODELS[name][1]
+    for rank in (each[name] for each in seen):
+        assert rank["forward"] == calls(sites, "all_gather", "reduce_scatter")
+        assert sorted(rank["again"]) == sorted(calls(sites, "all_gather", None))
+        assert sorted(rank["gradients"]) == sorted(calls(sites, "reduce_scatter", "all_gather"))
+        assert rank["finite"] and all(rank["exact"].values()) and len(rank["exact"]) == 3
 
 
-def test_a_model_compresses_its_linear_layers_and_nothing_else(seen: list[dict[str, Any]]) -> None:
-    pairs = zip(COLUMN_SITES, ROW_SITES, strict=True)
-    for rank in seen:
-        assert rank["inference"]["forward"] == [("all_reduce", row) for row in ROW_SITES]
-        assert rank["training"]["backward"] == [("all_gather", column) for column in reversed(COLUMN_SITES)]
-        for mode in ("training", "inference"):
-            assert all(rank[mode][name] for name in ("embedding", "final norm", "output layer"))
-    expected = [call for column, row in pairs for call in [("all_gather", column), ("reduce_scatter", row)]]
-    assert all(rank["training"]["forward"] == expected for rank in seen)
+def test_inference_compresses_the_row_parallel_sums_and_nothing_else(seen: list[dict[str, Any]]) -> None:
+    for rank in (each["inference"] for each in seen):
+        assert rank["forward"] == calls(GPT, None, "all_reduce")
+        assert all(rank["exact"].values()) and len(rank["exact"]) == 3
 
 
 # ---- inference-optimized layers -------------------------------------------------------------------------------------

@@ -9,11 +9,18 @@ from . import distributed, fp8
 from .module.layernorm_linear import LayerNormLinear
 from .module.linear import Linear
 
-__all__ = ["LayerNormLinear", "Linear", "distributed", "fp8", "ops"]
+__all__ = ["LayerNorm", "LayerNormLinear", "Linear", "distributed", "fp8", "ops"]
 ops = SimpleNamespace(Sequential=torch.nn.Sequential, FusibleOperation=torch.nn.Module)
 
 
+class LayerNorm(torch.nn.LayerNorm):
+    """torch's norm by the names that Megatron uses."""
+
+    def __init__(self, hidden_size: int, eps: float, **ignored: Any) -> None:
+        super().__init__(hidden_size, eps)
+
+
 def __getattr__(name: str) -> Any:
-    if name in ("DotProductAttention", "GroupedLinear", "LayerNorm", "RMSNorm"):
+    if name in ("DotProductAttention", "GroupedLinear", "RMSNorm"):
         return type(name, (torch.nn.Module,), {})
     raise AttributeError(name)
