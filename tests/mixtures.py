@@ -27,6 +27,7 @@ EXPERTS = {
     "num_moe_experts": 4, "moe_router_topk": 2, "moe_aux_loss_coeff": 0.01, "moe_ffn_hidden_size": 32,
     "moe_layer_freq": [0, 1],
 }  # fmt: skip
+ATTENTION, DENSE = ("self_attention.linear_qkv", "self_attention.linear_proj"), ("mlp.linear_fc1", "mlp.linear_fc2")
 
 
 def gpt(**options: Any) -> Any:

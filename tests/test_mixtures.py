@@ -14,7 +14,7 @@ from typing import Any
 import mixtures
 import pytest
 import torch
-from mixtures import EXPERTS, TOKENS, Recorder, calls, recorded
+from mixtures import ATTENTION, DENSE, EXPERTS, TOKENS, Recorder, calls, recorded
 from ranks import spawn
 from torch import Tensor
 
@@ -95,8 +95,6 @@ def one_model(sizes: dict[str, int], build: Any, options: dict[str, Any], whole:
     return mixtures.step(build(**options | sizes), ids, CONFIG, names)
 
 
-ATTENTION = ("self_attention.linear_qkv", "self_attention.linear_proj")
-DENSE = ("mlp.linear_fc1", "mlp.linear_fc2")
 SHARED = ("mlp.shared_experts.linear_fc1", "mlp.shared_experts.linear_fc2")
 FIRST = [("0.", *ATTENTION), ("0.", *DENSE)]
 PREDICTOR = "mtp.layers.0.transformer_layer."

@@ -18,7 +18,7 @@ import mixtures
 import pytest
 import torch
 import torch.distributed as dist
-from mixtures import calls
+from mixtures import ATTENTION, DENSE, calls
 from ranks import spawn
 from torch import Tensor
 
@@ -271,7 +271,6 @@ def test_feedback_knows_whether_gradients_are_recorded(seen: list[dict[str, Any]
 
 # ---- models ---------------------------------------------------------------------------------------------------------
 
-ATTENTION, DENSE = ("self_attention.linear_qkv", "self_attention.linear_proj"), ("mlp.linear_fc1", "mlp.linear_fc2")
 LATENT = ("self_attention.linear_q_up_proj", None), ("self_attention.linear_kv_up_proj", "self_attention.linear_proj")
 GPT: Any = [(f"{layer}.", *pair) for layer in range(2) for pair in (ATTENTION, DENSE)]
 # name: (builder, column and row layers in the order in which they run, the last norm)
