@@ -1,0 +1,188 @@
+"""What one rank of the link lab measures: collectives and a Megatron-Core GPT, stock and compressed, in turns.
+
+Started by link_lab.py on a machine of its own. Rank 0 writes rows of JSON to ``--out``. Every quantized result is
+compared with the exact one and between the ranks before it is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import flashcomm_megatron as fc
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+
+from bench_collectives import implementations, relative_error, values
+from hf_llama import Shape, build
+from launch import start, stop
+
+KINDS = ("all_reduce", "reduce_scatter", "all_gather")
+BATCH, PROMPT = 4, 256
+SHAPE = Shape(
+    vocab=1024, hidden=512, ffn=1024, layers=4, heads=8, kv_heads=8, head_dim=64, context=512, eps=1e-5,
+    rope_theta=1e4, rope_factor=None, tied=True, bos=1, eos=(2,),
+)  # fmt: skip
+
+
+def main() -> None:
+    options = parse()
+    torch.set_num_threads(1)
+    ranks = start()
+    rows = [collective(*case, options) for case in itertools.product(KINDS, options.sizes, options.widths)]
+    if options.model:
+        rows += model(options)
+    if ranks.rank == 0:
+        options.out.write_text(json.dumps(rows))
+    dist.barrier()
+    stop()
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--sizes", type=int, nargs="*", default=[], help="bytes of the full tensor")
+    parser.add_argument("--widths", type=int, nargs="*", default=[4])
+    parser.add_argument("--model", action="store_true", help="time to first token, decoding and training as well")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of measuring for each row")
+    return parser.parse_args()
+
+
+def collective(kind: str, nbytes: int, bits: int, options: argparse.Namespace) -> dict[str, Any]:
+    """One collective of bfloat16, default flags, against torch.distributed's."""
+    config = fc.Config(bits=bits)
+    x = values(kind, nbytes // 2, torch.bfloat16)
+    exact, quantized = implementations(kind, x, config)
+    fc.reset_stats()
+    found = quantized()
+    counted = fc.stats()
+    error = relative_error(found, exact())
+    assert error < 2.0 ** (2 - bits), f"{kind} {nbytes} {bits} bits: error {error}"
+    if kind != "reduce_scatter":
+        same_on_all_ranks(found)
+    times = in_turns({"exact": exact, "quantized": quantized}, options.seconds)
+    return {
+        "what": kind, "bytes": nbytes, "bits": bits, "compression": counted["exact_bytes"] / counted["wire_bytes"],
+        **summary(times),
+    }  # fmt: skip
+
+
+def model(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Prefill of a prompt, one decoding step, one training step."""
+    gpt = build(SHAPE, dist.get_world_size(), torch.bfloat16, init_std=0.02)
+    prompt = torch.randint(0, SHAPE.vocab, (BATCH, PROMPT), generator=torch.Generator().manual_seed(0))
+    work = {
+        "first token": lambda: forward(gpt, prompt),
+        "decoding step": lambda: forward(gpt, prompt[:, :1]),
+        "training step": lambda: train(gpt, prompt),
+    }
+    return [step(name, call, options) for name, call in work.items()]
+
+
+def step(name: str, call: Callable[[], Any], options: argparse.Namespace) -> dict[str, Any]:
+    """One row: stock Megatron, 4 bits by the default flags, and the same work without any communication."""
+
+    def compressed() -> None:
+        with fc.flashcomm(bits=4):
+            call()
+
+    def silent() -> None:
+        with without_communication():
+            call()
+
+    fc.reset_stats()
+    compressed()
+    counted = fc.stats()
+    times = in_turns({"exact": call, "quantized": compressed, "compute": silent}, 2 * options.seconds)
+    row = {"what": name, "compression": counted["exact_bytes"] / max(counted["wire_bytes"], 1), **summary(times)}
+    return row | {"compute_ms": 1e3 * statistics.median(times["compute"])}
+
+
+@torch.no_grad()
+def forward(gpt: Any, tokens: torch.Tensor) -> None:
+    """Logits of the last token, on every rank."""
+    gpt.eval()
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+    logits = gpt(tokens, positions, None)[:, -1].contiguous()
+    dist.all_gather([torch.empty_like(logits) for _ in range(dist.get_world_size())], logits)
+
+
+def train(gpt: Any, tokens: torch.Tensor) -> None:
+    """Forward and backward."""
+    gpt.train()
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+    gpt(tokens, positions, None, labels=tokens.roll(-1, 1)).mean().backward()
+    gpt.zero_grad()
+
+
+@contextmanager
+def without_communication() -> Iterator[None]:
+    """Sums that send nothing, so that what is left is the compute."""
+
+    class Done:
+        def wait(self) -> None:
+            pass
+
+    names = "all_reduce", "all_gather"
+    originals = {name: getattr(dist, name) for name in names}
+    for name in names:
+        setattr(dist, name, lambda *args, **kwargs: Done())
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(dist, name, original)
+
+
+def in_turns(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, list[float]]:
+    """Seconds of the slowest rank, of calls that take turns for about ``seconds``; at least three of each."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    began = time.perf_counter()
+    while True:
+        for name, call in calls.items():
+            dist.barrier()
+            started = time.perf_counter()
+            call()
+            taken = torch.tensor(time.perf_counter() - started, dtype=torch.float64)
+            dist.all_reduce(taken, dist.ReduceOp.MAX)
+            times[name].append(taken.item())
+        enough = torch.tensor(float(time.perf_counter() - began > seconds))
+        dist.all_reduce(enough, dist.ReduceOp.MAX)
+        if (len(times["exact"]) >= 3 and enough) or len(times["exact"]) >= 200:
+            return times
+
+
+def summary(times: dict[str, list[float]]) -> dict[str, float]:
+    """Medians, their ratio, and the band in which the exact times lie."""
+    exact, quantized = (statistics.median(times[name]) for name in ("exact", "quantized"))
+    ordered = sorted(times["exact"])
+    return {
+        "exact_ms": 1e3 * exact,
+        "quantized_ms": 1e3 * quantized,
+        "speedup": exact / quantized,
+        "noise": ordered[len(ordered) * 3 // 4] / ordered[len(ordered) // 4] - 1,  # width of the middle half
+        "repeats": len(ordered),
+    }
+
+
+def same_on_all_ranks(x: torch.Tensor) -> None:
+    """AssertionError unless every rank holds the same bits."""
+    bits = x.view(torch.int16).long().sum().reshape(1)
+    everyone = [torch.empty_like(bits) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, bits)
+    assert all(torch.equal(each, bits) for each in everyone), "the ranks hold different results"
+
+
+if __name__ == "__main__":
+    main()
