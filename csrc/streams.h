@@ -5,7 +5,8 @@
 // capacity; only s stores the first, only d the second. A message is a frame (length and what it is) and its bytes.
 //
 // Messages to one peer queue up and move in order, whenever any rank's thread is inside start() or wait(). So any
-// number may be under way, in any pattern, as long as both ends of a pair post theirs in the same order.
+// number may be under way, in any pattern, as long as both ends of a pair post theirs in the same order. A rank of
+// several groups moves the messages of all while it waits in one, or ranks could wait for each other in a circle.
 //
 // A rank with nothing to do spins, then sleeps on its own doorbell. Sequentially consistent stores and loads make sure
 // that either the sleeper sees the bytes or the writer sees the sleeper. Nobody waits for ever: a deadline passes, a
@@ -67,6 +68,8 @@ class Streams {
     // locks[r]: descriptor of r's segment, whose owner holds a lock on it; -1: unknown.
     Streams(int rank, std::vector<std::uintptr_t> segments, std::vector<int> locks, uint64_t capacity);
 
+    ~Streams();
+
     static uint64_t segment_bytes(int world, uint64_t capacity);
 
     // Post messages and move what can be moved at once. The memory must stay untouched until wait() says so.
@@ -92,6 +95,7 @@ class Streams {
     };
 
     bool progress();
+    bool progress_of_other_groups();
     bool push(Peer& peer);
     bool pull(Peer& peer, int rank);
     bool is_open(const Handle& handle) const { return handle->open && first_.failure == Failure::none; }
