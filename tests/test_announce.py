@@ -40,6 +40,13 @@ class InferenceRowParallelLinear(TERowParallelLinear):
     """Stands for Megatron's inference-optimized layer, a child of the above."""
 
 
+class TEFusedMLP(nn.Module):
+    """Stands for Megatron's fused feed-forward, which runs its row-parallel layer inside, as no module."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
 def quantize() -> None:
     count("count_quantized", 100, 25, 0.0)
 
@@ -70,6 +77,12 @@ def forward(*layers: nn.Module) -> None:
 
 def started() -> None:
     announce.start(PATCHED, RowParallelLinear)
+
+
+def test_several_classes_may_be_in_reach(caplog: pytest.LogCaptureFixture) -> None:
+    announce.start(PATCHED, (RowParallelLinear, TERowParallelLinear))
+    forward(RowParallelLinear(quantize), InferenceRowParallelLinear())
+    assert caplog.messages == []
 
 
 def test_one_line_says_what_is_on(capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
@@ -112,7 +125,7 @@ def test_what_was_counted_before_is_not_the_models(caplog: pytest.LogCaptureFixt
     assert "(deferred: nothing)" in caplog.text
 
 
-@pytest.mark.parametrize("foreign", [TERowParallelLinear, InferenceRowParallelLinear])
+@pytest.mark.parametrize("foreign", [TERowParallelLinear, InferenceRowParallelLinear, TEFusedMLP])
 def test_layers_out_of_reach_are_named(caplog: pytest.LogCaptureFixture, foreign: type[nn.Module]) -> None:
     started()
     forward(foreign(), foreign())
