@@ -23,6 +23,7 @@ from .compare.command import main as compare
 from .patching import PatchError
 from .planner.command import main as plan
 from .report import main as report
+from .tuning import main as bench
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "report": report,
@@ -30,6 +31,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "calibrate": calibrate,
     "compare": compare,
     "plan": plan,
+    "bench": bench,
 }
 
 

@@ -60,8 +60,9 @@ def _compare(texts: list[str], ranks: list[int]) -> None:
 
 def _describe(config: Config) -> str:
     options = " ".join(f"{name}={value}" for name, value in asdict(config).items() if value is not None)
-    if config.calibration is not None:
-        options += f" sha256={ranges.digest(config.calibration)}"
+    for file in (config.calibration, config.thresholds):
+        if file is not None:
+            options += f" sha256={ranges.digest(file)}"
     return f"flashcomm_megatron {__version__}: {options}"
 
 

@@ -23,8 +23,9 @@ from . import agreement, algorithms, counters, hierarchical, policy, sampling, t
 from .algorithms import Residuals, Steps
 from .config import Config, current
 from .recipes import Legs
-from .transport import links, topology, workspace
+from .transport import links, workspace
 from .transport.link import Link, Transfer
+from .transport.topology import nodes
 
 ALL_REDUCE = {
     "one-step": (algorithms.one_step, algorithms.one_step_bytes),
@@ -109,7 +110,7 @@ def all_reduce(
     x = x.contiguous()
     if not wants("all_reduce", x, group, config, legs):
         return _exact(x, dist.all_reduce(x, group=group, async_op=async_op), async_op)
-    plan = policy.plan("all_reduce", x, group.size(), config, legs, topology.nodes(group))
+    plan = policy.plan("all_reduce", x, group.size(), config, legs, nodes(group))
     algorithm, sent = ALL_REDUCE[plan.algorithm]
     sampling.sample("all_reduce", x, plan.reduce)
     sent_bytes = sent(x.numel(), group.rank(), group.size(), plan)
@@ -139,7 +140,7 @@ def reduce_scatter(
     out = _output(out, x, x.size(0) // world)
     if not wants("reduce_scatter", x, group, config, legs):
         return _exact(out, dist.reduce_scatter_tensor(out, x, group=group, async_op=async_op), async_op)
-    plan = policy.plan("reduce_scatter", x, world, config, legs)
+    plan = policy.plan("reduce_scatter", x, world, config, legs, nodes(group))
     sent = (world - 1) * algorithms.wire_bytes(plan.reduce, out.numel(), plan.piece)
     sampling.sample("reduce_scatter", x, plan.reduce)
     steps = _fused("reduce_scatter", x, out, group, plan, config, residuals)
@@ -164,7 +165,7 @@ def all_gather(
     out = _output(out, x, world * x.size(0) if x.dim() else world)
     if not wants("all_gather", x, group, config, legs):
         return _exact(out, dist.all_gather_into_tensor(out, x, group=group, async_op=async_op), async_op)
-    plan = policy.plan("all_gather", x, world, config, legs)
+    plan = policy.plan("all_gather", x, world, config, legs, nodes(group))
     sent = (world - 1) * algorithms.wire_bytes(plan.gather, x.numel(), plan.piece)
     sampling.sample("all_gather", x, plan.gather)
     steps = _fused("all_gather", x, out, group, plan, config)
@@ -178,7 +179,7 @@ def wants(collective: str, x: Tensor, group: dist.ProcessGroup, config: Config, 
     The first use of a group compares the ranks' configurations, deferred or not (agreement.py).
     """
     agreement.check(group, config, x.device)
-    plan = policy.plan(collective, x, group.size(), config, legs)
+    plan = policy.plan(collective, x, group.size(), config, legs, nodes(group))
     if plan.reason is None:
         return True
     counters.count_deferred(plan.reason, plan.exact_bytes)

@@ -40,6 +40,7 @@ class Config:
         None,
         "Leave tensors of fewer bytes than this to the original collective. Default: where compression starts to pay.",
     )
+    thresholds: str | None = _option(None, "File of measured thresholds, made by bench --tune, for the same purpose.")
     transport: str = _option(
         "auto",
         "How bytes move: peer (GPUs) or host memory shared by the ranks of a machine, or the process group.",

@@ -15,16 +15,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import thresholds
 from .codec import Codec
 from .config import Config
 from .recipes import RECIPES, Legs
+from .thresholds import Case
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-# Below these many bytes of the tensor the original collective is faster. cpu: benchmarks/bench_collectives.py over
-# loopback gloo. cuda: not measured by us; the smallest size at which published kernels of this kind win on fp16 (AMD
-# QuickReduce's table, 1 to 16 MiB by world size).
-MIN_BYTES = {"cpu": 16 * 1024, "cuda": 1024 * 1024}
 
 # Values of a piece (pieces.py): on a CPU the payload of one stays in the cache and takes milliseconds on a slow link.
 PIECE = {"cpu": 512 * 1024}
@@ -73,7 +70,9 @@ def _plan(
     uncalibrated = RECIPES[config.recipe].calibrated and legs is None and collective != "all_gather"
     legs = legs or config.legs
     return Plan(
-        reason="no calibrated site" if uncalibrated else _reason(nbytes, dtype, device, world, config),
+        reason="no calibrated site"
+        if uncalibrated
+        else _reason(collective, nbytes, dtype, device, world, config, nodes),
         algorithm=_algorithm(world, config, nodes),
         reduce=legs.reduce,
         gather=legs.gather,
@@ -90,17 +89,23 @@ def exact_bytes(collective: str, nbytes: int, world: int) -> int:
     return int(nbytes * sends[collective])
 
 
-def _reason(nbytes: int, dtype: torch.dtype, device: str, world: int, config: Config) -> str | None:
-    least = MIN_BYTES.get(device, MIN_BYTES["cuda"]) if config.min_bytes is None else config.min_bytes
+def _reason(
+    collective: str, nbytes: int, dtype: torch.dtype, device: str, world: int, config: Config, nodes: tuple[int, ...]
+) -> str | None:
+    name = str(dtype).removeprefix("torch.")
     if world == 1:
         return "one rank"
     if dtype not in DTYPES:
-        return f"dtype {str(dtype).removeprefix('torch.')}"
+        return f"dtype {name}"
     if nbytes == 0:
         return "empty"
-    if nbytes < least:
-        return f"below {least} bytes"
-    return None
+    place = "shared memory" if device == "cpu" and _share_memory(config, nodes) else device
+    least = thresholds.least(Case(collective, name, config.bits, config.recipe), world, place, config)
+    return f"below {least} bytes" if nbytes < least else None
+
+
+def _share_memory(config: Config, nodes: tuple[int, ...]) -> bool:
+    return config.transport in ("auto", "host") and len(set(nodes)) == 1
 
 
 def _piece(device: str, legs: Legs) -> int:

@@ -19,7 +19,7 @@ from ranks import spawn
 from torch import Tensor
 
 import flashcomm_megatron as fc
-from flashcomm_megatron import patching, policy, seams
+from flashcomm_megatron import patching, policy, seams, thresholds
 from flashcomm_megatron.seams import modes
 
 # Not imported here: the ranks import this file before they switch CPU mode on.
@@ -215,7 +215,7 @@ def test_batch_invariant_mode_leaves_everything_exact(seen: list[dict[str, Any]]
 @pytest.mark.parametrize("device", ["cpu", "meta"])  # meta: the thresholds of a GPU
 def test_capture_and_replay_decide_alike(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     """A plan is the same whether a graph is captured, gradients are recorded, or other calls came before."""
-    least = policy.MIN_BYTES.get(device, policy.MIN_BYTES["cuda"])
+    least = thresholds.DEFAULTS.get(device, thresholds.DEFAULTS["cuda"])
     values = [torch.empty(size, dtype=torch.bfloat16, device=device) for size in (0, 1, least // 2 - 1, least // 2)]
 
     def plans() -> list[Any]:

@@ -26,7 +26,8 @@ LAYERS = (
     {"codec"},
     {"recipes", "sampling"},
     {"config"},
-    {"policy", "announce", "metrics", "sites"},
+    {"thresholds", "announce", "metrics", "sites"},
+    {"policy"},
     {"transport"},
     {"agreement", "pieces", "traced"},
     {"algorithms"},
@@ -35,7 +36,7 @@ LAYERS = (
     {"checkout", "training_log", "cpu", "feedback", "planner"},
     {"seams"},
     {"api", "arguments", "calibration"},
-    {"report", "compare", "accuracy"},
+    {"report", "compare", "accuracy", "tuning"},
     {"__init__"},
     {"__main__"},
 )
