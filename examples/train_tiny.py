@@ -1,6 +1,7 @@
 """Train a tiny LLaMA with Megatron-Core, tensor parallel on CPUs, on text every machine has: Python's library.
 
     torchrun --nproc-per-node 2 examples/train_tiny.py --out examples/models/python-stdlib-3M
+    ... --flash-comm-bits 4 --flash-comm-metrics runs/4.jsonl       compressed, with a file for the compare command
 
 Every top-level definition of a source file, and what stands between two of them, is one document, so that the model can
 be prompted with ``def ``. One file in twenty, chosen by a hash of its name, is held out. The result is a Hugging Face
@@ -24,6 +25,8 @@ from hf_llama import Shape, build, save
 from launch import Ranks, start, stop, world_size
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
+
+import flashcomm_megatron as fc
 
 SPECIAL = ["<unk>", "<s>", "</s>"]  # 0, SHAPE.bos, SHAPE.eos
 SKIP = {"site-packages", "dist-packages", "test", "tests", "idle_test", "idlelib", "lib2to3", "encodings", "pydoc_data"}
@@ -54,7 +57,7 @@ def main() -> None:
         "--peak-lr", type=float, default=3e-3, help="Learning rate after the warm-up; falls to 0 at the end."
     )
     parser.add_argument("--report-every", type=int, default=100, help="Steps between two held-out losses.")
-    args = parser.parse_args()
+    args = fc.add_arguments(parser).parse_args()
     ranks = start()
     tokenizer = shared_tokenizer(args.out, ranks)
     train, held_out = (tokens(tokenizer, documents(part)) for part in (False, True))
@@ -132,8 +135,10 @@ def fit(model: Any, train: Tensor, held_out: Tensor, ranks: Ranks, args: argpars
         if step % args.report_every == 0 or step == args.steps:
             minutes = (time.perf_counter() - started) / 60
             left = minutes * (args.steps / step - 1)
-            losses = f"loss {recent:.3f}  held out {evaluate(model, held_out, ranks):.3f}"
-            say(ranks, f"step {step}/{args.steps}  {losses}  {minutes:.1f} min, {left:.1f} to go")
+            losses = {"loss": recent, "held out": evaluate(model, held_out, ranks)}
+            fc.log_metrics(step, losses)
+            shown = "  ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
+            say(ranks, f"step {step}/{args.steps}  {shown}  {minutes:.1f} min, {left:.1f} to go")
             recent = 0.0
 
 

@@ -116,13 +116,16 @@ def ignored(argv: list[str]) -> None:
 
 
 def headline(patched: str) -> str:
-    """The one line: width, recipe, codec, what is patched, what stays exact."""
+    """The one line: widths, recipe, codec, what is patched, what stays exact."""
     config = current()
     assert config is not None
-    block = config.legs.reduce.block
+    block, kept = config.legs.reduce.block, KEPT_EXACT
+    gradients = f"gradients {config.grad_bits}-bit, "
+    if config.gradient_legs is None:
+        gradients, kept = "", f"gradients, {kept}"
     return (
-        f"flash-comm: {config.bits}-bit {config.recipe} (block {block}), {extension.describe()}, {patched}; "
-        f"exact: {KEPT_EXACT}"
+        f"flash-comm: {config.bits}-bit {config.recipe} (block {block}), {gradients}{extension.describe()}, {patched}; "
+        f"exact: {kept}"
     )
 
 

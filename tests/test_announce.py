@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 
 import flashcomm_megatron as fc
-from flashcomm_megatron import announce, config
+from flashcomm_megatron import announce, config, extension
 
 PATCHED = "8 names patched in megatron-core 0.16.1"
 
@@ -94,6 +94,16 @@ def test_one_line_says_what_is_on(capsys: pytest.CaptureFixture[str], caplog: py
     assert line.startswith("flash-comm: 4-bit auto (block 32), ")
     assert line.endswith(f"{PATCHED}; exact: embedding, output layer, router, loss")
     assert caplog.messages == []
+
+
+@pytest.mark.parametrize(
+    "grad_bits, says, exact", [(8, "gradients 8-bit, ", ""), (16, "", "gradients, "), (5, "gradients 5-bit, ", "")]
+)
+def test_the_line_says_what_happens_to_gradients(grad_bits: int, says: str, exact: str) -> None:
+    config.set_current(fc.Config(bits=4, grad_bits=grad_bits))
+    line = announce.headline(PATCHED)
+    assert line.startswith(f"flash-comm: 4-bit auto (block 32), {says}{extension.describe()}")
+    assert line.endswith(f"; exact: {exact}embedding, output layer, router, loss")
 
 
 def test_only_rank_0_speaks(

@@ -5,8 +5,10 @@ Single layers run once on two ranks that return what they saw. No tensor is belo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor
 
 import flashcomm_megatron as fc
 from flashcomm_megatron.codec import Stochastic
+from flashcomm_megatron.collectives import Handle
 from flashcomm_megatron.recipes import Legs
 
 pytest.importorskip("megatron.core", reason="megatron-core is not installed")
@@ -50,7 +53,12 @@ def everything(rank: int, world: int) -> dict[str, Any]:
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=world)
     model_parallel_cuda_manual_seed(1)
     seen = {name: one_linear(rank, world, *row) for name, row in LINEARS.items()}
-    return seen | {"infinite": infinite(rank), "fused": fused(rank), "output layer": output_layer(rank)}
+    return seen | {
+        "infinite": infinite(rank),
+        "fused": fused(rank),
+        "overlapped": [overlapped(False), overlapped(True)],
+        "output layer": output_layer(rank),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -159,9 +167,13 @@ def test_an_infinite_gradient_reaches_every_rank(seen: list[dict[str, Any]]) -> 
 
 
 class WeightGradient:
-    """Stands in for apex's kernel: adds the weight's gradient to the buffer it is given."""
+    """Stands in for apex's kernel: adds the weight's gradient to the buffer it is given, and notes when."""
+
+    def __init__(self, events: list[str]) -> None:
+        self.events = events
 
     def wgrad_gemm_accum_fp32(self, x: Tensor, gradient: Tensor, main_grad: Tensor) -> None:
+        self.events.append("weight gradient")
         main_grad += gradient.t().float().matmul(x.float())
 
 
@@ -169,7 +181,7 @@ def fused(rank: int) -> dict[str, Tensor]:
     """Gradients with gradient_accumulation_fusion, twice accumulated, and without."""
     from megatron.core.tensor_parallel import layers
 
-    layers.fused_weight_gradient_mlp_cuda, layers._grad_accum_fusion_available = WeightGradient(), True
+    layers.fused_weight_gradient_mlp_cuda, layers._grad_accum_fusion_available = WeightGradient([]), True
     layer = linear("column", False, torch.float32)
     x = normal(ROWS, 1, HIDDEN, dtype=torch.float32, seed=rank)
     upstream = normal(ROWS, 1, INNER // WORLD, dtype=torch.float32, seed=rank)
@@ -185,6 +197,36 @@ def test_gradient_accumulation_fusion_changes_nothing(seen: list[dict[str, Any]]
     for rank in seen:
         assert torch.equal(rank["fused"]["fused"], rank["fused"]["plain"])
         assert torch.equal(rank["fused"]["main"], 2 * rank["fused"]["wgrad"])
+
+
+def overlapped(sequence_parallel: bool) -> list[str]:
+    """When a column layer's backward starts and awaits collectives, and computes the weight's gradient."""
+    from megatron.core.tensor_parallel import layers
+
+    events: list[str] = []
+
+    def noting(original: Callable[..., Any], event: str) -> Callable[..., Any]:
+        def run(*args: Any, **options: Any) -> Any:
+            events.append(event)
+            return original(*args, **options)
+
+        return run
+
+    layers.fused_weight_gradient_mlp_cuda = WeightGradient(events)
+    layer = linear("column", sequence_parallel, torch.float32)
+    layer.gradient_accumulation_fusion, layer.weight.main_grad = True, torch.zeros_like(layer.weight)
+    x = normal(ROWS // WORLD if sequence_parallel else ROWS, 1, HIDDEN, dtype=torch.float32, seed=1)
+    started, awaited = noting(Handle.__init__, "start"), noting(Handle.wait, "wait")
+    patched = mock.patch.multiple(Handle, __init__=started, wait=awaited)
+    with patched, fc.flashcomm(NEAREST):
+        step(layer, x, normal(ROWS, 1, INNER // WORLD, dtype=torch.float32, seed=1))
+    return events
+
+
+def test_gradients_travel_while_the_weight_gradient_is_computed(seen: list[dict[str, Any]]) -> None:
+    for rank in seen:
+        for events in rank["overlapped"]:
+            assert events[-3:] == ["start", "weight gradient", "wait"]
 
 
 def output_layer(rank: int) -> bool:
