@@ -5,8 +5,8 @@
     python -m flashcomm_megatron report
 
 The script runs as ``__main__`` with its own arguments and its own folder first on ``sys.path``, as if python had been
-given its path; the import of this package is all that is added. ``--cpu``, before the script, lets it run over gloo on
-a machine with no GPU.
+given its path, or ``-m`` and its name; the import of this package is all that is added. ``--cpu``, before the script,
+lets it run over gloo on a machine with no GPU.
 """
 
 from __future__ import annotations
@@ -50,15 +50,11 @@ def main(argv: list[str]) -> int:
 
 
 def run(script: str, argv: list[str], on_cpu: bool = False) -> int:
-    """Run ``script`` (a path) with ``argv`` as its arguments, without a GPU if asked to."""
-    if not os.path.exists(script):
+    """Run ``script`` (a path, or ``-m`` and a module in ``argv``) with its arguments, without a GPU if asked to."""
+    if script != "-m" and not os.path.exists(script):
         return _refuse(f"{script}: no such file, and no command: choose {', '.join(COMMANDS)} or a script's path.")
-    sys.argv = [script, *argv]
-    sys.path[0] = os.path.dirname(os.path.abspath(script))
     try:
-        if on_cpu:
-            cpu.enable(force=True, scripts=True)
-        runpy.run_path(script, run_name="__main__")
+        _execute(script, argv, on_cpu)
     except (cpu.NeedsGPU, PatchError) as error:
         return _refuse(str(error))
     announce.ignored(argv)
@@ -67,6 +63,18 @@ def run(script: str, argv: list[str], on_cpu: bool = False) -> int:
     except RuntimeError as error:
         return _refuse(str(error), 1)
     return 0
+
+
+def _execute(script: str, argv: list[str], on_cpu: bool) -> None:
+    is_module = script == "-m"
+    sys.argv = argv if is_module else [script, *argv]
+    sys.path[0] = os.getcwd() if is_module else os.path.dirname(os.path.abspath(script))
+    if on_cpu:
+        cpu.enable(force=True, scripts=True)
+    if is_module:
+        runpy.run_module(argv[0], run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(script, run_name="__main__")
 
 
 def _refuse(sentence: str, code: int = 2) -> int:

@@ -1,12 +1,12 @@
 """CPU mode: Megatron on a machine with no GPU, from a model of Megatron-Core to a whole unmodified script.
 
-``enable()`` lets Megatron-Core build, train and run models over gloo: it answers a few questions for the CPU (core.py)
-and touches nothing else. ``enable(scripts=True)``, which is ``python -m flashcomm_megatron --cpu SCRIPT``, grows what
+``enable()`` lets Megatron-Core build, train and run models over gloo: it answers a few questions for the CPU (core.py,
+triton.py) and touches nothing else. ``enable(scripts=True)``, which is ``python -m flashcomm_megatron --cpu SCRIPT``, grows what
 Megatron-LM's scripts ask beyond that:
 
 - cuda.py: torch.cuda's devices, streams, events, memory statistics, random states and tensor types;
 - literals.py: the device "cuda" in the script's own calls;
-- backends.py: NCCL, torch.compile and kernels that only a GPU runs;
+- backends.py: NCCL, torch.compile and what Megatron-LM compiles when it starts;
 - options.py: defaults of the command line, and sentences for what cannot work.
 
 Each is a table, one row for each replaced name with the reason; patching.py applies and reverts it. Where there is a
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from .. import patching
-from . import backends, core, cuda, literals, options
+from . import backends, core, cuda, literals, options, triton
 from .cuda import NeedsGPU
 
 __all__ = ["SCRIPT_SEAMS", "SEAMS", "NeedsGPU", "disable", "enable", "layer_spec"]
@@ -40,8 +40,8 @@ def enable(force: bool = False, scripts: bool = False) -> bool:
         patching.apply(SCRIPT_SEAMS)  # before Megatron-Core is imported, which binds torch.compile
         literals.enter()
         options.enter()
-        backends.import_without_triton()
     if wanted:
+        triton.enter()
         try:
             patching.apply([*SEAMS, *(backends.present() if scripts else ())])
         except patching.PatchError:
@@ -58,6 +58,7 @@ def is_on() -> bool:
 def disable() -> None:
     """Restore every original object. Idempotent."""
     patching.revert([*backends.MEGATRON, *SEAMS, *reversed(SCRIPT_SEAMS)])
+    triton.leave()
     literals.leave()
     options.leave()
 

@@ -6,19 +6,18 @@ is compiled or scripted: torch.compile wants a compiler at every start and chang
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from sysconfig import get_config_var
 from typing import Any
-from unittest.mock import MagicMock, patch
+from unittest.mock import patch
 
 import torch.distributed as dist
 
 from ..patching import Seam
-from .cuda import always
+from .cuda import NeedsGPU, always
 
 
 def _gloo(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -81,37 +80,28 @@ def _for_this_python(original: Callable[[], None]) -> Callable[[], None]:
     return compile_helpers
 
 
+def _dynamic(original: Any) -> Callable[..., None]:
+    def refuse(self: Any, *args: Any, **options: Any) -> None:
+        raise NeedsGPU("Dynamic batching needs flash-attention, which needs a GPU: use gpt_static_inference.py.")
+
+    return refuse
+
+
 CORE = "megatron.core"
 # Not every version, nor the wheel, has these.
 MEGATRON = (
     Seam("megatron.legacy.fused_kernels", "load", ("args",), always(None), "compiles CUDA kernels at the start"),
     Seam(f"{CORE}.datasets.utils", "compile_helpers", (), _for_this_python,
          "its Makefile asks python3-config, which a virtual environment lacks, what this Python calls an extension"),
+    Seam(f"{CORE}.inference.contexts.dynamic_context", "DynamicInferenceContext.__init__", ("self",), _dynamic,
+         "cannot be: says so; the static engine, which tries it first, then takes its own way"),
+    Seam(f"{CORE}.inference.communication_utils", "_is_cuda", ("tensor",), always(None),
+         "insists that what a server tells the other ranks lies on a GPU"),
 )  # fmt: skip
-# Modules that some versions import for every model, and that import triton for kernels which only a GPU runs.
-TRITON_USERS = (
-    f"{CORE}.transformer.custom_layers.batch_invariant_kernels",
-    f"{CORE}.inference.contexts.fused_kv_append_kernel",
-    f"{CORE}.inference.contexts.attention_context.triton.tensor_ops",
-)
-
 
 def present() -> list[Seam]:
     """Rows of ``MEGATRON`` that this version has."""
     return [seam for seam in MEGATRON if _exists(seam.module)]
-
-
-def import_without_triton() -> None:
-    """Where triton is not installed, let ``TRITON_USERS`` find a stand-in for it while, and only while, they import."""
-    if find_spec("triton") is not None:
-        return
-    for name in TRITON_USERS:
-        if _exists(name) and name not in sys.modules:
-            sys.modules |= dict.fromkeys(("triton", "triton.language"), MagicMock())
-            try:
-                importlib.import_module(name)
-            finally:
-                del sys.modules["triton"], sys.modules["triton.language"]
 
 
 def _exists(name: str) -> bool:

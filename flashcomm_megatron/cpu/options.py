@@ -40,6 +40,7 @@ DEFAULTS = (
     Default("no_persist_layer_norm", True, "torch's norm has no persistent kernel"),
     Default("rope_fusion", False, "apply_rope_fusion needs Transformer Engine"),
     Default("apply_rope_fusion", False, "a kernel of Transformer Engine"),
+    Default("inference_dynamic_batching_buffer_size_gb", 1.0, "a server's 40 GB of keys and values is a laptop's all"),
 )
 REFUSED = (
     Refusal("transformer_impl", lambda value: value != "local",
