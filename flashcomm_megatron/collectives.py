@@ -1,30 +1,24 @@
 """Quantized all_reduce, reduce_scatter and all_gather over (codec, group): what callers use.
 
-The arithmetic is in algorithms.py; here it is planned, tied to a process group, counted, and made asynchronous.
-
+The arithmetic is in algorithms.py; here it is planned, tied to a process group and counted.
 
 Ranks end with identical bits: each rank's own part passes through the codec as well, sums run in rank order, and the
 payload everybody decodes is the same bytes. Results are what ``sum(decode(encode(part)) for part in rank order)`` says.
-
-An asynchronous call stops at its first transfer; the handle's ``wait()`` finishes the arithmetic.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import agreement, algorithms, counters, hierarchical, policy, sampling, traced
+from . import agreement, algorithms, calls, counters, hierarchical, policy, sampling, traced
 from .algorithms import Residuals, Steps
-from .config import Config, current
+from .config import Config
 from .recipes import Legs
-from .transport import links, workspace
-from .transport.link import Link, Transfer
+from .transport import workspace
 from .transport.topology import nodes
 
 ALL_REDUCE = {
@@ -32,59 +26,6 @@ ALL_REDUCE = {
     "two-step": (algorithms.two_step, algorithms.two_step_bytes),
     "hierarchical": (hierarchical.hierarchical, hierarchical.sent_bytes),
 }
-
-
-class Handle:
-    """A started collective. ``wait()`` finishes it and returns its result; waiting twice is allowed."""
-
-    def __init__(self, steps: Steps, exact_bytes: int, wire_bytes: int) -> None:
-        self._steps = steps
-        self._bytes = exact_bytes, wire_bytes
-        self._seconds = 0.0
-        self._transfers: Sequence[Transfer] = []
-        self._result: Tensor | None = None
-        self._advance()
-
-    def wait(self) -> Tensor:
-        """Block (on a GPU: make the current stream wait) until the result is there, and return it."""
-        while self._result is None:
-            self._advance()
-        return self._result
-
-    @torch.no_grad()
-    def _advance(self) -> None:
-        started = time.perf_counter()
-        self._receive()
-        try:
-            self._transfers = next(self._steps)
-        except StopIteration as end:
-            self._result = end.value
-        self._seconds += time.perf_counter() - started
-        if self._result is not None:
-            counters.count_quantized(*self._bytes, self._seconds)
-
-    def _receive(self) -> None:
-        try:
-            for transfer in self._transfers:
-                transfer.wait()
-        except RuntimeError as error:
-            layer = sampling.layer()
-            if layer is None:
-                raise
-            raise RuntimeError(f"{error} (This rank was in {layer}.)") from error
-
-
-class Exact:
-    """Handle of a collective that was left to torch.distributed."""
-
-    def __init__(self, result: Tensor, work: dist.Work | None) -> None:
-        self._result, self._work = result, work
-
-    def wait(self) -> Tensor:
-        """Block until the result is there, and return it."""
-        if self._work is not None:
-            self._work.wait()
-        return self._result
 
 
 # ---- public ---------------------------------------------------------------------------------------------------
@@ -106,18 +47,17 @@ def all_reduce(
     """
     if torch.compiler.is_compiling() and not async_op and legs is None and residuals is None:
         return traced.all_reduce(x, group, config)
-    group, config = _resolve(group, config)
+    group, config = calls.resolve(group, config)
     x = x.contiguous()
     if not wants("all_reduce", x, group, config, legs):
-        return _exact(x, dist.all_reduce(x, group=group, async_op=async_op), async_op)
+        return calls.exact(x, dist.all_reduce(x, group=group, async_op=async_op), async_op)
     plan = policy.plan("all_reduce", x, group.size(), config, legs, nodes(group))
     algorithm, sent = ALL_REDUCE[plan.algorithm]
     sampling.sample("all_reduce", x, plan.reduce)
     sent_bytes = sent(x.numel(), group.rank(), group.size(), plan)
     steps = _fused(plan.algorithm, x, x, group, plan, config, residuals)
-    return _run(
-        steps or algorithm(x, _link("all_reduce", x, group, config), plan, residuals), plan, sent_bytes, async_op
-    )
+    steps = steps or algorithm(x, calls.link("all_reduce", x.shape, x, group, config), plan, residuals)
+    return calls.run(steps, plan.exact_bytes, sent_bytes, async_op)
 
 
 def reduce_scatter(
@@ -132,20 +72,22 @@ def reduce_scatter(
     """Sum ``x`` [N * s, ...] over N ranks and return this rank's slice [s, ...]. ValueError if N does not divide."""
     if torch.compiler.is_compiling() and not async_op and out is None and legs is None and residuals is None:
         return traced.reduce_scatter(x, group, config)
-    group, config = _resolve(group, config)
+    group, config = calls.resolve(group, config)
     world = group.size()
     if x.dim() == 0 or x.size(0) % world:
         raise ValueError(f"reduce_scatter: first dimension of {list(x.shape)} is not a multiple of {world} ranks.")
     x = x.contiguous()
     out = _output(out, x, x.size(0) // world)
     if not wants("reduce_scatter", x, group, config, legs):
-        return _exact(out, dist.reduce_scatter_tensor(out, x, group=group, async_op=async_op), async_op)
+        return calls.exact(out, dist.reduce_scatter_tensor(out, x, group=group, async_op=async_op), async_op)
     plan = policy.plan("reduce_scatter", x, world, config, legs, nodes(group))
     sent = (world - 1) * algorithms.wire_bytes(plan.reduce, out.numel(), plan.piece)
     sampling.sample("reduce_scatter", x, plan.reduce)
     steps = _fused("reduce_scatter", x, out, group, plan, config, residuals)
-    steps = steps or algorithms.reduce_scatter(x, out, _link("reduce_scatter", x, group, config), plan, residuals)
-    return _run(steps, plan, sent, async_op)
+    if steps is None:
+        link = calls.link("reduce_scatter", x.shape, x, group, config)
+        steps = algorithms.reduce_scatter(x, out, link, plan, residuals)
+    return calls.run(steps, plan.exact_bytes, sent, async_op)
 
 
 def all_gather(
@@ -159,18 +101,18 @@ def all_gather(
     """Concatenate ``x`` [s, ...] of N ranks in rank order to [N * s, ...]; this rank's part is encoded as well."""
     if torch.compiler.is_compiling() and not async_op and out is None and legs is None:
         return traced.all_gather(x, group, config)
-    group, config = _resolve(group, config)
+    group, config = calls.resolve(group, config)
     world = group.size()
     x = x.contiguous()
     out = _output(out, x, world * x.size(0) if x.dim() else world)
     if not wants("all_gather", x, group, config, legs):
-        return _exact(out, dist.all_gather_into_tensor(out, x, group=group, async_op=async_op), async_op)
+        return calls.exact(out, dist.all_gather_into_tensor(out, x, group=group, async_op=async_op), async_op)
     plan = policy.plan("all_gather", x, world, config, legs, nodes(group))
     sent = (world - 1) * algorithms.wire_bytes(plan.gather, x.numel(), plan.piece)
     sampling.sample("all_gather", x, plan.gather)
     steps = _fused("all_gather", x, out, group, plan, config)
-    steps = steps or algorithms.all_gather(x, out, _link("all_gather", x, group, config), plan)
-    return _run(steps, plan, sent, async_op)
+    steps = steps or algorithms.all_gather(x, out, calls.link("all_gather", x.shape, x, group, config), plan)
+    return calls.run(steps, plan.exact_bytes, sent, async_op)
 
 
 def wants(collective: str, x: Tensor, group: dist.ProcessGroup, config: Config, legs: Legs | None = None) -> bool:
@@ -206,12 +148,6 @@ def _fused(
     return None if made is None else _in_one_step(made, kind, x, out, plan)
 
 
-def _link(kind: str, x: Tensor, group: dist.ProcessGroup, config: Config) -> Link:
-    words = (kind, list(x.shape), str(x.dtype).removeprefix("torch."), sampling.site())
-    text = " ".join(str(word) for word in words if word is not None)
-    return links.link(group, x.device, config, text, agreement.digest(config))
-
-
 def _in_one_step(made: workspace.Workspace, kind: str, x: Tensor, out: Tensor, plan: policy.Plan) -> Steps:
     return made.run(kind, (plan.reduce, plan.gather), x, out)
     yield  # nothing to wait for: the stream does
@@ -224,21 +160,3 @@ def _output(out: Tensor | None, x: Tensor, rows: int) -> Tensor:
     if out.shape != shape or out.dtype != x.dtype or not out.is_contiguous():
         raise ValueError(f"out: expected a contiguous {x.dtype} of {list(shape)}, found {out.dtype} {list(out.shape)}.")
     return out
-
-
-def _run(steps: Steps, plan: policy.Plan, wire_bytes: int, async_op: bool) -> Any:
-    handle = Handle(steps, plan.exact_bytes, wire_bytes)
-    return handle if async_op else handle.wait()
-
-
-def _exact(result: Tensor, work: dist.Work | None, async_op: bool) -> Any:
-    return Exact(result, work) if async_op else result
-
-
-def _resolve(group: dist.ProcessGroup | None, config: Config | None) -> tuple[dist.ProcessGroup, Config]:
-    config = config or current()
-    if config is None:
-        raise ValueError("flash-comm is off: pass config=Config(bits=4) or call enable(bits=4) first.")
-    group = group or dist.group.WORLD
-    assert group is not None  # torch raises first where there is none
-    return group, config

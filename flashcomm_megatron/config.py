@@ -57,6 +57,7 @@ class Config:
     grad_rounding: str = _option(
         "nearest", "Round gradients to the nearest code, or stochastic: without bias, the same gradient always alike."
     )
+    experts: bool = _option(False, "Compress the tokens of a mixture of experts as well (all-to-all dispatcher).")
     calibration: str | None = _option(None, "File of calibrated ranges, made by calibrate; for recipe outlier only.")
     strict: bool = _option(False, "Turn the warning that nothing was quantized into an error.")
     log_interval: int | None = _option(

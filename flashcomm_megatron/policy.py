@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import thresholds
-from .codec import Codec
+from .codec import Codec, Raw
 from .config import Config
 from .recipes import RECIPES, Legs
 from .thresholds import Case
@@ -81,6 +81,15 @@ def _plan(
         nodes=nodes,
         dtype=dtype,
     )
+
+
+def message_codec(x: Tensor, world: int, config: Config, legs: Legs, nodes: tuple[int, ...]) -> Codec:
+    """The codec of one message of an all-to-all, which both its ends know: exact where it is small.
+
+    The messages of a call differ in size, so that no size is known to all ranks; each pair decides for itself.
+    """
+    reason = _reason("all_to_all", x.nbytes, x.dtype, x.device.type, world, config, nodes)
+    return legs.gather if reason is None else Raw(x.dtype)
 
 
 def exact_bytes(collective: str, nbytes: int, world: int) -> int:

@@ -1,9 +1,9 @@
 """From how many bytes on compression pays: shipped defaults, or a file measured on the very machine that uses it.
 
 A file is made by ``python -m flashcomm_megatron bench --tune`` (tuning.py) and named by ``--flash-comm-thresholds``;
-jobs measure nothing by themselves. It holds one row for each (collective, dtype, bits, recipe) on one number of ranks, and
-says on which hardware and versions it was measured: on others it is refused. Ranks compare its digest before they use
-it. What it has no row for gets the default.
+jobs measure nothing by themselves. It holds one row for each (collective, dtype, bits, recipe) on one number of ranks,
+and says on which hardware and versions it was measured: on others it is refused. Ranks compare its digest before they
+use it. What it has no row for gets the default.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ HOST = Config(bits=8, transport="host", min_bytes=0, timeout=60)
 LARGE = 2_000_000  # values: payloads of several rings
 
 
-def sums(group: dist.ProcessGroup, value: float, numel: int = LARGE) -> collectives.Handle:
+def sums(group: dist.ProcessGroup, value: float, numel: int = LARGE) -> calls.Handle:
     """An all-reduce of a constant, which every width carries exactly, under way."""
     return collectives.all_reduce(torch.full((numel,), value), group, HOST, async_op=True)
 

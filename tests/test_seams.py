@@ -142,8 +142,12 @@ def one(request: pytest.FixtureRequest, seen: list[dict[str, Any]]) -> tuple[str
 def test_output_is_what_the_codec_promises(one: tuple[str, list[dict[str, Any]]]) -> None:
     name, ranks = one
     for rank, expected in zip(ranks, promised(name, ranks), strict=True):
-        assert torch.equal(rank["quantized"]["y"], expected)
-        assert not torch.equal(rank["quantized"]["y"], rank["exact"]["y"])
+        found = rank["quantized"]["y"]
+        if name.startswith("row"):
+            assert torch.equal(found, expected)
+        else:  # a product of what was gathered: its last bits depend on where the tensors lie in memory
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        assert (found - rank["exact"]["y"]).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("name", ["row TP", "row TP bf16"])

@@ -5,10 +5,12 @@ One file a table, each row with the reason why that name reaches its callers:
     where.py                which layer is running: notes the site, compresses nothing
     forward.py              Megatron-Core's collectives of activations
     gradients.py            and of gradients, in backward
+    experts.py              the tokens of a mixture of experts, on request
     transformer_engine.py   Transformer Engine's layers, where it is installed
     inference.py            Megatron's inference-optimized layers, which need Transformer Engine
 
-``differentiable.py`` holds what takes their place, ``modes.py`` where it may not. A new table is a file with ``ROWS`` and a place in ``TABLES``.
+``differentiable.py`` holds what takes their place, ``modes.py`` where it may not. A new table is a file with ``ROWS``
+and a place in ``TABLES``.
 """
 
 from __future__ import annotations
@@ -17,14 +19,14 @@ from packaging.version import Version
 
 from .. import announce, environment, patching, training_log
 from ..patching import PatchError, Seam
-from . import forward, gradients, inference, transformer_engine, where
+from . import experts, forward, gradients, inference, transformer_engine, where
 from .differentiable import Call
 from .where import observe
 
 __all__ = ["SEAMS", "TABLES", "Call", "install", "megatron_version", "observe", "rows", "rows_of", "uninstall"]
 
 OLDEST = (0, 13)  # megatron-core; the first whose layers hand their process group to every collective
-TABLES = (where.ROWS, forward.ROWS, gradients.ROWS)
+TABLES = (where.ROWS, forward.ROWS, gradients.ROWS, experts.ROWS)
 SEAMS: tuple[Seam, ...] = tuple(row for table in TABLES for row in table)
 OPTIONAL: tuple[Seam, ...] = (*transformer_engine.ROWS, *inference.ROWS, *inference.SINCE_0_17)
 

@@ -1,0 +1,102 @@
+"""All-to-all: rows of any number between every pair of ranks, their gradients, and Megatron's token dispatcher."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import spawn
+from torch import Tensor
+
+import flashcomm_megatron as fc
+from flashcomm_megatron import counters, cpu
+from flashcomm_megatron.codec import Raw
+from flashcomm_megatron.config import Config
+from flashcomm_megatron.policy import message_codec
+
+SPLITS = [[3, 0, 40], [700, 1, 0], [5, 300, 2]]  # rows from (line) to (column)
+
+
+def rows(source: int, to: int, hidden: int = 64) -> Tensor:
+    generator = torch.Generator().manual_seed(10 * source + to)
+    return torch.randn(SPLITS[source][to], hidden, generator=generator).bfloat16()
+
+
+def exchanged(rank: int, world: int) -> None:
+    for transport in ("auto", "group"):
+        config = Config(bits=4, transport=transport)
+        counters.reset_stats()
+        x = torch.cat([rows(rank, to) for to in range(world)])
+        outs = [SPLITS[source][rank] for source in range(world)]
+        handle = fc.all_to_all(x, None, config, async_op=True, output_splits=outs, input_splits=SPLITS[rank])
+        found = handle.wait().split(outs)
+        sent = 0
+        for peer in range(world):
+            codec = message_codec(rows(peer, rank), world, config, config.legs, (0,) * world)
+            expected = rows(peer, rank)
+            if peer != rank and expected.numel():
+                payload = codec.encode(expected.view(-1))
+                expected = codec.decode_sum([payload], torch.empty_like(expected).view(-1)).view_as(expected)
+            assert torch.equal(found[peer], expected), (transport, peer, rank)
+            if peer != rank and transport == "auto":
+                leaving = rows(rank, peer)
+                sent += message_codec(leaving, world, config, config.legs, (0,) * world).wire_bytes(leaving.numel())
+        if transport == "auto":
+            assert counters.stats()["wire_bytes"] == sent
+    whole = torch.arange(world * 2).view(-1, 1) + 100 * rank
+    exact = fc.all_to_all(whole, None, Config(bits=4))
+    expected = torch.cat([torch.arange(2 * rank, 2 * rank + 2).view(-1, 1) + 100 * peer for peer in range(world)])
+    assert torch.equal(exact, expected) and counters.stats()["deferred"] == {"dtype int64": 1}
+    with pytest.raises(ValueError, match="do not fit"):
+        fc.all_to_all(x, None, Config(bits=4), input_splits=[1] * world, output_splits=[1] * world)
+    with pytest.raises(ValueError, match="not a multiple"):
+        fc.all_to_all(torch.ones(world + 1, 2), None, Config(bits=4))
+
+
+def test_every_pair_exchanges_its_rows() -> None:
+    spawn(exchanged, 3)
+
+
+def test_small_messages_are_exact() -> None:
+    config = Config(bits=4)
+    small, large = torch.empty(8, dtype=torch.bfloat16), torch.empty(4096, dtype=torch.bfloat16)
+    assert isinstance(message_codec(small, 2, config, config.legs, (0, 0)), Raw)
+    assert message_codec(large, 2, config, config.legs, (0, 0)) == config.legs.gather
+
+
+def dispatched(rank: int, world: int) -> None:
+    cpu.enable()
+    from megatron.core.tensor_parallel import mappings
+    from megatron.core.transformer.moe import token_dispatcher
+
+    torch.manual_seed(rank)
+    tokens, probabilities = torch.randn(300, 64), torch.rand(300)
+    ins, outs = ([100, 200], [100, 50]) if rank == 0 else ([50, 250], [200, 250])
+
+    def run(x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.clone().requires_grad_()
+        result = token_dispatcher.all_to_all(dist.group.WORLD, x, outs, ins)
+        result.square().sum().backward()
+        assert x.grad is not None
+        return result.detach(), x.grad
+
+    original, exact = token_dispatcher.all_to_all, run(tokens)
+    assert original is mappings.all_to_all
+    with fc.flashcomm(bits=4):
+        assert all(map(torch.equal, run(tokens), exact)), "off unless asked for"
+    with fc.flashcomm(bits=6, experts=True, grad_bits=16):
+        result, gradient = run(tokens)
+        assert 0 < (result - exact[0]).norm() / exact[0].norm() < 0.03
+        assert torch.equal(
+            run(probabilities)[0], fc.all_to_all(probabilities.double(), output_splits=outs, input_splits=ins).float()
+        )
+    with fc.flashcomm(bits=6, experts=True, grad_bits=8):
+        assert torch.equal(run(tokens)[0], result)
+        error = (run(tokens)[1] - gradient).norm() / gradient.norm()
+        assert 0 < error < 0.01
+    assert token_dispatcher.all_to_all is original
+
+
+def test_the_token_dispatchers_tokens_but_not_its_probabilities() -> None:
+    pytest.importorskip("megatron.core.transformer.moe.token_dispatcher")
+    spawn(dispatched, 2)
