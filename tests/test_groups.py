@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from ranks import spawn
 
-from flashcomm_megatron import collectives, extension
+from flashcomm_megatron import calls, collectives, extension
 from flashcomm_megatron.config import Config
 from flashcomm_megatron.transport import links, segment
 
