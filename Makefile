@@ -35,7 +35,7 @@ if not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")):
 endef
 export PREFLIGHT
 
-.PHONY: help demo test lint bench gpu-check
+.PHONY: help demo test lint bench gpu-check fuzz threads soak mutations
 help:  ## Say what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1: /'
 
@@ -55,6 +55,18 @@ lint: $(READY)  ## Check style and types
 bench: $(READY)  ## Measure codec and collectives; CSV and plots go to benchmarks/results
 	$(PY) benchmarks/bench_codec.py
 	$(PY) benchmarks/bench_collectives.py
+
+fuzz: $(READY)  ## Fuzz codec and streams under address and undefined-behaviour sanitizers for an hour; FOR=SECONDS
+	$(PY) tests/sanitized.py fuzz $(or $(FOR),3600)
+
+threads: $(READY)  ## Run streams and codec threads under the thread and leak sanitizers
+	$(PY) tests/sanitized.py threads 1000
+
+soak: $(READY)  ## 200,000 mixed collectives on 4 ranks, each one checked; CALLS=N for fewer
+	$(PY) tests/soak.py --calls $(or $(CALLS),200000) --out benchmarks/results/soak.json
+
+mutations: $(READY)  ## Break every invariant once and see its test fail
+	$(PY) tests/mutations.py
 
 gpu-check:  ## On a CUDA machine: build, test and measure with the packages at hand; results go to OUT=
 	$(PYTHON) benchmarks/gpu_check.py $(if $(OUT),--out $(OUT))

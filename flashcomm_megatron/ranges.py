@@ -64,7 +64,7 @@ def check_finite(layers: Mapping[str, Tensor]) -> None:
 def load(path: str) -> Ranges:
     """The file at ``path``; ValueError, one sentence, if it is missing, broken, not a calibration, or not version 1."""
     header, data = _read(path)
-    told = header.pop("__metadata__", {})
+    told = header.pop("__metadata__", None) or {}
     if told.get("format") != FORMAT:
         raise ValueError(f"--flash-comm-calibration {path} is a safetensors file but no calibration. {AGAIN}")
     if told.get("version") != VERSION:
@@ -76,7 +76,11 @@ def load(path: str) -> Ranges:
         raise ValueError(
             f"--flash-comm-calibration {path} is cut short: {len(data)} of {expected} bytes of data. {AGAIN}"
         )
-    return Ranges(path, int(told["ranks"]), {name: _tensor(entry, data) for name, entry in header.items()})
+    try:
+        ranks = int(told["ranks"])
+        return Ranges(path, ranks, {name: _tensor(entry, data, ranks) for name, entry in header.items()})
+    except (ValueError, RuntimeError, LookupError, TypeError, OverflowError) as error:
+        raise ValueError(f"--flash-comm-calibration {path} is damaged: {error}. {AGAIN}".replace("\n", " ")) from None
 
 
 @cache
@@ -105,12 +109,20 @@ def _read(path: str) -> tuple[dict[str, Any], bytes]:
     try:
         end = 8 + struct.unpack("<Q", content[:8])[0]
         header = json.loads(content[8:end])
-        _ = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        _ = [entry["data_offsets"][1] + 0 for name, entry in header.items() if name != "__metadata__"]
+        _ = header.get("__metadata__", {}).items()
     except (struct.error, ValueError, OverflowError, AttributeError, TypeError, LookupError):
         raise ValueError(f"--flash-comm-calibration {path} is not a safetensors file, or cut short. {AGAIN}") from None
     return header, content[end:]
 
 
-def _tensor(entry: dict[str, Any], data: bytes) -> Tensor:
+def _tensor(entry: dict[str, Any], data: bytes, ranks: int) -> Tensor:
+    """One layer's ranges. Whatever is wrong with them raises."""
     start, end = entry["data_offsets"]
-    return torch.frombuffer(bytearray(data[start:end]), dtype=torch.float32).view(entry["shape"])
+    features = entry["shape"][-1]
+    if entry["dtype"] != "F32" or entry["shape"] != [2, ranks, features] or not 0 <= start < end <= len(data):
+        raise ValueError(f"expected F32 of [2, {ranks}, features], found {entry}")
+    values = torch.frombuffer(bytearray(data[start:end]), dtype=torch.float32).view(entry["shape"])
+    if not values.isfinite().all():
+        raise ValueError("a range is no number")
+    return values
