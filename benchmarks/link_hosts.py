@@ -70,12 +70,6 @@ class Hosts:
         script = f'hostname {self.name(host)} && exec "$@"'
         return subprocess.Popen([*inside, script, "sh", *command], env={**os.environ, **environment})
 
-    def sent_bytes(self, host: int) -> int:
-        """Bytes that one machine's interface has sent so far, headers included."""
-        path = "/sys/class/net/eth0/statistics/tx_bytes"
-        out = subprocess.run(["ip", "netns", "exec", self.name(host), "cat", path], capture_output=True, check=True)
-        return int(out.stdout)
-
     def _build(self) -> None:
         _ip("netns", "add", self._switch)
         _ip("-n", self._switch, "link", "add", "br0", "type", "bridge")

@@ -52,6 +52,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sizes", type=int, nargs="*", default=SIZES, help="bytes of the full tensor")
     parser.add_argument("--widths", type=int, nargs="+", default=[8, 4])
     parser.add_argument("--seconds", type=float, default=1.5, help="of measuring for each row")
+    parser.add_argument(
+        "--traffic", type=int, nargs="*", default=[], help="sizes whose bytes the interface is to count"
+    )
     parser.add_argument("--no-model", dest="model", action="store_false", help="collectives only")
     parser.add_argument("--name", default="link_lab", help="of the files under benchmarks/results")
     parser.add_argument("--quick", action="store_true")
@@ -76,6 +79,7 @@ def measure(rate: str, hosts: int, options: argparse.Namespace) -> list[dict[str
         out = Path(folder) / "rows.json"
         command = [sys.executable, str(Path(__file__).parent / "link_ranks.py"), "--out", str(out)]
         command += ["--sizes", *map(str, sizes), "--widths", *map(str, options.widths)]
+        command += ["--traffic", *map(str, [] if together else options.traffic)]
         command += ["--seconds", str(options.seconds), *(["--model"] if options.model else [])]
         processes = []
         for rank in range(world):

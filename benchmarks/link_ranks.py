@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import socket
 import statistics
 import sys
 import time
@@ -41,6 +42,7 @@ def main() -> None:
     torch.set_num_threads(1)
     ranks = start()
     rows = [collective(*case, options) for case in itertools.product(KINDS, options.sizes, options.widths)]
+    rows += [traffic(nbytes) for nbytes in options.traffic]
     if options.model:
         rows += model(options)
     if ranks.rank == 0:
@@ -54,6 +56,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--sizes", type=int, nargs="*", default=[], help="bytes of the full tensor")
     parser.add_argument("--widths", type=int, nargs="*", default=[4])
+    parser.add_argument(
+        "--traffic", type=int, nargs="*", default=[], help="sizes whose bytes the interface is to count"
+    )
     parser.add_argument("--model", action="store_true", help="time to first token, decoding and training as well")
     parser.add_argument("--seconds", type=float, default=2.0, help="of measuring for each row")
     return parser.parse_args()
@@ -76,6 +81,33 @@ def collective(kind: str, nbytes: int, bits: int, options: argparse.Namespace) -
         "what": kind, "bytes": nbytes, "bits": bits, "compression": counted["exact_bytes"] / counted["wire_bytes"],
         **summary(times),
     }  # fmt: skip
+
+
+def traffic(nbytes: int, calls: int = 10) -> dict[str, Any]:
+    """Bytes of 4-bit all-reduces that leave each machine, by its interface and by our own count."""
+    x = values("all_reduce", nbytes // 2, torch.bfloat16)
+    fc.all_reduce(x, None, fc.Config(bits=4))
+    dist.barrier()
+    fc.reset_stats()
+    before = sent_by_interface()
+    for _ in range(calls):
+        fc.all_reduce(x, None, fc.Config(bits=4))
+    dist.barrier()
+    counted = torch.tensor([fc.stats()["remote_bytes"], sent_by_interface() - before])
+    everyone = [torch.empty_like(counted) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, counted)
+    names: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(names, socket.gethostname())
+    hosts = {name: [each for each, on in zip(everyone, names, strict=True) if on == name] for name in names}
+    remote = [sum(int(each[0]) for each in ranks) for ranks in hosts.values()]
+    interface = [int(ranks[0][1]) for ranks in hosts.values()]
+    return {"what": "traffic of all_reduce", "bytes": nbytes, "bits": 4, "counted_bytes": sum(remote),
+            "interface_bytes": sum(interface), "interface_over_counted": sum(interface) / sum(remote)}  # fmt: skip
+
+
+def sent_by_interface() -> int:
+    """Bytes that this machine has sent so far, headers included."""
+    return int(Path("/sys/class/net/eth0/statistics/tx_bytes").read_text())
 
 
 def model(options: argparse.Namespace) -> list[dict[str, Any]]:
