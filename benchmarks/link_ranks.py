@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 import flashcomm_megatron as fc
+from flashcomm_megatron import policy
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
@@ -29,6 +30,7 @@ from bench_collectives import implementations, relative_error, values
 from hf_llama import Shape, build
 from launch import start, stop
 
+OVERLAPPED = 8 << 20  # bytes from which tensors are timed in one piece as well
 KINDS = ("all_reduce", "reduce_scatter", "all_gather")
 BATCH, PROMPT = 4, 256
 SHAPE = Shape(
@@ -76,11 +78,26 @@ def collective(kind: str, nbytes: int, bits: int, options: argparse.Namespace) -
     assert error < 2.0 ** (2 - bits), f"{kind} {nbytes} {bits} bits: error {error}"
     if kind != "reduce_scatter":
         same_on_all_ranks(found)
-    times = in_turns({"exact": exact, "quantized": quantized}, options.seconds)
-    return {
-        "what": kind, "bytes": nbytes, "bits": bits, "compression": counted["exact_bytes"] / counted["wire_bytes"],
-        **summary(times),
-    }  # fmt: skip
+    calls = {"exact": exact, "quantized": quantized}
+    if nbytes >= OVERLAPPED:
+        calls["whole"] = lambda: in_one_piece(quantized)
+    times = in_turns(calls, options.seconds)
+    row = {"what": kind, "bytes": nbytes, "bits": bits, **summary(times)}
+    if nbytes >= OVERLAPPED:
+        row["whole_ms"] = 1e3 * statistics.median(times["whole"])
+    return row | {"compression": counted["exact_bytes"] / counted["wire_bytes"]}
+
+
+def in_one_piece(call: Callable[[], Any]) -> None:
+    """``call`` without overlap of encoding, sending and decoding (pieces.py)."""
+    pieces = dict(policy.PIECE)
+    policy.PIECE.clear()
+    policy._plan.cache_clear()
+    try:
+        call()
+    finally:
+        policy.PIECE.update(pieces)
+        policy._plan.cache_clear()
 
 
 def traffic(nbytes: int, calls: int = 10) -> dict[str, Any]:
