@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import agreement, calls, counters, policy
+from . import agreement, announce, calls, policy
 from .algorithms import Steps
 from .codec import Codec
 from .config import Config
@@ -50,7 +50,7 @@ def all_to_all(
     exact_bytes = sum(part.nbytes for part in leaving)
     if world == 1 or x.dtype not in policy.DTYPES:
         reason = "one rank" if world == 1 else f"dtype {str(x.dtype).removeprefix('torch.')}"
-        counters.count_deferred(reason, exact_bytes)
+        announce.deferred(reason, exact_bytes, config)
         return calls.exact(out, dist.all_to_all_single(out, x, outs, ins, group=group, async_op=async_op), async_op)
     codec_of = partial(policy.message_codec, world=world, config=config, legs=legs or config.legs, nodes=nodes(group))
     link = calls.link("all_to_all", ["*", *x.shape[1:]], x, group, config)

@@ -25,6 +25,8 @@ from .config import Config, current
 logger = logging.getLogger("flashcomm_megatron")
 KEPT_EXACT = "embedding, output layer, router, loss"
 # In the class name of every implementation of the layer, or of its base; the last one runs it inside, as no module.
+# Beginnings of the reasons for which a user expects a collective to stay exact. All others are worth a word.
+EXPECTED = ("one rank", "empty", "below ", "dtype int", "dtype uint", "dtype bool", "gradients exact")
 ROW_PARALLEL = ("RowParallelLinear", "TEFusedMLP")
 
 
@@ -135,10 +137,31 @@ def summary() -> str:
     calls = counted["quantized"] + sum(counted["deferred"].values())
     wire, exact = counted["wire_bytes"], counted["exact_bytes"]
     ratio = f" ({exact / wire:.2f}x)" if wire else ""
+    surprising = {why: n for why, n in counted["deferred"].items() if not why.startswith(EXPECTED)}
     return (
         f"flash-comm: compressed {counted['quantized']} of {calls} collectives; "
         f"rank 0 sent {wire / 2**20:.2f} MiB instead of {exact / 2**20:.2f} MiB{ratio}"
+        + (f"; left exact: {_listed(surprising)}" if surprising else "")
     )
+
+
+def deferred(reason: str, exact_bytes: int, config: Config) -> None:
+    """Count a collective that stays exact. If no user expects that, say so once, or raise where ``config`` is strict.
+
+    ``reason`` must be the same on every rank, so that all raise or none.
+    """
+    counters.count_deferred(reason, exact_bytes)
+    if not reason.startswith(EXPECTED):
+        unexpected(f"a collective stays exact: {reason}", config)
+
+
+def unexpected(what: str, config: Config) -> None:
+    """Say once that something is not done as asked for; RuntimeError where ``config`` is strict."""
+    if config.strict:
+        raise RuntimeError(f"flash-comm is on ({config.bits}-bit) but {what} (--flash-comm-strict)")
+    if what not in _said:
+        _said.add(what)
+        complain(what, fatal=False)
 
 
 def say(line: str) -> None:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import agreement, algorithms, calls, counters, hierarchical, policy, sampling, traced
+from . import agreement, algorithms, announce, calls, hierarchical, policy, sampling, traced
 from .algorithms import Residuals, Steps
 from .config import Config
 from .recipes import Legs
@@ -124,7 +124,7 @@ def wants(collective: str, x: Tensor, group: dist.ProcessGroup, config: Config, 
     plan = policy.plan(collective, x, group.size(), config, legs, nodes(group))
     if plan.reason is None:
         return True
-    counters.count_deferred(plan.reason, plan.exact_bytes)
+    announce.deferred(plan.reason, plan.exact_bytes, config)
     return False
 
 
@@ -145,6 +145,8 @@ def _fused(
 ) -> Steps | None:
     """The whole collective as one kernel, with the same results, where there is a transport and a kernel for it."""
     made = None if residuals else workspace.serving(group, x, plan, config.transport)
+    if made is None and not residuals and x.is_cuda and config.transport in workspace.INBOXES:
+        announce.unexpected(f"transport {config.transport} does not serve {kind}; the process group does.", config)
     return None if made is None else _in_one_step(made, kind, x, out, plan)
 
 

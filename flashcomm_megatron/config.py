@@ -59,7 +59,9 @@ class Config:
     )
     experts: bool = _option(False, "Compress the tokens of a mixture of experts as well (all-to-all dispatcher).")
     calibration: str | None = _option(None, "File of calibrated ranges, made by calibrate; for recipe outlier only.")
-    strict: bool = _option(False, "Turn the warning that nothing was quantized into an error.")
+    strict: bool = _option(
+        False, "Make an error of whatever was asked for and is not done: a collective left exact, a fallback."
+    )
     log_interval: int | None = _option(
         None, "Iterations between two lines of metrics. Default: Megatron's --log-interval."
     )

@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import collectives, feedback, sites
+from .. import announce, collectives, feedback, policy, sites
 from ..algorithms import Residuals
 from ..config import Config
 from ..recipes import Legs
 from . import gradients, modes, where
+
+UNFIT = "uneven splits or a buffer of the caller's"
 
 
 class Call(NamedTuple):
@@ -43,6 +45,13 @@ def wanted(kind: str, collective: str, x: Tensor, group: Any) -> Call | None:
         return None
     row = kind == "row"  # asked here: inside an autograd function gradients look switched off
     return Call(site.config, legs, feedback.residuals(site.module, x, group, site.config) if row else None)
+
+
+def unfit(kind: str, collective: str, x: Tensor, group: Any) -> None:
+    """Count a collective whose place ours cannot take."""
+    site = where.site()
+    if site is not None and site.kind == kind and group is not None and where.observer() is None:
+        announce.deferred(UNFIT, policy.exact_bytes(collective, x.nbytes, group.size()), site.config)
 
 
 def run(function: type[torch.autograd.Function], x: Tensor, group: Any, call: Call) -> Any:

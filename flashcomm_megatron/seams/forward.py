@@ -26,7 +26,8 @@ def _reduce(original: Function) -> Function:
 def _reduce_scatter(original: Function) -> Function:
     def reduce_scatter_to_sequence_parallel_region(input_: Tensor, group: Any = None, *args: Any, **kwargs: Any) -> Any:
         plain = not args and not kwargs  # neither uneven splits nor a shared output buffer
-        call = differentiable.wanted("row", "reduce_scatter", input_, group) if plain else None
+        ask = differentiable.wanted if plain else differentiable.unfit
+        call = ask("row", "reduce_scatter", input_, group)
         if call:
             return differentiable.run(differentiable.ReduceScatter, input_, group, call)
         return original(input_, group, *args, **kwargs)
@@ -39,7 +40,8 @@ def _gather(original: Function) -> Function:
         input_: Tensor, tensor_parallel_output_grad: bool = True, group: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
         plain = tensor_parallel_output_grad and not args and not kwargs
-        call = differentiable.wanted("column", "all_gather", input_, group) if plain else None
+        ask = differentiable.wanted if plain else differentiable.unfit
+        call = ask("column", "all_gather", input_, group)
         if call:
             return differentiable.run(differentiable.AllGather, input_, group, call)
         return original(input_, tensor_parallel_output_grad, group, *args, **kwargs)

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import counters, policy
+from .. import announce, policy
 from .where import Site
 
 BATCH_INVARIANT = "batch-invariant mode"
@@ -24,5 +24,5 @@ def forbids(site: Site, collective: str, x: Tensor, group: Any) -> bool:
     """Whether a mode of the layer's model forbids compression; if so, the deferral is counted."""
     if not getattr(getattr(site.module, "config", None), "batch_invariant_mode", False):
         return False
-    counters.count_deferred(BATCH_INVARIANT, policy.exact_bytes(collective, x.nbytes, group.size()))
+    announce.deferred(BATCH_INVARIANT, policy.exact_bytes(collective, x.nbytes, group.size()), site.config)
     return True

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import collectives, counters, policy
+from .. import announce, collectives, policy
 from ..config import current
 from ..patching import Seam
 from . import differentiable, gradients, where
@@ -92,7 +92,7 @@ def _count_unseen(site: Site, x: Tensor, output: Tensor) -> None:
         collective, nbytes = "reduce_scatter", output.nbytes * world
     else:
         collective, nbytes = "all_reduce", output.nbytes
-    counters.count_deferred(_why_unseen(layer), policy.exact_bytes(collective, nbytes, world))
+    announce.deferred(_why_unseen(layer), policy.exact_bytes(collective, nbytes, world), site.config)
 
 
 def _overlaps(layer: Any) -> bool:
@@ -158,7 +158,7 @@ def _send(
     _visit.was_asked = True
     if quantizer is not None or type(x) is not Tensor:
         one_byte_each = torch.Size(x.size()).numel()
-        counters.count_deferred("FP8", policy.exact_bytes(name, one_byte_each, group.size()))
+        announce.deferred("FP8", policy.exact_bytes(name, one_byte_each, group.size()), site.config)
         return None
     send = _activation(collective, kind, x, group) if site.kind == kind else _gradient(collective, x, group, site)
     if send is None:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import counters
+from .. import announce, counters
 from ..config import Config
 from . import group as over_group
 from . import topology
@@ -44,6 +44,8 @@ def link(group: dist.ProcessGroup, device: torch.device, config: Config, text: s
     shares_a_machine = len(set(nodes)) < len(nodes)
     if device.type == "cpu" and config.transport in SHARED_MEMORY and shares_a_machine:
         streams = _open(group)
+        if streams.reason and config.transport == "host":
+            announce.unexpected(f"transport host does not serve: {streams.reason}.", config)
         if not streams.reason:
             near: Exchange = partial(streams.exchange, seconds=allowed, call=call)
             exchange = _routed(near, exchange, far) if any(far) else near
