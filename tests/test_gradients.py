@@ -17,8 +17,8 @@ from test_seams import HIDDEN, INNER, ROWS, WORLD, linear, normal, step
 from torch import Tensor
 
 import flashcomm_megatron as fc
-from flashcomm_megatron.codec import Stochastic
 from flashcomm_megatron.calls import Handle
+from flashcomm_megatron.codec import Stochastic
 from flashcomm_megatron.recipes import Legs
 
 pytest.importorskip("megatron.core", reason="megatron-core is not installed")
