@@ -51,8 +51,9 @@ def main(argv: list[str]) -> int:
 
 def run(script: str, argv: list[str], on_cpu: bool = False) -> int:
     """Run ``script`` (a path, or ``-m`` and a module in ``argv``) with its arguments, without a GPU if asked to."""
-    if script != "-m" and not os.path.exists(script):
-        return _refuse(f"{script}: no such file, and no command: choose {', '.join(COMMANDS)} or a script's path.")
+    if not (argv if script == "-m" else os.path.exists(script)):
+        commands = ", ".join(COMMANDS)
+        return _refuse(f"{script or '--cpu'}: no such file, and no command: choose {commands} or a script's path.")
     try:
         _execute(script, argv, on_cpu)
     except (cpu.NeedsGPU, PatchError) as error:

@@ -1,8 +1,8 @@
 """CPU mode: Megatron on a machine with no GPU, from a model of Megatron-Core to a whole unmodified script.
 
 ``enable()`` lets Megatron-Core build, train and run models over gloo: it answers a few questions for the CPU (core.py,
-triton.py) and touches nothing else. ``enable(scripts=True)``, which is ``python -m flashcomm_megatron --cpu SCRIPT``, grows what
-Megatron-LM's scripts ask beyond that:
+triton.py) and touches nothing else. ``enable(scripts=True)``, which is ``python -m flashcomm_megatron --cpu SCRIPT``,
+grows what Megatron-LM's scripts ask beyond that:
 
 - cuda.py: torch.cuda's devices, streams, events, memory statistics, random states and tensor types;
 - literals.py: the device "cuda" in the script's own calls;

@@ -95,9 +95,10 @@ MEGATRON = (
          "its Makefile asks python3-config, which a virtual environment lacks, what this Python calls an extension"),
     Seam(f"{CORE}.inference.contexts.dynamic_context", "DynamicInferenceContext.__init__", ("self",), _dynamic,
          "cannot be: says so; the static engine, which tries it first, then takes its own way"),
-    Seam(f"{CORE}.inference.communication_utils", "_is_cuda", ("tensor",), always(None),
-         "insists that what a server tells the other ranks lies on a GPU"),
+    *(Seam(module, "_is_cuda", ("tensor",), always(None), "insists that what a server broadcasts lies on a GPU")
+      for module in (f"{CORE}.inference.communication_utils", "megatron.inference.text_generation.communication")),
 )  # fmt: skip
+
 
 def present() -> list[Seam]:
     """Rows of ``MEGATRON`` that this version has."""

@@ -24,11 +24,13 @@ class NeedsGPU(RuntimeError):
     """Something that CPU mode cannot do; the message is one sentence for the user."""
 
 
-class Stream:
+class Stream(torch.Stream):
     """A stream that orders nothing, because the CPU has done everything it was told."""
 
-    cuda_stream = device_index = 0
-    device = torch.device("cpu")
+    cuda_stream = 0
+
+    def __new__(cls, *args: Any, **options: Any) -> Stream:
+        return super().__new__(cls, stream_id=0, device_index=0, device_type=0)
 
     def __init__(self, *args: Any, **options: Any) -> None: ...
 
@@ -37,14 +39,14 @@ class Stream:
 
     def wait_event(self, event: Any) -> None: ...
 
-    wait_stream = wait_event
+    def wait_stream(self, other: Any) -> None: ...
 
     def synchronize(self) -> None: ...
 
-    def record_event(self, event: Any = None) -> Event:
-        found: Event = event or Event()
-        found.record()
-        return found
+    def record_event(self, event: Any = None) -> Any:
+        event = event or Event()
+        event.record()
+        return event
 
 
 class Event:

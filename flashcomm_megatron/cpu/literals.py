@@ -37,7 +37,13 @@ def _itself(tensor: Tensor, *args: Any, **options: Any) -> Tensor:
     return tensor
 
 
+def _new_device(kind: Any, *args: Any, **options: Any) -> Any:
+    here = _device(kind)
+    return here if isinstance(here, torch.device) else torch.device(kind, *args, **options)
+
+
 CALLS: dict[Any, Callable[..., Any]] = {
+    torch.device: _new_device,
     Tensor.cuda: _itself,  # there is one memory
     Tensor.pin_memory: _itself,  # no device copies from it
     Tensor.record_stream: lambda *args: None,  # memory is not reused behind a stream's back
