@@ -1,0 +1,56 @@
+"""How long the others take to hear of every fault of tests/faults.py, and what they hear; for docs/reliability.md.
+
+    python benchmarks/fault_table.py     writes benchmarks/results/faults.csv and .json, and prints the table's rows
+
+``seconds`` is the slowest survivor's, from its call to its error. Ranks wait ``faults.WAIT`` seconds for one that does
+nothing; users wait as long as --flash-comm-timeout says.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from record import save
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+import faults
+from ranks import spawn
+
+HOW = {"host": "shared memory", "group": "process group (gloo)"}
+
+
+def row(name: str, transport: str, survivors: list[faults.Heard]) -> dict[str, Any]:
+    """One fault over one transport."""
+    clearest = min(survivors, key=lambda heard: (not re.search(r"rank \d", heard.text), heard.seconds))
+    text = re.sub(r"^flash-comm: |The process group says: .*$", "", clearest.text.splitlines()[0]).strip()
+    seconds = max(heard.seconds for heard in survivors)
+    return {"fault": name, "transport": HOW[transport], "seconds": round(seconds, 2), "told": text}
+
+
+def measure(transport: str) -> list[dict[str, Any]]:
+    """All faults over one transport."""
+    alive = spawn(faults.alive, 3, transport)
+    rows = [
+        row(fault.name, transport, [heard[fault.name] for rank, heard in enumerate(alive) if rank != faults.VICTIM])
+        for fault in faults.LIVES
+    ]
+    world = 2 * len(faults.ENDS)
+    ended = spawn(faults.ending, world, transport, lost=range(1, world, 2))
+    return rows + [row(fault.name, transport, [ended[2 * i]]) for i, fault in enumerate(faults.ENDS)]
+
+
+def main() -> None:
+    """Measure, save and print."""
+    rows = [each for transport in faults.TRANSPORTS for each in measure(transport)]
+    save("faults", rows)
+    for fault in (*faults.LIVES, *faults.ENDS):
+        seconds = [each["seconds"] for each in rows if each["fault"] == fault.name]
+        told = next(each["told"] for each in rows if each["fault"] == fault.name)
+        print(f"| {fault.name} | {told} | {seconds[0]} | {seconds[1]} |")
+
+
+if __name__ == "__main__":
+    main()
