@@ -62,8 +62,9 @@ fuzz: $(READY)  ## Fuzz codec and streams under address and undefined-behaviour 
 threads: $(READY)  ## Run streams and codec threads under the thread and leak sanitizers
 	$(PY) tests/sanitized.py threads 1000
 
-soak: $(READY)  ## 200,000 mixed collectives on 4 ranks, each one checked; CALLS=N for fewer
+soak: $(READY)  ## 200,000 mixed collectives on 4 ranks, each checked (CALLS=N); 10,000 training steps, resumed
 	$(PY) tests/soak.py --calls $(or $(CALLS),200000) --out benchmarks/results/soak.json
+	$(PY) tests/long_training.py --out benchmarks/results/long_training.json
 
 mutations: $(READY)  ## Break every invariant once and see its test fail
 	$(PY) tests/mutations.py

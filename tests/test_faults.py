@@ -6,9 +6,13 @@ import os
 
 import faults
 import pytest
+import torch
 from ranks import spawn
 
 from flashcomm_megatron import extension
+from flashcomm_megatron.calls import Handle
+from flashcomm_megatron.config import Config
+from flashcomm_megatron.seams import where
 from flashcomm_megatron.transport import segment
 
 pytestmark = pytest.mark.skipif(extension.module() is None, reason="the extension is not built")
@@ -33,3 +37,32 @@ def test_a_rank_whose_process_ends(transport: str) -> None:
         told = fault.told[faults.TRANSPORTS.index(transport)].format(victim=2 * i + 1)
         assert told in heard[2 * i].text, f"{fault.name}: {heard[2 * i].text}"
     assert not list(segment.FOLDER.glob(f"flash-comm-{os.getpid()}-*"))
+
+
+class Broken:
+    """A message that does not arrive."""
+
+    def wait(self) -> None:
+        raise RuntimeError("flash-comm: #7/beaf all_reduce [8] float32: rank 1 has given up.")
+
+
+class Model(torch.nn.Module):
+    """Communicates in the layer named first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = torch.nn.Linear(1, 1)
+
+    def forward(self, inside: bool) -> None:
+        def steps():  # as an algorithm of algorithms.py
+            yield [Broken()]
+
+        with where.at(where.Site("row", self.first, Config(bits=4)) if inside else None):
+            Handle(steps(), 0, 0).wait()
+
+
+def test_an_error_inside_a_layer_names_it() -> None:
+    with pytest.raises(RuntimeError, match=r"#7/beaf .*rank 1 has given up\. \(This rank was in first\.\)$"):
+        Model()(True)
+    with pytest.raises(RuntimeError, match=r"given up\.$"):
+        Model()(False)

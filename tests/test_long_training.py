@@ -1,0 +1,17 @@
+"""A bounded run of long_training.py: a run that stops and goes on ends with the weights of one that did not stop."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("megatron.core", reason="megatron-core is not installed")
+
+import long_training
+
+STEPS = 120
+
+
+def test_a_resumed_run_has_the_weights_of_one_that_went_through() -> None:
+    found = long_training.compare(STEPS)
+    assert found["quantized"] >= 2 * STEPS, "activations and gradients were compressed"
+    assert found["of the last"] < 0.9 * found["loss of the first tenth"]
