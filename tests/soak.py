@@ -3,10 +3,10 @@
     python tests/soak.py [--calls 200000] [--ranks 4] [--seed 1] [--out FILE.json]
 
 Kind, shape, dtype, recipe, width, algorithm and transport are drawn anew for every call; one to four calls are under
-way at once and are waited for in any order, the same on all ranks. Half the tensors are stairs, constant over 128 values,
-which every width carries exactly: their sums are compared with the true ones. Of all results that ranks must share,
-checksums are compared between the ranks; one call in a hundred is compared bit for bit with the specification. The
-resident memory is read at a tenth of the way and at the end.
+way at once and are waited for in any order, the same on all ranks. Half the tensors are stairs, constant over 128
+values, which every width carries exactly: their sums are compared with the true ones. Of all results that ranks must
+share, checksums are compared between the ranks; one call in a hundred is compared bit for bit with the specification.
+The resident memory is read at a tenth of the way and at the end.
 """
 
 from __future__ import annotations
