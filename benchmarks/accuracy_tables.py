@@ -23,6 +23,7 @@ def main() -> None:
         "feedback": feedback,
         "blocks": blocks,
         "context": context,
+        "drift": drift,
     }
     for name, table in tables.items():
         path = RESULTS / f"accuracy_{name}.json"
@@ -31,6 +32,24 @@ def main() -> None:
             text = markdown(table(found["rows"])) + f"\n\n{origin(found['circumstances'])}"
             page = re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)", rf"\g<1>{text}\n\g<2>", page, count=1, flags=re.S)
     PAGE.write_text(page)
+
+
+def drift(rows: list[Row]) -> list[list[str]]:
+    quarters = range(1, 5)
+    head = ["4 bits", "tokens", "perplexity", *(f"{i}" for i in quarters), "repeated", *(f"{i}" for i in quarters)]
+    return [
+        [*head, "left after"],
+        *(
+            [
+                each["variant"],
+                f"{each['tokens']:,}",
+                *(f"{each[name]:.2f}" for name in ("perplexity", *(f"perplexity {i}" for i in quarters))),
+                *(f"{each[name]:.1%}" for name in ("repetition", *(f"repetition {i}" for i in quarters))),
+                f"{each['diverged after']:.1f}",
+            ]
+            for each in rows
+        ),
+    ]
 
 
 def markdown(rows: list[list[str]]) -> str:

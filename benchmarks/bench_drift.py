@@ -49,7 +49,7 @@ def main() -> None:
     noise = torch.rand(steps, options.prompts, 1, generator=torch.Generator().manual_seed(0))
     texts = {name: write(model, prompts, noise, variant) for name, variant in VARIANTS.items()}
     rows = [row(name, model, text, texts["exact"]) for name, text in texts.items()]
-    record.save("drift", rows)
+    record.save("accuracy_drift", rows)
     plot(rows)
     for each in rows:
         print(each)
@@ -136,7 +136,7 @@ def plot(rows: list[dict[str, Any]]) -> None:
         )
     axes[0].legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(record.RESULTS / "drift.png", dpi=120)
+    figure.savefig(record.RESULTS / "accuracy_drift.png", dpi=120)
 
 
 if __name__ == "__main__":
