@@ -95,7 +95,7 @@ def verdict(output: str, fine: bool) -> str:
         return f"works ({closing[1]})" if closing else "works"
     said = re.findall(r"flashcomm_megatron: error: (.*)|^(?:\[rank0\]: )?(\w+Error\b.*)", output, re.MULTILINE)
     sentences = ["".join(found) for found in said if "ChildFailed" not in "".join(found)]
-    return sentences[-1] if sentences else "ended without a word"
+    return sentences[-1].split("error: ")[-1] if sentences else "ended without a word"
 
 
 @contextmanager

@@ -280,6 +280,12 @@ def test_a_spawned_child_does_not_import_the_script(on: None) -> None:
     assert not [key for key in multiprocessing.spawn.get_preparation_data("child") if key.startswith("init_main")]
 
 
+def test_reading_data_does_not_move_the_models_stream(on: None) -> None:
+    before = torch.get_rng_state()
+    iter(torch.utils.data.DataLoader([1, 2]))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="train.py")
     made.add_argument("--transformer-impl", default="transformer_engine")

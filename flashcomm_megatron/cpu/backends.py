@@ -14,6 +14,7 @@ from sysconfig import get_config_var
 from typing import Any
 from unittest.mock import patch
 
+import torch
 import torch.distributed as dist
 
 from ..patching import Seam
@@ -59,6 +60,15 @@ def _without_main(original: Callable[..., Any]) -> Callable[..., Any]:
     return get_preparation_data
 
 
+def _own_seed(original: Callable[..., None]) -> Callable[..., None]:
+    def __init__(self: Any, loader: Any) -> None:
+        state = torch.get_rng_state()
+        original(self, loader)
+        torch.set_rng_state(state)
+
+    return __init__
+
+
 DISTRIBUTED = "torch.distributed"
 SEAMS = (
     Seam(DISTRIBUTED, "init_process_group", ("backend",), _init, "NCCL needs GPUs; gloo serves"),
@@ -66,6 +76,8 @@ SEAMS = (
     Seam(DISTRIBUTED, "all_reduce", ("tensor", "op", "group", "async_op"), _mean, "gloo has no mean"),
     Seam("torch", "compile", ("model",), _not_compiled, "Megatron compiles small functions when it is imported"),
     Seam("torch.jit", "script", ("obj",), _not_compiled, "older Megatron scripts them"),
+    Seam("torch.utils.data.dataloader", "_BaseDataLoaderIter.__init__", ("self", "loader"), _own_seed,
+         "draws its workers' seed from the stream that here is the model's: a resumed run would drop out others"),
     Seam("multiprocessing.spawn", "get_preparation_data", ("name",), _without_main,
          "a spawned child, like the queue of the checkpoint's writers, would import the script without CPU mode"),
 )  # fmt: skip
