@@ -70,6 +70,14 @@ def evidence() -> Iterator[str]:
             f"{run['KiB most']:,} KiB from a tenth of a run to its end"
         )
         yield f"| soak | {much} | {run['commit']} |"
+    if found := load("long_training"):
+        losses = f"{found['loss of the first tenth']:.4f} to {found['of the last']:.4f}"
+        memory = found["KiB late"] - found["KiB early"]
+        much = (
+            f"{found['steps']:,} steps, {found['quantized']:,} compressed collectives, loss {losses}; resumed half way "
+            f"to the same weights, bit for bit; memory grew by {memory:,} KiB"
+        )
+        yield f"| training | {much} | {found['circumstances']['commit']} |"
 
 
 def invariants() -> Iterator[str]:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from . import ranges
 from .config import Config
-from .transport import links
+from .transport import links, votes
 from .transport.link import Link
 from .version import __version__
 
@@ -29,7 +29,7 @@ LATER = "change of configuration"
 _agreed: WeakKeyDictionary[dist.ProcessGroup, list[Config]] = WeakKeyDictionary()  # the last one is in force
 
 
-def check(group: dist.ProcessGroup, config: Config, device: torch.device) -> None:
+def check(group: dist.ProcessGroup, config: Config) -> None:
     """Raise RuntimeError on every rank of ``group`` unless all of them hold ``config``; remembered per group."""
     agreed = _agreed.setdefault(group, [])
     if agreed and agreed[-1] is config:
@@ -37,6 +37,7 @@ def check(group: dist.ProcessGroup, config: Config, device: torch.device) -> Non
     if config in agreed:
         agreed.remove(config)
     elif group.size() > 1:
+        device = votes.device(group)  # gloo passes messages in main memory only, whatever the tensors' device
         link = links.aside(group, device, agreed[-1] if agreed else config, LATER if agreed else FIRST)
         _compare(_gather(_describe(config), link, device), dist.get_process_group_ranks(group))
     agreed.append(config)

@@ -44,7 +44,7 @@ def all_to_all(
     if sum(ins) != x.size(0) or len(ins) != world or len(outs) != world:
         raise ValueError(f"all_to_all: splits {ins} and {outs} do not fit {x.size(0)} rows on {world} ranks.")
     out = x.new_empty((sum(outs), *x.shape[1:]))
-    agreement.check(group, config, x.device)
+    agreement.check(group, config)
     outgoing, incoming = ([part.view(-1) for part in each] for each in (torch.split(x, ins), torch.split(out, outs)))
     leaving = [part for rank, part in enumerate(outgoing) if rank != group.rank()]
     exact_bytes = sum(part.nbytes for part in leaving)

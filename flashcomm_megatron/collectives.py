@@ -120,7 +120,7 @@ def wants(collective: str, x: Tensor, group: dist.ProcessGroup, config: Config, 
 
     The first use of a group compares the ranks' configurations, deferred or not (agreement.py).
     """
-    agreement.check(group, config, x.device)
+    agreement.check(group, config)
     plan = policy.plan(collective, x, group.size(), config, legs, nodes(group))
     if plan.reason is None:
         return True

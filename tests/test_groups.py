@@ -59,7 +59,7 @@ def in_threads(rank: int, world: int) -> list[str]:
 
     for pair in (groups[:2], [groups[2]] * 2):
         for group in pair:
-            collectives.agreement.check(group, HOST, torch.device("cpu"))
+            collectives.agreement.check(group, HOST)
             links.link(group, torch.device("cpu"), HOST, "opens it")
         threads = [threading.Thread(target=calls, args=(group, 300_000 + i)) for i, group in enumerate(pair)]
         for thread in threads:

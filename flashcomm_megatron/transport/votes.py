@@ -16,7 +16,7 @@ def gather(message: bytes, group: dist.ProcessGroup) -> list[bytes]:
     if len(message) > MESSAGE_BYTES - 2:
         message = message[: MESSAGE_BYTES - 2]
     padded = len(message).to_bytes(2, "little") + message.ljust(MESSAGE_BYTES - 2, b"\0")
-    mine = torch.tensor(list(padded), dtype=torch.uint8, device=_device(group))
+    mine = torch.tensor(list(padded), dtype=torch.uint8, device=device(group))
     everyone = [torch.empty_like(mine) for _ in range(group.size())]
     dist.all_gather(everyone, mine, group=group)
     received = [bytes(each.tolist()) for each in everyone]
@@ -31,7 +31,7 @@ def failure(mine: str, group: dist.ProcessGroup) -> str:
     return ""
 
 
-def _device(group: dist.ProcessGroup) -> torch.device:
+def device(group: dist.ProcessGroup) -> torch.device:
     """Where this group's backend wants its tensors."""
     if dist.get_backend(group) == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
