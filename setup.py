@@ -26,7 +26,7 @@ EXACT = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]  # never 
 COMMON = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-pthread"]
 CUDA = ["-std=c++17", "-O3", "-fmad=false", "-DFLASHCOMM_ISA=cuda", "--threads=2"]
 CUDA_SOURCES = ["collectives.cu", "codec_cuda.cu", "shared_memory.cu"]  # the longest first
-CPU_SOURCES = ("codec_cpu.cpp", "rotated_cpu.cpp")  # once for every instruction set
+CPU_SOURCES = ("codec_cpu.cpp", "rotated_cpu.cpp", "spike_cpu.cpp")  # once for every instruction set
 INSTRUCTION_SETS = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS |= {

@@ -5,11 +5,11 @@
 
 namespace flashcomm {
 
-constexpr int kInterface = 2;  // raise it with every change of what Python calls; flashcomm_megatron/extension.py checks
+constexpr int kInterface = 3;  // raise it with every change of what Python calls; flashcomm_megatron/extension.py checks
 
 enum Dtype { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
-constexpr int kFormats = 2;  // codec families: 0 is flashcomm_megatron.codec.Uniform, 1 Rotated (bits counted in halves)
+constexpr int kFormats = 3;  // flashcomm_megatron.codec: 0 is Uniform, 1 Rotated (bits counted in halves), 2 Spike
 
 struct Spec {
     int format, bits;

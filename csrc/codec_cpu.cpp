@@ -14,6 +14,7 @@
 #include "codec.h"
 #include "planes.h"
 #include "rotated_cpu.h"
+#include "spike_cpu.h"
 
 #if defined(__F16C__)
 #include <immintrin.h>
@@ -300,6 +301,7 @@ void decode_sum(const uint8_t* const* payloads, int count, const Spec& spec, voi
 }  // namespace
 
 extern const Kernels kernels[kFormats];
-const Kernels kernels[kFormats] = {{encode, decode_sum}, {encode_rotated, decode_sum_rotated}};
+const Kernels kernels[kFormats] = {
+    {encode, decode_sum}, {encode_rotated, decode_sum_rotated}, {encode_spike, decode_sum_spike}};
 
 }  // namespace flashcomm::FLASHCOMM_ISA

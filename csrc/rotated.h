@@ -6,7 +6,7 @@
 //     | planes of the codes              | scales      | tops                  |   sections start on 16 bytes,
 //     | words * width / 8 bytes in all   | blocks x u8 | families x u16        |   gaps are zero, little endian
 //
-//     words    a code each at whole widths; at half widths two codes, q[2i] * levels + q[2i + 1], in 2 * bits bits.
+//     words    a code each at whole widths; at half widths two codes, q[2i] + q[2i + 1] * levels, in 2 * bits bits.
 //              Wider than a byte, their low byte is a plane of 8 bits and the rest follows as planes of its own
 //     scale    distance from the family's top in eighths of an octave, and the sign of the step in bit 7
 //     step     the float32 whose bits are (top - distance) << 20
@@ -70,7 +70,9 @@ FC_INLINE uint32_t key_of(float needed, uint32_t rounding, float shrink) {
     return key < kLeastKey ? kLeastKey : key;
 }
 
-FC_INLINE uint32_t distance_of(uint32_t top, uint32_t key) { return top < key ? 0 : top - key > kLast ? kLast : top - key; }
+FC_INLINE uint32_t distance_of(uint32_t top, uint32_t key) {
+    return top < key ? 0 : top - key > kLast ? kLast : top - key;
+}
 
 FC_INLINE float step_of(uint32_t top, uint32_t scale) {
     const uint32_t distance = scale & 0x7F;

@@ -1,21 +1,17 @@
-// One family of rotated blocks on the CPU: what is known of it while it is coded, and its codes as planes.
+// One family of rotated blocks on the CPU: its steps from its largest coefficients, and its codes as planes.
 #pragma once
 
+#include "api.h"
 #include "planes.h"
 #include "rotated.h"
 
 namespace flashcomm::FLASHCOMM_ISA {
 namespace {
 
-constexpr int kMostValues = kFamily * 1024;  // of a family of the largest blocks
-
-// What is known of one family while it is coded; the arrays hold its blocks one after the other.
-struct alignas(64) Family {
-    float coefficients[kMostValues], carried[kMostValues];
-    uint8_t codes[kMostValues], parts[kMostValues / 2];
-    uint16_t words[kMostValues / 2];
-    float largest[kFamily], shrinks[kFamily], inverses[kFamily], sizes[kFamily];
-    uint32_t scales[kFamily], constants[kFamily], keys[kFamily], top;
+// What is known of a family's blocks once their largest coefficients are.
+struct alignas(64) Steps {
+    float largest[kFamily], shrinks[kFamily], inverses[kFamily];
+    uint32_t scales[kFamily], keys[kFamily], top;
 };
 
 inline bool is_escape(uint32_t scale) { return (scale & 0x7F) > kLast; }
@@ -30,66 +26,98 @@ inline int blocks_of(const RotatedLayout& at, int64_t family) {
     return (int)(left < kFamily ? left : kFamily);
 }
 
+// Where a family's codes begin in the planes, and how many blocks' are, in octets of words and in words.
+inline int64_t octet_of(const RotatedLayout& at, int64_t family) {
+    return family * kFamily * at.block / at.together / 8;
+}
+
+inline int words_of(const RotatedLayout& at, int blocks) { return (int)(blocks * at.block / at.together); }
+
 inline uint32_t top_of(const uint8_t* payload, const RotatedLayout& at, int64_t family) {
     uint16_t top;
     __builtin_memcpy(&top, payload + at.tops + 2 * family, 2);
     return top;
 }
 
-inline void pack(Family& f, const RotatedLayout& at, int64_t first, int blocks, uint8_t* payload) {
-    const int words = (int)(blocks * at.block / at.together);
-    const int64_t octet = first * at.block / at.together / 8;
-    const uint8_t* low = f.codes;
-    if (at.together == 2) {
-        const Word16* pairs = (const Word16*)f.codes;
-        const uint16_t levels = (uint16_t)at.levels;
-        for (int i = 0; i < words; i++) f.words[i] = (uint16_t)((pairs[i] & 0xFF) * levels + (pairs[i] >> 8));
-        for (int i = 0; i < words; i++) f.parts[i] = (uint8_t)f.words[i];
-        low = f.parts;
+// The family's top, and of every block its distance and the reciprocal of its step, from the largest coefficients.
+inline void fit(Steps& f, const RotatedLayout& at, int blocks) {
+    const float unit = 1.0f / (float)(at.block * at.zero), size = (float)at.block;
+    const uint32_t half = 1u << (kKeyShift - 1), rounding = at.levels <= kNearest ? half : 2 * half - 1;
+    for (int b = blocks; b < kFamily; b++) f.largest[b] = 0, f.shrinks[b] = 1, f.scales[b] = kConstant;
+    uint32_t top = kLeastKey;
+    for (int b = 0; b < kFamily; b++) {
+        f.keys[b] = key_of(f.largest[b] * unit, rounding, f.shrinks[b]);
+        const uint32_t key = (f.scales[b] & 0x7F) ? kLeastKey : f.keys[b];
+        top = key > top ? key : top;
     }
-    bool is_low = true;
-    at.each_plane([&](int width, int shift, int64_t start) {
-        uint8_t* plane = payload + start + octet * width;
-        if (shift >= 8 && is_low) {
-            for (int i = 0; i < words; i++) f.parts[i] = (uint8_t)(f.words[i] >> 8);
-            is_low = false;
-        }
-        if (width == 8) __builtin_memcpy(plane, low, words);
-        else pack_plane(width, low, words, shift & 7, plane);
-    });
+    f.top = top;
+    for (int b = 0; b < kFamily; b++) {
+        const uint32_t scale = f.scales[b], distance = distance_of(top, f.keys[b]);
+        f.inverses[b] = 1.0f / (step_of(top, distance | (scale & 0x80)) * f.shrinks[b] * size);
+        f.scales[b] = (scale & 0x7F) ? scale : scale | distance;
+    }
 }
 
-inline void unpack(const uint8_t* payload, const RotatedLayout& at, int64_t first, int blocks, Family& f) {
-    const int words = (int)(blocks * at.block / at.together);
-    const int64_t octet = first * at.block / at.together / 8;
-    uint8_t* low = at.together == 2 ? f.parts : f.codes;
-    for (int i = 0; at.together == 2 && i < words; i++) f.words[i] = 0;
-    bool is_low = true;
-    at.each_plane([&](int width, int shift, int64_t start) {
-        const uint8_t* plane = payload + start + octet * width;
-        if (shift == 8 && is_low) {
-            for (int i = 0; i < words; i++) f.words[i] = f.parts[i];
-            is_low = false;
-        }
-        if (width == 8) __builtin_memcpy(low, plane, words);
-        else unpack_plane(width, plane, words, shift & 7, low);
-    });
-    if (at.together == 1) return;
-    const int shift = is_low ? 0 : 8;
-    Word16* pairs = (Word16*)f.codes;
-    if (at.levels < 40) {  // 16-bit products are exact while levels cubed is below 2 ** 16
-        const uint16_t levels = (uint16_t)at.levels, inverse = (uint16_t)((1u << 16) / levels + 1);
-        for (int i = 0; i < words; i++) {
-            const uint16_t word = (uint16_t)(f.words[i] | f.parts[i] << shift);
-            const uint16_t upper = (uint16_t)((uint32_t)word * inverse >> 16);
-            pairs[i] = (Word16)(upper | (uint16_t)(word - upper * levels) << 8);
-        }
-        return;
+inline void store_steps(const Steps& f, const RotatedLayout& at, int64_t family, int blocks, uint8_t* payload) {
+    const uint16_t top = (uint16_t)f.top;
+    uint8_t* scales = payload + at.scales + family * kFamily;
+    for (int b = 0; b < blocks; b++) scales[b] = (uint8_t)f.scales[b];
+    __builtin_memcpy(payload + at.tops + 2 * family, &top, 2);
+}
+
+// Where everything lies, and how two codes, the digits of one number, are put into planes: known once for a tensor.
+struct Coding : RotatedLayout {
+    struct Plane {
+        int width, shift;
+        int64_t start;
+    };
+    int last, radix, planes = 0;
+    uint16_t inverse, shift = 0;  // of all numbers there are, number * inverse >> 16 + shift is number / radix
+    Plane plane[4];
+
+    explicit Coding(const Spec& spec)
+        : RotatedLayout(spec.numel, spec.bits, spec.block), last(levels - 1), radix(together == 2 ? levels : 256) {
+        while (radix > 2 << shift) shift++;
+        inverse = (uint16_t)(((1u << (16 + shift)) + radix - 1) / radix);
+        each_plane([&](int width, int first_bit, int64_t start) { plane[planes++] = {width, first_bit, start}; });
     }
-    const uint32_t levels = (uint32_t)at.levels, inverse = (1u << 24) / levels + 1;  // exact below 181 * 181
-    for (int i = 0; i < words; i++) {
-        const uint32_t word = f.words[i] | (uint32_t)f.parts[i] << shift, upper = word * inverse >> 24;
-        pairs[i] = (Word16)(upper | (word - upper * levels) << 8);
+};
+
+// Pairs of codes to the planes, from `octet` on, which hold `words` codes or pairs; `parts` is room for a byte of each.
+inline void pack(const uint16_t* __restrict pairs, uint8_t* __restrict parts, const Coding& at, int64_t octet,
+                 int words, uint8_t* payload) {
+    for (int i = 0, have = -1; i < at.planes; i++) {
+        const auto [width, shift, start] = at.plane[i];
+        uint8_t* __restrict plane = payload + start + octet * width;
+        if (at.together == 1) {
+            if (width == 8) __builtin_memcpy(plane, pairs, words);
+            pack_plane(width, (const uint8_t*)pairs, words, shift, plane);
+            continue;
+        }
+        uint8_t* __restrict bytes = width == 8 ? plane : parts;
+        for (int j = 0; have != shift / 8 && shift < 8 && j < words; j++) bytes[j] = (uint8_t)pairs[j];
+        for (int j = 0; have != shift / 8 && shift >= 8 && j < words; j++) bytes[j] = (uint8_t)(pairs[j] >> 8);
+        have = shift / 8;
+        pack_plane(width, parts, words, shift & 7, plane);
+    }
+}
+
+// The way back.
+inline void unpack(const uint8_t* payload, const Coding& at, int64_t octet, int words, uint8_t* __restrict parts,
+                   uint16_t* __restrict pairs) {
+    const uint8_t* __restrict low = nullptr;
+    for (int i = 0; i < at.planes; i++) {
+        const auto [width, shift, start] = at.plane[i];
+        const uint8_t* plane = payload + start + octet * width;
+        if (width == 8) low = plane;
+        else unpack_plane(width, plane, words, shift & 7, at.together == 1 ? (uint8_t*)pairs : parts);
+    }
+    if (at.together == 1) {
+        if (low) __builtin_memcpy(pairs, low, words);
+    } else if (low) {
+        for (int j = 0; j < words; j++) pairs[j] = (uint16_t)(low[j] | parts[j] << 8);
+    } else {
+        for (int j = 0; j < words; j++) pairs[j] = parts[j];
     }
 }
 

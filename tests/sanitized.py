@@ -28,7 +28,7 @@ MEMORY = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omi
 THREADS = ["-fsanitize=thread"]
 BASELINE = ["-DFLASHCOMM_ISA=baseline"]
 AVX2 = ["-DFLASHCOMM_ISA=avx2", "-mavx2", "-mfma", "-mf16c"]
-CODEC = ["csrc/codec_cpu.cpp", "csrc/rotated_cpu.cpp"]
+CODEC = ["csrc/codec_cpu.cpp", "csrc/rotated_cpu.cpp", "csrc/spike_cpu.cpp"]
 STREAMS = ["csrc/streams.cpp"]
 DRIVER = "tests/fuzz/driver.cpp"
 

@@ -182,7 +182,7 @@ def test_pairs_fill_their_planes() -> None:
     codec = Rotated(4.5, 32)
     codes = torch.randint(0, 22, (64,), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
     low, high = codec._split(codes)
-    first = int(codes[0]) * 22 + int(codes[1])
+    first = int(codes[0]) + int(codes[1]) * 22
     assert (low.numel(), high.numel()) == (32, 4)
     assert low[0] == first & 255 and high[0] & 1 == first >> 8
     assert torch.equal(codec._join([low, high]), codes)

@@ -23,7 +23,7 @@ wire.py::
     bits    2   2.5   3   3.5   4   4.5   5   5.5   6   6.5   7   7.5   8
     levels  4   5     8   11    16  22    32  45    64  90    128 181   256
 
-Whole widths travel as planes of codes. A width with a half travels as pairs: ``q[2i] * levels + q[2i + 1]`` is one
+Whole widths travel as planes of codes. A width with a half travels as pairs: ``q[2i] + q[2i + 1] * levels`` is one
 integer of ``2 * bits`` bits (22 * 22 <= 512), whose low eight bits are one plane and whose other bits follow as planes
 of their own. With block 32, metadata are 0.266 bits a value.
 
@@ -38,8 +38,9 @@ zeros. ``negative`` says that the largest coefficient is positive. Two values of
   (block 16: two), lowest first.
 
 Sums are taken over coefficients, in rank order, and rotated back once. The butterflies are float32 additions in one
-fixed order, strides 1, 2, 4, ..., (a, b) -> (a + b, a - b); every product is by a power of two or exact, so that all
-implementations agree bit for bit.
+fixed order, strides 1, 2, 4, ..., (a, b) -> (a + b, a - b); every product is by a power of two or exact and no
+coefficient is -0, so that all implementations agree bit for bit, also those that rotate one payload's codes as
+integers.
 
 Error: a coefficient is off by at most ``step / 2``, or by what it lies beyond the first or last code's value. ``step``
 is ``max|c| / zero`` within -1/17 and +1/16, beyond 32 levels within +1/8, unless one of the floors above is larger. A
@@ -164,7 +165,7 @@ class Rotated(Reference):
         negative = high > -low
         largest = torch.maximum(high, -low)
         reach = self.zero if clips else self.levels - 1 - self.zero
-        needed = largest / torch.full_like(largest, self.block * reach)  # a scalar divisor is inverted on CUDA
+        needed = largest * (1.0 / torch.full_like(largest, self.block * reach))  # the divisor's inverse, in float32
         half = 1 << (KEY_SHIFT - 1)
         keys = (needed.view(torch.int32) + (half if clips and self.levels <= NEAREST else 2 * half - 1)) >> KEY_SHIFT
         keys = (keys + (shrink < 1).int() * (16 << 3)).clamp(min=LEAST_KEY)
@@ -185,7 +186,7 @@ class Rotated(Reference):
         top = from_half_words(tops).repeat_interleave(FAMILY)[: scale.numel()]
         step = ((top - distance.clamp(max=LAST)) << KEY_SHIFT).view(torch.float32)
         step = torch.where(distance == NAN, math.nan, step)
-        coefficients = (codes - self.zero) * torch.where(scale > 0x7F, -step, step)[:, None]
+        coefficients = (codes - self.zero) * torch.where(scale > 0x7F, -step, step)[:, None] + 0.0  # never -0
 
         value = self._constant_values(codes)
         constant = distance == CONSTANT
@@ -211,7 +212,7 @@ class Rotated(Reference):
         """uint8 codes -> the sections of their planes."""
         words = codes.int()
         if self._together == 2:
-            words = words[0::2] * self.levels + words[1::2]
+            words = words[0::2] + words[1::2] * self.levels
         parts = [words & 0xFF, words >> 8]
         return [
             plane
@@ -229,7 +230,7 @@ class Rotated(Reference):
             shift, rest = shift + width, rest[count:]
         assert words is not None
         if self._together == 2:
-            words = torch.stack([words // self.levels, words % self.levels], dim=1)
+            words = torch.stack([words % self.levels, words // self.levels], dim=1)
         return words.flatten().to(torch.uint8)
 
     def _constant_codes(self, value: Tensor) -> Tensor:

@@ -19,7 +19,8 @@ Sections for ``n`` values, ``blocks = ceil(n / block)``, aligned as in wire.py::
     | planes of the codes | spike minima  | spike maxima  | spans       | lows        | planes of the positions |
     | n8 * bits / 8 bytes | blocks x bf16 | blocks x bf16 | blocks x u8 | blocks x i8 | 2 * blocks codes        |
 
-Positions take ``log2(block)`` bits, rounded up; those of the minima come first. Bits per value, all included::
+Positions take ``log2(block)`` bits, rounded up; a block's minimum and maximum follow each other. Bits per value, all
+included::
 
     bits       2       3       4       5       6       7       8
     block 32   3.8125  4.8125  5.8125  6.8125  7.8125  8.8125  9.8125
@@ -74,6 +75,11 @@ class Spike(Reference):
             raise ValueError(f"block={self.block}: choose a multiple of 8 up to 256, for example 32 or 64.")
 
     @property
+    def native(self) -> tuple[int, int, int]:
+        """Format number in csrc/api.h, bits, and block: how the compiled extension knows this codec."""
+        return 2, self.bits, self.block
+
+    @property
     def levels(self) -> int:
         """Steps between the smallest and the largest code: 2**bits - 1."""
         return (1 << self.bits) - 1
@@ -107,7 +113,7 @@ class Spike(Reference):
         span = _spans(spans, exponent)
         lows = torch.where(span > 0, (low - anchor) / (span / UNITS), 0.0).floor().clamp(-128, 127)
         low = anchor + lows * (span / UNITS)
-        inverse = torch.where(span > 0, 1.0 / (span / self.levels), 0.0)
+        inverse = torch.where(span > 0, 1.0 / self._step(span), 0.0)
         values = torch.where(finite[:, None], blocks.float(), 0.0) * prescale[:, None]
         codes = ((values - low[:, None]) * inverse[:, None]).round().clamp(0, self.levels).to(torch.uint8)
         codes.scatter_(1, positions.t(), 0)
@@ -123,7 +129,7 @@ class Spike(Reference):
                 half_words(maxima),
                 torch.where(escaped, CONSTANT, spans).to(torch.uint8),
                 lows.to(torch.int8).view(torch.uint8),
-                *split_planes(positions.to(torch.uint8).flatten(), self.position_bits),
+                *split_planes(positions.t().to(torch.uint8).flatten(), self.position_bits),
             ]
         )
 
@@ -134,7 +140,7 @@ class Spike(Reference):
         planes = len(plane_bytes(numel, self.bits))
         codes = join_planes(sections[:planes], self.bits)
         minima, maxima, spans, lows = sections[planes : planes + 4]
-        positions = join_planes(sections[planes + 4 :], self.position_bits)[: 2 * count].view(2, count, 1).long()
+        positions = join_planes(sections[planes + 4 :], self.position_bits)[: 2 * count].view(count, 2, 1).long()
         codes = torch.nn.functional.pad(codes, (0, count * self.block - codes.numel())).view(count, self.block)
 
         words = from_half_words(minima), from_half_words(maxima)
@@ -142,11 +148,15 @@ class Spike(Reference):
         prescale, anchor, exponent = _frame(minimum, maximum)
         span = _spans(spans.int(), exponent)
         low = anchor + lows.view(torch.int8).float() * (span / UNITS)
-        values = (low[:, None] + codes.float() * (span / self.levels)[:, None]) / prescale[:, None]
-        values.scatter_(1, positions[1], maximum[:, None]).scatter_(1, positions[0], minimum[:, None])
+        values = (low[:, None] + codes.float() * self._step(span)[:, None]) / prescale[:, None]
+        values.scatter_(1, positions[:, 1], maximum[:, None]).scatter_(1, positions[:, 0], minimum[:, None])
         values = torch.where(minimum.isnan()[:, None], math.nan, values)
         constant = (words[0] << 16 | words[1]).view(torch.float32)
         return torch.where((spans == CONSTANT)[:, None], constant[:, None], values).flatten()[:numel]
+
+    def _step(self, span: Tensor) -> Tensor:
+        """Distance of two codes' values; a scalar divisor is inverted on CUDA."""
+        return span / torch.full_like(span, self.levels)
 
     def _extremes_of_rest(self, keys: Tensor, positions: Tensor, numel: int) -> tuple[Tensor, Tensor]:
         """Smallest and largest key of every row without its spikes and what lies beyond ``numel``; of an empty rest,

@@ -1,0 +1,12 @@
+// The spike format's kernels of one instruction set; see struct Kernels in api.h.
+#pragma once
+
+#include "api.h"
+
+namespace flashcomm::FLASHCOMM_ISA {
+
+void encode_spike(const void* x, void* residual, int dtype, const Spec&, uint8_t* payload, int64_t first, int64_t last);
+void decode_sum_spike(const uint8_t* const* payloads, int count, const Spec&, void* out, int dtype, int64_t first,
+                      int64_t last);
+
+}  // namespace flashcomm::FLASHCOMM_ISA
