@@ -6,7 +6,7 @@ Kind, shape, dtype, recipe, width, algorithm and transport are drawn anew for ev
 way at once and are waited for in any order, the same on all ranks. Half the tensors are stairs, constant over 128
 values, which every width carries exactly: their sums are compared with the true ones. Of all results that ranks must
 share, checksums are compared between the ranks; one call in a hundred is compared bit for bit with the specification.
-The resident memory is read at a tenth of the way and at the end.
+The resident memory is read at a tenth of the way, half way (the cache of plans is full by then) and at the end.
 """
 
 from __future__ import annotations
@@ -163,16 +163,18 @@ class Soak:
 
 
 def run(rank: int, world: int, calls: int, seed: int) -> dict[str, Any]:
-    """``calls`` collectives; what was done, and the memory in KiB at a tenth of them and at the end."""
-    soak, early, started = Soak(rank, world, seed), 0, time.monotonic()
+    """``calls`` collectives; what was done, and the memory in KiB on the way and at the end."""
+    soak, memory, started = Soak(rank, world, seed), {}, time.monotonic()
+    marks = {"KiB early": calls // 10, "KiB half": calls // 2}
     while soak.done["calls"] < calls:
         soak.step()
-        if not early and soak.done["calls"] >= calls // 10:
-            early = resident()
+        for name in [name for name, mark in marks.items() if soak.done["calls"] >= mark]:
+            memory[name] = resident()
+            del marks[name]
     soak.compare()
     seconds = round(time.monotonic() - started, 1)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"KiB early": early, "KiB late": resident(), "KiB peak": peak, "seconds": seconds, **soak.done}
+    return {**memory, "KiB late": resident(), "KiB peak": peak, "seconds": seconds, **soak.done}
 
 
 def resident() -> int:
