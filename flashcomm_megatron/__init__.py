@@ -2,7 +2,7 @@
 
 - ``enable(bits=4)``, ``disable()``, ``with flashcomm(bits=4):`` switch compression of Megatron on and off.
 - ``Config`` is everything that can be chosen; only ``bits`` is needed.
-- ``all_reduce``, ``reduce_scatter``, ``all_gather``, ``all_to_all`` are the quantized collectives, on any process group.
+- ``all_reduce``, ``reduce_scatter``, ``all_gather``, ``all_to_all`` are the quantized collectives, on any group.
 - ``encode``, ``decode``, ``wire_bytes`` are the number format of a configuration.
 - ``stats``, ``reset_stats`` count what was compressed and what was not, and why; ``report`` says what was found.
 - ``metrics``, ``log_metrics`` are these numbers, and the codec's sampled error, for W&B, TensorBoard or a file.
