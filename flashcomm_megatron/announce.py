@@ -21,6 +21,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 from . import counters, environment, extension
 from .config import Config, current
+from .recipes import RECIPES
 
 logger = logging.getLogger("flashcomm_megatron")
 KEPT_EXACT = "embedding, output layer, router, loss"
@@ -121,12 +122,14 @@ def headline(patched: str) -> str:
     """The one line: widths, recipe, codec, what is patched, what stays exact."""
     config = current()
     assert config is not None
-    block, kept = config.legs.reduce.block, KEPT_EXACT
+    block, kept = f" (block {config.legs.reduce.block})", KEPT_EXACT
+    if RECIPES[config.recipe].calibrated:  # scales of its own for every feature
+        block = ""
     gradients = f"gradients {config.grad_bits}-bit, "
     if config.gradient_legs is None:
         gradients, kept = "", f"gradients, {kept}"
     return (
-        f"flash-comm: {config.bits}-bit {config.recipe} (block {block}), {gradients}{extension.describe()}, {patched}; "
+        f"flash-comm: {config.bits}-bit {config.recipe}{block}, {gradients}{extension.describe()}, {patched}; "
         f"exact: {kept}"
     )
 

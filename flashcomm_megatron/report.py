@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from . import checkout, environment, extension, patching, seams, training_log
+from . import checkout, environment, extension, feedback, patching, seams, training_log
 from .arguments import FLAG
 from .config import TRANSPORTS, current
 from .version import __version__
@@ -50,6 +50,7 @@ def report() -> Report:
             "environment": ", ".join(f"{name}={os.environ[name]}" for name in environment.KNOWN if name in os.environ)
             or "no FLASH_COMM_* variable set",
             "state": _state(),
+            "feedback": ", ".join(f"{n} x {what}" for what, n in feedback.counts().items()) or "no sum so far",
             "seams": rows,
         }
     )

@@ -106,6 +106,11 @@ def test_the_line_says_what_happens_to_gradients(grad_bits: int, says: str, exac
     assert line.endswith(f"; exact: {exact}embedding, output layer, router, loss")
 
 
+def test_no_block_is_named_where_there_are_none() -> None:
+    config.set_current(fc.Config(bits=4, recipe="outlier", calibration="ranges.safetensors"))
+    assert announce.headline(PATCHED).startswith("flash-comm: 4-bit outlier, ")
+
+
 def test_only_rank_0_speaks(
     capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 
 import pytest
+import torch
 
 import flashcomm_megatron as fc
-from flashcomm_megatron import config, seams
+from flashcomm_megatron import config, feedback, seams
 from flashcomm_megatron.__main__ import main
 
 
@@ -30,6 +31,17 @@ def test_state_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     found = fc.report()
     assert found["state"] == "off, FLASH_COMM_DISABLE is set"
     assert "FLASH_COMM_DISABLE=1" in found["environment"]
+
+
+def test_it_says_where_feedback_was_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "megatron.core", None)
+    feedback.reset_counts()
+    assert fc.report()["feedback"] == "no sum so far"
+    layer = torch.nn.Linear(2, 2).train()
+    assert feedback.residuals(layer, torch.zeros(1, 2), None, fc.Config(bits=4)) is None
+    (reason,) = feedback.counts()
+    assert fc.report()["feedback"] == f"1 x {reason}"
+    feedback.reset_counts()
 
 
 def test_every_seam_fits_the_installed_megatron() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import algorithms, policy
 from ..algorithms import Residuals
+from ..calibration import GAMMA
 from ..codec.outlier import from_ranges
 from ..config import Config
 from ..recipes import RECIPES, Legs
@@ -32,14 +33,16 @@ def exact(site: str, parts: list[Tensor]) -> Tensor:
 
 
 class Recorder:
-    """Exact sums that note what the partial sums range over: the calibration of recipe ``outlier``."""
+    """Exact sums that note what the partial sums range over, by moving averages over batches: the calibration of recipe
+    ``outlier``."""
 
     def __init__(self) -> None:
         self.ranges: Ranges = {}
 
     def __call__(self, site: str, parts: list[Tensor]) -> Tensor:
         rows = torch.stack(parts).flatten(1, -2)
-        self.ranges[site] = torch.stack([rows.amin(1), rows.amax(1)])
+        batch = torch.stack([rows.amin(1), rows.amax(1)])
+        self.ranges[site] = self.ranges[site].lerp(batch, GAMMA) if site in self.ranges else batch
         return exact(site, parts)
 
 

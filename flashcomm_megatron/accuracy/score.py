@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ..config import Config
+from ..recipes import RECIPES
 from .llama import Cache, Llama
 from .ranks import Compressed, Ranges, Recorder, exact
 
@@ -60,7 +61,7 @@ class Bench:
 
     def score(self, config: Config, world: int, with_sites: bool, has_feedback: bool = True) -> Score:
         """Everything there is to know about ``config`` on ``world`` ranks."""
-        ranges = self._calibrated(world)
+        ranges = self._calibrated(world) if RECIPES[config.recipe].calibrated else {}
         ranks = Compressed(config, world, ranges, has_feedback)
         totals = self._totals(ranks)
         agreed = self._follow(Compressed(config, world, ranges, has_feedback))
@@ -132,11 +133,12 @@ class Bench:
         return torch.stack(out, 1) if out else torch.ones(len(self.prompts), 0, dtype=torch.bool)
 
     def _calibrated(self, world: int) -> Ranges:
-        """Ranges of the partial sums over the first batch of windows."""
+        """Ranges of the partial sums over all windows, each a batch of its own."""
         if world not in self._ranges:
             recorder = Recorder()
             with torch.no_grad():
-                self.model(self.windows[:BATCH], world, recorder)
+                for window in torch.split(self.windows, 1):
+                    self.model(window, world, recorder)
             self._ranges[world] = recorder.ranges
         return self._ranges[world]
 
