@@ -47,6 +47,8 @@ def enable(force: bool = False, scripts: bool = False) -> bool:
         except patching.PatchError:
             disable()
             raise
+        if scripts:
+            backends.enter()
     return wanted
 
 
@@ -58,6 +60,7 @@ def is_on() -> bool:
 def disable() -> None:
     """Restore every original object. Idempotent."""
     patching.revert([*backends.MEGATRON, *SEAMS, *reversed(SCRIPT_SEAMS)])
+    backends.leave()
     triton.leave()
     literals.leave()
     options.leave()

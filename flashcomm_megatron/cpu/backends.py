@@ -6,6 +6,7 @@ is compiled or scripted: torch.compile wants a compiler at every start and chang
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from collections.abc import Callable
@@ -110,6 +111,26 @@ MEGATRON = (
     *(Seam(module, "_is_cuda", ("tensor",), always(None), "insists that what a server broadcasts lies on a GPU")
       for module in (f"{CORE}.inference.communication_utils", "megatron.inference.text_generation.communication")),
 )  # fmt: skip
+
+
+# Module, name, value: read without Transformer Engine, but only defined with it (the router of 0.16).
+UNDEFINED = ((f"{CORE}.transformer.moe.moe_utils", "te_general_gemm", None),)
+_defined: list[tuple[Any, str]] = []
+
+
+def enter() -> None:
+    """Define the names of ``UNDEFINED`` that are not. Idempotent."""
+    for module, name, value in UNDEFINED:
+        owner = importlib.import_module(module)
+        if not hasattr(owner, name):
+            setattr(owner, name, value)
+            _defined.append((owner, name))
+
+
+def leave() -> None:
+    """Undefine them again. Idempotent."""
+    while _defined:
+        delattr(*_defined.pop())
 
 
 def present() -> list[Seam]:
