@@ -14,6 +14,11 @@ static std::vector<Posting> postings(const Postings& pairs) {
     return out;
 }
 
+static bool has_signal() {  // Ctrl-C, say: its Python exception is then set
+    const py::gil_scoped_acquire acquire;
+    return PyErr_CheckSignals() != 0;
+}
+
 void bind_streams(py::module_& m) {
     py::class_<Streams::Exchange, Streams::Handle>(m, "Exchange").def_readonly("open", &Streams::Exchange::open);
     py::class_<Streams>(m, "Streams")
@@ -28,8 +33,9 @@ void bind_streams(py::module_& m) {
             Outcome outcome;
             {
                 const py::gil_scoped_release release;
-                outcome = streams.wait(handle, seconds);
+                outcome = streams.wait(handle, seconds, has_signal);
             }
+            if (outcome.failure == Failure::interrupted) throw py::error_already_set();
             const auto theirs = py::bytes(outcome.theirs).attr("decode")("utf-8", "replace");
             return py::make_tuple((int)outcome.failure, outcome.peer, theirs);
         });

@@ -21,6 +21,7 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 constexpr uint64_t kPiece = 128 << 10;  // bytes after which the reader hears of them, so that both ends copy at once
+constexpr auto kPatience = std::chrono::milliseconds(50);  // before asking whether the user is still there
 constexpr auto kSpin = std::chrono::microseconds(40);
 constexpr long kNap = 20'000'000;  // nanoseconds between two looks at the peers' health
 
@@ -143,7 +144,7 @@ Streams::Handle Streams::start(const std::vector<Posting>& sends, const std::vec
     return handle;
 }
 
-Outcome Streams::wait(const Handle& handle, double seconds) {
+Outcome Streams::wait(const Handle& handle, double seconds, bool (*interrupted)()) {
     const std::lock_guard<std::mutex> guard(mutex_);
     moved_ = Clock::now();
     while (is_open(handle)) {
@@ -158,6 +159,7 @@ Outcome Streams::wait(const Handle& handle, double seconds) {
             continue;
         }
         check_peers();
+        if (idle > kPatience && interrupted && interrupted()) return {Failure::interrupted, -1, ""};
         if (idle > std::chrono::duration<double>(seconds)) give_up();
         if (is_open(handle)) sleep();
     }

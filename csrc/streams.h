@@ -49,7 +49,7 @@ struct Posting {  // of start(): one for every rank, empty where nothing is sent
     uint64_t bytes;
 };
 
-enum class Failure { none, deadline, died, gave_up, mismatch };
+enum class Failure { none, deadline, died, gave_up, mismatch, interrupted };
 
 struct Outcome {
     Failure failure = Failure::none;
@@ -77,7 +77,8 @@ class Streams {
 
     // Move bytes until everything that `handle` posted has arrived and left, or `seconds` passed without any movement.
     // The first failure is kept: the streams are out of step from then on.
-    Outcome wait(const Handle& handle, double seconds);
+    // `interrupted` is asked now and then whether the user wants to stop; the streams stay usable if so.
+    Outcome wait(const Handle& handle, double seconds, bool (*interrupted)() = nullptr);
 
    private:
     struct Message {

@@ -26,7 +26,8 @@ def resolve(group: dist.ProcessGroup | None, config: Config | None) -> tuple[dis
     if config is None:
         raise ValueError("flash-comm is off: pass config=Config(bits=4) or call enable(bits=4) first.")
     group = group or dist.group.WORLD
-    assert group is not None  # torch raises first where there is none
+    if group is None:
+        raise ValueError("flash-comm has no process group: call torch.distributed.init_process_group() first.")
     return group, config
 
 
@@ -57,22 +58,28 @@ class Handle:
         self._seconds = 0.0
         self._transfers: Sequence[Transfer] = []
         self._result: Tensor | None = None
+        self._error: BaseException | None = None
         self._advance()
 
     def wait(self) -> Tensor:
-        """Block (on a GPU: make the current stream wait) until the result is there, and return it."""
+        """Block (on a GPU: make the current stream wait) until the result is there, and return it; or its error."""
         while self._result is None:
+            if self._error is not None:
+                raise self._error
             self._advance()
         return self._result
 
     @torch.no_grad()
     def _advance(self) -> None:
         started = time.perf_counter()
-        self._receive()
         try:
+            self._receive()
             self._transfers = next(self._steps)
         except StopIteration as end:
             self._result = end.value
+        except BaseException as error:
+            self._error = error
+            raise
         self._seconds += time.perf_counter() - started
         if self._result is not None:
             counters.count_quantized(*self._bytes, self._seconds)

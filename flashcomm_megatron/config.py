@@ -70,13 +70,13 @@ class Config:
     text: ClassVar[str]  # set for each: all of it as a line of JSON, ready for a compiled graph (traced.py)
 
     def __post_init__(self) -> None:
-        _check(self.bits in range(2, 9), "bits", self.bits, "2 to 8")
+        _check(type(self.bits) is int and self.bits in range(2, 9), "bits", self.bits, "2 to 8")
         _check(self.recipe in RECIPES, "recipe", self.recipe, ", ".join(RECIPES))
         widths = RECIPES[self.recipe].widths
         _check(self.bits in widths, "bits", self.bits, f"{_list(widths)} with recipe {self.recipe}")
         _check(self.block is None or (self.block > 0 and self.block % 8 == 0), "block", self.block, "a multiple of 8")
         _check(self.min_bytes is None or self.min_bytes >= 0, "min-bytes", self.min_bytes, "0 or more")
-        _check(self.timeout is None or self.timeout > 0, "timeout", self.timeout, "seconds, more than 0")
+        _check(self.timeout is None or 0 < self.timeout <= 1e7, "timeout", self.timeout, "seconds, more than 0, to 1e7")
         positive = self.log_interval is None or self.log_interval > 0
         _check(positive, "log-interval", self.log_interval, "1 or more")
         _check(self.transport in TRANSPORTS, "transport", self.transport, ", ".join(TRANSPORTS))

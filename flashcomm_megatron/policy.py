@@ -23,8 +23,8 @@ from .thresholds import Case
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-# Values of a piece (pieces.py): on a CPU the payload of one stays in the cache and takes milliseconds on a slow link.
-PIECE = {"cpu": 512 * 1024}
+# Values of a piece (pieces.py): milliseconds of a slow link; through shared memory only what exceeds the cache is cut.
+PIECE = {"cpu": 512 * 1024, "shared memory": 4096 * 1024}
 FAMILY = 32  # a piece is a multiple of so many blocks, so that cutting changes no bit: codec/rotated.py
 
 # One-step moves world / 2 times the bytes of two-step, but in one exchange instead of two.
@@ -68,16 +68,17 @@ def _plan(
 ) -> Plan:
     nbytes = numel * dtype.itemsize
     uncalibrated = RECIPES[config.recipe].calibrated and legs is None and collective != "all_gather"
+    is_gradient = legs is not None and legs != config.legs and legs == config.gradient_legs
+    case = Case(collective, _name(dtype), config.grad_bits if is_gradient else config.bits, config.recipe)
     legs = legs or config.legs
+    place = _place(device, config, nodes)
     return Plan(
-        reason="no calibrated site"
-        if uncalibrated
-        else _reason(collective, nbytes, dtype, device, world, config, nodes),
+        reason="no calibrated site" if uncalibrated else _reason(case, nbytes, dtype, place, world, config),
         algorithm=_algorithm(world, config, nodes),
         reduce=legs.reduce,
         gather=legs.gather,
         exact_bytes=exact_bytes(collective, nbytes, world),
-        piece=0 if RECIPES[config.recipe].calibrated else _piece(device, legs),
+        piece=0 if RECIPES[config.recipe].calibrated else _piece(place, legs),
         nodes=nodes,
         dtype=dtype,
     )
@@ -88,7 +89,8 @@ def message_codec(x: Tensor, world: int, config: Config, legs: Legs, nodes: tupl
 
     The messages of a call differ in size, so that no size is known to all ranks; each pair decides for itself.
     """
-    reason = _reason("all_to_all", x.nbytes, x.dtype, x.device.type, world, config, nodes)
+    case = Case("all_to_all", _name(x.dtype), config.bits, config.recipe)
+    reason = _reason(case, x.nbytes, x.dtype, _place(x.device.type, config, nodes), world, config)
     return legs.gather if reason is None else Raw(x.dtype)
 
 
@@ -98,28 +100,30 @@ def exact_bytes(collective: str, nbytes: int, world: int) -> int:
     return int(nbytes * sends[collective])
 
 
-def _reason(
-    collective: str, nbytes: int, dtype: torch.dtype, device: str, world: int, config: Config, nodes: tuple[int, ...]
-) -> str | None:
-    name = str(dtype).removeprefix("torch.")
+def _reason(case: Case, nbytes: int, dtype: torch.dtype, place: str, world: int, config: Config) -> str | None:
     if world == 1:
         return "one rank"
     if dtype not in DTYPES:
-        return f"dtype {name}"
+        return f"dtype {case.dtype}"
     if nbytes == 0:
         return "empty"
-    place = "shared memory" if device == "cpu" and _share_memory(config, nodes) else device
-    least = thresholds.least(Case(collective, name, config.bits, config.recipe), world, place, config)
+    least = thresholds.least(case, world, place, config)
     return f"below {least} bytes" if nbytes < least else None
 
 
-def _share_memory(config: Config, nodes: tuple[int, ...]) -> bool:
-    return config.transport in ("auto", "host") and len(set(nodes)) == 1
+def _place(device: str, config: Config, nodes: tuple[int, ...]) -> str:
+    """What a link is, as far as a plan depends on it: "shared memory", or the kind of device."""
+    shared = device == "cpu" and config.transport in ("auto", "host") and len(set(nodes)) == 1
+    return "shared memory" if shared else device
 
 
-def _piece(device: str, legs: Legs) -> int:
+def _piece(place: str, legs: Legs) -> int:
     unit = FAMILY * math.lcm(legs.reduce.block, legs.gather.block)
-    return PIECE.get(device, 0) // unit * unit
+    return PIECE.get(place, 0) // unit * unit
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _algorithm(world: int, config: Config, nodes: tuple[int, ...]) -> str:

@@ -24,7 +24,7 @@ NEVER = 2**62  # bytes: no size measured was worth it
 # Ranks of one CPU machine, which share memory: benchmarks/bench_collectives.py. Other CPU groups: link_lab.py, there.
 # GPUs: not measured by us; the smallest size at which published kernels of this kind win on fp16 (AMD QuickReduce's
 # table, 1 to 16 MiB by number of ranks).
-DEFAULTS = {"shared memory": 1024, "cpu": 16 * 1024, "cuda": 1024 * 1024}
+DEFAULTS = {"shared memory": 1024, "cpu": 256 * 1024, "cuda": 1024 * 1024}
 
 
 class Case(NamedTuple):
@@ -52,11 +52,11 @@ def read(path: str, world: int) -> dict[Case, int]:
         found = json.loads(Path(path).read_text())
         made, tables = found["circumstances"], found["least bytes by ranks"]
         rows = {Case(*row[:4]): int(row[4]) for row in tables.get(str(world), [])}
+        differing = [f"{key} {made.get(key)}, here {value}" for key, value in here().items() if made.get(key) != value]
     except OSError as error:
         raise ValueError(f"{name}: {error.strerror}. {AGAIN}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{name} is no file of thresholds ({error!r}). {AGAIN}") from None
-    differing = [f"{key} {made.get(key)}, here {value}" for key, value in here().items() if made.get(key) != value]
     if differing:
         raise ValueError(f"{name} was measured elsewhere ({'; '.join(differing)}). {AGAIN}")
     return rows

@@ -61,14 +61,21 @@ def main(argv: list[str]) -> int:
         parser.exit(
             2, f"{parser.prog}: error: needs its ranks: torchrun --nproc-per-node N -m flashcomm_megatron bench.\n"
         )
+    unknown = [bits for bits in options.bits if bits not in RECIPES[options.recipe].widths]
+    if unknown:
+        parser.exit(
+            2,
+            f"{parser.prog}: error: --bits {unknown}: recipe {options.recipe} has {RECIPES[options.recipe].widths}.\n",
+        )
+    if options.tune is not None and not options.tune.absolute().parent.is_dir():
+        parser.exit(2, f"{parser.prog}: error: --tune {options.tune}: there is no such folder.\n")
     if not dist.is_initialized():
         _join()
     rows: dict[Case, int] = {}
     for kind, dtype, bits in itertools.product(KINDS, options.dtype, options.bits):
-        if bits in RECIPES[options.recipe].widths:
-            case = Case(kind, dtype, bits, options.recipe)
-            rows[case] = threshold(measure(case))
-            _say(f"{kind:15} {dtype:9} {bits} bits  {_text(rows[case])}")
+        case = Case(kind, dtype, bits, options.recipe)
+        rows[case] = threshold(measure(case))
+        _say(f"{kind:15} {dtype:9} {bits} bits  {_text(rows[case])}")
     if options.tune is not None:
         if dist.get_rank() == 0:
             thresholds.write(options.tune, dist.get_world_size(), rows)
@@ -118,7 +125,8 @@ def _calls(kind: str, numel: int, dtype: torch.dtype, config: Config) -> tuple[C
     share = -(-numel // world) * world
     x = torch.randn(share, dtype=torch.float32).to(device=_device(), dtype=dtype)
     if kind == "all_reduce":
-        return lambda: dist.all_reduce(x.zero_()), lambda: collectives.all_reduce(x, None, config)
+        zeros = torch.zeros_like(x)  # sums of zeros stay zeros; the exact call takes as long for any values
+        return lambda: dist.all_reduce(zeros), lambda: collectives.all_reduce(x.mul_(1 / world), None, config)
     out = x.new_empty(share // world if kind == "reduce_scatter" else share * world)
     exact = dist.reduce_scatter_tensor if kind == "reduce_scatter" else dist.all_gather_into_tensor
     ours = getattr(collectives, kind)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from ranks import spawn
 
-from flashcomm_megatron import counters, policy
+from flashcomm_megatron import calls, counters, policy
 from flashcomm_megatron.collectives import all_gather, all_reduce, reduce_scatter
 from flashcomm_megatron.config import Config
 
@@ -235,3 +235,14 @@ def _subgroups(rank: int, world: int) -> None:
 
 def test_two_groups_at_once():
     spawn(_subgroups, 4)
+
+
+def test_an_error_is_raised_again_by_a_second_wait() -> None:
+    def steps():  # type: ignore[no-untyped-def]
+        yield []
+        raise ValueError("broken")
+
+    handle = calls.Handle(steps(), 0, 0)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="broken"):
+            handle.wait()

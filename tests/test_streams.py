@@ -174,6 +174,37 @@ def test_ranks_in_different_calls_hear_of_each_other() -> None:
     assert any("[64, 128]" in text and "[64, 64]" in text and "same order" in text for text in texts)
 
 
+def interrupted(rank: int, world: int) -> float:
+    config = fc.Config(bits=4, transport="host", min_bytes=0, timeout=30)
+    collectives.all_reduce(torch.ones(1000), None, config)
+    if rank == 1:
+        time.sleep(3)
+        return 0.0
+    signal.signal(signal.SIGALRM, signal.default_int_handler)  # what Ctrl-C does, a second from now
+    signal.alarm(1)
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        collectives.all_reduce(torch.ones(1000), None, config)
+    return time.monotonic() - started
+
+
+def test_ctrl_c_does_not_wait_for_the_timeout() -> None:
+    assert 0.9 < spawn(interrupted, 2, lost=[1])[0] < 20
+
+
+def dropped(rank: int, world: int, transport: str) -> None:
+    config = fc.Config(bits=4, transport=transport, min_bytes=0, timeout=60)
+    for _ in range(3):
+        collectives.all_reduce(torch.ones(100_000), None, config, async_op=True)  # its handle is dropped
+    dist.barrier()
+    assert torch.equal(collectives.all_reduce(torch.ones(1000), None, config), torch.full((1000,), 2.0))
+
+
+@pytest.mark.parametrize("transport", ["host", "group"])
+def test_a_dropped_handle_harms_nobody(transport: str) -> None:
+    spawn(dropped, 2, transport)
+
+
 def fork(rank: int, world: int) -> int:
     config = fc.Config(bits=4, transport="host", min_bytes=0)
     collectives.all_reduce(torch.ones(10_000), None, config)

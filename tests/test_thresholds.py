@@ -26,8 +26,8 @@ def reason(numel: int, nodes: tuple[int, ...], **options: object) -> str | None:
 
 def test_ranks_that_share_memory_start_to_compress_earlier() -> None:
     assert reason(1024, (0, 0)) is None
-    assert reason(1024, (0, 1)) == reason(1024, (0, 0), transport="group") == "below 16384 bytes"
-    assert reason(8192, (0, 1)) is None
+    assert reason(1024, (0, 1)) == reason(1024, (0, 0), transport="group") == "below 262144 bytes"
+    assert reason(131072, (0, 1)) is None
 
 
 def test_a_measured_file_decides_for_its_cases_and_its_number_of_ranks(tmp_path: Path) -> None:
@@ -49,6 +49,7 @@ def test_a_measured_file_decides_for_its_cases_and_its_number_of_ranks(tmp_path:
         (None, "No such file"),
         ("no json", "no file of thresholds"),
         ("[]", "no file of thresholds"),
+        ('{"circumstances": [], "least bytes by ranks": {}}', "no file of thresholds"),
         ('{"circumstances": {}, "least bytes by ranks": {"2": [["all_reduce", 1]]}}', "no file of thresholds"),
         ('{"circumstances": {"torch": "1.0"}, "least bytes by ranks": {}}', "torch 1.0, here"),
     ],

@@ -7,9 +7,11 @@ faster than its all_gather at every size measured (benchmarks/bench_collectives.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 from torch import Tensor
@@ -39,6 +41,17 @@ class Message(NamedTuple):
             ) from error
 
 
+_under_way: WeakKeyDictionary[dist.ProcessGroup, deque[tuple[list[dist.Work], list[Tensor]]]] = WeakKeyDictionary()
+
+
+def _keep(group: dist.ProcessGroup, works: list[dist.Work], messages: list[dist.P2POp]) -> None:
+    """Let messages live until they are delivered, also those whose handle is dropped: their peers still expect them."""
+    kept = _under_way.setdefault(group, deque())
+    while kept and all(work.is_completed() for work in kept[0][0]):
+        kept.popleft()
+    kept.append((works, [message.tensor for message in messages]))
+
+
 def exchange(
     sends: Sequence[Tensor], receives: Sequence[Tensor], group: dist.ProcessGroup, seconds: float, call: Call
 ) -> Sequence[Transfer]:
@@ -63,4 +76,5 @@ def exchange(
     works = dist.batch_isend_irecv(messages)
     if messages[0].tensor.device.type != "cpu":
         return works
+    _keep(group, works, messages)
     return [Message(work, message.peer, seconds, call) for work, message in zip(works, messages, strict=True)]

@@ -42,6 +42,10 @@ def link(group: dist.ProcessGroup, device: torch.device, config: Config, text: s
     if any(far):
         exchange = _counted(exchange, far)
     shares_a_machine = len(set(nodes)) < len(nodes)
+    if device.type == "cpu" and config.transport == "peer":
+        announce.unexpected("transport peer does not serve: it is for tensors on GPUs.", config)
+    if device.type == "cpu" and config.transport == "host" and not shares_a_machine:
+        announce.unexpected("transport host does not serve: every rank is on a machine of its own.", config)
     if device.type == "cpu" and config.transport in SHARED_MEMORY and shares_a_machine:
         streams = _open(group)
         if streams.reason and config.transport == "host":

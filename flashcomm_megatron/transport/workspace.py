@@ -44,7 +44,8 @@ class Workspace:
     """Inboxes of all ranks of ``group`` on one device, ready to launch on."""
 
     def __init__(self, cuda: ModuleType, inboxes: Any, group: dist.ProcessGroup, device: int, blocks: int, region: int):
-        self._cuda, self._inboxes, self._group, self._stream = cuda, inboxes, group, -1
+        self._cuda, self._inboxes, self._stream = cuda, inboxes, -1
+        self._ranks = dist.get_process_group_ranks(group)  # not the group: it would never be freed
         rank, world = group.rank(), group.size()
         self.device = device
         self.kernels = cuda.Workspace(device, world, rank, 1, blocks, region, inboxes.addresses)
@@ -75,11 +76,11 @@ class Workspace:
         found = self.kernels.error()
         if found:
             leg, source, _, call = found
-            missing = dist.get_global_rank(self._group, source)
+            missing = self._ranks[source]
             raise RuntimeError(
                 f"flash-comm: rank {missing} did not arrive in the {('reduce', 'gather')[leg]} phase of round {call} "
                 f"within {deadline:g} s. Results since then are invalid. Look for that rank's own error; to go on in "
-                "this process, let every rank call flashcomm_megatron.transport.workspace.rebuild(group)."
+                "this process, let every rank call flashcomm_megatron.transport.workspace.rebuild(group, transport)."
             )
 
     def adopt_stream(self) -> None:
@@ -96,13 +97,13 @@ class Workspace:
         if stream != self._stream:
             raise RuntimeError(
                 "flash-comm: this group's collectives run on another stream. Call them from one stream, or move them "
-                "with flashcomm_megatron.transport.workspace.prepare(group, config) on the new one, on every rank."
+                "with flashcomm_megatron.transport.workspace.prepare(group, transport) on the new one, on every rank."
             )
         return stream
 
-    def close(self) -> None:
+    def close(self, group: dist.ProcessGroup) -> None:
         """Give everything back; every rank of the group must call it."""
-        _release(self, self._inboxes, self._group)
+        _release(self, self._inboxes, group)
 
 
 _made: WeakKeyDictionary[dist.ProcessGroup, Workspace | None] = WeakKeyDictionary()
@@ -118,7 +119,7 @@ def serving(group: dist.ProcessGroup, x: Tensor, plan: Plan, transport: str) -> 
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "flash-comm: the first collective of a group cannot be captured. Call "
-                "flashcomm_megatron.transport.workspace.prepare(group, config) before the capture, on every rank."
+                "flashcomm_megatron.transport.workspace.prepare(group, transport) before the capture, on every rank."
             )
         _made[group] = _make(group, x.device.index, transport)
     return _made[group]
@@ -141,7 +142,7 @@ def _has_kernel(reduce: Native | None, gather: Native | None, dtype: torch.dtype
     return fits and bool(cuda.has_collective(reduce[1], gather[1], extension.DTYPES[dtype]))
 
 
-def prepare(group: dist.ProcessGroup, transport: str = "auto") -> Workspace | None:
+def prepare(group: dist.ProcessGroup, transport: str) -> Workspace | None:
     """Make the group's workspace now, before a capture, and let it belong to the current stream. On every rank."""
     if group not in _made:
         _made[group] = _make(group, torch.cuda.current_device(), transport)
@@ -151,7 +152,7 @@ def prepare(group: dist.ProcessGroup, transport: str = "auto") -> Workspace | No
     return made
 
 
-def rebuild(group: dist.ProcessGroup, transport: str = "auto") -> Workspace | None:
+def rebuild(group: dist.ProcessGroup, transport: str) -> Workspace | None:
     """Close the group's workspace and make a new one. On every rank."""
     close(group)
     return prepare(group, transport)
@@ -161,7 +162,7 @@ def close(group: dist.ProcessGroup) -> None:
     """Close the group's workspace, if it has one. On every rank."""
     made = _made.pop(group, None)
     if made is not None:
-        made.close()
+        made.close(group)
 
 
 # ---- making one -----------------------------------------------------------------------------------------------
