@@ -24,7 +24,7 @@ from .thresholds import Case
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # Values of a piece (pieces.py): milliseconds of a slow link; through shared memory only what exceeds the cache is cut.
-PIECE = {"cpu": 512 * 1024, "shared memory": 4096 * 1024}
+PIECE = {"cpu": 128 * 1024, "shared memory": 4096 * 1024}
 FAMILY = 32  # a piece is a multiple of so many blocks, so that cutting changes no bit: codec/rotated.py
 
 # One-step moves world / 2 times the bytes of two-step, but in one exchange instead of two.
