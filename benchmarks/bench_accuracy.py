@@ -2,7 +2,8 @@
 
 run as:  python benchmarks/bench_accuracy.py recipes | blocks | feedback | context   [--model DIR] [--text FILE]
 
-- recipes: every recipe and width, TP2 and TP8 (python -m flashcomm_megatron accuracy scores one's own model)
+- recipes: every recipe and width, TP2 and TP8 (python -m flashcomm_megatron accuracy scores one's own model); with
+  --recipe NAME ... only these, other rows stay
 - blocks: 4 bits in blocks of 16 to 1024: perplexity, signal to noise by kind of layer, bytes and codec speed
 - feedback: recipe auto with and without residual feedback, and the loss of each site compressed alone
 - context: perplexity by position and agreement along a long generation, up to the model's context
@@ -13,12 +14,14 @@ Writes CSV, JSON and a plot to benchmarks/results.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import record
@@ -49,6 +52,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sequences", type=int, default=46)
     parser.add_argument("--tp", type=int, nargs="+", default=[2, 8])
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 6, 5, 4, 3, 2])
+    parser.add_argument("--recipe", nargs="+", choices=list(RECIPES), help="score these again and keep other rows")
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
 
@@ -69,12 +73,15 @@ def flat(score: Score, **more: Any) -> dict[str, Any]:
 
 
 def recipes(options: argparse.Namespace) -> None:
-    lab, scores = bench(options, generated=32), []
-    for config, world in sweep.combinations(RECIPES, options.bits, options.tp, [None], "auto"):
-        scores.append(lab.score(config, world, with_sites=False))
-        show(scores[-1])
-    record.save("accuracy_recipes", [flat(score) for score in scores])
-    plot.draw(scores, record.RESULTS / "accuracy_recipes.png")
+    lab, path = bench(options, generated=32), record.RESULTS / "accuracy_recipes.json"
+    kept = json.loads(path.read_text())["rows"] if options.recipe else []
+    rows = {(row["recipe"], row["bits"], row["tp"]): row for row in kept}
+    for config, world in sweep.combinations(options.recipe or RECIPES, options.bits, options.tp, [None], "auto"):
+        score = lab.score(config, world, with_sites=False)
+        show(score)
+        rows[score.recipe, score.bits, score.tp] = flat(score)
+    record.save("accuracy_recipes", list(rows.values()))
+    plot.draw([SimpleNamespace(**row) for row in rows.values()], record.RESULTS / "accuracy_recipes.png")
 
 
 def blocks(options: argparse.Namespace) -> None:
