@@ -138,10 +138,12 @@ float add(const uint8_t* __restrict codes, uint32_t scale, uint32_t top, const C
 template <class Family>
 void load_codes(const uint8_t* payload, const Coding& at, int64_t family, int blocks, Family& f) {
     unpack(payload, at, octet_of(at, family), words_of(at, blocks), f.parts, f.pairs);
-    for (int i = 0; i < blocks * at.block / 2; i++) {
-        const uint32_t number = f.pairs[i], upper = number * at.inverse >> (16 + at.shift);
-        f.codes[2 * i] = (uint8_t)(number - upper * at.radix);
-        f.codes[2 * i + 1] = (uint8_t)upper;
+    const int pairs = (int)(blocks * at.block / 2);
+    const uint32_t inverse = at.inverse, radix = (uint32_t)at.radix, shift = 16 + at.shift;
+    Word16* both = (Word16*)f.codes;
+    for (int i = 0; i < pairs; i++) {
+        const uint32_t number = f.pairs[i], upper = number * inverse >> shift;
+        both[i] = (uint16_t)((number - upper * radix) | upper << 8);
     }
 }
 
