@@ -125,7 +125,7 @@ class Build(build_ext):
         jobs = {
             "bindings": [*compiler, *includes, say, str(CSRC / "bindings.cpp")],
             "bindings_streams": [*compiler, *includes, str(CSRC / "bindings_streams.cpp")],
-            "streams": [*compiler, str(CSRC / "streams.cpp")],
+            **{name: [*compiler, str(CSRC / f"{name}.cpp")] for name in ("streams", "ring", "sockets")},
             "codec_threads": [*compiler, str(CSRC / "codec_threads.cpp")],
         }
         if "CUDA_ARCHS" in say:

@@ -13,9 +13,10 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -138,18 +139,12 @@ def model(options: argparse.Namespace) -> list[dict[str, Any]]:
 def step(name: str, call: Callable[[], Any], options: argparse.Namespace) -> dict[str, Any]:
     """One row: stock Megatron, 4 bits by the default flags, and the same work without any communication."""
 
-    def compressed() -> None:
-        with fc.flashcomm(bits=4):
-            call()
-
-    def silent() -> None:
-        with without_communication():
-            call()
-
+    settings = {"exact": nullcontext, "quantized": lambda: fc.flashcomm(bits=4), "compute": without_communication}
     fc.reset_stats()
-    compressed()
+    with settings["quantized"]():
+        call()
     counted = fc.stats()
-    times = in_turns({"exact": call, "quantized": compressed, "compute": silent}, 2 * options.seconds)
+    times = in_turns(dict.fromkeys(settings, call), 2 * options.seconds, settings)
     row = {"what": name, "compression": counted["exact_bytes"] / max(counted["wire_bytes"], 1), **summary(times)}
     return row | {"compute_ms": 1e3 * statistics.median(times["compute"])}
 
@@ -190,16 +185,26 @@ def without_communication() -> Iterator[None]:
             setattr(dist, name, original)
 
 
-def in_turns(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, list[float]]:
-    """Seconds of the slowest rank, of calls that take turns for about ``seconds``; at least three of each."""
+def in_turns(
+    calls: dict[str, Callable[[], Any]],
+    seconds: float,
+    settings: Mapping[str, Callable[[], AbstractContextManager[Any]]] = MappingProxyType({}),
+) -> dict[str, list[float]]:
+    """Seconds of the slowest rank, of calls that take turns for about ``seconds``; at least three of each.
+
+    ``settings`` are entered and left outside what is timed, and each call made once before, as scripts do.
+    """
     times: dict[str, list[float]] = {name: [] for name in calls}
     began = time.perf_counter()
     while True:
         for name, call in calls.items():
-            dist.barrier()
-            started = time.perf_counter()
-            call()
-            taken = torch.tensor(time.perf_counter() - started, dtype=torch.float64)
+            with settings.get(name, nullcontext)():
+                if name in settings:
+                    call()
+                dist.barrier()
+                started = time.perf_counter()
+                call()
+                taken = torch.tensor(time.perf_counter() - started, dtype=torch.float64)
             dist.all_reduce(taken, dist.ReduceOp.MAX)
             times[name].append(taken.item())
         enough = torch.tensor(float(time.perf_counter() - began > seconds))

@@ -6,7 +6,14 @@
 
 namespace py = pybind11;
 using namespace flashcomm;
+using Ends = std::vector<std::tuple<std::uintptr_t, int, int>>;  // End, by rank
 using Postings = std::vector<std::pair<std::uintptr_t, uint64_t>>;
+
+static std::unique_ptr<Streams> open_streams(int rank, const Ends& ends, uint64_t capacity) {
+    std::vector<End> out;
+    for (const auto& [segment, lock, socket] : ends) out.push_back({segment, lock, socket});
+    return std::make_unique<Streams>(rank, out, capacity);
+}
 
 static std::vector<Posting> postings(const Postings& pairs) {
     std::vector<Posting> out;
@@ -20,10 +27,10 @@ static bool has_signal() {  // Ctrl-C, say: its Python exception is then set
 }
 
 void bind_streams(py::module_& m) {
+    m.def("segment_bytes", &segment_bytes);
     py::class_<Streams::Exchange, Streams::Handle>(m, "Exchange").def_readonly("open", &Streams::Exchange::open);
     py::class_<Streams>(m, "Streams")
-        .def(py::init<int, std::vector<std::uintptr_t>, std::vector<int>, uint64_t>())
-        .def_static("segment_bytes", &Streams::segment_bytes)
+        .def(py::init(&open_streams))
         .def("start", [](Streams& streams, const Postings& sends, const Postings& receives, const std::string& what) {
             const auto out = postings(sends), in = postings(receives);
             const py::gil_scoped_release release;

@@ -1,18 +1,10 @@
-// The protocol of streams.h: moving bytes, sleeping, and noticing that nobody will come.
+// The protocol of streams.h: queues of messages, sleeping, and noticing that nobody will come.
 #include "streams.h"
 
-#include <fcntl.h>
-#include <unistd.h>
-
 #include <algorithm>
-#include <chrono>
 #include <thread>
 
-#if defined(__linux__)
-#include <linux/futex.h>
-#include <sys/syscall.h>
-#include <time.h>
-#endif
+#include "sockets.h"
 
 namespace flashcomm {
 
@@ -20,10 +12,9 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-constexpr uint64_t kPiece = 128 << 10;  // bytes after which the reader hears of them, so that both ends copy at once
 constexpr auto kPatience = std::chrono::milliseconds(50);  // before asking whether the user is still there
 constexpr auto kSpin = std::chrono::microseconds(40);
-constexpr long kNap = 20'000'000;  // nanoseconds between two looks at the peers' health
+constexpr long kNap = 20'000'000, kGlance = 100'000;  // nanoseconds asleep at sockets: alone, or beside a doorbell
 
 void pause() {
 #if defined(__x86_64__)
@@ -31,31 +22,6 @@ void pause() {
 #else
     std::this_thread::yield();
 #endif
-}
-
-void wait_for_change(std::atomic<uint32_t>& word, uint32_t seen) {
-    timespec nap{0, kNap};
-#if defined(__linux__)
-    syscall(SYS_futex, &word, FUTEX_WAIT, seen, &nap, nullptr, 0);
-#else
-    nap.tv_nsec = kNap / 200;
-    if (word.load() == seen) nanosleep(&nap, nullptr);
-#endif
-}
-
-void wake(std::atomic<uint32_t>& word) {
-    word.fetch_add(1);
-#if defined(__linux__)
-    syscall(SYS_futex, &word, FUTEX_WAKE, 1, nullptr, nullptr, 0);
-#endif
-}
-
-bool is_locked(int descriptor) {  // by another process
-    struct flock query = {};
-    query.l_type = F_WRLCK;
-    query.l_whence = SEEK_SET;
-    query.l_len = 1;
-    return fcntl(descriptor, F_GETLK, &query) != 0 || query.l_type != F_UNLCK;
 }
 
 struct Groups {  // all that this process has streams of
@@ -84,36 +50,24 @@ template <class Message> bool finished(const Message& message) {
     return message.done == sizeof(Frame) + message.frame.bytes;
 }
 
-// Bytes of a span that can be copied at once: what the ring holds or has room for, up to its end.
-uint64_t piece(uint64_t span, uint64_t ring, uint64_t position, uint64_t capacity) {
-    return std::min({span, ring, capacity - position % capacity, kPiece});
-}
-
 }  // namespace
 
-uint64_t Streams::segment_bytes(int world, uint64_t capacity) {
-    return sizeof(SegmentHeader) + world * (sizeof(Ring) + capacity);
-}
-
-Streams::Streams(int rank, std::vector<std::uintptr_t> segments, std::vector<int> locks, uint64_t capacity)
-    : capacity_(capacity), mine_((SegmentHeader*)segments[rank]), peers_(segments.size()) {
-    const int world = (int)segments.size();
-    const auto here = world - std::count(segments.begin(), segments.end(), 0);
-    crowded_ = here > (long)std::thread::hardware_concurrency();
-    const auto ring = [&](int owner, int reader) {
-        return (Ring*)(segments[owner] + sizeof(SegmentHeader)) + reader;
-    };
-    const auto data = [&](int owner, int reader) {
-        return (uint8_t*)(ring(owner, world)) + reader * capacity;
-    };
+Streams::Streams(int rank, const std::vector<End>& ends, uint64_t capacity) : peers_(ends.size()) {
+    const int world = (int)ends.size();
+    mine_ = ends[rank].segment ? (SegmentHeader*)ends[rank].segment : &alone_;
+    long here = 1;
     for (int r = 0; r < world; r++) {
-        if (r == rank || !segments[r]) continue;
-        Peer& peer = peers_[r];
-        peer.header = (SegmentHeader*)segments[r];
-        peer.lock = locks[r];
-        peer.out = ring(rank, r), peer.out_data = data(rank, r);
-        peer.in = ring(r, rank), peer.in_data = data(r, rank);
+        if (r == rank) continue;
+        const End& end = ends[r];
+        if (end.segment) {
+            peers_[r].channel = std::make_unique<SharedMemory>(rank, r, world, (uint8_t*)ends[rank].segment,
+                                                               (uint8_t*)end.segment, end.lock, capacity);
+            here++;
+        } else if (end.socket >= 0) {
+            peers_[r].channel = std::make_unique<Socket>(end.socket);
+        }
     }
+    spins_ = here > 1 && here <= (long)std::thread::hardware_concurrency();
     const std::lock_guard<std::mutex> guard(groups().mutex);
     groups().all.push_back(this);
 }
@@ -136,7 +90,7 @@ Streams::Handle Streams::start(const std::vector<Posting>& sends, const std::vec
         handle->open++;
     };
     for (size_t r = 0; r < peers_.size(); r++) {
-        if (!peers_[r].header) continue;
+        if (!peers_[r].channel) continue;
         post(peers_[r].sends, sends[r]);
         post(peers_[r].receives, receives[r]);
     }
@@ -150,7 +104,7 @@ Outcome Streams::wait(const Handle& handle, double seconds, bool (*interrupted)(
     while (is_open(handle)) {
         if (progress()) continue;
         const auto idle = Clock::now() - moved_;
-        if (idle < kSpin && !crowded_) {
+        if (idle < kSpin && spins_) {
             pause();
             continue;
         }
@@ -169,7 +123,6 @@ Outcome Streams::wait(const Handle& handle, double seconds, bool (*interrupted)(
 bool Streams::progress() {
     bool moved = false;
     for (int r = 0; r < (int)peers_.size(); r++) {
-        if (!peers_[r].header) continue;
         moved |= push(peers_[r]);
         moved |= pull(peers_[r], r);
     }
@@ -193,21 +146,15 @@ bool Streams::push(Peer& peer) {
     bool moved = false;
     while (!peer.sends.empty()) {
         Message& message = peer.sends.front();
-        const uint64_t written = peer.out->written.value.load(std::memory_order_relaxed);
-        const uint64_t room = capacity_ - (written - peer.out->taken.value.load());
         const Span span = rest(message, message.frame);
-        const uint64_t bytes = piece(span.bytes, room, written, capacity_);
+        const bool is_frame = message.done < sizeof(Frame);
+        const uint64_t bytes = peer.channel->write(span.start, span.bytes, is_frame);
         if (!bytes) break;
-        std::memcpy(peer.out_data + written % capacity_, span.start, bytes);
-        peer.out->written.value.store(written + bytes);
         message.done += bytes;
         moved = true;
-        if (!finished(message) && message.done == sizeof(Frame)) continue;  // the data follow: one ring for both
-        ring(peer);
-        if (finished(message)) {
-            message.owner->open--;
-            peer.sends.pop_front();
-        }
+        if (!finished(message)) continue;
+        message.owner->open--;
+        peer.sends.pop_front();
     }
     return moved;
 }
@@ -216,16 +163,11 @@ bool Streams::pull(Peer& peer, int rank) {
     bool moved = false;
     while (!peer.receives.empty() && first_.failure == Failure::none) {
         Message& message = peer.receives.front();
-        const uint64_t taken = peer.in->taken.value.load(std::memory_order_relaxed);
-        const uint64_t held = peer.in->written.value.load() - taken;
         const Span span = rest(message, message.arrived);
-        const uint64_t bytes = piece(span.bytes, held, taken, capacity_);
+        const uint64_t bytes = peer.channel->read(span.start, span.bytes);
         if (!bytes) break;
-        std::memcpy(span.start, peer.in_data + taken % capacity_, bytes);
-        peer.in->taken.value.store(taken + bytes);
         message.done += bytes;
         moved = true;
-        ring(peer);
         if (message.done == sizeof(Frame) && std::memcmp(&message.arrived, &message.frame, sizeof(Frame))) {
             fail(Failure::mismatch, rank, std::string(message.arrived.what, strnlen(message.arrived.what, 55)));
         } else if (finished(message)) {
@@ -236,25 +178,19 @@ bool Streams::pull(Peer& peer, int rank) {
     return moved;
 }
 
-void Streams::ring(Peer& peer) {
-    if (peer.header->asleep.load()) wake(peer.header->doorbell);
-}
-
 void Streams::fail(Failure failure, int peer, std::string theirs) {
     if (first_.failure != Failure::none) return;
     first_ = {failure, peer, std::move(theirs)};
-    mine_->failed.store(1);
     for (Peer& each : peers_)
-        if (each.header) ring(each);
+        if (each.channel) each.channel->give_up();
 }
 
 // Called when nothing moves: whoever this rank waits for may have given up or be gone. What they wrote before is read.
 void Streams::check_peers() {
     for (int r = 0; r < (int)peers_.size(); r++) {
-        Peer& peer = peers_[r];
-        if (!peer.header || (peer.receives.empty() && peer.sends.empty())) continue;
-        const bool gave_up = peer.header->failed.load(), died = peer.lock >= 0 && !is_locked(peer.lock);
-        if ((gave_up || died) && !progress()) fail(died ? Failure::died : Failure::gave_up, r);
+        if (!peers_[r].waits()) continue;
+        const Failure found = peers_[r].channel->state();
+        if (found != Failure::none && !progress()) fail(found, r);
     }
 }
 
@@ -267,6 +203,15 @@ void Streams::give_up() {
 }
 
 void Streams::sleep() {
+    std::vector<Awaited> sockets;
+    bool near = false;
+    for (const Peer& peer : peers_) {
+        if (!peer.waits()) continue;
+        const int socket = peer.channel->descriptor();
+        if (socket >= 0) sockets.push_back({socket, !peer.receives.empty(), !peer.sends.empty()});
+        near |= socket < 0;
+    }
+    if (!sockets.empty()) return wait_for_sockets(sockets, near ? kGlance : kNap);
     const uint32_t seen = mine_->doorbell.load();
     mine_->asleep.store(1);
     if (!progress() && first_.failure == Failure::none) wait_for_change(mine_->doorbell, seen);

@@ -1,21 +1,15 @@
-// Byte streams between the processes of one machine: a ring in shared memory for every ordered pair of ranks.
+// Messages between the ranks of a group: in any pattern, any number under way, each wait bounded.
 //
-// Rank s owns one segment: a header and, for every other rank d, a ring that s writes and d reads. `written` and
-// `taken` count bytes since the beginning, so a ring is empty when they are equal and full when they differ by its
-// capacity; only s stores the first, only d the second. A message is a frame (length and what it is) and its bytes.
-//
-// Messages to one peer queue up and move in order, whenever any rank's thread is inside start() or wait(). So any
-// number may be under way, in any pattern, as long as both ends of a pair post theirs in the same order. A rank of
+// A message is a frame (length and what it is) and its bytes, moved over the peer's channel: shared memory inside a
+// machine (ring.h), a connection between machines (sockets.h). Messages to one peer queue up and move in order,
+// whenever any rank's thread is inside start() or wait(); both ends of a pair post theirs in the same order. A rank of
 // several groups moves the messages of all while it waits in one, or ranks could wait for each other in a circle.
 //
-// A rank with nothing to do spins, then sleeps on its own doorbell. Sequentially consistent stores and loads make sure
-// that either the sleeper sees the bytes or the writer sees the sleeper. Nobody waits for ever: a deadline passes, a
-// peer says it gave up, or its lock on its segment is gone, which the kernel sees to however it died.
+// A rank with nothing to do spins, then sleeps. Nobody waits for ever: a deadline passes, a peer says it gave up, or is
+// seen to be gone.
 #pragma once
 
-#include <atomic>
 #include <chrono>
-#include <cstdint>
 #include <cstring>
 #include <deque>
 #include <memory>
@@ -23,21 +17,10 @@
 #include <string>
 #include <vector>
 
+#include "channel.h"
+#include "ring.h"
+
 namespace flashcomm {
-
-struct alignas(64) Line {  // one counter to a cache line: the two ends of a ring store to different ones
-    std::atomic<uint64_t> value;
-};
-
-struct SegmentHeader {
-    alignas(64) std::atomic<uint32_t> doorbell;
-    std::atomic<uint32_t> asleep;
-    std::atomic<uint32_t> failed;
-};
-
-struct Ring {
-    Line written, taken;
-};
 
 struct Frame {
     uint64_t bytes;
@@ -49,12 +32,17 @@ struct Posting {  // of start(): one for every rank, empty where nothing is sent
     uint64_t bytes;
 };
 
-enum class Failure { none, deadline, died, gave_up, mismatch, interrupted };
-
 struct Outcome {
     Failure failure = Failure::none;
     int peer = -1;
     std::string theirs;  // of a mismatch: the frame that came
+};
+
+// Where one rank of the group is reached. Neither segment nor socket: it is not reached, and sent nothing.
+struct End {
+    std::uintptr_t segment = 0;  // where its segment lies here, zeroed by its owner
+    int lock = -1;               // descriptor of that segment, whose owner holds a lock on it; -1: unknown
+    int socket = -1;             // descriptor of a connection to it
 };
 
 class Streams {
@@ -64,13 +52,10 @@ class Streams {
     };
     using Handle = std::shared_ptr<Exchange>;
 
-    // segments[r]: where rank r's segment lies here, zeroed by its owner; 0: r is not reached this way.
-    // locks[r]: descriptor of r's segment, whose owner holds a lock on it; -1: unknown.
-    Streams(int rank, std::vector<std::uintptr_t> segments, std::vector<int> locks, uint64_t capacity);
+    // ends[rank] is this rank's own; without a segment nobody can ring.
+    Streams(int rank, const std::vector<End>& ends, uint64_t capacity);
 
     ~Streams();
-
-    static uint64_t segment_bytes(int world, uint64_t capacity);
 
     // Post messages and move what can be moved at once. The memory must stay untouched until wait() says so.
     Handle start(const std::vector<Posting>& sends, const std::vector<Posting>& receives, const std::string& what);
@@ -88,11 +73,9 @@ class Streams {
         Handle owner;
     };
     struct Peer {
-        SegmentHeader* header = nullptr;
-        int lock = -1;
-        Ring *out = nullptr, *in = nullptr;
-        uint8_t *out_data = nullptr, *in_data = nullptr;
+        std::unique_ptr<Channel> channel;
         std::deque<Message> sends, receives;
+        bool waits() const { return !sends.empty() || !receives.empty(); }
     };
 
     bool progress();
@@ -101,14 +84,13 @@ class Streams {
     bool pull(Peer& peer, int rank);
     bool is_open(const Handle& handle) const { return handle->open && first_.failure == Failure::none; }
     void fail(Failure failure, int peer, std::string theirs = "");
-    void ring(Peer& peer);
     void check_peers();
     void give_up();
     void sleep();
 
-    const uint64_t capacity_;
-    bool crowded_;  // more ranks than cores: spinning would keep the one waited for from running
+    SegmentHeader alone_{};  // in place of a segment
     SegmentHeader* mine_;
+    bool spins_;  // a rank that waits may burn a core
     std::vector<Peer> peers_;
     std::mutex mutex_;
     std::chrono::steady_clock::time_point moved_;  // when bytes last did

@@ -20,8 +20,8 @@ from .algorithms import Steps
 from .codec import Codec
 from .config import Config
 from .recipes import Legs
+from .transport import links
 from .transport.link import Link
-from .transport.topology import nodes
 
 
 def all_to_all(
@@ -52,7 +52,8 @@ def all_to_all(
         reason = "one rank" if world == 1 else f"dtype {str(x.dtype).removeprefix('torch.')}"
         announce.deferred(reason, exact_bytes, config)
         return calls.exact(out, dist.all_to_all_single(out, x, outs, ins, group=group, async_op=async_op), async_op)
-    codec_of = partial(policy.message_codec, world=world, config=config, legs=legs or config.legs, nodes=nodes(group))
+    wire = links.wire(group, x.device, config)
+    codec_of = partial(policy.message_codec, world=world, config=config, legs=legs or config.legs, wire=wire)
     link = calls.link("all_to_all", ["*", *x.shape[1:]], x, group, config)
     wire_bytes = sum(codec_of(part).wire_bytes(part.numel()) for part in leaving)
     return calls.run(steps(out, outgoing, incoming, link, codec_of), exact_bytes, wire_bytes, async_op)

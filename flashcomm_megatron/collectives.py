@@ -18,8 +18,7 @@ from . import agreement, algorithms, announce, calls, hierarchical, policy, samp
 from .algorithms import Residuals, Steps
 from .config import Config
 from .recipes import Legs
-from .transport import workspace
-from .transport.topology import nodes
+from .transport import links, workspace
 
 ALL_REDUCE = {
     "one-step": (algorithms.one_step, algorithms.one_step_bytes),
@@ -51,7 +50,7 @@ def all_reduce(
     x = x.contiguous()
     if not wants("all_reduce", x, group, config, legs):
         return calls.exact(x, dist.all_reduce(x, group=group, async_op=async_op), async_op)
-    plan = policy.plan("all_reduce", x, group.size(), config, legs, nodes(group))
+    plan = policy.plan("all_reduce", x, group.size(), config, legs, links.wire(group, x.device, config))
     algorithm, sent = ALL_REDUCE[plan.algorithm]
     sampling.sample("all_reduce", x, plan.reduce)
     sent_bytes = sent(x.numel(), group.rank(), group.size(), plan)
@@ -80,7 +79,7 @@ def reduce_scatter(
     out = _output(out, x, x.size(0) // world)
     if not wants("reduce_scatter", x, group, config, legs):
         return calls.exact(out, dist.reduce_scatter_tensor(out, x, group=group, async_op=async_op), async_op)
-    plan = policy.plan("reduce_scatter", x, world, config, legs, nodes(group))
+    plan = policy.plan("reduce_scatter", x, world, config, legs, links.wire(group, x.device, config))
     sent = (world - 1) * algorithms.wire_bytes(plan.reduce, out.numel(), plan.piece)
     sampling.sample("reduce_scatter", x, plan.reduce)
     steps = _fused("reduce_scatter", x, out, group, plan, config, residuals)
@@ -107,7 +106,7 @@ def all_gather(
     out = _output(out, x, world * x.size(0) if x.dim() else world)
     if not wants("all_gather", x, group, config, legs):
         return calls.exact(out, dist.all_gather_into_tensor(out, x, group=group, async_op=async_op), async_op)
-    plan = policy.plan("all_gather", x, world, config, legs, nodes(group))
+    plan = policy.plan("all_gather", x, world, config, legs, links.wire(group, x.device, config))
     sent = (world - 1) * algorithms.wire_bytes(plan.gather, x.numel(), plan.piece)
     sampling.sample("all_gather", x, plan.gather)
     steps = _fused("all_gather", x, out, group, plan, config)
@@ -121,7 +120,7 @@ def wants(collective: str, x: Tensor, group: dist.ProcessGroup, config: Config, 
     The first use of a group compares the ranks' configurations, deferred or not (agreement.py).
     """
     agreement.check(group, config)
-    plan = policy.plan(collective, x, group.size(), config, legs, nodes(group))
+    plan = policy.plan(collective, x, group.size(), config, legs, links.wire(group, x.device, config))
     if plan.reason is None:
         return True
     announce.deferred(plan.reason, plan.exact_bytes, config)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum Dtype in csrc/api.h
-INTERFACE = 3  # kInterface in csrc/api.h
+INTERFACE = 4  # kInterface in csrc/api.h
 BYTES = (torch.uint8,)
 CUDA_FORMATS = (0,)  # of csrc/api.h, those with kernels
 

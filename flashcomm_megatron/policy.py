@@ -20,11 +20,13 @@ from .codec import Codec, Raw
 from .config import Config
 from .recipes import RECIPES, Legs
 from .thresholds import Case
+from .transport.link import Wire
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-# Values of a piece (pieces.py): milliseconds of a slow link; through shared memory only what exceeds the cache is cut.
-PIECE = {"cpu": 128 * 1024, "shared memory": 4096 * 1024}
+# Values of a message in pieces (pieces.py): a fraction of a millisecond at 1 Gbit/s; through shared memory only what
+# exceeds the cache is cut.
+PIECE = {"shared memory": 4096 * 1024, "connections": 256 * 1024, "cpu": 128 * 1024}
 FAMILY = 32  # a piece is a multiple of so many blocks, so that cutting changes no bit: codec/rotated.py
 
 # One-step moves world / 2 times the bytes of two-step, but in one exchange instead of two.
@@ -45,14 +47,14 @@ class Plan(NamedTuple):
 
 
 def plan(
-    collective: str, x: Tensor, world: int, config: Config, legs: Legs | None = None, nodes: tuple[int, ...] = ()
+    collective: str, x: Tensor, world: int, config: Config, legs: Legs | None = None, wire: Wire | None = None
 ) -> Plan:
     """The plan for ``collective`` ("all_reduce", "reduce_scatter", "all_gather") over ``x`` on ``world`` ranks.
 
-    ``legs`` are the site's own codecs where the recipe is calibrated; elsewhere the configuration's serve. ``nodes``:
-    the machine that each rank runs on; empty: one machine.
+    ``legs`` are the site's own codecs where the recipe is calibrated; elsewhere the configuration's serve. ``wire``:
+    how the ranks are joined (links.py); None: as on one machine.
     """
-    return _plan(collective, x.numel(), x.dtype, x.device.type, world, config, legs, nodes)
+    return _plan(collective, x.numel(), x.dtype, world, config, legs, wire or _one_machine(x, config))
 
 
 @lru_cache(maxsize=4096)
@@ -60,37 +62,37 @@ def _plan(
     collective: str,
     numel: int,
     dtype: torch.dtype,
-    device: str,
     world: int,
     config: Config,
     legs: Legs | None,
-    nodes: tuple[int, ...],
+    wire: Wire,
 ) -> Plan:
     nbytes = numel * dtype.itemsize
     uncalibrated = RECIPES[config.recipe].calibrated and legs is None and collective != "all_gather"
     is_gradient = legs is not None and legs != config.legs and legs == config.gradient_legs
     case = Case(collective, _name(dtype), config.grad_bits if is_gradient else config.bits, config.recipe)
     legs = legs or config.legs
-    place = _place(device, config, nodes)
+    algorithm = _algorithm(world, config, wire.nodes)
+    split = world if collective == "all_reduce" and algorithm != "one-step" else 1  # messages that a piece becomes
     return Plan(
-        reason="no calibrated site" if uncalibrated else _reason(case, nbytes, dtype, place, world, config),
-        algorithm=_algorithm(world, config, nodes),
+        reason="no calibrated site" if uncalibrated else _reason(case, nbytes, dtype, wire, world, config),
+        algorithm=algorithm,
         reduce=legs.reduce,
         gather=legs.gather,
         exact_bytes=exact_bytes(collective, nbytes, world),
-        piece=0 if RECIPES[config.recipe].calibrated else _piece(place, legs),
-        nodes=nodes,
+        piece=0 if RECIPES[config.recipe].calibrated else split * _piece(wire.kind, legs),
+        nodes=wire.nodes,
         dtype=dtype,
     )
 
 
-def message_codec(x: Tensor, world: int, config: Config, legs: Legs, nodes: tuple[int, ...]) -> Codec:
+def message_codec(x: Tensor, world: int, config: Config, legs: Legs, wire: Wire) -> Codec:
     """The codec of one message of an all-to-all, which both its ends know: exact where it is small.
 
     The messages of a call differ in size, so that no size is known to all ranks; each pair decides for itself.
     """
     case = Case("all_to_all", _name(x.dtype), config.bits, config.recipe)
-    reason = _reason(case, x.nbytes, x.dtype, _place(x.device.type, config, nodes), world, config)
+    reason = _reason(case, x.nbytes, x.dtype, wire, world, config)
     return legs.gather if reason is None else Raw(x.dtype)
 
 
@@ -100,26 +102,25 @@ def exact_bytes(collective: str, nbytes: int, world: int) -> int:
     return int(nbytes * sends[collective])
 
 
-def _reason(case: Case, nbytes: int, dtype: torch.dtype, place: str, world: int, config: Config) -> str | None:
+def _reason(case: Case, nbytes: int, dtype: torch.dtype, wire: Wire, world: int, config: Config) -> str | None:
     if world == 1:
         return "one rank"
     if dtype not in DTYPES:
         return f"dtype {case.dtype}"
     if nbytes == 0:
         return "empty"
-    least = thresholds.least(case, world, place, config)
+    least = thresholds.least(case, world, wire, config)
     return f"below {least} bytes" if nbytes < least else None
 
 
-def _place(device: str, config: Config, nodes: tuple[int, ...]) -> str:
-    """What a link is, as far as a plan depends on it: "shared memory", or the kind of device."""
-    shared = device == "cpu" and config.transport in ("auto", "host") and len(set(nodes)) == 1
-    return "shared memory" if shared else device
+def _one_machine(x: Tensor, config: Config) -> Wire:
+    streamed = x.device.type == "cpu" and config.transport in ("auto", "host")
+    return Wire("shared memory" if streamed else x.device.type)
 
 
-def _piece(place: str, legs: Legs) -> int:
+def _piece(wire: str, legs: Legs) -> int:
     unit = FAMILY * math.lcm(legs.reduce.block, legs.gather.block)
-    return PIECE.get(place, 0) // unit * unit
+    return PIECE.get(wire, 0) // unit * unit
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from . import checkout, environment, extension, feedback, patching, seams, training_log
+from . import checkout, environment, extension, feedback, patching, seams, thresholds, training_log
 from .arguments import FLAG
 from .config import TRANSPORTS, current
 from .version import __version__
@@ -49,6 +49,7 @@ def report() -> Report:
             "transports": ", ".join(name for name in TRANSPORTS if name != "auto"),
             "environment": ", ".join(f"{name}={os.environ[name]}" for name in environment.KNOWN if name in os.environ)
             or "no FLASH_COMM_* variable set",
+            "least bytes": _least(),
             "state": _state(),
             "feedback": ", ".join(f"{n} x {what}" for what, n in feedback.counts().items()) or "no sum so far",
             "seams": rows,
@@ -102,6 +103,22 @@ def _state() -> str:
         return "off, FLASH_COMM_DISABLE is set"
     config = current()
     return f"on, {config}" if config else "off"
+
+
+def _least() -> str:
+    """From how many bytes on tensors are compressed."""
+    config = current()
+    if config and config.min_bytes is not None:
+        return str(config.min_bytes)
+    defaults = ", ".join(f"{wire} {nbytes}" for wire, nbytes in thresholds.DEFAULTS.items())
+    if not config or not config.thresholds:
+        return defaults
+    rows = [
+        f"\n  {where}: {', '.join(map(str, case))}: {'never' if nbytes == thresholds.NEVER else nbytes}"
+        for where, table in thresholds.read(config.thresholds).items()
+        for case, nbytes in table.items()
+    ]
+    return f"{config.thresholds}{''.join(rows)}\n  all others: {defaults}"
 
 
 def _training_seams() -> list[tuple[str, str]]:

@@ -1,9 +1,9 @@
 """From how many bytes on compression pays: shipped defaults, or a file measured on the very machine that uses it.
 
 A file is made by ``python -m flashcomm_megatron bench --tune`` (tuning.py) and named by ``--flash-comm-thresholds``;
-jobs measure nothing by themselves. It holds one row for each (collective, dtype, bits, recipe) on one number of ranks,
-and says on which hardware and versions it was measured: on others it is refused. Ranks compare its digest before they
-use it. What it has no row for gets the default.
+jobs measure nothing by themselves. It holds one row for each (collective, dtype, bits, recipe) and each place (so many
+ranks on so many machines, joined in such a way), and says on which hardware and versions it was measured: on others it
+is refused. Ranks compare its digest before they use it. What it has no row for gets the default.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from typing import Any, NamedTuple
 import torch
 
 from .config import Config
+from .transport.link import Wire
 from .version import __version__
 
 NEVER = 2**62  # bytes: no size measured was worth it
 
-# Ranks of one CPU machine, which share memory: benchmarks/bench_collectives.py. Other CPU groups: link_lab.py, there.
-# GPUs: not measured by us; the smallest size at which published kernels of this kind win on fp16 (AMD QuickReduce's
-# table, 1 to 16 MiB by number of ranks).
-DEFAULTS = {"shared memory": 1024, "cpu": 256 * 1024, "cuda": 1024 * 1024}
+# By what joins the ranks (transport/link.py). CPUs of one machine: benchmarks/bench_collectives.py; of several, over
+# connections of our own and over the process group: link_lab.py, there. GPUs: not measured by us; the smallest size at
+# which published kernels of this kind win on fp16 (AMD QuickReduce's table, 1 to 16 MiB by number of ranks).
+DEFAULTS = {"shared memory": 1024, "connections": 1024, "cpu": 256 * 1024, "cuda": 1024 * 1024}
 
 
 class Case(NamedTuple):
@@ -36,22 +37,31 @@ class Case(NamedTuple):
     recipe: str
 
 
-def least(case: Case, world: int, place: str, config: Config) -> int:
-    """Smallest tensor, in bytes, that is compressed. ``place``: a key of ``DEFAULTS``; unknown devices are GPUs."""
+def least(case: Case, world: int, wire: Wire, config: Config) -> int:
+    """Smallest tensor, in bytes, that is compressed."""
     if config.min_bytes is not None:
         return config.min_bytes
-    measured = read(config.thresholds, world) if config.thresholds else {}
-    return measured.get(case, DEFAULTS.get(place, DEFAULTS["cuda"]))
+    tables = read(config.thresholds) if config.thresholds else {}
+    default = DEFAULTS.get(wire.kind, DEFAULTS["cuda"])  # unknown devices are GPUs
+    return tables.get(place(world, wire), {}).get(case, default)
+
+
+def place(world: int, wire: Wire) -> str:
+    """What a table of a file holds for."""
+    return f"{world} ranks, {len(set(wire.nodes)) or 1} machines, {wire.kind}"
 
 
 @lru_cache
-def read(path: str, world: int) -> dict[Case, int]:
-    """The file's rows for ``world`` ranks. ValueError, one sentence, if it is not a file of this machine's."""
+def read(path: str) -> dict[str, dict[Case, int]]:
+    """The file's rows by place. ValueError, one sentence, if it is not a file of this machine's."""
     name = f"--flash-comm-thresholds {path}"
     try:
         found = json.loads(Path(path).read_text())
-        made, tables = found["circumstances"], found["least bytes by ranks"]
-        rows = {Case(*row[:4]): int(row[4]) for row in tables.get(str(world), [])}
+        made = found["circumstances"]
+        tables = {
+            where: {Case(*row[:4]): int(row[4]) for row in rows}
+            for where, rows in found["least bytes by place"].items()
+        }
         differing = [f"{key} {made.get(key)}, here {value}" for key, value in here().items() if made.get(key) != value]
     except OSError as error:
         raise ValueError(f"{name}: {error.strerror}. {AGAIN}") from None
@@ -59,18 +69,18 @@ def read(path: str, world: int) -> dict[Case, int]:
         raise ValueError(f"{name} is no file of thresholds ({error!r}). {AGAIN}") from None
     if differing:
         raise ValueError(f"{name} was measured elsewhere ({'; '.join(differing)}). {AGAIN}")
-    return rows
+    return tables
 
 
-def write(path: Path, world: int, rows: dict[Case, int]) -> None:
-    """Put ``rows`` for ``world`` ranks into the file, beside those for other numbers of ranks."""
+def write(path: Path, where: str, rows: dict[Case, int]) -> None:
+    """Put the ``rows`` of one place into the file, beside those of others."""
     tables: dict[str, Any] = {}
     if path.exists():
         old = json.loads(path.read_text())
         if old.get("circumstances") == here():
-            tables = old["least bytes by ranks"]
-    tables[str(world)] = [[*case, value] for case, value in rows.items()]
-    text = json.dumps({"circumstances": here(), "least bytes by ranks": tables}, indent=1)
+            tables = old["least bytes by place"]
+    tables[where] = [[*case, value] for case, value in rows.items()]
+    text = json.dumps({"circumstances": here(), "least bytes by place": tables}, indent=1)
     path.write_text(text + "\n")
 
 

@@ -25,6 +25,7 @@ from . import collectives, thresholds
 from .config import Config
 from .recipes import RECIPES
 from .thresholds import Case
+from .transport import links
 
 KINDS = ("all_reduce", "reduce_scatter", "all_gather")
 SIZES = tuple(1 << power for power in range(10, 25, 2))  # bytes of each rank's input: 1 KiB to 16 MiB
@@ -78,7 +79,10 @@ def main(argv: list[str]) -> int:
         _say(f"{kind:15} {dtype:9} {bits} bits  {_text(rows[case])}")
     if options.tune is not None:
         if dist.get_rank() == 0:
-            thresholds.write(options.tune, dist.get_world_size(), rows)
+            group = dist.group.WORLD
+            assert group is not None
+            wire = links.wire(group, _device(), Config(bits=options.bits[0], recipe=options.recipe))
+            thresholds.write(options.tune, thresholds.place(group.size(), wire), rows)
         _say(f"wrote {options.tune}: use it with --flash-comm-thresholds {options.tune}")
     dist.barrier()
     dist.destroy_process_group()

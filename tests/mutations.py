@@ -133,9 +133,9 @@ MUTATIONS = (
     ),
     Mutation(
         "9 nothing hangs: bytes before the counter that shows them, for all threads to see",
-        "csrc/streams.cpp",
-        "peer.out->written.value.store(written + bytes);",
-        "peer.out->written.value.store(written + bytes, std::memory_order_relaxed);",
+        "csrc/ring.cpp",
+        "out_->written.value.store(written + moved);",
+        "out_->written.value.store(written + moved, std::memory_order_relaxed);",
         "tests/test_sanitized.py -k streams-races",
     ),
     Mutation(

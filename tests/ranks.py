@@ -46,6 +46,13 @@ def spawn(
         ]
 
 
+def apart(rank: int) -> None:
+    """Let this rank's group take every rank to be on a machine of its own; called before the group's first use."""
+    from flashcomm_megatron.transport import segment
+
+    segment.machine = lambda: f"machine {rank}"
+
+
 def _join(ranks: list[Any], seconds: float) -> list[int]:
     """Wait for every process, at most ``seconds`` in all; kill and return those that did not end."""
     deadline = time.monotonic() + seconds

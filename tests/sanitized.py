@@ -29,7 +29,7 @@ THREADS = ["-fsanitize=thread"]
 BASELINE = ["-DFLASHCOMM_ISA=baseline"]
 AVX2 = ["-DFLASHCOMM_ISA=avx2", "-mavx2", "-mfma", "-mf16c"]
 CODEC = ["csrc/codec_cpu.cpp", "csrc/rotated_cpu.cpp", "csrc/spike_cpu.cpp"]
-STREAMS = ["csrc/streams.cpp"]
+STREAMS = ["csrc/streams.cpp", "csrc/ring.cpp", "csrc/sockets.cpp"]
 DRIVER = "tests/fuzz/driver.cpp"
 
 # name: (sources, flags). The driver watches the others, not itself.

@@ -1,11 +1,11 @@
 """The streams' protocol as an executable model: every interleaving of a writer, a reader and their naps.
 
-A rank of csrc/streams.cpp moves what it can, and when nothing moves it announces sleep, looks once more, and sleeps on
-its doorbell unless the doorbell has changed since. After a store to a counter it looks whether it has to ring the other
-end's. The model has one ring, one writer and one reader, each a little program of atomic actions (all are sequentially
-consistent), and explores every order. It must find that all bytes arrive in order, that no byte is overwritten before
-it was read, and that a rank never sleeps for ever while something could move. Naps with an end are left out: they would
-hide a lost wake-up. Every rule can be taken away, to see that it is needed.
+A rank of csrc/streams.cpp moves what it can (ring.cpp), and when nothing moves it announces sleep, looks once more,
+and sleeps on its doorbell unless the doorbell has changed since. After a store to a counter it looks whether it has to
+ring the other end's. The model has one ring, one writer and one reader, each a little program of atomic actions (all
+are sequentially consistent), and explores every order. It must find that all bytes arrive in order, that no byte is
+overwritten before it was read, and that a rank never sleeps for ever while something could move. Naps with an end are
+left out: they would hide a lost wake-up. Every rule can be taken away, to see that it is needed.
 
 Counters count to infinity here, or modulo a small number (``modulus``), as they would wrap after 2**64 bytes.
 """

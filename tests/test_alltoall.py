@@ -13,6 +13,7 @@ from flashcomm_megatron import counters, cpu
 from flashcomm_megatron.codec import Raw
 from flashcomm_megatron.config import Config
 from flashcomm_megatron.policy import message_codec
+from flashcomm_megatron.transport.link import Wire
 
 SPLITS = [[3, 0, 40], [700, 1, 0], [5, 300, 2]]  # rows from (line) to (column)
 
@@ -25,6 +26,7 @@ def rows(source: int, to: int, hidden: int = 64) -> Tensor:
 def exchanged(rank: int, world: int) -> None:
     for transport in ("auto", "group"):
         config = Config(bits=4, transport=transport)
+        wire = Wire("cpu" if transport == "group" else "shared memory")
         counters.reset_stats()
         x = torch.cat([rows(rank, to) for to in range(world)])
         outs = [SPLITS[source][rank] for source in range(world)]
@@ -32,7 +34,7 @@ def exchanged(rank: int, world: int) -> None:
         found = handle.wait().split(outs)
         sent = 0
         for peer in range(world):
-            codec = message_codec(rows(peer, rank), world, config, config.legs, (0,) * world)
+            codec = message_codec(rows(peer, rank), world, config, config.legs, wire)
             expected = rows(peer, rank)
             if peer != rank and expected.numel():
                 payload = codec.encode(expected.view(-1))
@@ -40,7 +42,7 @@ def exchanged(rank: int, world: int) -> None:
             assert torch.equal(found[peer], expected), (transport, peer, rank)
             if peer != rank and transport == "auto":
                 leaving = rows(rank, peer)
-                sent += message_codec(leaving, world, config, config.legs, (0,) * world).wire_bytes(leaving.numel())
+                sent += message_codec(leaving, world, config, config.legs, wire).wire_bytes(leaving.numel())
         if transport == "auto":
             assert counters.stats()["wire_bytes"] == sent
     whole = torch.arange(world * 2).view(-1, 1) + 100 * rank
@@ -60,8 +62,8 @@ def test_every_pair_exchanges_its_rows() -> None:
 def test_small_messages_are_exact() -> None:
     config = Config(bits=4)
     small, large = torch.empty(8, dtype=torch.bfloat16), torch.empty(4096, dtype=torch.bfloat16)
-    assert isinstance(message_codec(small, 2, config, config.legs, (0, 0)), Raw)
-    assert message_codec(large, 2, config, config.legs, (0, 0)) == config.legs.gather
+    assert isinstance(message_codec(small, 2, config, config.legs, Wire("shared memory")), Raw)
+    assert message_codec(large, 2, config, config.legs, Wire("shared memory")) == config.legs.gather
 
 
 def dispatched(rank: int, world: int) -> None:

@@ -12,6 +12,7 @@ from flashcomm_megatron import algorithms, counters, hierarchical, pieces, polic
 from flashcomm_megatron.collectives import ALL_REDUCE, all_reduce
 from flashcomm_megatron.config import Config
 from flashcomm_megatron.transport import lockstep, segment
+from flashcomm_megatron.transport.link import Wire
 
 LAYOUTS = [(0, 0, 1, 1), (0, 0, 0, 1), (0, 1, 1, 2, 2, 2), (0, 1, 0, 1), (0, 0, 0, 1, 1)]
 
@@ -22,7 +23,7 @@ def part(rank: int, numel: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 def planned(numel: int, nodes: tuple[int, ...], piece: int | None = None, **options: object) -> policy.Plan:
     config = Config(bits=4, min_bytes=0, **options)
-    plan = policy.plan("all_reduce", part(0, numel), len(nodes), config, nodes=nodes)
+    plan = policy.plan("all_reduce", part(0, numel), len(nodes), config, wire=Wire("connections", nodes))
     return plan if piece is None else plan._replace(piece=piece)
 
 

@@ -14,33 +14,42 @@ import torch
 from flashcomm_megatron import policy, thresholds, tuning
 from flashcomm_megatron.config import Config
 from flashcomm_megatron.thresholds import Case
+from flashcomm_megatron.transport.link import Wire
 from flashcomm_megatron.tuning import Timing
 
 CASE = Case("all_reduce", "bfloat16", 4, "auto")
+CPU = Wire("cpu", (0, 0))
 
 
-def reason(numel: int, nodes: tuple[int, ...], **options: object) -> str | None:
+def place(world: int) -> str:
+    return thresholds.place(world, CPU)
+
+
+def reason(numel: int, wire: Wire | None, **options: object) -> str | None:
     x = torch.empty(1, dtype=torch.bfloat16).expand(numel)
-    return policy.plan("all_reduce", x, 2, Config(bits=4, **options), nodes=nodes).reason
+    return policy.plan("all_reduce", x, 2, Config(bits=4, **options), wire=wire).reason
 
 
-def test_ranks_that_share_memory_start_to_compress_earlier() -> None:
-    assert reason(1024, (0, 0)) is None
-    assert reason(1024, (0, 1)) == reason(1024, (0, 0), transport="group") == "below 262144 bytes"
-    assert reason(131072, (0, 1)) is None
+@pytest.mark.parametrize("wire", [None, Wire("shared memory", (0, 0)), Wire("connections", (0, 1))])
+def test_over_streams_compression_starts_earlier_than_over_the_process_group(wire: Wire | None) -> None:
+    assert reason(512, wire) is None
+    assert reason(511, wire) == "below 1024 bytes"
+    assert reason(1024, None, transport="group") == reason(1024, Wire("cpu", (0, 1))) == "below 262144 bytes"
+    assert reason(131072, Wire("cpu", (0, 1))) is None
 
 
 def test_a_measured_file_decides_for_its_cases_and_its_number_of_ranks(tmp_path: Path) -> None:
     path = tmp_path / "tuned.json"
-    thresholds.write(path, 2, {CASE: 4096})
-    thresholds.write(path, 4, {CASE: thresholds.NEVER})
+    thresholds.write(path, place(2), {CASE: 4096})
+    thresholds.write(path, place(4), {CASE: thresholds.NEVER})
     config = Config(bits=4, thresholds=str(path))
-    assert thresholds.least(CASE, 2, "cpu", config) == 4096
-    assert thresholds.least(CASE, 4, "cpu", config) == thresholds.NEVER, "one number of ranks does not erase another"
-    assert thresholds.least(CASE, 8, "cpu", config) == thresholds.DEFAULTS["cpu"]
-    assert thresholds.least(CASE._replace(bits=8), 2, "cpu", config) == thresholds.DEFAULTS["cpu"]
+    assert thresholds.least(CASE, 2, CPU, config) == 4096
+    assert thresholds.least(CASE, 4, CPU, config) == thresholds.NEVER, "one number of ranks does not erase another"
+    assert thresholds.least(CASE, 8, CPU, config) == thresholds.DEFAULTS["cpu"]
+    assert thresholds.least(CASE._replace(bits=8), 2, CPU, config) == thresholds.DEFAULTS["cpu"]
+    assert thresholds.least(CASE, 2, CPU._replace(nodes=(0, 1)), config) == thresholds.DEFAULTS["cpu"]
     asked = Config(bits=4, thresholds=str(path), min_bytes=7)
-    assert thresholds.least(CASE, 2, "cpu", asked) == 7, "what the user says comes first"
+    assert thresholds.least(CASE, 2, CPU, asked) == 7, "what the user says comes first"
 
 
 @pytest.mark.parametrize(
@@ -49,9 +58,12 @@ def test_a_measured_file_decides_for_its_cases_and_its_number_of_ranks(tmp_path:
         (None, "No such file"),
         ("no json", "no file of thresholds"),
         ("[]", "no file of thresholds"),
-        ('{"circumstances": [], "least bytes by ranks": {}}', "no file of thresholds"),
-        ('{"circumstances": {}, "least bytes by ranks": {"2": [["all_reduce", 1]]}}', "no file of thresholds"),
-        ('{"circumstances": {"torch": "1.0"}, "least bytes by ranks": {}}', "torch 1.0, here"),
+        ('{"circumstances": [], "least bytes by place": {}}', "no file of thresholds"),
+        (
+            '{"circumstances": {}, "least bytes by place": {"2 ranks, 1 machines, cpu": [["all_reduce", 1]]}}',
+            "no file of thresholds",
+        ),
+        ('{"circumstances": {"torch": "1.0"}, "least bytes by place": {}}', "torch 1.0, here"),
     ],
 )
 def test_other_files_are_refused_in_a_sentence(tmp_path: Path, text: str | None, complaint: str) -> None:
@@ -59,7 +71,7 @@ def test_other_files_are_refused_in_a_sentence(tmp_path: Path, text: str | None,
     if text is not None:
         path.write_text(text)
     with pytest.raises(ValueError, match=complaint) as error:
-        thresholds.read(str(path), 2)
+        thresholds.read(str(path))
     assert "bench --tune" in str(error.value) and str(path) in str(error.value)
 
 
@@ -84,10 +96,12 @@ def test_bench_measures_on_real_ranks_and_its_file_is_used(tmp_path: Path) -> No
     outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0]
     assert "all_reduce" in outputs[0] and not outputs[1]
-    rows = json.loads(path.read_text())["least bytes by ranks"]["2"]
+    rows = json.loads(path.read_text())["least bytes by place"]["2 ranks, 1 machines, shared memory"]
     assert [row[0] for row in rows] == list(tuning.KINDS)
     assert all(row[4] in (1 << 10, 1 << 16, thresholds.NEVER) for row in rows)
-    assert thresholds.read(str(path), 2).keys() == {CASE._replace(collective=kind) for kind in tuning.KINDS}
+    assert thresholds.read(str(path))["2 ranks, 1 machines, shared memory"].keys() == {
+        CASE._replace(collective=kind) for kind in tuning.KINDS
+    }
 
 
 def test_bench_alone_says_what_it_needs() -> None:

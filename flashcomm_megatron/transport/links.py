@@ -1,4 +1,4 @@
-"""Which transport carries a group's messages: shared memory inside a machine, the process group between machines.
+"""Which transport carries a group's messages: streams of our own between CPUs, the process group for all else.
 
 Decided once for each group, by all its ranks together; the choice depends on the configuration, on where the ranks run,
 and on a vote. Messages only: kernels that run a whole collective are chosen in workspace.py.
@@ -19,14 +19,26 @@ from .. import announce, counters
 from ..config import Config
 from . import group as over_group
 from . import topology
-from .link import Call, Exchange, Link, Transfer
+from .link import Call, Exchange, Link, Transfer, Wire
 from .streams import Streams
 
-SHARED_MEMORY = ("auto", "host")  # the transports that use it for tensors in main memory
+STREAMED = ("auto", "host")  # the transports that use streams for tensors in main memory
 DEFAULT_SECONDS = 1800.0  # torch.distributed's own
 
 _streams: WeakKeyDictionary[dist.ProcessGroup, Streams] = WeakKeyDictionary()
+_wires: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[str, str], Wire]] = WeakKeyDictionary()
 _calls: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()
+
+
+def wire(group: dist.ProcessGroup, device: torch.device, config: Config) -> Wire:
+    """How the ranks of ``group`` are joined for tensors on ``device``. A group's first call is collective."""
+    known, key = _wires.setdefault(group, {}), (device.type, config.transport)
+    if key not in known:
+        nodes = topology.nodes(group)
+        streamed = device.type == "cpu" and config.transport in STREAMED and len(nodes) > 1
+        kind = "connections" if len(set(nodes)) > 1 else "shared memory"
+        known[key] = Wire(kind if streamed and not _open(group).reason else device.type, nodes)
+    return known[key]
 
 
 def link(group: dist.ProcessGroup, device: torch.device, config: Config, text: str, digest: str = "") -> Link:
@@ -39,34 +51,17 @@ def link(group: dist.ProcessGroup, device: torch.device, config: Config, text: s
     exchange: Exchange = partial(over_group.exchange, group=group, seconds=allowed, call=call)
     nodes = topology.nodes(group)
     far = [node != nodes[group.rank()] for node in nodes]
-    if any(far):
-        exchange = _counted(exchange, far)
-    shares_a_machine = len(set(nodes)) < len(nodes)
     if device.type == "cpu" and config.transport == "peer":
         announce.unexpected("transport peer does not serve: it is for tensors on GPUs.", config)
-    if device.type == "cpu" and config.transport == "host" and not shares_a_machine:
-        announce.unexpected("transport host does not serve: every rank is on a machine of its own.", config)
-    if device.type == "cpu" and config.transport in SHARED_MEMORY and shares_a_machine:
+    if device.type == "cpu" and config.transport in STREAMED:
         streams = _open(group)
-        if streams.reason and config.transport == "host":
-            announce.unexpected(f"transport host does not serve: {streams.reason}.", config)
         if not streams.reason:
-            near: Exchange = partial(streams.exchange, seconds=allowed, call=call)
-            exchange = _routed(near, exchange, far) if any(far) else near
+            exchange = partial(streams.exchange, seconds=allowed, call=call)
+        elif config.transport == "host":
+            announce.unexpected(f"transport host does not serve: {streams.reason}.", config)
+    if any(far):
+        exchange = _counted(exchange, far)
     return Link(group.rank(), group.size(), exchange)
-
-
-def _routed(near: Exchange, beyond: Exchange, far: Sequence[bool]) -> Exchange:
-    """Messages to ranks that are ``far`` go ``beyond`` this machine, all others stay ``near``."""
-
-    def exchange(sends: Sequence[Tensor], receives: Sequence[Tensor]) -> Sequence[Transfer]:
-        def only(tensors: Sequence[Tensor], wanted: bool) -> list[Tensor]:
-            return [each if is_far is wanted else each[:0] for each, is_far in zip(tensors, far, strict=True)]
-
-        outward = beyond(only(sends, True), only(receives, True))
-        return [*outward, *near(only(sends, False), only(receives, False))]
-
-    return exchange
 
 
 def _counted(exchange: Exchange, far: Sequence[bool]) -> Exchange:
@@ -83,7 +78,7 @@ def aside(group: dist.ProcessGroup, device: torch.device, config: Config, text: 
     """An end for what ranks tell each other before a call: where their calls go if that is open, opening nothing."""
     exchange, streams = over_group.exchange, _streams.get(group)
     call, waits = Call(0, text, ""), seconds(group, config)
-    if streams and streams.reaches_all and device.type == "cpu" and config.transport in SHARED_MEMORY:
+    if streams and not streams.reason and device.type == "cpu" and config.transport in STREAMED:
         return Link(group.rank(), group.size(), partial(streams.exchange, seconds=waits, call=call))
     return Link(group.rank(), group.size(), partial(exchange, group=group, seconds=waits, call=call))
 

@@ -1,8 +1,9 @@
-"""Transport for tensors in main memory between the ranks of one machine: byte streams through shared memory.
+"""Transport for tensors in main memory: byte streams between ranks, moved by the ranks themselves (csrc/streams.h).
 
-Every rank has a segment with a ring for each other rank (csrc/streams.h); a message is copied in by its sender and out
-by its receiver, without a system call unless somebody sleeps. Frames name the call, so that ranks that have got out of
-step hear of it at once, and a rank that is gone is noticed within a fraction of a second.
+Inside a machine they go through shared memory: every rank has a segment with a ring for each other rank; a message is
+copied in by its sender and out by its receiver, without a system call unless somebody sleeps. Between machines they are
+TCP connections. Frames name the call, so that ranks that have got out of step hear of it at once, and a rank that is
+gone is noticed within a fraction of a second.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Sequence
+from socket import socket
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -17,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import extension
-from . import segment, topology, votes
+from . import segment, sockets, topology, votes
 from .link import Call
 from .segment import Segment
 
@@ -30,6 +32,7 @@ REASONS = {
     3: "rank {peer} has given up. Look for its own error, which came first.",
     4: "rank {peer} is in another call ({theirs}): every rank must make the same calls, in the same "
     "order, with the same configuration.",
+    6: "rank {peer} has closed its connection: its process has ended or it has given up. Look for its own error.",
 }
 
 
@@ -50,7 +53,7 @@ class Exchange(NamedTuple):
 
 
 class Streams:
-    """This rank's ends of the streams to the ranks of ``group`` on its machine; ``reason``: why there are none."""
+    """This rank's ends of the streams to all other ranks of ``group``; ``reason``: why there are none."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.ranks = dist.get_process_group_ranks(group)
@@ -58,20 +61,20 @@ class Streams:
         self._process = os.getpid()
         self._under_way: deque[tuple[Any, Sequence[Tensor], Sequence[Tensor]]] = deque()
         self._segments: dict[int, Segment] = {}
+        self._connections: dict[int, socket] = {}
         module = extension.module()
         self.reason = votes.failure("" if module else "the compiled extension is missing", group)
-        if module is not None and not self.reason:
-            size = module.Streams.segment_bytes(len(self.ranks), RING_BYTES)
-            nodes = topology.nodes(group)
-            near = [rank for rank, node in enumerate(nodes) if node == nodes[group.rank()]]
+        if module is None or self.reason:
+            return
+        nodes = topology.nodes(group)
+        near = [rank for rank, node in enumerate(nodes) if node == nodes[group.rank()]]
+        if len(set(nodes)) < len(nodes):
+            size = module.segment_bytes(len(self.ranks), RING_BYTES)
             self._segments, self.reason = segment.share(size, group, near)
-        if module is not None and not self.reason:
+        if len(set(nodes)) > 1 and not self.reason:
+            self._connections, self.reason = sockets.connect(group, sorted({*range(len(nodes))} - {*near}))
+        if not self.reason:
             self.native = self._connect(module, group.rank())
-
-    @property
-    def reaches_all(self) -> bool:
-        """Whether every rank of the group is at the other end of one."""
-        return len(self._segments) == len(self.ranks)
 
     def exchange(
         self, sends: Sequence[Tensor], receives: Sequence[Tensor], seconds: float, call: Call
@@ -91,12 +94,16 @@ class Streams:
         return [Exchange(self, handle, seconds, call)]
 
     def _connect(self, module: ModuleType, me: int) -> Any:
-        addresses, locks = [0] * len(self.ranks), [-1] * len(self.ranks)
+        ends = [(0, -1, -1)] * len(self.ranks)  # by rank: its segment's address, the lock on it, a connection
         for rank, each in self._segments.items():
-            addresses[rank], locks[rank] = each.address, each.descriptor if rank != me else -1
-        return module.Streams(me, addresses, locks, RING_BYTES)
+            ends[rank] = each.address, each.descriptor if rank != me else -1, -1
+        for rank, connection in self._connections.items():
+            ends[rank] = 0, -1, connection.fileno()
+        return module.Streams(me, ends, RING_BYTES)
 
     def __del__(self) -> None:
         self.native = None
-        for each in self._segments.values():
-            each.close()
+        for segment_ in self._segments.values():
+            segment_.close()
+        for connection in self._connections.values():
+            connection.close()
