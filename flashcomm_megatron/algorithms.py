@@ -58,7 +58,7 @@ def two_step(x: Tensor, link: Link, plan: Plan, residuals: Residuals | None = No
 def reduce_scatter(x: Tensor, out: Tensor, link: Link, plan: Plan, residuals: Residuals | None = None) -> Steps:
     """Sum of every rank's ``x``, this rank's slice of it in ``out``."""
     flat = x.view(-1)
-    lost = _residual(residuals, "reduce", flat)
+    lost = residual_of(residuals, "reduce", flat)
     slices = flat.chunk(link.world)
     losses = None if lost is None else lost.chunk(link.world)
     yield from pieces.together(
@@ -101,7 +101,7 @@ def flat(world: int) -> Callable[..., Going]:
 
 def _one_step(flat: Tensor, link: Link, plan: Plan, residuals: Residuals | None) -> Going:
     inbox = _inbox(plan.reduce, flat, link)
-    _encode(plan.reduce, flat, _residual(residuals, "reduce", flat), inbox[link.rank])
+    encode(plan.reduce, flat, residual_of(residuals, "reduce", flat), inbox[link.rank])
     yield link.exchange([inbox[link.rank]] * link.world, inbox)
     plan.reduce.decode_sum(inbox, flat)
 
@@ -109,16 +109,16 @@ def _one_step(flat: Tensor, link: Link, plan: Plan, residuals: Residuals | None)
 def _two_step(flat: Tensor, link: Link, plan: Plan, residuals: Residuals | None) -> Going:
     length = slice_length(flat.numel(), link.world, plan)
     slices = _slices(flat, length, link)
-    lost = _residual(residuals, "reduce", flat)
+    lost = residual_of(residuals, "reduce", flat)
     mine = slices[link.rank]
     yield from reduce_leg(slices, None if lost is None else _slices(lost, length, link), mine, link, plan.reduce)
-    yield from gather_leg(mine, _residual(residuals, "gather", mine), slices, link, plan.gather)
+    yield from gather_leg(mine, residual_of(residuals, "gather", mine), slices, link, plan.gather)
 
 
 def reduce_leg(slices: list[Tensor], lost: list[Tensor] | None, mine: Tensor, link: Link, codec: Codec) -> Going:
     """Send every rank its slice; write the sum of what all ranks sent here into ``mine``."""
     residuals: Sequence[Tensor | None] = lost or [None] * link.world
-    outbox = [_encode(codec, part, each) for part, each in zip(slices, residuals, strict=True)]
+    outbox = [encode(codec, part, each) for part, each in zip(slices, residuals, strict=True)]
     inbox = _inbox(codec, mine, link)
     inbox[link.rank] = outbox[link.rank]
     yield link.exchange(outbox, inbox)
@@ -127,7 +127,7 @@ def reduce_leg(slices: list[Tensor], lost: list[Tensor] | None, mine: Tensor, li
 
 def gather_leg(mine: Tensor, lost: Tensor | None, slices: list[Tensor], link: Link, codec: Codec) -> Going:
     """Send ``mine`` to every rank; decode what rank r sent, also this one, into ``slices[r]``."""
-    payload = _encode(codec, mine, lost)
+    payload = encode(codec, mine, lost)
     inbox = [payload.new_empty(codec.wire_bytes(part.numel())) for part in slices]
     inbox[link.rank] = payload
     yield link.exchange([payload] * link.world, inbox)
@@ -135,11 +135,12 @@ def gather_leg(mine: Tensor, lost: Tensor | None, slices: list[Tensor], link: Li
         codec.decode_sum([received], part)
 
 
-def _encode(codec: Codec, x: Tensor, lost: Tensor | None, out: Tensor | None = None) -> Tensor:
+def encode(codec: Codec, x: Tensor, lost: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """The payload of ``x`` (of ``x + lost``, which then becomes what this rounding loses)."""
     return codec.encode(x, out) if lost is None else residual.encode(codec, x, lost, out)
 
 
-def _residual(residuals: Residuals | None, leg: str, like: Tensor) -> Tensor | None:
+def residual_of(residuals: Residuals | None, leg: str, like: Tensor) -> Tensor | None:
     """What was lost in ``leg`` ("reduce" or "gather") so far, zeros at first; None where nothing is remembered."""
     if residuals is None:
         return None
@@ -173,6 +174,16 @@ def flat_bytes(numel: int, rank: int, world: int, plan: Plan) -> int:
 def wire_bytes(codec: Codec, numel: int, piece: int) -> int:
     """Bytes of the payloads of ``numel`` values in pieces."""
     return sum(codec.wire_bytes(last - first) for first, last in pieces.cuts(numel, piece))
+
+
+def reduce_scatter_bytes(numel: int, rank: int, world: int, plan: Plan) -> int:
+    """Bytes that ``rank`` sends; ``numel``: values of a slice."""
+    return (world - 1) * wire_bytes(plan.reduce, numel, plan.piece)
+
+
+def all_gather_bytes(numel: int, rank: int, world: int, plan: Plan) -> int:
+    """Bytes that ``rank`` sends; ``numel``: values of a slice."""
+    return (world - 1) * wire_bytes(plan.gather, numel, plan.piece)
 
 
 def slice_length(numel: int, world: int, plan: Plan) -> int:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import agreement, algorithms, announce, calls, hierarchical, policy, sampling, traced
+from . import agreement, algorithms, announce, calls, hierarchical, hierarchical_halves, policy, sampling, traced
 from .algorithms import Residuals, Steps
 from .config import Config
 from .recipes import Legs
@@ -24,6 +24,14 @@ ALL_REDUCE = {
     "one-step": (algorithms.one_step, algorithms.one_step_bytes),
     "two-step": (algorithms.two_step, algorithms.two_step_bytes),
     "hierarchical": (hierarchical.hierarchical, hierarchical.sent_bytes),
+}
+REDUCE_SCATTER = {
+    "flat": (algorithms.reduce_scatter, algorithms.reduce_scatter_bytes),
+    "hierarchical": (hierarchical_halves.reduce_scatter, hierarchical_halves.reduce_scatter_bytes),
+}
+ALL_GATHER = {
+    "flat": (algorithms.all_gather, algorithms.all_gather_bytes),
+    "hierarchical": (hierarchical_halves.all_gather, hierarchical_halves.all_gather_bytes),
 }
 
 
@@ -80,13 +88,13 @@ def reduce_scatter(
     if not wants("reduce_scatter", x, group, config, legs):
         return calls.exact(out, dist.reduce_scatter_tensor(out, x, group=group, async_op=async_op), async_op)
     plan = policy.plan("reduce_scatter", x, world, config, legs, links.wire(group, x.device, config))
-    sent = (world - 1) * algorithms.wire_bytes(plan.reduce, out.numel(), plan.piece)
+    algorithm, sent = REDUCE_SCATTER[plan.algorithm]
     sampling.sample("reduce_scatter", x, plan.reduce)
     steps = _fused("reduce_scatter", x, out, group, plan, config, residuals)
     if steps is None:
         link = calls.link("reduce_scatter", x.shape, x, group, config)
-        steps = algorithms.reduce_scatter(x, out, link, plan, residuals)
-    return calls.run(steps, plan.exact_bytes, sent, async_op)
+        steps = algorithm(x, out, link, plan, residuals)
+    return calls.run(steps, plan.exact_bytes, sent(out.numel(), group.rank(), world, plan), async_op)
 
 
 def all_gather(
@@ -107,11 +115,11 @@ def all_gather(
     if not wants("all_gather", x, group, config, legs):
         return calls.exact(out, dist.all_gather_into_tensor(out, x, group=group, async_op=async_op), async_op)
     plan = policy.plan("all_gather", x, world, config, legs, links.wire(group, x.device, config))
-    sent = (world - 1) * algorithms.wire_bytes(plan.gather, x.numel(), plan.piece)
+    algorithm, sent = ALL_GATHER[plan.algorithm]
     sampling.sample("all_gather", x, plan.gather)
     steps = _fused("all_gather", x, out, group, plan, config)
-    steps = steps or algorithms.all_gather(x, out, calls.link("all_gather", x.shape, x, group, config), plan)
-    return calls.run(steps, plan.exact_bytes, sent, async_op)
+    steps = steps or algorithm(x, out, calls.link("all_gather", x.shape, x, group, config), plan)
+    return calls.run(steps, plan.exact_bytes, sent(x.numel(), group.rank(), world, plan), async_op)
 
 
 def wants(collective: str, x: Tensor, group: dist.ProcessGroup, config: Config, legs: Legs | None = None) -> bool:

@@ -72,7 +72,7 @@ def _plan(
     is_gradient = legs is not None and legs != config.legs and legs == config.gradient_legs
     case = Case(collective, _name(dtype), config.grad_bits if is_gradient else config.bits, config.recipe)
     legs = legs or config.legs
-    algorithm = _algorithm(world, config, wire.nodes)
+    algorithm = _algorithm(collective, world, config, wire.nodes)
     split = world if collective == "all_reduce" and algorithm != "one-step" else 1  # messages that a piece becomes
     return Plan(
         reason="no calibrated site" if uncalibrated else _reason(case, nbytes, dtype, wire, world, config),
@@ -127,11 +127,13 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _algorithm(world: int, config: Config, nodes: tuple[int, ...]) -> str:
+def _algorithm(collective: str, world: int, config: Config, nodes: tuple[int, ...]) -> str:
     asked = config.algorithm if config.algorithm != "auto" else RECIPES[config.recipe].algorithm
+    ranks = Counter(nodes).values()
+    if asked == "auto" and len(ranks) > 1 and max(ranks) > 1:
+        asked = "hierarchical"
+    if collective != "all_reduce":
+        return "hierarchical" if asked == "hierarchical" and len(ranks) > 1 else "flat"
     if asked != "auto":
         return asked
-    ranks = Counter(nodes).values()
-    if len(ranks) > 1 and max(ranks) > 1:
-        return "hierarchical"
     return "one-step" if world <= ONE_STEP_WORLD else "two-step"

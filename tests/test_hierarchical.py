@@ -8,8 +8,15 @@ import torch.distributed as dist
 from ranks import spawn
 from torch import Tensor
 
-from flashcomm_megatron import algorithms, counters, hierarchical, pieces, policy
-from flashcomm_megatron.collectives import ALL_REDUCE, all_reduce
+from flashcomm_megatron import algorithms, counters, hierarchical, hierarchical_halves, pieces, policy
+from flashcomm_megatron.collectives import (
+    ALL_GATHER,
+    ALL_REDUCE,
+    REDUCE_SCATTER,
+    all_gather,
+    all_reduce,
+    reduce_scatter,
+)
 from flashcomm_megatron.config import Config
 from flashcomm_megatron.transport import lockstep, segment
 from flashcomm_megatron.transport.link import Wire
@@ -21,9 +28,11 @@ def part(rank: int, numel: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.randn(numel, generator=torch.Generator().manual_seed(rank)).to(dtype)
 
 
-def planned(numel: int, nodes: tuple[int, ...], piece: int | None = None, **options: object) -> policy.Plan:
+def planned(
+    numel: int, nodes: tuple[int, ...], piece: int | None = None, kind: str = "all_reduce", **options: object
+) -> policy.Plan:
     config = Config(bits=4, min_bytes=0, **options)
-    plan = policy.plan("all_reduce", part(0, numel), len(nodes), config, wire=Wire("connections", nodes))
+    plan = policy.plan(kind, part(0, numel), len(nodes), config, wire=Wire("connections", nodes))
     return plan if piece is None else plan._replace(piece=piece)
 
 
@@ -51,6 +60,75 @@ def test_the_sum_is_that_of_the_machines_exact_sums(nodes: tuple[int, ...], nume
         flat = plan._replace(nodes=(), algorithm="one-step" if len(machines) == 2 else "two-step")
         expected = reduced(flat, [each[span].clone() for each in sums])[0].to(parts[0].dtype)
         assert torch.equal(results[0][span], expected)
+
+
+@pytest.mark.parametrize("numel", [1, 63, 1000, 5000])
+@pytest.mark.parametrize("nodes", LAYOUTS)
+def test_a_slice_is_the_sum_of_the_machines_quantized_sums(nodes: tuple[int, ...], numel: int) -> None:
+    world = len(nodes)
+    plan = planned(numel, nodes, kind="reduce_scatter", piece=2048)
+    assert plan.algorithm == "hierarchical"
+    parts = [part(rank, world * numel) for rank in range(world)]
+    results = lockstep.run(
+        lambda link: hierarchical_halves.reduce_scatter(
+            parts[link.rank], parts[0].new_full((numel,), torch.nan), link, plan
+        ),
+        world,
+    )
+    sums = [sum(p.float() for p, n in zip(parts, nodes, strict=True) if n == each) for each in sorted(set(nodes))]
+    for rank, result in enumerate(results):
+        for first, last in pieces.cuts(numel, plan.piece):
+            payloads = [plan.reduce.encode(each.chunk(world)[rank][first:last].contiguous()) for each in sums]
+            expected = plan.reduce.decode_sum(payloads, torch.empty(last - first, dtype=torch.bfloat16))
+            assert torch.equal(result[first:last], expected)
+
+
+@pytest.mark.parametrize("numel", [1, 63, 1000, 5000])
+@pytest.mark.parametrize("nodes", LAYOUTS)
+def test_gathered_over_machines_are_the_bits_of_the_flat_gather(nodes: tuple[int, ...], numel: int) -> None:
+    world = len(nodes)
+    plan = planned(numel, nodes, kind="all_gather", piece=2048)
+    assert plan.algorithm == "hierarchical"
+    results = {
+        gather: lockstep.run(
+            lambda link: gather(part(link.rank, numel), torch.empty(world * numel), link, plan),  # noqa: B023
+            world,
+        )
+        for gather in (hierarchical_halves.all_gather, algorithms.all_gather)
+    }
+    flat, *_ = results[algorithms.all_gather]
+    assert all(torch.equal(each, flat) for each in results[hierarchical_halves.all_gather])
+
+
+def half(kind: str, link, numel: int, plan: policy.Plan):  # type: ignore[no-untyped-def]
+    """One rank's reduce_scatter or all_gather with slices of ``numel`` values."""
+    if kind == "all_gather":
+        return hierarchical_halves.all_gather(part(link.rank, numel), torch.empty(numel * link.world), link, plan)
+    x = part(link.rank, numel * link.world)
+    return hierarchical_halves.reduce_scatter(x, torch.empty(numel), link, plan)
+
+
+@pytest.mark.parametrize("kind", ["reduce_scatter", "all_gather"])
+@pytest.mark.parametrize("nodes", LAYOUTS)
+def test_bytes_of_the_halves_are_those_sent(nodes: tuple[int, ...], kind: str) -> None:
+    numel, world = 5000, len(nodes)
+    plan, sent, far = planned(numel, nodes, kind=kind, piece=2048), [0] * world, [0] * world
+
+    def start(link):  # type: ignore[no-untyped-def]
+        def exchange(sends, receives):  # type: ignore[no-untyped-def]
+            for to, each in enumerate(sends):
+                sent[link.rank] += each.numel() * (to != link.rank)
+                far[link.rank] += each.numel() * (nodes[to] != nodes[link.rank])
+            return link.exchange(sends, receives)
+
+        return half(kind, link._replace(exchange=exchange), numel, plan)
+
+    lockstep.run(start, world)
+    _, count = {"reduce_scatter": REDUCE_SCATTER, "all_gather": ALL_GATHER}[kind]["hierarchical"]
+    assert sent == [count(numel, rank, world, plan) for rank in range(world)]
+    codec = plan.reduce if kind == "reduce_scatter" else plan.gather
+    once = world * (len(set(nodes)) - 1) * algorithms.wire_bytes(codec, numel, plan.piece)
+    assert sum(far) == once, "each machine hears of each slice of another once"
 
 
 @pytest.mark.parametrize("nodes", LAYOUTS)
@@ -145,6 +223,21 @@ def two_machines(rank: int, world: int) -> tuple[Tensor, dict]:
     counted = counters.stats()
     inside, between = hierarchical.bytes_by_distance(x.numel(), rank, plan)
     assert counted["remote_bytes"] == between and counted["wire_bytes"] == inside + between
+    for kind, call, table in (
+        ("reduce_scatter", reduce_scatter, REDUCE_SCATTER),
+        ("all_gather", all_gather, ALL_GATHER),
+    ):
+        counters.reset_stats()
+        halves = [x[: 4 * 4096] if kind == "reduce_scatter" else x[:4096] for x in everyone]
+        found = call(halves[rank], None, Config(bits=4, min_bytes=0))
+        plan = planned(halves[rank].numel(), (0, 0, 1, 1), kind=kind)
+        algorithm, count = table["hierarchical"]
+        simulated = lockstep.run(
+            lambda link: algorithm(halves[link.rank], torch.empty_like(found), link, plan),  # noqa: B023
+            world,
+        )
+        assert torch.equal(found, simulated[rank])
+        assert counters.stats()["wire_bytes"] == count(4096, rank, world, plan)
     return result, counted
 
 
