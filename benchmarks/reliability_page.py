@@ -43,15 +43,15 @@ def load(name: str) -> dict[str, Any]:
 def fault_lines() -> Iterator[str]:
     """One line a fault: what the others are told, and when, by transport."""
     found = load("faults")
-    yield "| one rank | the others are told (shared memory) | shared memory | gloo |"
-    yield "|---|---|--:|--:|"
+    yield "| one rank | the others are told (shared memory) | shared memory | connections | gloo |"
+    yield "|---|---|--:|--:|--:|"
     rows = found["rows"]
     for fault in dict.fromkeys(row["fault"] for row in rows):
-        memory, gloo = (row for row in rows if row["fault"] == fault)
+        by_transport = [row for row in rows if row["fault"] == fault]
         told = re.sub(
-            r"\.? (This group's streams|Look for|Is it) .*|: every rank must .*|\[/__w\S+", "", memory["told"]
+            r"\.? (This group's streams|Look for|Is it) .*|: every rank must .*|\[/__w\S+", "", by_transport[0]["told"]
         )
-        yield f"| {fault} | {told.strip()} | {memory['seconds']} s | {gloo['seconds']} s |"
+        yield f"| {fault} | {told.strip()} | {' | '.join(str(row['seconds']) + ' s' for row in by_transport)} |"
     yield ""
     yield f"*`tests/test_faults.py`; {found['circumstances']['cpu']}, commit {found['circumstances']['commit']}*"
 

@@ -43,7 +43,8 @@ class Config:
     thresholds: str | None = _option(None, "File of measured thresholds, made by bench --tune, for the same purpose.")
     transport: str = _option(
         "auto",
-        "How bytes move: peer (GPUs) or host memory shared by the ranks of a machine, or the process group.",
+        "How bytes move: peer (GPUs) or host memory shared by the ranks of a machine (CPUs elsewhere: connections), or "
+        "the process group.",
     )
     algorithm: str = _option(
         "auto",

@@ -23,7 +23,8 @@ from . import segment, sockets, topology, votes
 from .link import Call
 from .segment import Segment
 
-RING_BYTES = 512 << 10  # for each ordered pair of ranks: fits the second-level cache, and two ranks copy at once
+RING_BYTES = 2 << 20  # of a rank's rings together: they stay in a cache, and a small /dev/shm holds many groups'
+PAGE = 4096
 WHAT_BYTES = 55  # of a frame: csrc/streams.h
 
 REASONS = {
@@ -69,7 +70,7 @@ class Streams:
         nodes = topology.nodes(group)
         near = [rank for rank, node in enumerate(nodes) if node == nodes[group.rank()]]
         if len(set(nodes)) < len(nodes):
-            size = module.segment_bytes(len(self.ranks), RING_BYTES)
+            size = module.segment_bytes(len(self.ranks), capacity(len(self.ranks)))
             self._segments, self.reason = segment.share(size, group, near)
         if len(set(nodes)) > 1 and not self.reason:
             self._connections, self.reason = sockets.connect(group, sorted({*range(len(nodes))} - {*near}))
@@ -99,7 +100,7 @@ class Streams:
             ends[rank] = each.address, each.descriptor if rank != me else -1, -1
         for rank, connection in self._connections.items():
             ends[rank] = 0, -1, connection.fileno()
-        return module.Streams(me, ends, RING_BYTES)
+        return module.Streams(me, ends, capacity(len(self.ranks)))
 
     def __del__(self) -> None:
         self.native = None
@@ -107,3 +108,8 @@ class Streams:
             segment_.close()
         for connection in self._connections.values():
             connection.close()
+
+
+def capacity(world: int) -> int:
+    """Bytes of one ring, of a rank to another one, among ``world`` ranks."""
+    return max(RING_BYTES // world // PAGE, 16) * PAGE
