@@ -43,8 +43,8 @@ LINK = Link(1e9, "here", 0.0, "here", codec_latency=0.0, step=1e-3)
 FIGURES = published.figures()
 
 
-def codec(bits: int = 4, speed: Any = FREE, device: str = "cuda", **options: Any) -> Codec:
-    return Codec(Config(bits=bits, **{"min_bytes": 0, **options}), speed, device)
+def codec(bits: int = 4, speed: Any = FREE, wire: str = "cuda", **options: Any) -> Codec:
+    return Codec(Config(bits=bits, **{"min_bytes": 0, **options}), speed, wire)
 
 
 # ---- bytes -----------------------------------------------------------------------------------------------------------
@@ -89,7 +89,7 @@ def test_the_real_policy_decides(numel: int, kept: bool) -> None:
     default = codec(min_bytes=None)
     assert (plan_of(message, default).reason is not None) == kept
     assert (seconds(LINK, message, default) == seconds(LINK, message, None)) == kept
-    assert plan_of(message, codec(min_bytes=None, device="cpu")).reason is None  # a CPU's is 16 KiB
+    assert plan_of(message, codec(min_bytes=None, wire="connections")).reason is None  # 1 KiB
 
 
 # ---- arithmetic ------------------------------------------------------------------------------------------------------
@@ -119,11 +119,11 @@ def test_codec_work_by_hand() -> None:
 
 def test_pieces_overlap() -> None:
     """Where sending takes longer than coding, only one piece of the coding is waited for."""
-    message, what = Message("all_reduce", MIB, 2), codec(recipe="flash-v1", algorithm="one-step", device="cpu")
+    message, what = Message("all_reduce", MIB, 2), codec(recipe="flash-v1", algorithm="one-step", wire="connections")
     plan = plan_of(message, what)
     wire = wire_bytes(message, plan) / LINK.rate
     speed = Computing(6 * MIB / (wire / 2), 3 * 2 * MIB / (wire / 2))
-    found = seconds(LINK, message, Codec(what.config, speed, "cpu"))
+    found = seconds(LINK, message, Codec(what.config, speed, "connections"))
     coding = 2 * MIB / speed.encode + 4 * MIB / speed.decode
     assert found == pytest.approx(1e-3 + wire + coding / pieces(message, plan))
 

@@ -332,3 +332,9 @@ def test_the_address_is_that_of_gloos_interface_or_towards_the_master(monkeypatc
     monkeypatch.delenv("GLOO_SOCKET_IFNAME")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     assert sockets.address() == "127.0.0.1"
+    if socket.has_ipv6 and Path("/proc/net/if_inet6").read_text():
+        monkeypatch.setenv("MASTER_ADDR", "::1")
+        assert sockets.address() == "::1"
+        with sockets._listen("::1", 1) as listener:
+            told = f"{bytes(sockets.PASSWORD_BYTES).hex()} ::1 {listener.getsockname()[1]}"
+            sockets._call(told, 0, time.monotonic() + 5).close()

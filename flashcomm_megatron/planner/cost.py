@@ -17,6 +17,7 @@ import torch
 from .. import algorithms, policy
 from ..config import Config
 from ..recipes import RECIPES
+from ..transport.link import Wire
 from .hardware import MEMORY_EFFICIENCY, Gpu, Link
 
 
@@ -74,11 +75,11 @@ class Computing:
 
 @dataclass(frozen=True)
 class Codec:
-    """What compresses: a configuration and how fast its codecs run on ``device`` ("cuda" or "cpu")."""
+    """What compresses: a configuration, how fast its codecs run, and what joins the ranks (transport/link.py)."""
 
     config: Config
     speed: Speed
-    device: str = "cuda"
+    wire: str = "cuda"
 
 
 def assumed_speed(gpu: Gpu) -> Streaming:
@@ -116,9 +117,8 @@ def pieces(message: Message, plan: policy.Plan) -> int:
 
 def plan_of(message: Message, codec: Codec) -> policy.Plan:
     """The policy's plan for a tensor like this; ``reason`` says why it stays exact."""
-    device = "cpu" if codec.device == "cpu" else "meta"  # a meta tensor gets the thresholds of a GPU's
-    x = torch.empty(1, dtype=message.dtype, device=device).expand(message.numel)
-    return policy.plan(message.collective, x, message.world, codec.config)
+    x = torch.empty(1, dtype=message.dtype, device="meta").expand(message.numel)
+    return policy.plan(message.collective, x, message.world, codec.config, wire=Wire(codec.wire))
 
 
 def wire_bytes(message: Message, plan: policy.Plan) -> int:

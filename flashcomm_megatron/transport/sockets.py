@@ -39,7 +39,7 @@ def connect(group: dist.ProcessGroup, far: Collection[int]) -> tuple[dict[int, s
     connections: dict[int, socket.socket] = {}
     listener, reason, password = None, "", secrets.token_bytes(PASSWORD_BYTES)
     try:
-        listener = socket.create_server((address(), 0), backlog=len(far) + 8) if far else None
+        listener = _listen(address(), backlog=len(far) + 8) if far else None
     except OSError as error:
         reason = f"cannot listen for connections ({error})"
     where = f"{password.hex()} {' '.join(map(str, listener.getsockname()[:2]))}" if listener else ""
@@ -49,7 +49,7 @@ def connect(group: dist.ProcessGroup, far: Collection[int]) -> tuple[dict[int, s
         try:
             deadline = time.monotonic() + SECONDS
             for rank in (rank for rank in far if rank < group.rank()):
-                connections[rank] = _call(told[rank], group.rank())
+                connections[rank] = _call(told[rank], group.rank(), deadline)
             if listener is not None:
                 callers = [rank for rank in far if rank > group.rank()]
                 connections |= _answer(listener, password, callers, deadline)
@@ -68,21 +68,38 @@ def connect(group: dist.ProcessGroup, far: Collection[int]) -> tuple[dict[int, s
 def address() -> str:
     """The address at which other machines reach this one: of gloo's interface, else of that towards the master."""
     interface, master = os.environ.get("GLOO_SOCKET_IFNAME"), os.environ.get("MASTER_ADDR")
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
-        if interface:
-            found = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))
-            return socket.inet_ntoa(found[20:24])
-        if master:
-            probe.connect((master, 9))  # sends nothing, but finds the way
-            return str(probe.getsockname()[0])
+    with suppress(OSError):
+        return _address_of(interface.split(",")[0]) if interface else _address_towards(master or socket.gethostname())
     return socket.gethostbyname(socket.gethostname())
 
 
-def _call(told: str, me: int) -> socket.socket:
+def _address_of(interface: str) -> str:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        found = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))
+        return socket.inet_ntoa(found[20:24])
+
+
+def _address_towards(host: str) -> str:
+    family, kind, _, _, there = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(there)  # sends nothing, but finds the way
+        return str(probe.getsockname()[0])
+
+
+def _listen(host: str, backlog: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, 0), family=family, backlog=backlog)
+
+
+def _call(told: str, me: int, deadline: float) -> socket.socket:
     password, host, port = told.split()
-    connection = socket.create_connection((host, int(port)), timeout=SECONDS)
+    connection = socket.create_connection((host, int(port)), timeout=_until(deadline))
     connection.sendall(GREETING.pack(bytes.fromhex(password), me))
     return _ready(connection)
+
+
+def _until(deadline: float) -> float:
+    return max(deadline - time.monotonic(), 0.001)
 
 
 def _answer(
@@ -91,7 +108,7 @@ def _answer(
     """One connection from each of ``callers``; whoever else connects is turned away."""
     answered: dict[int, socket.socket] = {}
     while len(answered) < len(callers):
-        listener.settimeout(max(deadline - time.monotonic(), 0.001))
+        listener.settimeout(_until(deadline))
         connection, _ = listener.accept()
         connection.settimeout(GREETING_SECONDS)
         shown, rank = _greeting(connection)
