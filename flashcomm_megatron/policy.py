@@ -26,7 +26,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # Values of a message in pieces (pieces.py): a fraction of a millisecond at 1 Gbit/s; through shared memory only what
 # exceeds the cache is cut.
-PIECE = {"shared memory": 4096 * 1024, "connections": 256 * 1024, "cpu": 128 * 1024}
+PIECE = {"shared memory": 2048 * 1024, "connections": 256 * 1024, "cpu": 128 * 1024}
 FAMILY = 32  # a piece is a multiple of so many blocks, so that cutting changes no bit: codec/rotated.py
 
 # One-step moves world / 2 times the bytes of two-step, but in one exchange instead of two.
