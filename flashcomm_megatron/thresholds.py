@@ -62,6 +62,15 @@ def read(path: str, world: int) -> dict[Case, int]:
     return rows
 
 
+def problem(path: str) -> str:
+    """Why this rank cannot use the file; empty if it can."""
+    try:
+        read(path, 0)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def write(path: Path, world: int, rows: dict[Case, int]) -> None:
     """Put ``rows`` for ``world`` ranks into the file, beside those for other numbers of ranks."""
     tables: dict[str, Any] = {}
