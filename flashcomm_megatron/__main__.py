@@ -45,15 +45,17 @@ def main(argv: list[str]) -> int:
     except ValueError as error:
         return _refuse(str(error))
     on_cpu = argv[0] == "--cpu"
-    name, *rest = argv[on_cpu:] or [""]
+    if argv[on_cpu:] in ([], ["-m"]):
+        return _refuse(f"{argv[-1]}: nothing after it: give a script's path, or -m and a module, and its arguments.")
+    name, *rest = argv[on_cpu:]
     return COMMANDS[name](rest) if name in COMMANDS and not on_cpu else run(name, rest, on_cpu)
 
 
 def run(script: str, argv: list[str], on_cpu: bool = False) -> int:
     """Run ``script`` (a path, or ``-m`` and a module in ``argv``) with its arguments, without a GPU if asked to."""
-    if not (argv if script == "-m" else os.path.exists(script)):
+    if script != "-m" and not os.path.exists(script):
         commands = ", ".join(COMMANDS)
-        return _refuse(f"{script or '--cpu'}: no such file, and no command: choose {commands} or a script's path.")
+        return _refuse(f"{script}: no such file, and no command: choose {commands} or a script's path.")
     try:
         _execute(script, argv, on_cpu)
     except (cpu.NeedsGPU, PatchError) as error:

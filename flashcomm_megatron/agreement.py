@@ -16,13 +16,13 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 
-from . import ranges
+from . import ranges, thresholds
 from .config import Config
 from .transport import links, votes
 from .transport.link import Link
 from .version import __version__
 
-TEXT_BYTES = 1024  # every rank sends its description as this many bytes, zero padded
+TEXT_BYTES = 1024  # every rank sends its description as this many bytes, zero padded; its digest comes first
 FIRST = "comparison of configurations at the group's first use (is flash-comm on at every rank?)"
 LATER = "change of configuration"
 
@@ -46,7 +46,7 @@ def check(group: dist.ProcessGroup, config: Config) -> None:
 @lru_cache
 def digest(config: Config) -> str:
     """A few characters that stand for everything :func:`check` compares."""
-    return hashlib.sha256(_describe(config).encode()).hexdigest()[:8]
+    return hashlib.sha256(_options(config).encode()).hexdigest()[:8]
 
 
 def _compare(texts: list[str], ranks: list[int]) -> None:
@@ -60,11 +60,17 @@ def _compare(texts: list[str], ranks: list[int]) -> None:
 
 
 def _describe(config: Config) -> str:
+    return f"flashcomm_megatron {__version__} {digest(config)}: {_options(config)}"
+
+
+def _options(config: Config) -> str:
+    """Version, options and files. A file that only this rank cannot use tells it apart from the others."""
     options = " ".join(f"{name}={value}" for name, value in asdict(config).items() if value is not None)
-    for file in (config.calibration, config.thresholds):
-        if file is not None:
-            options += f" sha256={ranges.digest(file)}"
-    return f"flashcomm_megatron {__version__}: {options}"
+    if config.calibration is not None:
+        options += f" (calibration: {ranges.digest(config.calibration)})"
+    if config.thresholds is not None:
+        options += f" (thresholds: {thresholds.problem(config.thresholds) or ranges.digest(config.thresholds)})"
+    return f"{__version__} {options}"
 
 
 def _gather(text: str, link: Link, device: torch.device) -> list[str]:

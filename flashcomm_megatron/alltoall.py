@@ -43,6 +43,9 @@ def all_to_all(
     outs, ins = _splits(output_splits, x, world), _splits(input_splits, x, world)
     if sum(ins) != x.size(0) or len(ins) != world or len(outs) != world:
         raise ValueError(f"all_to_all: splits {ins} and {outs} do not fit {x.size(0)} rows on {world} ranks.")
+    kept, awaited = ins[group.rank()], outs[group.rank()]
+    if kept != awaited:
+        raise ValueError(f"all_to_all: this rank keeps {kept} of its own rows and awaits {awaited} of them.")
     out = x.new_empty((sum(outs), *x.shape[1:]))
     agreement.check(group, config)
     outgoing, incoming = ([part.view(-1) for part in each] for each in (torch.split(x, ins), torch.split(out, outs)))

@@ -22,6 +22,8 @@ def enable(config: Config | None = None, **options: Any) -> None:
     """
     if config is not None and options:
         raise ValueError(f"enable() takes a Config or options, found both ({', '.join(options)}).")
+    if config is not None and not isinstance(config, Config):
+        raise ValueError(f"enable({config!r}): expected a Config, or options by name as in enable(bits=4).")
     before = current()
     set_current(config or Config(**options))
     try:

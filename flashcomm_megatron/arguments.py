@@ -103,8 +103,9 @@ def _how(field: Field[Any], kind: Any) -> dict[str, Any]:
     help = field.metadata["help"]
     if kind is bool:
         return {"action": "store_true", "help": help}
-    number = kind is int or int in typing.get_args(kind)
-    how: dict[str, Any] = {"type": int if number else str, "metavar": "N" if number else "NAME", "help": help}
+    kinds = {kind, *typing.get_args(kind)}
+    convert = next((each for each in (int, float) if each in kinds), str)
+    how: dict[str, Any] = {"type": convert, "metavar": "NAME" if convert is str else "N", "help": help}
     return how | ({"action": _SwitchOn} if field.name == "bits" else {})
 
 

@@ -25,6 +25,8 @@ def resolve(group: dist.ProcessGroup | None, config: Config | None) -> tuple[dis
     config = config or current()
     if config is None:
         raise ValueError("flash-comm is off: pass config=Config(bits=4) or call enable(bits=4) first.")
+    if not isinstance(config, Config):
+        raise ValueError(f"config={config!r}: expected a Config, as in config=Config(bits=4).")
     group = group or dist.group.WORLD
     if group is None:
         raise ValueError("flash-comm has no process group: call torch.distributed.init_process_group() first.")

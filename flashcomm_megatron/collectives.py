@@ -105,13 +105,16 @@ def all_gather(
     out: Tensor | None = None,
     legs: Legs | None = None,
 ) -> Any:
-    """Concatenate ``x`` [s, ...] of N ranks in rank order to [N * s, ...]; this rank's part is encoded as well."""
+    """Concatenate ``x`` [s, ...] of N ranks in rank order to [N * s, ...]; this rank's part is encoded as well.
+
+    A tensor without dimensions counts as [1].
+    """
     if torch.compiler.is_compiling() and not async_op and out is None and legs is None:
         return traced.all_gather(x, group, config)
     group, config = calls.resolve(group, config)
     world = group.size()
-    x = x.contiguous()
-    out = _output(out, x, world * x.size(0) if x.dim() else world)
+    x = x.contiguous().view(x.shape or 1)
+    out = _output(out, x, world * x.size(0))
     if not wants("all_gather", x, group, config, legs):
         return calls.exact(out, dist.all_gather_into_tensor(out, x, group=group, async_op=async_op), async_op)
     plan = policy.plan("all_gather", x, world, config, legs, links.wire(group, x.device, config))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -19,6 +19,7 @@ TRANSPORTS = ("auto", "peer", "host", "group")
 ALGORITHMS = ("auto", "one-step", "two-step", "hierarchical")
 ROUNDINGS = ("nearest", "stochastic")
 EXACT = 16  # grad_bits that leave gradients to the original collectives
+TYPES = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,), "None": (type(None),)}  # a field's words
 
 
 def _option(default: Any, help: str) -> Any:
@@ -71,7 +72,8 @@ class Config:
     text: ClassVar[str]  # set for each: all of it as a line of JSON, ready for a compiled graph (traced.py)
 
     def __post_init__(self) -> None:
-        _check(type(self.bits) is int and self.bits in range(2, 9), "bits", self.bits, "2 to 8")
+        self._check_types()
+        _check(self.bits in range(2, 9), "bits", self.bits, "2 to 8")
         _check(self.recipe in RECIPES, "recipe", self.recipe, ", ".join(RECIPES))
         widths = RECIPES[self.recipe].widths
         _check(self.bits in widths, "bits", self.bits, f"{_list(widths)} with recipe {self.recipe}")
@@ -89,6 +91,13 @@ class Config:
         except ValueError as error:  # a format has its own limits, for example on blocks
             raise ValueError(f"--flash-comm-{error}") from None
         object.__setattr__(self, "text", json.dumps(asdict(self)))
+
+    def _check_types(self) -> None:
+        for each in fields(self):
+            found, words = getattr(self, each.name), str(each.type).split(" | ")
+            fits = any(type(found) in TYPES[word] for word in words)
+            name = each.name.replace("_", "-")
+            _check(fits, name, repr(found), f"{' or '.join(words)}, not {type(found).__name__}")
 
     def _check_gradients(self) -> None:
         widths = (*RECIPES[self._gradient_recipe].widths, EXACT)

@@ -85,8 +85,11 @@ def load(path: str) -> Ranges:
 
 @cache
 def digest(path: str) -> str:
-    """First 16 hexadecimal digits of the file's SHA-256, or "missing": what ranks compare."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16] if Path(path).is_file() else "missing"
+    """First 16 hexadecimal digits of the file's SHA-256, or why it cannot be read: what ranks compare."""
+    try:
+        return f"sha256={hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]}"
+    except OSError as error:
+        return str(error.strerror)
 
 
 def check(ranges: Ranges, layers: Mapping[str, int], ranks: int) -> None:
@@ -103,9 +106,10 @@ def check(ranges: Ranges, layers: Mapping[str, int], ranks: int) -> None:
 
 def _read(path: str) -> tuple[dict[str, Any], bytes]:
     """Header and data of a safetensors file."""
-    if not Path(path).is_file():
-        raise ValueError(f"--flash-comm-calibration {path}: no such file. {AGAIN}")
-    content = Path(path).read_bytes()
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"--flash-comm-calibration {path}: {error.strerror}. {AGAIN}") from None
     try:
         end = 8 + struct.unpack("<Q", content[:8])[0]
         header = json.loads(content[8:end])

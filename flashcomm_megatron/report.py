@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 
 from . import checkout, environment, extension, feedback, patching, seams, thresholds, training_log
 from .arguments import FLAG
-from .config import TRANSPORTS, current
+from .config import current
 from .version import __version__
 
 
@@ -35,7 +36,9 @@ def report() -> Report:
     Imports Megatron if it is installed, which takes seconds; changes nothing.
     """
     try:
-        megatron, rows = seams.megatron_version(), patching.status(seams.rows()) + _training_seams()
+        with warnings.catch_warnings():  # Megatron's, about optimizers and the like
+            warnings.simplefilter("ignore")
+            megatron, rows = seams.megatron_version(), patching.status(seams.rows()) + _training_seams()
     except patching.PatchError as error:
         megatron, rows = f"none ({error.__cause__})", []
     return Report(
@@ -46,7 +49,7 @@ def report() -> Report:
             "megatron-core": megatron,
             "codec": extension.describe(),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-            "transports": ", ".join(name for name in TRANSPORTS if name != "auto"),
+            "transports": ", ".join(_transports()),
             "environment": ", ".join(f"{name}={os.environ[name]}" for name in environment.KNOWN if name in os.environ)
             or "no FLASH_COMM_* variable set",
             "least bytes": _least(),
@@ -119,6 +122,11 @@ def _least() -> str:
         for case, nbytes in table.items()
     ]
     return f"{config.thresholds}{''.join(rows)}\n  all others: {defaults}"
+
+
+def _transports() -> list[str]:
+    """What this build can use: kernels between GPUs, memory that ranks share, the process group."""
+    return ["peer"] * (extension.cuda() is not None) + ["host"] * extension.available() + ["group"]
 
 
 def _training_seams() -> list[tuple[str, str]]:

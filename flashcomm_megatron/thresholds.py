@@ -72,6 +72,15 @@ def read(path: str) -> dict[str, dict[Case, int]]:
     return tables
 
 
+def problem(path: str) -> str:
+    """Why this rank cannot use the file; empty if it can."""
+    try:
+        read(path)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def write(path: Path, where: str, rows: dict[Case, int]) -> None:
     """Put the ``rows`` of one place into the file, beside those of others."""
     tables: dict[str, Any] = {}

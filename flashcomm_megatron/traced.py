@@ -70,7 +70,7 @@ def reduce_scatter(x: Tensor, group: dist.ProcessGroup | None, config: Config | 
 
 def all_gather(x: Tensor, group: dist.ProcessGroup | None, config: Config | None) -> Tensor:
     """:func:`collectives.all_gather` as seen by torch.compile."""
-    result: Tensor = _all_gather(x, _name(group), _world(group), _text(config))
+    result: Tensor = _all_gather(x.view(x.shape or 1), _name(group), _world(group), _text(config))
     return result
 
 

@@ -120,8 +120,8 @@ MUTATIONS = (
     Mutation(
         "9 nothing hangs: messages of different calls never meet over gloo",
         f"{PACKAGE}/transport/group.py",
-        "tag = TAG | (call.number % 64) << 16 | call.check",
-        "tag = TAG",
+        "return TAG | (call.number % 64) << 16 | (call.check ^ length)",
+        "return TAG",
         "tests/test_faults.py -k else",
     ),
     Mutation(

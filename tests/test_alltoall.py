@@ -51,12 +51,38 @@ def exchanged(rank: int, world: int) -> None:
     assert torch.equal(exact, expected) and counters.stats()["deferred"] == {"dtype int64": 1}
     with pytest.raises(ValueError, match="do not fit"):
         fc.all_to_all(x, None, Config(bits=4), input_splits=[1] * world, output_splits=[1] * world)
+    with pytest.raises(ValueError, match="keeps 1 of its own rows and awaits 2"):
+        splits = [[1 + (peer == rank) * more for peer in range(world)] for more in (1, 0)]
+        fc.all_to_all(torch.ones(world, 2), None, Config(bits=4), output_splits=splits[0], input_splits=splits[1])
     with pytest.raises(ValueError, match="not a multiple"):
         fc.all_to_all(torch.ones(world + 1, 2), None, Config(bits=4))
 
 
 def test_every_pair_exchanges_its_rows() -> None:
     spawn(exchanged, 3)
+
+
+def mismatched(rank: int, world: int, transport: str) -> str:
+    """Rank 1 awaits fewer rows than it is sent."""
+    config = Config(bits=4, transport=transport, min_bytes=0, timeout=2.0)
+    fc.all_to_all(torch.ones(100 * world, 64), None, config)
+    outs = [90 if (rank, peer) == (1, 0) else 100 for peer in range(world)]
+    try:
+        fc.all_to_all(torch.ones(100 * world, 64), None, config, output_splits=outs, input_splits=[100] * world)
+    except RuntimeError as error:
+        return str(error)
+    return ""  # rank 0 may be through before rank 1 looks
+
+
+@pytest.mark.parametrize(
+    ("transport", "told"),
+    [
+        ("host", "rank 0 is in the same call but sends another length than the 3712 bytes awaited from it"),
+        ("group", "no message passed between this rank and rank 0"),
+    ],
+)
+def test_splits_that_do_not_match_are_an_error_in_time(transport: str, told: str) -> None:
+    assert told in spawn(mismatched, 2, transport, lost=[0])[1]
 
 
 def test_small_messages_are_exact() -> None:

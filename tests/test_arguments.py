@@ -11,9 +11,11 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 
 import flashcomm_megatron as fc
 from flashcomm_megatron import config, seams
+from flashcomm_megatron.arguments import config_from
 from flashcomm_megatron.patching import PatchError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -277,3 +279,38 @@ def test_importing_the_package_imports_neither_megatron_nor_wandb() -> None:
     new = python(source).stdout
     assert "flashcomm_megatron" in new
     assert not any(f"'{name}'" in new for name in ("megatron", "wandb", "matplotlib", "transformer_engine")), new
+
+
+# ---- types ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_option_keeps_its_type_on_the_command_line(installs: list[str]) -> None:
+    line = "--flash-comm-bits 4 --flash-comm-timeout 2.5 --flash-comm-block 64 --flash-comm-strict"
+    made = config_from(parser().parse_args(line.split()))
+    assert made == fc.Config(bits=4, timeout=2.5, block=64, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"bits": "4"}, r"--flash-comm-bits '4': choose int, not str\."),
+        ({"bits": True}, r"--flash-comm-bits True: choose int, not bool\."),
+        ({"block": "64"}, r"--flash-comm-block '64': choose int or None, not str\."),
+        ({"block": 64.0}, r"--flash-comm-block 64.0: choose int or None, not float\."),
+        ({"min_bytes": 1e6}, r"--flash-comm-min-bytes 1000000.0: choose int or None"),
+        ({"strict": 1}, r"--flash-comm-strict 1: choose bool, not int\."),
+        ({"timeout": "2"}, r"--flash-comm-timeout '2': choose float or None, not str\."),
+        ({"calibration": Path("x")}, r"--flash-comm-calibration .*: choose str or None, not PosixPath\."),
+    ],
+)
+def test_a_value_of_another_type_is_refused_at_once(options: dict[str, object], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        fc.Config(**({"bits": 4} | options))  # type: ignore[arg-type]
+
+
+def test_what_is_no_configuration_is_refused(installs: list[str]) -> None:
+    with pytest.raises(ValueError, match=r"enable\(4\): expected a Config, or options by name as in enable\(bits=4\)"):
+        fc.enable(4)  # type: ignore[arg-type]
+    assert config.current() is None and installs == []
+    with pytest.raises(ValueError, match=r"config=4: expected a Config"):
+        fc.all_reduce(torch.ones(8), None, 4)  # type: ignore[arg-type]

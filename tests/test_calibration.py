@@ -66,7 +66,7 @@ def test_every_file_that_is_not_a_whole_calibration_is_refused_in_one_sentence(t
         with pytest.raises(ValueError, match=message) as error:
             ranges.load(str(tmp_path / name))
         assert "\n" not in str(error.value) and "Calibrate again" in str(error.value)
-    with pytest.raises(ValueError, match="no such file"):
+    with pytest.raises(ValueError, match="No such file"):
         ranges.load(str(tmp_path / "nowhere"))
 
 

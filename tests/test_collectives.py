@@ -246,3 +246,13 @@ def test_an_error_is_raised_again_by_a_second_wait() -> None:
     for _ in range(2):
         with pytest.raises(ValueError, match="broken"):
             handle.wait()
+
+
+def _single_values(rank: int, world: int) -> list[torch.Tensor]:
+    x = torch.tensor(1.0 + rank)
+    return [all_gather(x, None, Config(bits=8, min_bytes=least, transport="group")) for least in (0, 1 << 20)]
+
+
+def test_a_tensor_without_dimensions_is_gathered_deferred_or_not():
+    for compressed, deferred in spawn(_single_values, 2):
+        assert torch.equal(compressed, torch.tensor([1.0, 2.0])) and torch.equal(deferred, compressed)

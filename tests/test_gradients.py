@@ -5,13 +5,14 @@ Single layers run once on two ranks that return what they saw. No tensor is belo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import spawn
 from test_seams import HIDDEN, INNER, ROWS, WORLD, linear, normal, step
 from torch import Tensor
@@ -20,6 +21,7 @@ import flashcomm_megatron as fc
 from flashcomm_megatron.calls import Handle
 from flashcomm_megatron.codec import Stochastic
 from flashcomm_megatron.recipes import Legs
+from flashcomm_megatron.seams import gradients, where
 
 pytest.importorskip("megatron.core", reason="megatron-core is not installed")
 
@@ -59,6 +61,15 @@ def everything(rank: int, world: int) -> dict[str, Any]:
         "overlapped": [overlapped(False), overlapped(True)],
         "output layer": output_layer(rank),
     }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """As the ranks have: another number of threads may sum in another order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -245,6 +256,38 @@ def test_the_output_layers_gradient_is_exact(seen: list[dict[str, Any]]) -> None
 
 
 # ---- the options ----------------------------------------------------------------------------------------------------
+
+
+class Group:
+    """Notes what reaches the process group itself."""
+
+    def __init__(self) -> None:
+        self.reached: list[tuple[Any, ...]] = []
+
+    def size(self) -> int:
+        return 2
+
+    def allreduce(self, *arguments: Any) -> str:
+        self.reached.append(arguments)
+        return "its own work"
+
+
+def test_only_the_sum_of_one_contiguous_gradient_is_compressed(monkeypatch: pytest.MonkeyPatch) -> None:
+    sums: list[Tensor] = []
+    monkeypatch.setattr(gradients, "legs_of", lambda *arguments: NEAREST.gradient_legs)
+    monkeypatch.setattr(gradients, "sent", lambda collective, x, *arguments, **options: sums.append(x))
+    group, x, options = Group(), torch.ones(8, 8), dist.AllreduceOptions()
+    ours = gradients.Compressing(group, where.Site("column", torch.nn.Linear(1, 1), NEAREST))
+    ours.allreduce([x], options)
+    ours.allreduce([x])
+    assert len(sums) == 2 and all(each is x for each in sums) and not group.reached
+    fc.reset_stats()
+    options.reduceOp = dist.ReduceOp.MAX
+    for tensors, others in (([x], [options]), ([x], [dist.ReduceOp.MAX]), ([x.t()[:3]], []), ([x, x], [])):
+        assert ours.allreduce(tensors, *others) == "its own work"
+        assert group.reached[-1] == (tensors, *others)
+    assert len(sums) == 2 and fc.stats()["deferred"] == {gradients.NOT_A_SUM: 4}
+    fc.reset_stats()
 
 
 def test_widths_and_roundings_have_codecs_of_their_own() -> None:

@@ -102,6 +102,7 @@ def test_sweeps_are_drawn(argv: list[str], tmp_path: Path, capsys: pytest.Captur
         (["--gpu", "L40", "--model", "gpt-5"], "--model gpt-5: choose llama-2-7b"),
         (["--gpu", "L40", "--recipe", "flash-v1", "--bits", "5"], "choose 4, 6 or 8 with recipe flash-v1"),
         (["--gpu", "L40", "--tp", "1"], "one GPU sends nothing"),
+        (["--gpu", "L40", "--tp", "5"], "llama-3-70b has 64 attention heads, which 5 GPUs cannot share"),
     ],
 )
 def test_what_does_not_exist_is_said(argv: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import flashcomm_megatron as fc
-from flashcomm_megatron import config, feedback, seams
+from flashcomm_megatron import config, extension, feedback, seams
 from flashcomm_megatron.__main__ import main
 
 
@@ -42,6 +44,22 @@ def test_it_says_where_feedback_was_on(monkeypatch: pytest.MonkeyPatch) -> None:
     (reason,) = feedback.counts()
     assert fc.report()["feedback"] == f"1 x {reason}"
     feedback.reset_counts()
+
+
+def test_transports_are_those_of_the_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "megatron.core", None)
+    for cuda, available, named in ((object(), True, "peer, host, group"), (None, True, "host, group"),
+                                   (None, False, "group")):  # fmt: skip
+        monkeypatch.setattr(extension, "cuda", lambda cuda=cuda: cuda)
+        monkeypatch.setattr(extension, "available", lambda available=available: available)
+        assert fc.report()["transports"] == named
+
+
+def test_it_prints_no_warnings_of_megatrons(root: Path) -> None:
+    pytest.importorskip("megatron.core", reason="megatron-core is not installed")
+    command = [sys.executable, "-c", "import flashcomm_megatron as fc; fc.report()"]
+    ran = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0 and "Warning" not in ran.stderr, ran.stderr
 
 
 def test_every_seam_fits_the_installed_megatron() -> None:

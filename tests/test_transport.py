@@ -60,6 +60,27 @@ def test_inboxes_in_host_memory_are_shared():
     spawn(_host_inboxes, 3)
 
 
+def _pins_no_more_than_one(rank: int, world: int) -> tuple[str, bool]:
+    before = len(os.listdir("/proc/self/fd"))
+    fake, pinned = FakeCuda(), []
+
+    def register(device: int, start: int, size: int) -> int:
+        if rank == 1 and pinned:
+            raise RuntimeError("no more to pin")
+        pinned.append(start)
+        return start
+
+    fake.host_register, fake.host_unregister = register, pinned.remove
+    inboxes = host.HostInboxes(fake, 0, 8192, dist.group.WORLD)
+    inboxes.unmap()  # as workspace.py does with what failed
+    assert not pinned
+    return inboxes.reason, len(os.listdir("/proc/self/fd")) == before
+
+
+def test_inboxes_that_one_rank_cannot_pin_leave_nothing_open():
+    assert spawn(_pins_no_more_than_one, 3) == [("rank 1: no more to pin", True)] * 3
+
+
 def test_a_segment_is_for_its_user_alone():
     made = segment.create(4096)
     try:

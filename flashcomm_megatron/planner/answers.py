@@ -47,6 +47,11 @@ def _setup(options: argparse.Namespace) -> tuple[Job, list[Codec], list[str]]:
         wires = replace(wires, rate=options.link_rate, source="--link-rate", step=options.latency)
         wires = replace(wires, mesh=False, multicast=None, multicast_source="")
     job = Job(row, wires, model(options.model), options.tp, options.batch, options.seq)
+    if job.model.heads % job.tp:
+        raise ValueError(
+            f"--tp {job.tp}: {job.model.name} has {job.model.heads} attention heads, which {job.tp} GPUs cannot share "
+            f"evenly. Choose a divisor of {job.model.heads}."
+        )
     check = options.gpu_check or measured.find_gpu_check(options.gpu)
     speeds: list[Speed] = [measured.gpu_check(check, bits) if check else assumed_speed(row) for bits in options.bits]
     codecs = [Codec(config, speed) for config, speed in zip(_configs(options), speeds, strict=True)]

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import announce, collectives, feedback, policy, sites
+from .. import agreement, announce, collectives, feedback, policy, sites
 from ..algorithms import Residuals
 from ..config import Config
 from ..recipes import Legs
@@ -40,6 +40,7 @@ def wanted(kind: str, collective: str, x: Tensor, group: Any) -> Call | None:
         return None
     if modes.forbids(site, collective, x, group):
         return None
+    agreement.check(group, site.config)  # before a file is read, which may fail on this rank alone
     legs = sites.legs(site.config, site.module, group) if kind == "row" else None
     if not collectives.wants(collective, x, group, site.config, legs):
         return None

@@ -29,13 +29,14 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import collectives, counters, policy
+from .. import announce, collectives, counters, policy
 from ..patching import Seam
 from ..recipes import Legs
 from . import modes, where
 from .where import LAYERS, Function, Site
 
 EXACT = "gradients exact"  # the reason that counts what grad_bits 16 leaves alone
+NOT_A_SUM = "no sum of one contiguous gradient"
 
 
 class Compressing:
@@ -48,11 +49,20 @@ class Compressing:
         return getattr(self._group, name)
 
     def allreduce(self, tensors: list[Tensor], *options: Any) -> Any:
-        """Sum the one contiguous tensor over the ranks, in place; returns what is waited for."""
-        legs = legs_of("all_reduce", tensors[0], self._group, self._site)
+        """Sum the one contiguous tensor over the ranks, in place; returns what is waited for. All else is the group's.
+
+        ``options``: none, torch.distributed's AllreduceOptions, or what is done instead of a sum and a timeout.
+        """
+        x, *others = tensors
+        op = getattr(options[0], "reduceOp", options[0]) if options else dist.ReduceOp.SUM
+        if others or op != dist.ReduceOp.SUM or not x.is_contiguous():
+            exact_bytes = sum(policy.exact_bytes("all_reduce", each.nbytes, self._group.size()) for each in tensors)
+            announce.deferred(NOT_A_SUM, exact_bytes, self._site.config)
+            return self._group.allreduce(tensors, *options)
+        legs = legs_of("all_reduce", x, self._group, self._site)
         if legs is None:
             return self._group.allreduce(tensors, *options)
-        return sent(collectives.all_reduce, tensors[0], self._group, self._site, legs, async_op=True)
+        return sent(collectives.all_reduce, x, self._group, self._site, legs, async_op=True)
 
 
 def all_gather(gradient: Tensor, group: Any, site: Site) -> Tensor:

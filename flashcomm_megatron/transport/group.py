@@ -8,9 +8,10 @@ faster than its all_gather at every size measured (benchmarks/bench_collectives.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
@@ -31,14 +32,21 @@ class Message(NamedTuple):
 
     def wait(self) -> None:
         """Block until it was delivered; RuntimeError naming the peer if it was not."""
-        try:
+        with _naming(self.peer, self.seconds, self.call):
             self.work.wait(timedelta(seconds=self.seconds))
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"flash-comm: {self.call}: no message passed between this rank and rank {self.peer} (allowed: "
-                f"{self.seconds:g} s). Look for that rank's own error; if it has none, it is in another call or holds "
-                f"another configuration. The process group says: {error}"
-            ) from error
+
+
+@contextmanager
+def _naming(peer: int, seconds: float, call: Call) -> Iterator[None]:
+    """Let the process group's errors name the call and the rank."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"flash-comm: {call}: no message passed between this rank and rank {peer} (allowed: {seconds:g} s). Look "
+            "for that rank's own error; if it has none, it is in another call or holds another configuration. The "
+            f"process group says: {error}"
+        ) from error
 
 
 _under_way: WeakKeyDictionary[dist.ProcessGroup, deque[tuple[list[dist.Work], list[Tensor]]]] = WeakKeyDictionary()
@@ -60,21 +68,32 @@ def exchange(
     All tensors are contiguous uint8; an empty one is neither sent nor awaited, so both sides must know sizes.
     Returns handles; the tensors must stay alive and untouched until each was waited for. ``seconds`` and ``call`` serve
     messages in main memory; NCCL has its own watchdog. Gloo ends the process when a message's length is not the one
-    awaited, so the tag is the call's own: messages of different calls never meet.
+    awaited, so the tag is the call's and the length's own: messages that differ in either never meet.
     """
-    tag = TAG | (call.number % 64) << 16 | call.check  # few, for gloo keeps something of each
     me, world = group.rank(), group.size()
     messages: list[dist.P2POp] = []
+
+    def post(what: Callable[..., Any], tensor: Tensor, rank: int) -> None:
+        if tensor.numel():
+            messages.append(dist.P2POp(what, tensor, dist.get_global_rank(group, rank), group, _tag(call, tensor)))
+
     for distance in range(1, world):
         to, source = (me + distance) % world, (me - distance) % world
-        if sends[to].numel():
-            messages.append(dist.P2POp(dist.isend, sends[to], dist.get_global_rank(group, to), group, tag))
-        if receives[source].numel():
-            messages.append(dist.P2POp(dist.irecv, receives[source], dist.get_global_rank(group, source), group, tag))
+        post(dist.isend, sends[to], to)
+        post(dist.irecv, receives[source], source)
     if not messages:
         return []
-    works = dist.batch_isend_irecv(messages)
     if messages[0].tensor.device.type != "cpu":
-        return works
+        return dist.batch_isend_irecv(messages)
+    works: list[dist.Work] = []
     _keep(group, works, messages)
+    for message in messages:  # one by one: posting fails as well where a rank is gone
+        with _naming(message.peer, seconds, call):
+            works.append(message.op(message.tensor, message.peer, group, message.tag))
     return [Message(work, message.peer, seconds, call) for work, message in zip(works, messages, strict=True)]
+
+
+def _tag(call: Call, message: Tensor) -> int:
+    """31 bits: ours, six of the call's number, and sixteen of what it is and of how long the message is."""
+    length = message.numel() * 2654435761 >> 16 & 0xFFFF  # Knuth's multiplicative hash: near lengths lie far apart
+    return TAG | (call.number % 64) << 16 | (call.check ^ length)

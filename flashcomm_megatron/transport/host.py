@@ -31,6 +31,8 @@ class HostInboxes:
                 self.addresses.append(self._cuda.host_register(device, each.address, size))
                 self._pinned.append(each)
         except RuntimeError as error:
+            for each in segments[len(self._pinned) :]:
+                each.close()
             return str(error)
         return ""
 

@@ -35,6 +35,8 @@ REASONS = {
     "order, with the same configuration.",
     6: "rank {peer} has closed its connection: its process has ended or it has given up. Look for its own error.",
 }
+LENGTHS = "rank {peer} is in the same call but sends another length than the {awaited} bytes awaited from it: what one "
+LENGTHS += "rank sends and the other awaits (the splits of an all-to-all) must agree."
 
 
 class Exchange(NamedTuple):
@@ -44,12 +46,16 @@ class Exchange(NamedTuple):
     handle: Any
     seconds: float
     call: Call
+    awaited: Sequence[tuple[int, int]]  # address and bytes, by rank
 
     def wait(self) -> None:
         """Block until all are delivered; RuntimeError naming the rank that failed, and every later call's as well."""
         failure, peer, theirs = self.streams.native.wait(self.handle, self.seconds)
         if failure:
-            reason = REASONS[failure].format(peer=self.streams.ranks[peer], seconds=self.seconds, theirs=theirs)
+            is_alike = theirs == str(self.call)[:WHAT_BYTES]
+            reason = (LENGTHS if is_alike else REASONS[failure]).format(
+                peer=self.streams.ranks[peer], seconds=self.seconds, theirs=theirs, awaited=self.awaited[peer][1]
+            )
             raise RuntimeError(f"flash-comm: {self.call}: {reason} This group's streams are closed to further calls.")
 
 
@@ -83,16 +89,14 @@ class Streams:
         """Post messages, as :func:`group.exchange` does; the tensors live until they are delivered."""
         if os.getpid() != self._process:
             raise RuntimeError(f"flash-comm: {call}: called in a forked child of a rank; only the rank itself can.")
-        handle = self.native.start(
-            [(each.data_ptr(), each.numel()) for each in sends],
-            [(each.data_ptr(), each.numel()) for each in receives],
-            str(call)[:WHAT_BYTES],
-        )
+        awaited = [(each.data_ptr(), each.numel()) for each in receives]
+        leaving = [(each.data_ptr(), each.numel()) for each in sends]
+        handle = self.native.start(leaving, awaited, str(call)[:WHAT_BYTES])
         while self._under_way and not self._under_way[0][0].open:
             self._under_way.popleft()
         if handle.open:
             self._under_way.append((handle, sends, receives))
-        return [Exchange(self, handle, seconds, call)]
+        return [Exchange(self, handle, seconds, call, awaited)]
 
     def _connect(self, module: ModuleType, me: int) -> Any:
         ends = [(0, -1, -1)] * len(self.ranks)  # by rank: its segment's address, the lock on it, a connection
