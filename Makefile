@@ -35,7 +35,7 @@ if not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")):
 endef
 export PREFLIGHT
 
-.PHONY: help demo test lint bench gpu-check fuzz threads soak mutations coverage
+.PHONY: help demo test lint bench gpu-check fuzz threads soak mutations coverage audit
 help:  ## Say what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1: /'
 
@@ -72,6 +72,9 @@ mutations: $(READY)  ## Break every invariant once and see its test fail
 coverage: $(READY)  ## Run every test, slowly, and say which lines of the package and of csrc were run
 	$(INSTALL) --quiet coverage
 	$(PY) tests/covered.py --out benchmarks/results/coverage.json -n $(WORKERS) --maxprocesses 4
+
+audit: $(READY)  ## Compare the installed packages with the wheels whose hashes are in hashes.txt
+	$(PY) tests/audit.py
 
 gpu-check:  ## On a CUDA machine: build, test and measure with the packages at hand; results go to OUT=
 	$(PYTHON) benchmarks/gpu_check.py $(if $(OUT),--out $(OUT))
