@@ -29,17 +29,11 @@ CUDA_SOURCES = ["collectives.cu", "codec_cuda.cu", "shared_memory.cu"]  # the lo
 CPU_SOURCES = ("codec_cpu.cpp", "rotated_cpu.cpp", "spike_cpu.cpp")  # once for every instruction set
 INSTRUCTION_SETS = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
+    AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c", "-mprefer-vector-width=512"]
     INSTRUCTION_SETS |= {
         "avx2": ["-mavx2", "-mfma", "-mf16c"],
-        "avx512": [
-            "-mavx512f",
-            "-mavx512bw",
-            "-mavx512vl",
-            "-mavx512dq",
-            "-mfma",
-            "-mf16c",
-            "-mprefer-vector-width=512",
-        ],
+        "avx512": AVX512,
+        "avx512bf16": [*AVX512, "-mavx512bf16"],
     }
 
 

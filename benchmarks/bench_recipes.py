@@ -1,12 +1,15 @@
-"""Speed of every recipe's reduce codec on one core, against the plain 4-bit codec of the same run.
+"""Speed of every recipe's codecs on one core, against the plain 4-bit codec of the same run.
 
 run as:  python benchmarks/bench_recipes.py
 
-Processor seconds of this thread, best of several, so that other work on the machine counts little. Writes CSV and JSON.
+encode, decode: the reduce leg's codec. cost: the time to encode and decode the same tensor once on each leg, over the
+same for the plain codec of 4 bits and block 64. Processor seconds of this thread, all codecs in turn, best of several
+rounds, so that other work on the machine counts little. Writes CSV and JSON.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,51 +19,58 @@ import torch
 
 import flashcomm_megatron as fc
 from flashcomm_megatron.codec import Codec, Uniform, residual
-from flashcomm_megatron.recipes import RECIPES
+from flashcomm_megatron.recipes import RECIPES, Legs
 
 VALUES = 2**20
-REPEATS = 7
+ROUNDS = 25
 
 
 def main() -> None:
     torch.set_num_threads(1)
     x = torch.randn(VALUES, generator=torch.Generator().manual_seed(0)).bfloat16()
-    plain = cost(Uniform(4, 64), x)
-    rows = [row("plain, block 64", 4, plain, plain)]
+    plain = Legs(Uniform(4, 64), Uniform(4, 64))
+    rivals = {"plain, block 64": calls(plain, x)}
     for name, recipe in RECIPES.items():
         if 4 in recipe.widths and not recipe.calibrated:  # a calibrated codec exists only for a site of a real model
-            codec = fc.Config(bits=4, recipe=name).legs.reduce
-            rows.append(row(name, 4, cost(codec, x), plain))
-    auto = fc.Config(bits=4).legs.reduce
-    rows.append(row("auto with feedback", 4, cost(auto, x, torch.zeros_like(x)), plain))
+            rivals[name] = calls(fc.Config(bits=4, recipe=name).legs, x)
+    rivals["auto with feedback"] = calls(fc.Config(bits=4).legs, x, feedback=True)
+    seconds = best(rivals)
+    rows = [row(name, each, seconds["plain, block 64"]) for name, each in seconds.items()]
     record.save("recipes", rows)
     for each in rows:
         print(each)
 
 
-def cost(codec: Codec, x: torch.Tensor, lost: torch.Tensor | None = None) -> tuple[float, float]:
-    """Seconds to encode ``x``, and to decode it; that the result is close is asserted first."""
+def calls(legs: Legs, x: torch.Tensor, feedback: bool = False) -> list[Callable[[], Any]]:
+    """Encoding and decoding ``x`` on either leg; that the result is close is asserted first."""
+    return [call for codec in legs for call in both_ways(codec, x, torch.zeros_like(x) if feedback else None)]
+
+
+def both_ways(codec: Codec, x: torch.Tensor, lost: torch.Tensor | None) -> list[Callable[[], Any]]:
     payload, out = codec.encode(x), torch.empty_like(x)
     codec.decode_sum([payload], out)
     assert (out - x).norm() < 0.2 * x.norm()
     encode = (lambda: codec.encode(x, payload)) if lost is None else lambda: residual.encode(codec, x, lost, payload)
-    return best(encode), best(lambda: codec.decode_sum([payload], out))
+    return [encode, lambda: codec.decode_sum([payload], out)]
 
 
-def best(call: Callable[[], Any]) -> float:
-    seconds = []
-    for _ in range(REPEATS):
-        started = time.thread_time()
-        call()
-        seconds.append(time.thread_time() - started)
-    return min(seconds)
+def best(rivals: dict[str, list[Callable[[], Any]]]) -> dict[str, list[float]]:
+    """Least seconds of every call, all taking turns."""
+    seconds = {name: [math.inf] * len(each) for name, each in rivals.items()}
+    for _ in range(ROUNDS):
+        for name, each in rivals.items():
+            for i, call in enumerate(each):
+                started = time.thread_time()
+                call()
+                seconds[name][i] = min(seconds[name][i], time.thread_time() - started)
+    return seconds
 
 
-def row(name: str, bits: int, seconds: tuple[float, float], plain: tuple[float, float]) -> dict[str, Any]:
-    encode, decode = (VALUES * 2 / each / 1e9 for each in seconds)
+def row(name: str, seconds: list[float], plain: list[float]) -> dict[str, Any]:
+    encode, decode = (VALUES * 2 / each / 1e9 for each in seconds[:2])
     return {
         "recipe": name,
-        "bits": bits,
+        "bits": 4,
         "encode_gbs": round(encode, 2),
         "decode_gbs": round(decode, 2),
         "cost": round(sum(seconds) / sum(plain), 2),

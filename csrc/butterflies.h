@@ -1,4 +1,4 @@
-// Butterflies on the CPU: an unnormalized Walsh-Hadamard transform of one block in vectors.
+// Butterflies on the CPU: an unnormalized Walsh-Hadamard transform of one block in memory.
 //
 // Within a vector a butterfly is a shuffle and a sum or difference; between vectors, plain additions. Both add
 // the same two numbers in the same order as the definition, so the bits are the same on every instruction set.
@@ -17,9 +17,17 @@ template <int kStride, class V> FC_INLINE V across(V x) {
     else return scaled(x, sign, partners<kStride>(x));
 }
 
+// a - b. Where additions and fused multiplications have units of their own, both are kept busy.
+template <class V> FC_INLINE V difference(V a, V b) {
+#if defined(__FMA__)
+    if constexpr (sizeof(a[0]) == 4) return scaled(b, V{} - 1, a);
+#endif
+    return a - b;
+}
+
 template <class V> FC_INLINE void pair(V& a, V& b) {
     const V sum = a + b;
-    b = a - b;
+    b = difference(a, b);
     a = sum;
 }
 
@@ -30,35 +38,6 @@ template <int kStride = 1> FC_INLINE Vector within(Vector x) {
 
 // Numbers ordered by magnitude, the negative one first among equals: the sign moves to the lowest bit.
 FC_INLINE Words magnitude_key(Vector x) { return (Words)x << 1 | (Words)x >> 31; }
-
-// ---- blocks in registers: their even values, and their odd ones ---------------------------------------------------
-
-// Strides from kStride on, within the kSpan even or odd values of a block.
-template <int kStride, int kSpan, class V, int kCount> FC_INLINE void stages(Both<V> (&v)[kCount]) {
-    constexpr int kApart = kStride / kLanesOf<V>;
-    if constexpr (kStride < kSpan) {
-#pragma GCC unroll 32
-        for (int i = 0; i < kCount; i++) {
-            if constexpr (kApart == 0) {
-                v[i].even = across<kStride>(v[i].even);
-                v[i].odd = across<kStride>(v[i].odd);
-            } else if (!(i & kApart)) {
-                pair(v[i].even, v[i + kApart].even);
-                pair(v[i].odd, v[i + kApart].odd);
-            }
-        }
-        stages<2 * kStride, kSpan>(v);
-    }
-}
-
-// Rotates every block in v. Side by side, since a butterfly waits for the one before.
-template <int kBlock, class V, int kCount> FC_INLINE void butterflies(Both<V> (&v)[kCount]) {
-#pragma GCC unroll 32
-    for (Both<V>& each : v) pair(each.even, each.odd);
-    stages<1, kBlock / 2>(v);
-}
-
-// ---- a block in memory, in its own order -------------------------------------------------------------------------
 
 inline void butterflies(float* x, int block) {
     for (int i = 0; i < block; i += kLanes) store(within(load<Vector>(x + i)), x + i);

@@ -12,6 +12,7 @@ namespace baseline { extern const Kernels kernels[kFormats]; }
 #if defined(__x86_64__)
 namespace avx2 { extern const Kernels kernels[kFormats]; }
 namespace avx512 { extern const Kernels kernels[kFormats]; }
+namespace avx512bf16 { extern const Kernels kernels[kFormats]; }
 #endif
 
 namespace {
@@ -26,9 +27,10 @@ std::vector<Isa> find_isas() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     const bool fma = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    if (fma && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-        found.push_back({"avx512", avx512::kernels});
+    const bool wide = fma && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    if (wide && __builtin_cpu_supports("avx512bf16")) found.push_back({"avx512bf16", avx512bf16::kernels});
+    if (wide) found.push_back({"avx512", avx512::kernels});
     if (fma) found.push_back({"avx2", avx2::kernels});
 #endif
     found.push_back({"baseline", baseline::kernels});

@@ -17,8 +17,8 @@ namespace {
 // Room for one family of blocks up to kBlock values while it is coded; the arrays hold its blocks one after the other.
 template <int kBlock> struct Family : Steps {
     alignas(64) float coefficients[kFamily * kBlock], carried[kFamily * kBlock];
-    uint8_t codes[kFamily * kBlock], parts[kFamily * kBlock / 2];
-    uint16_t pairs[kFamily * kBlock / 2];
+    uint8_t codes[kFamily * kBlock];
+    Bytes<kBlock> bytes;
     float sizes[kFamily];
     uint32_t constants[kFamily];
 };
@@ -99,9 +99,14 @@ void finish(Family& f, const Coding& at, int64_t family, int blocks, uint8_t* pa
         if (is_escape(f.scales[b])) quantize_escape(f.scales[b], f.constants[b], at, codes);
         else quantize(f.coefficients + b * at.block, at, f.inverses[b], codes);
     }
-    for (int i = 0; i < blocks * at.block / 2; i++)
-        f.pairs[i] = (uint16_t)(f.codes[2 * i] + f.codes[2 * i + 1] * at.radix);
-    pack(f.pairs, f.parts, at, octet_of(at, family), words_of(at, blocks), payload);
+    const int words = words_of(at, blocks);
+    uint8_t* __restrict low = low_bytes(payload, at, family, f.bytes.low);
+    for (int i = 0; at.together == 1 && i < words; i++) low[i] = f.codes[i];
+    for (int i = 0; at.together == 2 && i < words; i++) {
+        const int number = f.codes[2 * i] + f.codes[2 * i + 1] * at.radix;
+        low[i] = (uint8_t)number, f.bytes.high[i] = (uint8_t)(number >> 8);
+    }
+    pack(low, f.bytes.high, at, octet_of(at, family), words, payload);
     store_steps(f, at, family, blocks, payload);
 }
 
@@ -137,12 +142,14 @@ float add(const uint8_t* __restrict codes, uint32_t scale, uint32_t top, const C
 
 template <class Family>
 void load_codes(const uint8_t* payload, const Coding& at, int64_t family, int blocks, Family& f) {
-    unpack(payload, at, octet_of(at, family), words_of(at, blocks), f.parts, f.pairs);
-    const int pairs = (int)(blocks * at.block / 2);
+    const int words = words_of(at, blocks);
+    const uint8_t* low = low_bytes(payload, at, family, f.bytes.low);
+    unpack(payload, at, octet_of(at, family), words, f.bytes.low, f.bytes.high);
     const uint32_t inverse = at.inverse, radix = (uint32_t)at.radix, shift = 16 + at.shift;
     Word16* both = (Word16*)f.codes;
-    for (int i = 0; i < pairs; i++) {
-        const uint32_t number = f.pairs[i], upper = number * inverse >> shift;
+    for (int i = 0; at.together == 1 && i < words; i++) f.codes[i] = low[i];
+    for (int i = 0; at.together == 2 && i < words; i++) {
+        const uint32_t number = low[i] | f.bytes.high[i] << 8, upper = number * inverse >> shift;
         both[i] = (uint16_t)((number - upper * radix) | upper << 8);
     }
 }
@@ -271,7 +278,7 @@ void decode_families(const uint8_t* const* payloads, int count, const Coding& at
     const Coding how(at);
     for (int64_t family = first; family < last; family++) {
         if constexpr (kBlock != 0)
-            if (decode_plain<T, kBlock>(payloads, count, at, family, limit, values, f.plain.parts, f.parts())) continue;
+            if (decode_plain<T, kBlock>(payloads, count, at, family, limit, values, f.parts())) continue;
         decode_family<T>(payloads, count, at, family, limit, values, f.any);
     }
 }

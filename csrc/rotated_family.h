@@ -60,8 +60,9 @@ inline void fit(Steps& f, const RotatedLayout& at, int blocks) {
 
 inline void store_steps(const Steps& f, const RotatedLayout& at, int64_t family, int blocks, uint8_t* payload) {
     const uint16_t top = (uint16_t)f.top;
-    uint8_t* scales = payload + at.scales + family * kFamily;
-    for (int b = 0; b < blocks; b++) scales[b] = (uint8_t)f.scales[b];
+    uint8_t scales[kFamily];
+    for (int b = 0; b < kFamily; b++) scales[b] = (uint8_t)f.scales[b];
+    __builtin_memcpy(payload + at.scales + family * kFamily, scales, blocks);
     __builtin_memcpy(payload + at.tops + 2 * family, &top, 2);
 }
 
@@ -76,49 +77,40 @@ struct Coding : RotatedLayout {
     Plane plane[4];
 
     explicit Coding(const Spec& spec)
-        : RotatedLayout(spec.numel, spec.bits, spec.block), last(levels - 1), radix(together == 2 ? levels : 256) {
+        : RotatedLayout(spec.numel, spec.bits, spec.block), last(levels - 1), radix(levels) {
         while (radix > 2 << shift) shift++;
         inverse = (uint16_t)(((1u << (16 + shift)) + radix - 1) / radix);
         each_plane([&](int width, int first_bit, int64_t start) { plane[planes++] = {width, first_bit, start}; });
     }
 };
 
-// Pairs of codes to the planes, from `octet` on, which hold `words` codes or pairs; `parts` is room for a byte of each.
-inline void pack(const uint16_t* __restrict pairs, uint8_t* __restrict parts, const Coding& at, int64_t octet,
-                 int words, uint8_t* payload) {
-    for (int i = 0, have = -1; i < at.planes; i++) {
+// A family's words, apart: their low bytes, and what is beyond a byte.
+template <int kBlock> struct Bytes {
+    alignas(64) uint8_t low[kFamily * kBlock], high[kFamily * kBlock / 2];
+};
+
+// Where a family's low bytes belong: a plane of 8 bits is those bytes.
+inline uint8_t* low_bytes(const uint8_t* payload, const Coding& at, int64_t family, uint8_t* otherwise) {
+    const auto& first = at.plane[0];
+    return first.width == 8 ? const_cast<uint8_t*>(payload) + first.start + 8 * octet_of(at, family) : otherwise;
+}
+
+// Words to the planes, from `octet` on.
+inline void pack(const uint8_t* low, const uint8_t* high, const Coding& at, int64_t octet, int words,
+                 uint8_t* payload) {
+    for (int i = 0; i < at.planes; i++) {
         const auto [width, shift, start] = at.plane[i];
-        uint8_t* __restrict plane = payload + start + octet * width;
-        if (at.together == 1) {
-            if (width == 8) __builtin_memcpy(plane, pairs, words);
-            pack_plane(width, (const uint8_t*)pairs, words, shift, plane);
-            continue;
-        }
-        uint8_t* __restrict bytes = width == 8 ? plane : parts;
-        for (int j = 0; have != shift / 8 && shift < 8 && j < words; j++) bytes[j] = (uint8_t)pairs[j];
-        for (int j = 0; have != shift / 8 && shift >= 8 && j < words; j++) bytes[j] = (uint8_t)(pairs[j] >> 8);
-        have = shift / 8;
-        pack_plane(width, parts, words, shift & 7, plane);
+        pack_plane(width, shift < 8 ? low : high, words, shift & 7, payload + start + octet * width);
     }
 }
 
 // The way back.
-inline void unpack(const uint8_t* payload, const Coding& at, int64_t octet, int words, uint8_t* __restrict parts,
-                   uint16_t* __restrict pairs) {
-    const uint8_t* __restrict low = nullptr;
+inline void unpack(const uint8_t* payload, const Coding& at, int64_t octet, int words, uint8_t* low, uint8_t* high) {
     for (int i = 0; i < at.planes; i++) {
         const auto [width, shift, start] = at.plane[i];
-        const uint8_t* plane = payload + start + octet * width;
-        if (width == 8) low = plane;
-        else unpack_plane(width, plane, words, shift & 7, at.together == 1 ? (uint8_t*)pairs : parts);
+        unpack_plane(width, payload + start + octet * width, words, shift & 7, shift < 8 ? low : high);
     }
-    if (at.together == 1) {
-        if (low) __builtin_memcpy(pairs, low, words);
-    } else if (low) {
-        for (int j = 0; j < words; j++) pairs[j] = (uint16_t)(low[j] | parts[j] << 8);
-    } else {
-        for (int j = 0; j < words; j++) pairs[j] = parts[j];
-    }
+    if (at.together == 2 && at.word_bits <= 8) __builtin_memset(high, 0, words);
 }
 
 inline void zero_gaps(const RotatedLayout& at, uint8_t* payload) {

@@ -1,270 +1,347 @@
 // Plain families of rotated blocks on the CPU: whole blocks of 32 or 64 values, none constant, strange or huge.
 //
-//     encode   load -> butterflies -> coefficients, largest; with the family's top known, round -> pairs -> planes
-//     decode   planes -> pairs -> multiply by the step -> add, for every payload; butterflies -> store
+//     encode   load -> butterflies -> coefficients, largest; with the family's top known, round -> bytes -> planes
+//     decode   planes -> bytes -> codes, for every payload multiply by the step and add; butterflies -> store
 //
-// Nearly all families are plain, and everything but the planes happens in registers. What is not plain is noticed by
-// its coefficients: every coefficient is a sum of all values, so NaN and Inf reach them all, and the largest is at
-// least the largest value. rotated_cpu.cpp then does the family once more, block by block.
+// Nearly all families are plain, and everything but the planes happens in registers, a block in every track (tracks.h).
+// What is not plain is noticed by its coefficients: every coefficient is a sum of all values, so NaN and Inf reach them
+// all, and the largest is at least the largest value. rotated_cpu.cpp then does the family once more, block by block.
 #pragma once
 
-#include "butterflies.h"
 #include "rotated_family.h"
+#include "tracks.h"
 
 namespace flashcomm::FLASHCOMM_ISA {
 namespace {
 
-// Butterflies wait for the ones before: so many values are worked on side by side, as registers allow.
-constexpr int kSideBySide = kLanes == 16 ? 128 : 32;
-template <int kBlock> constexpr int kBlocksAtOnce = kSideBySide > kBlock ? kSideBySide / kBlock : 1;
-template <int kBlock> constexpr int kPairsAtOnce = (kLanes == 16 ? 256 : kBlock) / (2 * kLanes);  // an even number
-
-template <int kBlocks> struct Some {
-    static constexpr int kCount = kBlocks;
-};
-
 constexpr uint32_t kHugeMagnitude = (127 + 99) << 24;  // magnitude_key from which on a block is not plain
+constexpr int kUnits = kFamily / kTracks;              // a unit: the blocks that are worked on at once, one in a track
 
 // Room for one family while it is coded.
 template <int kBlock> struct Plain : Steps {
-    Pairs numbers[kFamily * kBlock / 2 / kLanes];  // coefficients or their sums
-    Words keys[kFamily];
+    Vector carried[kUnits][kBlock / 4], numbers[kUnits][kBlock / 4];  // values with residuals; coefficients
+    Words keys[kUnits];
     float steps[kFamily];
-    uint16_t pairs[kFamily * kBlock / 2];
-    uint8_t parts[kFamily * kBlock / 2];
+    Bytes<kBlock> bytes;
 };
-
-// step(some, first) for all blocks, some side by side and then what is left alone; `some` has their number in its type.
-template <int kSome, class Step> FC_INLINE void each_block(int blocks, Step step) {
-    int b = 0;
-    for (; kSome > 1 && b + kSome <= blocks; b += kSome) step(Some<kSome>(), b);
-    for (; b < blocks; b++) step(Some<1>(), b);
-}
 
 // ---- encode ----------------------------------------------------------------------------------------------------
 
-template <class T, bool kCarries>
-FC_INLINE Pairs load_carried(const typename T::Word* x, const typename T::Word* lost) {
-    const Pairs value = load_pairs<T>(x);
-    if constexpr (!kCarries) return value;
-    const Pairs carried = load_pairs<T>(lost);
-    return {value.even + carried.even, value.odd + carried.odd};
+// The largest magnitude_key of vectors kFirst .. kEnd - 1, lane by lane.
+template <int kFirst, int kEnd> FC_INLINE Words largest_of(const Vector* v) {
+    if constexpr (kEnd - kFirst == 1) return magnitude_key(v[kFirst]);
+    else {
+        constexpr int kHalf = (kFirst + kEnd) / 2;
+        return larger(largest_of<kFirst, kHalf>(v), largest_of<kHalf, kEnd>(v));
+    }
 }
 
-// Coefficients and largest keys of whole blocks; false if one of them could be constant.
+// Coefficients and largest keys of a unit; false if all but the first four coefficients of a block are zero, as a
+// constant's are.
 template <class T, int kBlock, bool kCarries>
-bool rotate(const typename T::Word* x, const typename T::Word* lost, int blocks, Plain<kBlock>& f) {
-    constexpr int kEach = kBlock / 2 / kLanes;
-    bool vary = true;
-    each_block<kBlocksAtOnce<kBlock>>(blocks, [&](auto some, int b) __attribute__((always_inline)) {
-        constexpr int kCount = some.kCount * kEach;
-        Pairs block[kCount];
+FC_INLINE bool rotate_unit(const typename T::Word* x, const typename T::Word* lost, Vector (&carried)[kBlock / 4],
+                           Vector (&numbers)[kBlock / 4], Words& keys) {
+    Vector v[kBlock / 4];
+    load_values<T>(x, v);
+    if constexpr (kCarries) {
+        Vector more[kBlock / 4];
+        load_values<T>(lost, more);
 #pragma GCC unroll 32
-        for (int i = 0; i < kCount; i++)
-            block[i] = load_carried<T, kCarries>(x + b * kBlock + 2 * kLanes * i, lost + b * kBlock + 2 * kLanes * i);
+        for (int i = 0; i < kBlock / 4; i++) carried[i] = v[i] = v[i] + more[i];
+    }
+    rotate(v);
+    const Words rest = largest_of<1, kBlock / 4>(v);
+    keys = larger(rest, magnitude_key(v[0]));
 #pragma GCC unroll 32
-        for (int i = 0; i < kCount; i += kEach) {
-            bool varies = false;
-#pragma GCC unroll 32
-            for (int j = i; j < i + kEach; j++) varies = varies | any(block[j].even - block[j].odd);
-            vary = vary & varies;
-        }
-        butterflies<kBlock>(block);
-#pragma GCC unroll 32
-        for (int i = 0; i < kCount; i += kEach) {
-            Words most = larger(magnitude_key(block[i].even), magnitude_key(block[i].odd));
-#pragma GCC unroll 32
-            for (int j = i + 1; j < i + kEach; j++)
-                most = larger(most, larger(magnitude_key(block[j].even), magnitude_key(block[j].odd)));
-            f.keys[b + i / kEach] = most;
-#pragma GCC unroll 32
-            for (int j = i; j < i + kEach; j++) f.numbers[b * kEach + j] = block[j];
-        }
-    });
-    for (int b = blocks; b < kFamily; b++) f.keys[b] = Words{};
-    return vary;
+    for (int i = 0; i < kBlock / 4; i++) numbers[i] = v[i];
+    const uint32_t lanes = nonzero(rest), pairs = lanes | lanes >> 1;
+    return ((pairs | pairs >> 2) & 0x1111) == 0x1111 >> (16 - kLanes);
+}
+
+template <class T, int kBlock, bool kCarries>
+bool rotate_family(const typename T::Word* x, const typename T::Word* lost, int units, Plain<kBlock>& f) {
+    bool varies = true;
+    for (int u = 0; u < units; u++) {
+        const int begin = u * kTracks * kBlock;
+        varies &= rotate_unit<T, kBlock, kCarries>(x + begin, kCarries ? lost + begin : lost, f.carried[u],
+                                                   f.numbers[u], f.keys[u]);
+    }
+    for (int u = units; u < kUnits; u++) f.keys[u] = Words{};
+    return varies;
+}
+
+// Of four units the largest key of every block, in the blocks' order.
+FC_INLINE Words largest_keys(const Words (&keys)[kUnits], int first) {
+    const auto both = [](Words x, Words y, auto at) {
+        return larger(shuffled_tracks(x, y, at), shuffled_tracks(x, y, [at](int i) { return at(i) ^ 1; }));
+    };
+    const auto halves = [](int i) { return i * 2; };
+    const Words early = both(keys[first], keys[first + 1], halves);
+    const Words late = both(keys[first + 2], keys[first + 3], halves), most = both(early, late, halves);
+    return shuffled(most, most, [](int i) { return i % kTracks * 4 + i / kTracks; });
 }
 
 // The largest coefficients and the signs of their steps; false if one of them is huge, or no number.
 template <int kBlock> bool measure(Plain<kBlock>& f) {
-    Words most = {};
-    for (int b = 0; b < kFamily; b += kLanes) {
-        const Words key = largest_lanes<kLanes>(f.keys + b);
-        most = larger(most, key);
+    Words huge = {};
+    for (int u = 0; u < kUnits; u += 4) {
+        const Words key = largest_keys(f.keys, u);
+        const int b = u * kTracks;
+        huge |= (Words)(key >= kHugeMagnitude);
         store(key >> 1, f.largest + b);
         store((~key & 1) << 7, f.scales + b);  // the step is negative where the largest coefficient is positive
         store(Vector{} + 1.0f, f.shrinks + b);
     }
-    uint32_t highest = 0;
-    for (int i = 0; i < kLanes; i++) highest = most[i] > highest ? most[i] : highest;
-    return highest < kHugeMagnitude;
+    return !nonzero(huge);
 }
 
-// Codes, even and odd ones in turn. Adding 1.5 * 2**23 leaves the rounded quotient in the lower half.
-FC_INLINE Shorts quantized(Pairs c, float inverse, const Coding& at) {
-    const Words even = (Words)(c.even * inverse + 0x1.8p23f), odd = (Words)(c.odd * inverse + 0x1.8p23f);
-    const Shorts code = (Shorts)((even & 0xFFFF) | odd << 16) + (int16_t)at.zero;
-    const Shorts above = code > 0 ? code : Shorts{};
-    return above < (int16_t)at.last ? above : Shorts{} + (int16_t)at.last;
+// Codes of an octet less `zero`: which code a coefficient is nearest to, of those there are.
+FC_INLINE Shorts quantized(Vector first, Vector second, Vector inverse, const Coding& at) {
+    const Shorts code = joined(Both<Lanes>{nearest(first * inverse), nearest(second * inverse)});
+    const Shorts least = Shorts{} - (int16_t)at.zero, most = least + (int16_t)at.last;
+    return smaller(larger(code, least), most);
 }
 
-// Pairs of codes of the family's blocks; where something is carried on, also what they lose of it.
-template <class T, int kBlock, bool kCarries>
-void quantize(const typename T::Word* x, typename T::Word* lost, int blocks, const Coding& at, Plain<kBlock>& f) {
-    constexpr int kEach = kBlock / 2 / kLanes;
+// The values of a unit that its codes stand for, arranged as load_values does. Butterflies of integers.
+template <int kBlock>
+FC_INLINE void decode_octets(const Shorts (&codes)[kBlock / 8], Vector step, Vector (&v)[kBlock / 4]) {
+    const Shorts sum = Shorts{} + 1, difference = (Shorts)(Words{} + 0xFFFF0001);
+    Shorts code[kBlock / 8];
+#pragma GCC unroll 32
+    for (int i = 0; i < kBlock / 8; i++) code[i] = across<4>(across<2>(codes[i]));
+    between<1>(code);
+#pragma GCC unroll 32
+    for (int i = 0; i < kBlock / 4; i += 2) {
+        v[i] = scaled(__builtin_convertvector(sum_products(code[i / 2], sum), Vector), step, Vector{});
+        v[i + 1] = scaled(__builtin_convertvector(sum_products(code[i / 2], difference), Vector), step, Vector{});
+    }
+}
+
+// Octets of codes, or of pairs of codes, to bytes: a word each, and what is beyond a byte.
+template <int kBlock>
+FC_INLINE void store_codes(const Shorts (&less)[kBlock / 8], const Coding& at, uint8_t* low, uint8_t* high) {
+    Shorts codes[kBlock / 8];
+#pragma GCC unroll 32
+    for (int i = 0; i < kBlock / 8; i++) codes[i] = less[i] + (int16_t)at.zero;
+    if (at.together == 1) {
+        Words bytes[kBlock / 16];
+#pragma GCC unroll 32
+        for (int i = 0; i < kBlock / 16; i++)
+            bytes[i] = (Words)joined(Both<HalfWords>{(HalfWords)codes[2 * i], (HalfWords)codes[2 * i + 1]});
+        store_pieces(bytes, low);
+        return;
+    }
     const Shorts radix = (Shorts)(Words{} + (1 | (uint32_t)at.radix << 16));
-    each_block<kBlocksAtOnce<kBlock>>(blocks, [&](auto some, int b) __attribute__((always_inline)) {
-        constexpr int kCount = some.kCount * kEach;
-        Pairs block[kCount];
+    Words lows[kBlock / 32], highs[kBlock / 32];
 #pragma GCC unroll 32
-        for (int i = 0; i < kCount; i++) {
-            const float inverse = f.inverses[b + i / kEach], step = f.steps[b + i / kEach];
-            const Pairs c = f.numbers[b * kEach + i];
-            const Shorts code = quantized(c, inverse, at);
-            store(lower_halves((Words)sum_products(code, radix)), f.pairs + (b * kEach + i) * kLanes);
-            const Lanes both = (Lanes)(code - (int16_t)at.zero);
-            block[i] = {__builtin_convertvector(both << 16 >> 16, Vector) * step,
-                        __builtin_convertvector(both >> 16, Vector) * step};
-        }
-        if constexpr (kCarries) {
-            butterflies<kBlock>(block);
-#pragma GCC unroll 32
-            for (int i = 0; i < kCount; i++) {
-                const int64_t place = b * kBlock + 2 * kLanes * i;
-                const Pairs carried = load_carried<T, true>(x + place, lost + place);
-                store_pairs<T>({carried.even - block[i].even, carried.odd - block[i].odd}, lost + place);
-            }
-        }
-    });
+    for (int i = 0; i < kBlock / 32; i++) {
+        const Shorts* c = codes + 4 * i;
+        const auto first = (HalfWords)joined(Both<Lanes>{sum_products(c[0], radix), sum_products(c[1], radix)});
+        const auto second = (HalfWords)joined(Both<Lanes>{sum_products(c[2], radix), sum_products(c[3], radix)});
+        lows[i] = (Words)joined(Both<HalfWords>{first & 0xFF, second & 0xFF});
+        highs[i] = (Words)joined(Both<HalfWords>{first >> 8, second >> 8});
+    }
+    store_pieces(lows, low);
+    store_pieces(highs, high);
 }
 
-// Encodes a family of whole blocks, and keeps what that loses; false, and nothing done, if it is not plain.
+// Codes of the family's blocks, as bytes; where something is carried on, also what they lose of it.
+template <class T, int kBlock, bool kCarries>
+void quantize(typename T::Word* lost, int units, const Coding& at, uint8_t* low, Plain<kBlock>& f) {
+    for (int u = 0; u < units; u++) {
+        const Vector inverse = spread(f.inverses + u * kTracks);
+        Shorts codes[kBlock / 8];
+#pragma GCC unroll 32
+        for (int i = 0; i < kBlock / 8; i++)
+            codes[i] = quantized(f.numbers[u][2 * i], f.numbers[u][2 * i + 1], inverse, at);
+        const int bytes = u * kTracks * kBlock / at.together;
+        store_codes<kBlock>(codes, at, low + bytes, f.bytes.high + bytes);
+        if constexpr (kCarries) {
+            Vector v[kBlock / 4];
+            decode_octets<kBlock>(codes, spread(f.steps + u * kTracks), v);
+#pragma GCC unroll 32
+            for (int i = 0; i < kBlock / 4; i++) v[i] = f.carried[u][i] - v[i];
+            store_values<T>(v, lost + u * kTracks * kBlock);
+        }
+    }
+}
+
+// Encodes a family of whole units, and keeps what that loses; false, and nothing done, if it is not plain.
 template <class T, int kBlock, bool kCarries>
 bool encode_plain(const typename T::Word* x, typename T::Word* lost, const Coding& at,
                   int64_t family, uint8_t* payload, Plain<kBlock>& f) {
-    const int blocks = blocks_of(at, family);
+    const int blocks = blocks_of(at, family), units = blocks / kTracks;
     const int64_t begin = family * kFamily * kBlock;
-    if (begin + blocks * kBlock > at.numel) return false;
+    if (begin + blocks * kBlock > at.numel || blocks % kTracks) return false;
     x += begin, lost += kCarries ? begin : 0;
-    if (!rotate<T, kBlock, kCarries>(x, lost, blocks, f) || !measure<kBlock>(f)) return false;
+    if (!rotate_family<T, kBlock, kCarries>(x, lost, units, f) || !measure<kBlock>(f)) return false;
     fit(f, at, blocks);
     if (kCarries)
         for (int b = 0; b < kFamily; b++) f.steps[b] = step_of(f.top, f.scales[b]);
-    quantize<T, kBlock, kCarries>(x, lost, blocks, at, f);
-    pack(f.pairs, f.parts, at, octet_of(at, family), words_of(at, blocks), payload);
+    uint8_t* low = low_bytes(payload, at, family, f.bytes.low);
+    quantize<T, kBlock, kCarries>(lost, units, at, low, f);
+    pack(low, f.bytes.high, at, octet_of(at, family), words_of(at, blocks), payload);
     store_steps(f, at, family, blocks, payload);
     return true;
 }
 
 // ---- decode ----------------------------------------------------------------------------------------------------
 
-// Whether no block of the family is an escape or so large that its butterflies could overflow.
-inline bool is_plain(const uint8_t* payload, const Coding& at, int64_t family, int blocks) {
-    const uint8_t* scales = payload + at.scales + family * kFamily;
-    uint8_t largest = 0;
-    for (int b = 0; b < blocks; b++) {
+// One payload's words of a family, and the steps of its blocks.
+template <int kBlock> struct Part {
+    const uint8_t* low;
+    float steps[kFamily];
+    Bytes<kBlock> bytes;
+};
+
+// False if a block of the family is an escape or so large that its butterflies could overflow.
+template <int kBlock>
+bool load_part(const uint8_t* payload, const Coding& at, int64_t family, int blocks, Part<kBlock>& part) {
+    uint8_t scales[kFamily] = {}, largest = 0;
+    __builtin_memcpy(scales, payload + at.scales + family * kFamily, blocks);
+    for (int b = 0; b < kFamily; b++) {
         const uint8_t distance = scales[b] & 0x7F;
         largest = distance > largest ? distance : largest;
     }
-    return largest <= kLast && top_of(payload, at, family) < kHugeKey;
+    const uint32_t top = top_of(payload, at, family);
+    if (largest > kLast || top >= kHugeKey) return false;
+    for (int b = 0; b < kFamily; b++) part.steps[b] = step_of(top, scales[b]);
+    part.low = low_bytes(payload, at, family, part.bytes.low);
+    unpack(payload, at, octet_of(at, family), words_of(at, blocks), part.bytes.low, part.bytes.high);
+    return true;
+}
+
+// Codes of a unit's 32 values from `half` on, values 4i, 4i + 1, 4i + 2 and 4i + 3 apart.
+template <int kBlock>
+FC_INLINE void load_codes(const Part<kBlock>& part, int unit, const Coding& at, Shorts (&codes)[kBlock / 8]) {
+    if (at.together == 1) {
+        Words bytes[kBlock / 16];
+        load_pieces(part.low + unit * kTracks * kBlock, bytes);
+#pragma GCC unroll 32
+        for (int i = 0; i < kBlock / 16; i += 2) {
+            const auto apart = unzipped(Both<HalfWords>{(HalfWords)bytes[i], (HalfWords)bytes[i + 1]});
+            codes[2 * i] = (Shorts)(apart.first & 0xFF), codes[2 * i + 1] = (Shorts)(apart.first >> 8);
+            codes[2 * i + 2] = (Shorts)(apart.second & 0xFF), codes[2 * i + 3] = (Shorts)(apart.second >> 8);
+        }
+        return;
+    }
+    Words lows[kBlock / 32], highs[kBlock / 32];
+    load_pieces(part.low + unit * kTracks * kBlock / 2, lows);
+    load_pieces(part.bytes.high + unit * kTracks * kBlock / 2, highs);
+#pragma GCC unroll 32
+    for (int i = 0; i < kBlock / 32; i++) {
+        const auto low = (HalfWords)lows[i], high = (HalfWords)highs[i];
+        const HalfWords numbers[] = {(low & 0xFF) | high << 8, low >> 8 | (high & 0xFF00)};
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; j++) {
+            const HalfWords upper = upper_products(numbers[j], HalfWords{} + at.inverse) >> at.shift;
+            codes[4 * i + 2 * j] = (Shorts)(numbers[j] - upper * (uint16_t)at.radix);
+            codes[4 * i + 2 * j + 1] = (Shorts)upper;
+        }
+    }
+}
+
+// kCount vectors of codes, the even and the odd lanes of each as numbers, kCount apart.
+template <int kCount> FC_INLINE void numbers(const Shorts* codes, Vector* v) {
+#pragma GCC unroll 32
+    for (int i = 0; i < kCount; i++) {
+        v[i] = __builtin_convertvector((Lanes)codes[i] << 16 >> 16, Vector);
+        v[i + kCount] = __builtin_convertvector((Lanes)codes[i] >> 16, Vector);
+    }
+}
+
+// Values of one payload as quads: its codes are rotated as integers, exactly, `zero` being left to the first value.
+template <int kBlock>
+FC_INLINE void decode_one(const Part<kBlock>& part, int unit, const Coding& at, Vector (&v)[kBlock / 4]) {
+    const Shorts zero = (Shorts)(first_words() & (uint32_t)(16 * at.zero) * 0x10001);
+    Shorts codes[kBlock / 8];
+    load_codes(part, unit, at, codes);
+#pragma GCC unroll 32
+    for (int i = 0; i < kBlock / 8; i += 4) {
+        Shorts c[] = {codes[i], codes[i + 1], codes[i + 2], codes[i + 3]};
+        between<1>(c);
+        deal<2, Zip>(c);
+        dealt<1, Zip>(c);
+        dealt<2, Zip>(c);
+        codes[i] = c[0] - zero, codes[i + 1] = c[2], codes[i + 2] = c[1], codes[i + 3] = c[3];
+    }
+    between<4>(codes);
+    const Shorts sum = Shorts{} + 1, difference = (Shorts)(Words{} + 0xFFFF0001);
+    const Vector step = spread(part.steps + unit * kTracks);
+#pragma GCC unroll 32
+    for (int i = 0; i < kBlock / 4; i++) {
+        const Shorts code = codes[i / 8 * 4 + i % 4];
+        const Lanes number = sum_products(code, i & 4 ? difference : sum);  // the last butterfly
+        v[i] = scaled(__builtin_convertvector(number, Vector), step, Vector{});
+    }
+}
+
+// Adds one payload's coefficients to the sums, arranged as sum_quads wants them.
+template <int kBlock>
+FC_INLINE void add_part(const Part<kBlock>& part, int unit, const Coding& at, Vector (&sums)[kBlock / 4]) {
+    const Vector step = spread(part.steps + unit * kTracks);
+    Shorts codes[kBlock / 8];
+    load_codes(part, unit, at, codes);
+#pragma GCC unroll 32
+    for (Shorts& each : codes) each = each - (int16_t)at.zero;
+    Vector v[kBlock / 4];
+#pragma GCC unroll 2
+    for (int i = 0; i < kBlock / 4; i += 8) numbers<4>(codes + i / 2, v + i);
+#pragma GCC unroll 32
+    for (int i = 0; i < kBlock / 4; i++) sums[i] = scaled(v[i], step, sums[i]);
+}
+
+// Sums of coefficients -> values, as quads.
+template <int kBlock> FC_INLINE void rotate_sums(Vector (&sums)[kBlock / 4]) {
+#pragma GCC unroll 2
+    for (int i = 0; i < kBlock / 4; i += 8) {
+        Vector s[8];
+#pragma GCC unroll 8
+        for (int j = 0; j < 8; j++) s[j] = sums[i + j];
+        between<1>(s);
+        dealt<1, Unzip>(s);
+        dealt<2, Unzip>(s);
+#pragma GCC unroll 8
+        for (int j = 0; j < 8; j++) sums[i + j] = s[(j & 1) << 2 | j >> 1];
+    }
+    between<8>(sums);
 }
 
 // Finite numbers; float16 alone has a range that they may leave.
-template <class T> inline Pairs limited(Pairs x, float limit) {
+template <class T> FC_INLINE Vector limited(Vector x, float limit) {
     if constexpr (T::kMax > 1e30f) return x;
-    const auto limit_of = [limit](Vector v) {
-        v = v < -limit ? Vector{} - limit : v;
-        return v > limit ? Vector{} + limit : v;
-    };
-    return {limit_of(x.even), limit_of(x.odd)};
-}
-
-// One payload's codes of a family, and the steps of its blocks.
-template <int kBlock> struct Part {
-    float steps[kFamily];
-    uint16_t pairs[kFamily * kBlock / 2];
-};
-
-template <int kBlock>
-void load_part(const uint8_t* payload, const Coding& at, int64_t family, int blocks,
-               uint8_t* bytes, Part<kBlock>& part) {
-    const uint8_t* scales = payload + at.scales + family * kFamily;
-    const uint32_t top = top_of(payload, at, family);
-    if (blocks == kFamily)
-        for (int b = 0; b < kFamily; b++) part.steps[b] = step_of(top, scales[b]);
-    else
-        for (int b = 0; b < blocks; b++) part.steps[b] = step_of(top, scales[b]);
-    unpack(payload, at, octet_of(at, family), words_of(at, blocks), bytes, part.pairs);
-}
-
-// 4 * kLanes codes less `zero`.
-FC_INLINE Both<Shorts> digits(const uint16_t* pairs, const Coding& at) {
-    const HalfWords number = load<HalfWords>(pairs);
-    const HalfWords upper = upper_products(number, HalfWords{} + at.inverse) >> at.shift;
-    const HalfWords lower = number - upper * (uint16_t)at.radix;
-    return {(Shorts)(lower - (uint16_t)at.zero), (Shorts)(upper - (uint16_t)at.zero)};
-}
-
-// kCount pairs of vectors from pair `first` of a family on: the values of one payload, whose codes are rotated as
-// integers, exactly.
-template <int kBlock, int kCount>
-FC_INLINE void decode_one(const Part<kBlock>& part, const Coding& at, int first, Pairs (&value)[kCount]) {
-    constexpr int kEach = kBlock / 2 / kLanes;
-    Both<Shorts> code[kCount / 2];
-#pragma GCC unroll 32
-    for (int j = 0; j < kCount; j += 2) code[j / 2] = digits(part.pairs + (first + j) * kLanes, at);
-    butterflies<kBlock>(code);
-#pragma GCC unroll 32
-    for (int j = 0; j < kCount; j++) {
-        const Vector step = part.steps[(first + j) / kEach] - Vector{};
-        const Pairs number = j & 1 ? numbers<1>(code[j / 2]) : numbers<0>(code[j / 2]);
-        value[j] = {scaled(number.even, step, Vector{}), scaled(number.odd, step, Vector{})};
-    }
-}
-
-// The same, coefficients of one payload being added to the sums.
-template <int kBlock, int kCount>
-FC_INLINE void add_part(const Part<kBlock>& part, const Coding& at, int first, Pairs (&sum)[kCount]) {
-    constexpr int kEach = kBlock / 2 / kLanes;
-#pragma GCC unroll 32
-    for (int j = 0; j < kCount; j++) {
-        const Both<Shorts> code = digits(part.pairs + (first + (j & ~1)) * kLanes, at);
-        const Vector step = part.steps[(first + j) / kEach] - Vector{};
-        const Pairs number = j & 1 ? numbers<1>(code) : numbers<0>(code);
-        sum[j] = {scaled(number.even, step, sum[j].even), scaled(number.odd, step, sum[j].odd)};
-    }
+    x = x < -limit ? Vector{} - limit : x;
+    return x > limit ? Vector{} + limit : x;
 }
 
 template <class T, int kBlock, bool kOne>
-void write_family(const Part<kBlock>* parts, int count, const Coding& at, int blocks, float limit,
+void write_family(const Part<kBlock>* parts, int count, const Coding& at, int units, float limit,
                   typename T::Word* out) {
-    constexpr int kCount = kPairsAtOnce<kBlock>;
-    const int pairs = blocks * (kBlock / 2 / kLanes);
-    for (int i = 0; i < pairs; i += kCount) {
-        Pairs value[kCount] = {};
+    for (int u = 0; u < units; u++) {
+        Vector v[kBlock / 4] = {};
         if constexpr (kOne) {
-            decode_one(parts[0], at, i, value);
+            decode_one(parts[0], u, at, v);
         } else {
-            for (int p = 0; p < count; p++) add_part(parts[p], at, i, value);
-            butterflies<kBlock>(value);
+            for (int p = 0; p < count; p++) add_part(parts[p], u, at, v);
+            rotate_sums<kBlock>(v);
         }
 #pragma GCC unroll 32
-        for (int j = 0; j < kCount; j++)
-            if (i + j < pairs) store_pairs<T>(limited<T>(value[j], limit), out + (i + j) * 2 * kLanes);
+        for (Vector& each : v) each = limited<T>(each, limit);
+        store_quads<T>(v, out + u * kTracks * kBlock);
     }
 }
 
-// Decodes a family of whole blocks and writes the sum of all payloads; false, and nothing done, if it is not plain.
+// Decodes a family of whole units and writes the sum of all payloads; false, and nothing done, if it is not plain.
 template <class T, int kBlock>
-bool decode_plain(const uint8_t* const* payloads, int count, const Coding& at, int64_t family,
-                  float limit, typename T::Word* out, uint8_t* bytes, Part<kBlock>* parts) {
-    const int blocks = blocks_of(at, family);
-    if ((family * kFamily + blocks) * kBlock > at.numel) return false;
+bool decode_plain(const uint8_t* const* payloads, int count, const Coding& at, int64_t family, float limit,
+                  typename T::Word* out, Part<kBlock>* parts) {
+    const int blocks = blocks_of(at, family), units = blocks / kTracks;
+    if ((family * kFamily + blocks) * kBlock > at.numel || blocks % kTracks) return false;
     for (int p = 0; p < count; p++)
-        if (!is_plain(payloads[p], at, family, blocks)) return false;
-    for (int p = 0; p < count; p++) load_part<kBlock>(payloads[p], at, family, blocks, bytes, parts[p]);
-    if (count == 1) write_family<T, kBlock, true>(parts, count, at, blocks, limit, out + family * kFamily * kBlock);
-    else write_family<T, kBlock, false>(parts, count, at, blocks, limit, out + family * kFamily * kBlock);
+        if (!load_part<kBlock>(payloads[p], at, family, blocks, parts[p])) return false;
+    out += family * kFamily * kBlock;
+    if (count == 1) write_family<T, kBlock, true>(parts, count, at, units, limit, out);
+    else write_family<T, kBlock, false>(parts, count, at, units, limit, out);
     return true;
 }
 

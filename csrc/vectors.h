@@ -1,7 +1,7 @@
-// Vectors of one instruction set: lanes that meet lanes of the same vector, and a tensor's even and odd values.
+// Vectors of one instruction set, and tracks: the 128 bits of a vector that work on a block of their own.
 //
-// Values 2i and 2i + 1 of a tensor share a 32-bit lane as they lie in memory; taken apart they are two vectors, so that
-// what happens between them, and all conversion of 16-bit types, needs no shuffle.
+// What is done to a block is written for vectors of one track; wider ones do two or four blocks at once. Nothing
+// crosses from one track into another but loads and stores (tracks.h).
 #pragma once
 
 #include <stdint.h>
@@ -21,12 +21,19 @@ constexpr int kLanes = 8;
 #else
 constexpr int kLanes = 4;
 #endif
+constexpr int kTracks = kLanes / 4;
 typedef float Vector __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Lanes __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t HalfWords __attribute__((vector_size(4 * kLanes)));
 typedef int16_t Shorts __attribute__((vector_size(4 * kLanes)));
+typedef uint8_t Octets __attribute__((vector_size(4 * kLanes)));
 template <class V> constexpr int kLanesOf = sizeof(V) / sizeof(V{}[0]);
+template <class V> constexpr int kPerTrack = kLanesOf<V> / kTracks;
+
+template <class V> struct Both {
+    V first, second;
+};
 
 // Vectors lie in memory at any address, as anything.
 template <class V> FC_INLINE V load(const void* from) {
@@ -54,40 +61,110 @@ template <class V, class At> FC_INLINE V shuffled(V x, V y, At at) {
 #endif
 }
 
+// The same in every track: its lane i is lane at(i) of x's track, then of y's.
+template <class V, class At> FC_INLINE V shuffled_tracks(V x, V y, At at) {
+    constexpr int kEach = kPerTrack<V>;
+    return shuffled(x, y, [at](int i) {
+        const int from = at(i % kEach);
+        return i / kEach * kEach + from % kEach + from / kEach * kLanesOf<V>;
+    });
+}
+
+// Of both, in every track: lanes 0, 2, .. and lanes 1, 3, ..
+template <class V> FC_INLINE Both<V> unzipped(Both<V> x) {
+    return {shuffled_tracks(x.first, x.second, [](int i) { return 2 * i; }),
+            shuffled_tracks(x.first, x.second, [](int i) { return 2 * i + 1; })};
+}
+
+// The way back: lanes of both in turn.
+template <class V> FC_INLINE Both<V> zipped(Both<V> x) {
+    constexpr int kEach = kPerTrack<V>;
+    return {shuffled_tracks(x.first, x.second, [](int i) { return i / 2 + i % 2 * kEach; }),
+            shuffled_tracks(x.first, x.second, [](int i) { return (i + kEach) / 2 + i % 2 * kEach; })};
+}
+
 // Every lane's partner, kStride away.
 template <int kStride, class V> FC_INLINE V partners(V x) {
     if constexpr (sizeof(x[0]) == 2 && kStride > 1) return (V)partners<kStride / 2>((Words)x);
     else return shuffled(x, x, [](int i) { return i ^ kStride; });
 }
 
-FC_INLINE Words larger(Words x, Words y) { return x > y ? x : y; }
+template <class V> FC_INLINE V larger(V x, V y) { return x > y ? x : y; }
+template <class V> FC_INLINE V smaller(V x, V y) { return x < y ? x : y; }
 
-// Lane i: the largest lane of vector i among the kCount at v; other lanes repeat them.
-template <int kCount> FC_INLINE Words largest_lanes(const Words* v) {
-    if constexpr (kCount == 1) {
-        Words x = v[0];
-        return x;
-    } else {
-        constexpr int kStride = kCount / 2;
-        const Words x = largest_lanes<kStride>(v), y = largest_lanes<kStride>(v + kStride);
-        const Words own = shuffled(x, y, [](int i) { return i & kStride ? i + kLanes : i; });
-        const Words other = shuffled(x, y, [](int i) { return (i & kStride ? i + kLanes : i) ^ kStride; });
-        return larger(own, other);
-    }
+// Track t holds each[t] four times.
+FC_INLINE Vector spread(const float* each) {
+#if defined(__AVX512F__)
+    const __m512i at = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
+    return (Vector)_mm512_maskz_permutexvar_ps(0xFFFF, at, _mm512_maskz_broadcast_f32x4(0xFFFF, _mm_loadu_ps(each)));
+#elif defined(__AVX2__)
+    return (Vector)_mm256_set_m128(_mm_set1_ps(each[1]), _mm_set1_ps(each[0]));
+#else
+    Vector x;
+    for (int i = 0; i < kLanes; i++) x[i] = each[i / 4];
+    return x;
+#endif
 }
 
-// Whether any lane differs from zero, -0 being zero.
-FC_INLINE bool any(Vector x) {
+// The first word of every track is all ones, the others are zero.
+FC_INLINE Words first_words() {
+    Words x;
+    for (int i = 0; i < kLanes; i++) x[i] = i % 4 ? 0 : ~0u;
+    return x;
+}
+
+// A bit for every lane: whether it differs from zero.
+FC_INLINE uint32_t nonzero(Words x) {
 #if defined(__AVX512F__)
-    return _mm512_cmp_ps_mask((__m512)x, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+    return _mm512_test_epi32_mask((__m512i)x, (__m512i)x);
 #elif defined(__AVX2__)
-    return _mm256_movemask_ps(_mm256_cmp_ps((__m256)x, _mm256_setzero_ps(), _CMP_NEQ_UQ));
+    return 0xFF ^ _mm256_movemask_ps((__m256)_mm256_cmpeq_epi32((__m256i)x, _mm256_setzero_si256()));
 #elif defined(__SSE2__)
-    return _mm_movemask_ps(_mm_cmpneq_ps((__m128)x, _mm_setzero_ps()));
+    return 0xF ^ _mm_movemask_ps((__m128)_mm_cmpeq_epi32((__m128i)x, _mm_setzero_si128()));
 #else
-    bool found = false;
-    for (int i = 0; i < kLanes; i++) found |= x[i] != 0;
-    return found;
+    uint32_t bits = 0;
+    for (int i = 0; i < kLanes; i++) bits |= (uint32_t)(x[i] != 0) << i;
+    return bits;
+#endif
+}
+
+// ---- narrow and wide lanes ---------------------------------------------------------------------------------------
+
+// To the nearest integer, to the even one of two; for numbers below 2**22.
+FC_INLINE Lanes nearest(Vector x) {
+#if defined(__AVX512F__)
+    return (Lanes)_mm512_maskz_cvtps_epi32(0xFFFF, (__m512)x);
+#elif defined(__AVX2__)
+    return (Lanes)_mm256_cvtps_epi32((__m256)x);
+#elif defined(__SSE2__)
+    return (Lanes)_mm_cvtps_epi32((__m128)x);
+#else
+    return (Lanes)(x + 0x1.8p23f) - 0x4B400000;
+#endif
+}
+
+// In every track the numbers of x.first, then those of x.second, which fit.
+FC_INLINE Shorts joined(Both<Lanes> x) {
+#if defined(__AVX512F__)
+    return (Shorts)_mm512_packs_epi32((__m512i)x.first, (__m512i)x.second);
+#elif defined(__AVX2__)
+    return (Shorts)_mm256_packs_epi32((__m256i)x.first, (__m256i)x.second);
+#elif defined(__SSE2__)
+    return (Shorts)_mm_packs_epi32((__m128i)x.first, (__m128i)x.second);
+#else
+    return unzipped(Both<Shorts>{(Shorts)x.first, (Shorts)x.second}).first;
+#endif
+}
+
+FC_INLINE Octets joined(Both<HalfWords> x) {
+#if defined(__AVX512F__)
+    return (Octets)_mm512_packus_epi16((__m512i)x.first, (__m512i)x.second);
+#elif defined(__AVX2__)
+    return (Octets)_mm256_packus_epi16((__m256i)x.first, (__m256i)x.second);
+#elif defined(__SSE2__)
+    return (Octets)_mm_packus_epi16((__m128i)x.first, (__m128i)x.second);
+#else
+    return unzipped(Both<Octets>{(Octets)x.first, (Octets)x.second}).first;
 #endif
 }
 
@@ -155,36 +232,6 @@ FC_INLINE Vector scaled(Vector x, Vector y, Vector z) {
 #endif
 }
 
-// ---- even and odd values ---------------------------------------------------------------------------------------
-
-template <class V> struct Both {
-    V even, odd;
-};
-using Pairs = Both<Vector>;
-
-// Half the lanes, the first or the second, as float32.
-template <int kHalf> FC_INLINE Vector numbers(Shorts x) {
-#if defined(__AVX512F__)
-    const __m256i half = _mm512_maskz_extracti64x4_epi64(0xF, (__m512i)x, kHalf);
-    return __builtin_convertvector((Lanes)_mm512_maskz_cvtepi16_epi32(0xFFFF, half), Vector);
-#elif defined(__AVX2__)
-    const __m128i half = kHalf ? _mm256_extracti128_si256((__m256i)x, 1) : _mm256_castsi256_si128((__m256i)x);
-    return __builtin_convertvector((Lanes)_mm256_cvtepi16_epi32(half), Vector);
-#elif defined(__SSE2__)
-    const __m128i v = (__m128i)x;
-    const __m128i both = kHalf ? _mm_unpackhi_epi16(v, v) : _mm_unpacklo_epi16(v, v);
-    return __builtin_convertvector((Lanes)_mm_srai_epi32(both, 16), Vector);
-#else
-    Vector y;
-    for (int i = 0; i < kLanes; i++) y[i] = x[i + kHalf * kLanes];
-    return y;
-#endif
-}
-
-template <int kHalf> FC_INLINE Pairs numbers(const Both<Shorts>& x) {
-    return {numbers<kHalf>(x.even), numbers<kHalf>(x.odd)};
-}
-
 // float16 numbers below 2**16 as integers, and back.
 #if defined(__AVX512F__)
 FC_INLINE Vector widened_half(Words x) { return (Vector)_mm512_maskz_cvtph_ps(0xFFFF, lower_halves(x)); }
@@ -212,31 +259,32 @@ FC_INLINE Words narrowed_half(Vector x) {
 
 FC_INLINE Words rounded_bfloat(Vector x) { return (Words)x + 0x7FFF + ((Words)x >> 16 & 1); }
 
-// The 2 * kLanes values at x; NaN and Inf stay what they are.
-template <class T> FC_INLINE Pairs load_pairs(const typename T::Word* x) {
-    if constexpr (sizeof(typename T::Word) == 4) {
-        const Vector first = load<Vector>(x), second = load<Vector>(x + kLanes);
-        return {shuffled(first, second, [](int i) { return 2 * i; }),
-                shuffled(first, second, [](int i) { return 2 * i + 1; })};
-    } else {
-        const Words words = load<Words>(x);
-        if constexpr (T::kInfinity == Float16::kInfinity)
-            return {widened_half(words & 0xFFFF), widened_half(words >> 16)};
-        else
-            return {(Vector)(words << 16), (Vector)(words & 0xFFFF0000)};
+// Two vectors of finite numbers rounded to a 16-bit type: one behind the other where vectors have four tracks, else in
+// every track. No number is denormal in bfloat16, which the processor's own rounding would make zero: see kLeastKey.
+template <class T> FC_INLINE Words narrowed(Vector first, Vector second) {
+    constexpr bool kHalf = T::kInfinity == Float16::kInfinity;
+#if defined(__AVX512F__)
+    if constexpr (kHalf) {
+        constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+        const __m256i low = _mm512_maskz_cvtps_ph(0xFFFF, (__m512)first, kNearest);
+        const __m256i high = _mm512_maskz_cvtps_ph(0xFFFF, (__m512)second, kNearest);
+        return (Words)_mm512_maskz_inserti64x4(0xFF, _mm512_castsi256_si512(low), high, 1);
     }
-}
-
-// Stores 2 * kLanes finite values, each rounded once.
-template <class T> FC_INLINE void store_pairs(Pairs x, typename T::Word* out) {
-    if constexpr (sizeof(typename T::Word) == 4) {
-        store(shuffled(x.even, x.odd, [](int i) { return i / 2 + (i & 1 ? kLanes : 0); }), out);
-        store(shuffled(x.even, x.odd, [](int i) { return (i + kLanes) / 2 + (i & 1 ? kLanes : 0); }), out + kLanes);
-    } else if constexpr (T::kInfinity == Float16::kInfinity) {
-        store(narrowed_half(x.even) | narrowed_half(x.odd) << 16, out);
-    } else {
-        store(rounded_bfloat(x.even) >> 16 | (rounded_bfloat(x.odd) & 0xFFFF0000), out);
-    }
+#if defined(__AVX512BF16__)
+    return (Words)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+#else
+    const auto upper = [](int i) { return 2 * i + 1; };
+    return (Words)shuffled((HalfWords)rounded_bfloat(first), (HalfWords)rounded_bfloat(second), upper);
+#endif
+#else
+    const Both<Words> words = kHalf ? Both<Words>{narrowed_half(first) << 16, narrowed_half(second) << 16}
+                                    : Both<Words>{rounded_bfloat(first), rounded_bfloat(second)};
+#if defined(__SSE2__)
+    return (Words)joined(Both<Lanes>{(Lanes)words.first >> 16, (Lanes)words.second >> 16});
+#else
+    return (Words)unzipped(Both<HalfWords>{(HalfWords)words.first, (HalfWords)words.second}).second;
+#endif
+#endif
 }
 
 }  // namespace

@@ -7,6 +7,7 @@
 #if defined(__x86_64__)  // only the baseline is compiled here, and only it is used
 namespace flashcomm::avx2 { extern const Kernels kernels[kFormats]; const Kernels kernels[kFormats] = {}; }
 namespace flashcomm::avx512 { extern const Kernels kernels[kFormats]; const Kernels kernels[kFormats] = {}; }
+namespace flashcomm::avx512bf16 { extern const Kernels kernels[kFormats]; const Kernels kernels[kFormats] = {}; }
 #endif
 
 using namespace flashcomm;
