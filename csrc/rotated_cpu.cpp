@@ -3,13 +3,14 @@
 //     encode   load -> butterflies -> largest coefficient; then, with the family's top known, round -> pack
 //     decode   unpack -> multiply by the step -> add, for every payload; butterflies -> write
 //
-// Families of the usual blocks without strange numbers (constants, NaN, Inf, huge) take the short way of
-// rotated_plain.h.
+// There are shorter ways for families of zeros (rotated_zeros.h), and for families of the usual blocks without strange
+// numbers: constants, NaN, Inf, huge (rotated_plain.h).
 #include <stdlib.h>
 
 #include "api.h"
 #include "rotated_cpu.h"
 #include "rotated_plain.h"
+#include "rotated_zeros.h"
 
 namespace flashcomm::FLASHCOMM_ISA {
 namespace {
@@ -261,6 +262,7 @@ void encode_families(const void* x, void* residual, const Coding& at, uint8_t* p
     auto& f = *(Room<kBlock>*)room;
     const Coding how(at);
     for (int64_t family = first; family < last; family++) {
+        if (encode_zeros(values, lost, at, family, payload)) continue;
         if constexpr (kBlock != 0)
             if (lost ? encode_plain<T, kBlock, true>(values, lost, at, family, payload, f.plain)
                      : encode_plain<T, kBlock, false>(values, lost, at, family, payload, f.plain)) continue;
@@ -277,6 +279,7 @@ void decode_families(const uint8_t* const* payloads, int count, const Coding& at
     auto& f = *(Room<kBlock>*)room;
     const Coding how(at);
     for (int64_t family = first; family < last; family++) {
+        if (decode_zeros(payloads, count, at, family, values)) continue;
         if constexpr (kBlock != 0)
             if (decode_plain<T, kBlock>(payloads, count, at, family, limit, values, f.parts())) continue;
         decode_family<T>(payloads, count, at, family, limit, values, f.any);

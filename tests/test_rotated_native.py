@@ -38,13 +38,15 @@ def kinds(numel: int, dtype: torch.dtype) -> list[torch.Tensor]:
     x[::7] *= 50
     huge = 6e4 if dtype == torch.float16 else 3e38
     found = [x, x.abs() + 3, torch.full((numel,), 0.1), x * 1e-38, (torch.rand(numel) - 0.5) * huge]
-    found += [torch.zeros(numel) * -1, x * torch.rand(numel).mul(40).exp2()]
+    found += [torch.zeros(numel), torch.zeros(numel) * -1, x * torch.rand(numel).mul(40).exp2()]
     for bad in (math.nan, -math.inf):
         broken = x.clone()
         broken[: numel // 3] = 5.5
         broken[numel // 2] = bad
         found.append(broken)
-    return [each.to(dtype) for each in found]
+    masked = x.clone()
+    masked[numel // 8 : numel - numel // 8] = 0  # families of nothing but zeros, and such that end in some
+    return [each.to(dtype) for each in (*found, masked)]
 
 
 def same(found: torch.Tensor, expected: torch.Tensor) -> bool:
@@ -64,8 +66,8 @@ def test_compiled_equals_definition(bits, block):
         for dtype in DTYPES[: 1 if numel == 1 else None]:
             tensors = kinds(numel, dtype)
             payloads = [codec.encode_ref(x) for x in tensors]
-            plain = [payloads[0], payloads[1], payloads[6]]
-            for chosen in (payloads[:1], plain, payloads[3:5], payloads[4:5], payloads[2:3], payloads):
+            plain, zeros = [payloads[0], payloads[1], payloads[7]], [payloads[5]] * 2
+            for chosen in (payloads[:1], plain, payloads[3:5], payloads[4:5], payloads[2:3], zeros, payloads):
                 expected = codec.decode_sum_ref(chosen, numel, dtype)
                 for isa in ISAS:
                     use(isa)
@@ -84,8 +86,10 @@ def test_compiled_equals_definition(bits, block):
 @pytest.mark.parametrize("codec", [Rotated(4.5, 32), Rotated(5, 64), Rotated(8, 16)], ids=str)
 def test_residuals_equal_definition(dtype, codec, monkeypatch):
     numel = 2500
-    for x in kinds(numel, dtype):
+    *others, masked = kinds(numel, dtype)
+    for x in (*others, masked):
         before = (torch.randn(numel) * 0.01).to(dtype)
+        before[numel // 8 : numel - numel // 8] *= 0 if x is masked else 1
         defined = before.clone()
         with monkeypatch.context() as patch:
             patch.setattr(extension, "_extension", None)
