@@ -2,8 +2,8 @@
 
 run as:  python benchmarks/reliability_page.py
 
-Faults come from faults.json (fault_table.py), long runs from soak.json and fuzz.json, invariants from
-tests/mutations.py, with the outcome of mutations.json if they were run.
+Faults come from faults.json (fault_table.py), long runs from soak.json, long_training.json, fuzz.json and
+coverage.json, invariants from tests/mutations.py.
 """
 
 from __future__ import annotations
@@ -63,13 +63,18 @@ def evidence() -> Iterator[str]:
     for run in load("fuzz").get("runs", []):
         much = f"{run['runs']:,} inputs in {run['seconds'] / 60:.0f} minutes, {run['edges']:,} edges"
         yield f"| fuzzing {run['target']} | {much} | {run['commit']} |"
-    for run in load("soak").get("runs", []):
+    if found := load("soak"):
+        ranks = found["ranks"]
+        first, hours = ranks[0], ranks[0]["seconds"] / 3600
+        most = max(rank["KiB late"] - rank["KiB early"] for rank in ranks)
+        late = max(rank["KiB late"] - rank["KiB half"] for rank in ranks)
         much = (
-            f"{run['calls']:,} calls in {run['parts']} runs on {run['ranks']} ranks: {run['exact']:,} compared with "
-            f"the true result, {run['specified']:,} with the specification, all between ranks; memory grew by at most "
-            f"{run['KiB most']:,} KiB from a tenth of a run to its end"
+            f"{first['calls']:,} calls in one run on {len(ranks)} ranks, {hours:.1f} hours on "
+            f"{found['circumstances']['cores']} core: {first['exact']:,} compared with the true result, "
+            f"{first['specified']:,} with the specification, all between ranks; memory grew by at most {most:,} KiB "
+            f"from a tenth of the way to its end, {late:,} KiB of it in the second half"
         )
-        yield f"| soak | {much} | {run['commit']} |"
+        yield f"| soak | {much} | {found['circumstances']['commit']} |"
     if found := load("long_training"):
         losses = f"{found['loss of the first tenth']:.4f} to {found['of the last']:.4f}"
         memory = found["KiB late"] - found["KiB early"]
@@ -78,6 +83,11 @@ def evidence() -> Iterator[str]:
             f"to the same weights, bit for bit; memory grew by {memory:,} KiB"
         )
         yield f"| training | {much} | {found['circumstances']['commit']} |"
+    if found := load("coverage"):
+        for part, what in {"package": "of the Python package", "csrc": "of csrc, as built without CUDA"}.items():
+            each = found[part]
+            much = f"{each['percent']} % of {each['lines']:,} lines {what}, {each['not run']} not run"
+            yield f"| coverage | {much} | {found['circumstances']['commit']} |"
 
 
 def invariants() -> Iterator[str]:

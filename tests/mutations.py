@@ -83,6 +83,13 @@ MUTATIONS = (
         "tests/test_streams.py -k without_room",
     ),
     Mutation(
+        "6 every rank takes the same branch: a file that one rank cannot use",
+        f"{PACKAGE}/agreement.py",
+        "{thresholds.problem(config.thresholds) or ranges.digest(config.thresholds)}",
+        "",
+        "tests/test_agreement.py",
+    ),
+    Mutation(
         "7 never silently off: the first forward that compressed nothing",
         f"{PACKAGE}/announce.py",
         "        elif nothing:",

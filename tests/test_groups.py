@@ -42,6 +42,29 @@ def test_groups_that_share_ranks_move_each_others_messages() -> None:
     spawn(circle, 3)
 
 
+def stages(rank: int, world: int) -> list[float]:
+    """Two stages of two ranks: each sums in a group of its own, and the first hands its sums to the second."""
+    group = [dist.new_group([0, 1]), dist.new_group([2, 3])][rank // 2]
+    last = []
+    for turn in range(4):
+        x = torch.full((LARGE // 2,), 1.0 + turn + rank % 2)
+        if rank >= 2:
+            dist.recv(x, rank - 2)
+        handle = collectives.all_reduce(x, group, HOST, async_op=True)
+        collectives.all_reduce(torch.ones(1000 + rank // 2), group, HOST)  # stages make different calls
+        x = handle.wait()
+        if rank < 2:
+            dist.send(x, rank + 2)
+        assert x.min() == x.max()
+        last.append(float(x[0]))
+    return last
+
+
+def test_a_group_for_each_pipeline_stage() -> None:
+    sums = [2.0 * turn + 3 for turn in range(4)]
+    assert spawn(stages, 4) == [sums, sums, [2 * each for each in sums], [2 * each for each in sums]]
+
+
 def in_threads(rank: int, world: int) -> list[str]:
     """Eight calls in each of two threads, each on a group of its own; then both threads on one group."""
     groups = [dist.new_group([0, 1]) for _ in range(3)]

@@ -38,12 +38,21 @@ collectives.all_reduce(x, None, config)
 link = links.link(dist.group.WORLD, x.device, fc.Config(bits=4, transport="host"), "opens")
 links.close(dist.group.WORLD)
 dist.destroy_process_group()
+
+from pathlib import Path
+from flashcomm_megatron import agreement, ranges, thresholds
+thresholds.write(Path("thresholds.json"), "here", {})
+ranges.save("ranges", {"layer": torch.zeros(2, 2, 8)}, batches=1)
+ranges.load("ranges")
+agreement.digest(fc.Config(bits=4, recipe="outlier", calibration="ranges", thresholds="thresholds.json"))
+fc.report()
 """
 
 
-def test_python_in_development_mode_warns_of_nothing_of_ours() -> None:
+def test_python_in_development_mode_warns_of_nothing_of_ours(tmp_path: Path) -> None:
     """Unclosed files, unawaited things, wrong memory use: all are printed there, with our file's name."""
     variables = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDEVMODE": "1"}
-    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=variables)
+    command = [sys.executable, "-c", SCRIPT]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=variables)
     assert done.returncode == 0, done.stderr
     assert "flashcomm_megatron" not in done.stderr and "ResourceWarning" not in done.stderr, done.stderr
