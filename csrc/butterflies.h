@@ -11,7 +11,7 @@ namespace {
 
 // (a, b) -> (a + b, a - b) for lanes kStride apart: the partner, plus this lane or, where it is b, minus it.
 template <int kStride, class V> FC_INLINE V across(V x) {
-    V sign;
+    V sign = {};
     for (int i = 0; i < kLanesOf<V>; i++) sign[i] = i & kStride ? -1 : 1;
     if constexpr (sizeof(x[0]) == 2) return x * sign + partners<kStride>(x);
     else return scaled(x, sign, partners<kStride>(x));
