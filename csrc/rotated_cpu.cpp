@@ -262,10 +262,10 @@ void encode_families(const void* x, void* residual, const Coding& at, uint8_t* p
     auto& f = *(Room<kBlock>*)room;
     const Coding how(at);
     for (int64_t family = first; family < last; family++) {
-        if (encode_zeros(values, lost, at, family, payload)) continue;
         if constexpr (kBlock != 0)
             if (lost ? encode_plain<T, kBlock, true>(values, lost, at, family, payload, f.plain)
                      : encode_plain<T, kBlock, false>(values, lost, at, family, payload, f.plain)) continue;
+        if (encode_zeros(values, lost, at, family, payload)) continue;
         encode_family<T>(values, lost, at, family, payload, f.any);
         if (lost) keep_loss<T>(payload, at, family, lost, f.any);
     }
@@ -279,9 +279,9 @@ void decode_families(const uint8_t* const* payloads, int count, const Coding& at
     auto& f = *(Room<kBlock>*)room;
     const Coding how(at);
     for (int64_t family = first; family < last; family++) {
-        if (decode_zeros(payloads, count, at, family, values)) continue;
         if constexpr (kBlock != 0)
             if (decode_plain<T, kBlock>(payloads, count, at, family, limit, values, f.parts())) continue;
+        if (decode_zeros(payloads, count, at, family, values)) continue;
         decode_family<T>(payloads, count, at, family, limit, values, f.any);
     }
 }

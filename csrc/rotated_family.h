@@ -39,10 +39,15 @@ inline uint32_t top_of(const uint8_t* payload, const RotatedLayout& at, int64_t 
     return top;
 }
 
+// What is added to a step's bits before it is cut to a key: see kNearest.
+inline uint32_t rounding_of(const RotatedLayout& at) {
+    return at.levels <= kNearest ? 1u << (kKeyShift - 1) : (1u << kKeyShift) - 1;
+}
+
 // The family's top, and of every block its distance and the reciprocal of its step, from the largest coefficients.
 inline void fit(Steps& f, const RotatedLayout& at, int blocks) {
     const float unit = 1.0f / (float)(at.block * at.zero), size = (float)at.block;
-    const uint32_t half = 1u << (kKeyShift - 1), rounding = at.levels <= kNearest ? half : 2 * half - 1;
+    const uint32_t rounding = rounding_of(at);
     for (int b = blocks; b < kFamily; b++) f.largest[b] = 0, f.shrinks[b] = 1, f.scales[b] = kConstant;
     uint32_t top = kLeastKey;
     for (int b = 0; b < kFamily; b++) {

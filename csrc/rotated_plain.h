@@ -81,18 +81,32 @@ FC_INLINE Words largest_keys(const Words (&keys)[kUnits], int first) {
     return shuffled(most, most, [](int i) { return i % kTracks * 4 + i / kTracks; });
 }
 
-// The largest coefficients and the signs of their steps; false if one of them is huge, or no number.
-template <int kBlock> bool measure(Plain<kBlock>& f) {
-    Words huge = {};
-    for (int u = 0; u < kUnits; u += 4) {
-        const Words key = largest_keys(f.keys, u);
-        const int b = u * kTracks;
-        huge |= (Words)(key >= kHugeMagnitude);
-        store(key >> 1, f.largest + b);
-        store((~key & 1) << 7, f.scales + b);  // the step is negative where the largest coefficient is positive
-        store(Vector{} + 1.0f, f.shrinks + b);
+// What fit() does, for blocks that are neither constant nor shrunk: the family's top, and of every block the scale byte,
+// the step and its reciprocal. False if a coefficient is huge, or no number.
+template <int kBlock> bool fit(Plain<kBlock>& f, const Coding& at) {
+    constexpr int kVectors = kFamily / kLanes;
+    const float unit = 1.0f / (float)(kBlock * at.zero);
+    Words keys[kVectors], signs[kVectors], huge = {}, top = Words{} + kLeastKey;
+#pragma GCC unroll 8
+    for (int i = 0; i < kVectors; i++) {
+        const Words largest = largest_keys(f.keys, 4 * i);
+        huge |= (Words)(largest >= kHugeMagnitude);
+        keys[i] = larger(((Words)((Vector)(largest >> 1) * unit) + rounding_of(at)) >> kKeyShift, Words{} + kLeastKey);
+        signs[i] = (~largest & 1) << 31;  // the step is negative where the largest coefficient is positive
+        top = larger(top, keys[i]);
     }
-    return !nonzero(huge);
+    if (nonzero(huge)) return false;
+    top = largest_of(top);
+    f.top = top[0];
+#pragma GCC unroll 8
+    for (int i = 0; i < kVectors; i++) {
+        const Words distance = smaller(top - keys[i], Words{} + kLast);
+        const Vector step = (Vector)((top - distance) << kKeyShift | signs[i]);
+        store(distance | signs[i] >> 24, f.scales + i * kLanes);
+        store(step, f.steps + i * kLanes);
+        store(1.0f / (step * (float)kBlock), f.inverses + i * kLanes);
+    }
+    return true;
 }
 
 // Codes of an octet less `zero`: which code a coefficient is nearest to, of those there are.
@@ -147,7 +161,7 @@ FC_INLINE void store_codes(const Shorts (&less)[kBlock / 8], const Coding& at, u
 
 // Codes of the family's blocks, as bytes; where something is carried on, also what they lose of it.
 template <class T, int kBlock, bool kCarries>
-void quantize(typename T::Word* lost, int units, const Coding& at, uint8_t* low, Plain<kBlock>& f) {
+void quantize(typename T::Word* lost, int units, Coding at, uint8_t* low, Plain<kBlock>& f) {
     for (int u = 0; u < units; u++) {
         const Vector inverse = spread(f.inverses + u * kTracks);
         Shorts codes[kBlock / 8];
@@ -174,10 +188,7 @@ bool encode_plain(const typename T::Word* x, typename T::Word* lost, const Codin
     const int64_t begin = family * kFamily * kBlock;
     if (begin + blocks * kBlock > at.numel || blocks % kTracks) return false;
     x += begin, lost += kCarries ? begin : 0;
-    if (!rotate_family<T, kBlock, kCarries>(x, lost, units, f) || !measure<kBlock>(f)) return false;
-    fit(f, at, blocks);
-    if (kCarries)
-        for (int b = 0; b < kFamily; b++) f.steps[b] = step_of(f.top, f.scales[b]);
+    if (!rotate_family<T, kBlock, kCarries>(x, lost, units, f) || !fit<kBlock>(f, at)) return false;
     uint8_t* low = low_bytes(payload, at, family, f.bytes.low);
     quantize<T, kBlock, kCarries>(lost, units, at, low, f);
     pack(low, f.bytes.high, at, octet_of(at, family), words_of(at, blocks), payload);
@@ -315,8 +326,7 @@ template <class T> FC_INLINE Vector limited(Vector x, float limit) {
 }
 
 template <class T, int kBlock, bool kOne>
-void write_family(const Part<kBlock>* parts, int count, const Coding& at, int units, float limit,
-                  typename T::Word* out) {
+void write_family(const Part<kBlock>* parts, int count, Coding at, int units, float limit, typename T::Word* out) {
     for (int u = 0; u < units; u++) {
         Vector v[kBlock / 4] = {};
         if constexpr (kOne) {
