@@ -30,10 +30,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from cuda_ranks import OneLaunch, Uncompressed  # noqa: E402
 from specification import expected, outputs, same  # noqa: E402
 
-from flashcomm_megatron.codec import Uniform  # noqa: E402
+from flashcomm_megatron.codec import Rotated, Spike, Uniform  # noqa: E402
+from flashcomm_megatron.config import Config  # noqa: E402
 
 KIB, MIB = 2**10, 2**20
 BLOCK = 32
+RECIPES = {name: Config(bits=4, recipe=name).legs for name in ("auto", "flash-v2")}
 Row = dict[str, Any]
 
 
@@ -116,11 +118,13 @@ def codec() -> Iterator[Row]:
     copy = copy_rate(256 * MIB)
     for block in (64, 128):
         yield codec_row(Uniform(4, block), x, copy)
+    for codec in (Rotated(4, 32), Rotated(4.5, 32), Rotated(5, 64), Rotated(8, 32), Spike(4, 64), Spike(2, 64)):
+        yield codec_row(codec, x, copy)
     for dtype in (torch.float16, torch.float32):
         yield codec_row(Uniform(4, BLOCK), x.to(dtype), copy_rate(x.numel() * dtype.itemsize))
 
 
-def codec_row(codec: Uniform, x: Tensor, copy: float) -> Row:
+def codec_row(codec: Any, x: Tensor, copy: float) -> Row:
     payload, out = codec.encode(x), torch.empty_like(x)
     sample = x[: 64 * BLOCK * 64].cpu()
     check(torch.equal(codec.encode(sample.cuda()).cpu(), codec.encode_ref(sample)), "encode")
@@ -130,6 +134,7 @@ def codec_row(codec: Uniform, x: Tensor, copy: float) -> Row:
     return {
         "MiB": x.numel() * x.element_size() // MIB,
         "dtype": str(x.dtype).removeprefix("torch."),
+        "codec": type(codec).__name__,
         "bits": codec.bits,
         "block": codec.block,
         "encode GB/s": round(encode / 1e9),
@@ -167,16 +172,16 @@ def all_reduce_eight() -> Iterator[Row]:
     """8 virtual ranks in GPU memory, two-step; against the time its bytes take at a copy's rate. Bar: 60 %."""
     ranks = OneLaunch(8, region=4 << 20)
     size, copy = 64 * MIB, copy_rate(512 * MIB)
-    for bits in (4, 8):
-        codec = Uniform(bits, BLOCK)
+    uniform = {f"{bits} bits": (Uniform(bits, BLOCK), Uniform(bits, BLOCK)) for bits in (4, 8)}
+    for name, legs in {**uniform, **RECIPES}.items():
         x = [torch.randn(size // 2, device="cuda").bfloat16() for _ in range(8)]
         out = outputs("two-step", x)
-        verify(ranks, "two-step", codec)
-        us = microseconds(lambda codec=codec, x=x, out=out: ranks.run("two-step", (codec, codec), x, out))
-        payload = codec.wire_bytes(size // 2)
-        moved = 8 * (2 * size + 4 * payload)  # per rank: x read, out written, each leg's payloads written and read
+        verify(ranks, "two-step", legs)
+        us = microseconds(lambda legs=legs, x=x, out=out: ranks.run("two-step", legs, x, out))
+        payloads = sum(leg.wire_bytes(size // 2) for leg in legs)
+        moved = 8 * (2 * size + 2 * payloads)  # per rank: x read, out written, each leg's payloads written and read
         floor = moved / copy * 1e6
-        yield {"bits": bits, "us": round(us, 1), "floor us": round(floor, 1), "share of floor": round(floor / us, 3)}
+        yield {"legs": name, "us": round(us, 1), "floor us": round(floor, 1), "share of floor": round(floor / us, 3)}
     ranks.close()
 
 
@@ -186,7 +191,8 @@ def latency() -> Iterator[Row]:
     for size in (4 * KIB, 16 * KIB, 64 * KIB, 256 * KIB, 1024 * KIB, 4096 * KIB):
         x = [torch.randn(size // 2, device="cuda").bfloat16() for _ in range(2)]
         out, row = outputs("one-step", x), {"KiB": size // KIB}
-        for name, codec in (("16 bits", Uncompressed()), ("8 bits", Uniform(8, BLOCK)), ("4 bits", Uniform(4, BLOCK))):
+        codecs = {"16 bits": Uncompressed(), "8 bits": Uniform(8, BLOCK), "4 bits": Uniform(4, BLOCK)}
+        for name, codec in {**codecs, **{name: legs.reduce for name, legs in RECIPES.items()}}.items():
             us = graph_microseconds(lambda codec=codec, x=x, out=out: ranks.run("one-step", (codec, codec), x, out))
             row[f"{name} us"] = round(us, 2)
         row["4 bits over 16"] = round(row["4 bits us"] / row["16 bits us"], 3)
@@ -198,14 +204,16 @@ def against_uncompressed(ranks: OneLaunch, kind: str, size: int) -> Iterator[Row
     """One size at 16 bits, then fewer, with the speed-up and what the bytes allow."""
     x = [torch.randn(size // 2, device="cuda").bfloat16() for _ in range(ranks.world)]
     out, exact_us = outputs(kind, x), 0.0
-    for codec in (Uncompressed(), Uniform(8, 128), Uniform(4, 128), Uniform(4, BLOCK)):
+    compressed = Uniform(8, 128), Uniform(4, 128), Uniform(4, BLOCK), *(legs.reduce for legs in RECIPES.values())
+    for codec in (Uncompressed(), *compressed):
         if codec.bits < 16:
-            verify(ranks, kind, codec)
+            verify(ranks, kind, (codec, codec))
         us = microseconds(lambda codec=codec: ranks.run(kind, (codec, codec), x, out))
         exact_us = exact_us or us
         wire = size if codec.bits == 16 else codec.wire_bytes(size // 2)
         yield {
             "MiB": size // MIB,
+            "codec": type(codec).__name__,
             "bits": codec.bits,
             "block": codec.block,
             "us": round(us, 1),
@@ -215,14 +223,14 @@ def against_uncompressed(ranks: OneLaunch, kind: str, size: int) -> Iterator[Row
         }
 
 
-def verify(ranks: OneLaunch, kind: str, codec: Uniform) -> None:
+def verify(ranks: OneLaunch, kind: str, codecs: Any) -> None:
     """A small call against the specification."""
     parts = [torch.randn(100_001).bfloat16() for _ in range(ranks.world)]
     x = [part.cuda() for part in parts]
     out = outputs(kind, x)
-    ranks.run(kind, (codec, codec), x, out)
-    want = expected(kind, (codec, codec), parts)
-    check(all(same(found, each) for found, each in zip(out, want, strict=True)), f"{kind} at {codec.bits} bits")
+    ranks.run(kind, codecs, x, out)
+    want = expected(kind, codecs, parts)
+    check(all(same(found, each) for found, each in zip(out, want, strict=True)), f"{kind} with {codecs}")
     check(ranks.kernels.error() == [], "a flag was missing")
 
 

@@ -9,7 +9,8 @@ constexpr int kInterface = 4;  // raise it with every change of what Python call
 
 enum Dtype { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
-constexpr int kFormats = 3;  // flashcomm_megatron.codec: 0 is Uniform, 1 Rotated (bits counted in halves), 2 Spike
+// Of flashcomm_megatron.codec; the bits of Rotated are counted in halves.
+enum Format { kUniformFormat = 0, kRotatedFormat = 1, kSpikeFormat = 2, kFormats = 3 };
 
 struct Spec {
     int format, bits;
@@ -21,6 +22,7 @@ void encode(const void* x, void* residual, int dtype, const Spec&, uint8_t* payl
 void decode_sum(const uint8_t* const* payloads, int count, const Spec&, void* out, int dtype, int threads);
 
 // On the current device, in stream order; std::runtime_error names what CUDA reports. Only in builds with nvcc.
+bool has_codec_cuda(int dtype, const Spec&);  // whatever its numel
 void encode_cuda(const void* x, int dtype, const Spec&, uint8_t* payload, void* stream);
 void decode_sum_cuda(const uint8_t* const* payloads, int count, const Spec&, void* out, int dtype, void* stream);
 

@@ -22,7 +22,7 @@ static py::dict info() {
 #else
     const char *cuda = "", *without_cuda = FLASHCOMM_WITHOUT_CUDA;
 #endif
-    return py::dict(py::arg("isas") = isas, py::arg("isa") = isa_in_use(), py::arg("formats") = kFormats,
+    return py::dict(py::arg("isas") = isas, py::arg("isa") = isa_in_use(), py::arg("formats") = (int)kFormats,
                     py::arg("cuda") = cuda, py::arg("without_cuda") = without_cuda);
 }
 
@@ -47,6 +47,9 @@ PYBIND11_MODULE(_C, m) {
     }, ReleaseGil());
 #ifdef FLASHCOMM_CUDA_ARCHS
     bind_cuda(m);
+    m.def("has_codec_cuda", [](int dtype, int format, int bits, int64_t block) {
+        return has_codec_cuda(dtype, {format, bits, block, 1});
+    });
     m.def("encode_cuda", [](Address x, int dtype, int64_t numel, int format, int bits, int64_t block, Address payload,
                             Address stream) {
         encode_cuda((const void*)x, dtype, {format, bits, block, numel}, (uint8_t*)payload, (void*)stream);

@@ -20,14 +20,16 @@ void bind_cuda(py::module_& m) {
     m.def("host_unregister", host_unregister, ReleaseGil());
     m.def("inbox_bytes", inbox_bytes);
     m.def("slot_bytes", slot_bytes);
-    m.def("has_collective", has_collective);
+    m.def("has_collective", has_collective, py::arg("reduce"), py::arg("gather"), py::arg("dtype"),
+          py::arg("carries") = false);
 
-    py::class_<Leg>(m, "Leg").def(py::init<int, int>(), py::arg("bits"), py::arg("block"));
+    py::class_<Leg>(m, "Leg")
+        .def(py::init<int, int, int>(), py::arg("format"), py::arg("bits"), py::arg("block"));
     py::class_<Request>(m, "Request")
-        .def(py::init<int, Leg, Leg, int, int64_t, std::vector<uintptr_t>, std::vector<uintptr_t>, uintptr_t, double,
-                      int, double, bool>(),
+        .def(py::init<int, Leg, Leg, int, int64_t, std::vector<uintptr_t>, std::vector<uintptr_t>,
+                      std::vector<uintptr_t>, uintptr_t, double, int, double, bool>(),
              py::arg("kind"), py::arg("reduce"), py::arg("gather"), py::arg("dtype"), py::arg("numel"), py::arg("x"),
-             py::arg("out"), py::arg("stream"), py::arg("deadline"), py::arg("stalled_rank") = 0,
+             py::arg("out"), py::arg("lost"), py::arg("stream"), py::arg("deadline"), py::arg("stalled_rank") = 0,
              py::arg("stall") = 0.0, py::arg("single_buffer") = false);
     py::class_<Workspace>(m, "Workspace")
         .def(py::init<int, int, int, int, int, int64_t, std::vector<uintptr_t>>(), py::arg("device"), py::arg("world"),

@@ -1,4 +1,5 @@
-// The codec on CUDA: tiles (codec_kernels.h) where blocks make whole tiles, else codec.h one block or octet a thread.
+// The codecs on CUDA: tiles (codec_kernels.h) where blocks make whole tiles; of uniform blocks the others too, codec.h one
+// block or octet a thread.
 #include "codec_kernels.h"
 
 #include <algorithm>
@@ -29,6 +30,20 @@ __global__ void __launch_bounds__(kThreads, 2)
     codec.decode_sum(payloads, count, out);
 }
 
+template <class Tile, class T>
+__global__ void __launch_bounds__(kThreads, 2)
+    direct_encode_kernel(const __grid_constant__ DirectCodec<Tile, T> codec, const typename T::Word* x,
+                         uint8_t* payload) {
+    codec.encode(x, payload);
+}
+
+template <class Tile, class T>
+__global__ void __launch_bounds__(kThreads, 2)
+    direct_decode_sum_kernel(const __grid_constant__ DirectCodec<Tile, T> codec,
+                             const __grid_constant__ Payloads payloads, int count, typename T::Word* out) {
+    codec.decode_sum(payloads, count, out);
+}
+
 __device__ int64_t thread_index() { return (int64_t)blockIdx.x * blockDim.x + threadIdx.x; }
 
 template <class T> __global__ void scalar_encode_kernel(const typename T::Word* x, Layout at, uint8_t* payload) {
@@ -55,7 +70,7 @@ template <class T> void encode_launch(const void* from, const Spec& spec, uint8_
     with_bits(spec.bits, [&](auto bits) {
         const TensorCodec<bits.value, T> codec(spec.numel, spec.block, tile);
         encode_kernel<bits.value, T>
-            <<<tiles_grid(codec.tiles()), kThreads, codec.encode_bytes(spec.block), stream>>>(codec, x, payload);
+            <<<tiles_grid(codec.tiles()), kThreads, codec.encode_bytes(), stream>>>(codec, x, payload);
     });
 }
 
@@ -73,11 +88,42 @@ void decode_sum_launch(const Payloads& payloads, int count, const Spec& spec, vo
     });
 }
 
+// launch(codec) for a format that is coded without a stop; false: it is another, or no whole unit fits a tile.
+template <class Launch> bool direct(const Spec& spec, int dtype, Launch launch) {
+    const Setting with = {spec.format, spec.bits, (int)spec.block};
+    bool found = false;
+    with_direct(spec.format, dtype, [&](auto tile, auto type) {
+        using T = typename decltype(type)::type;
+        const DirectCodec<typename decltype(tile)::type, T> codec(with, spec.numel, kEnoughTiles);
+        found = codec.tile != 0;
+        if (found) launch(codec, type);
+    });
+    return found;
+}
+
+template <class Tile, class T>
+void encode_launch(const DirectCodec<Tile, T>& codec, const void* x, uint8_t* payload, cudaStream_t stream) {
+    direct_encode_kernel<Tile, T><<<tiles_grid(codec.tiles()), kThreads, codec.codec.scratch_bytes(), stream>>>(
+        codec, (const typename T::Word*)x, payload);
+}
+
+template <class Tile, class T>
+void decode_sum_launch(const DirectCodec<Tile, T>& codec, const Payloads& payloads, int count, void* out,
+                       cudaStream_t stream) {
+    direct_decode_sum_kernel<Tile, T><<<grid(codec.codec.octets(codec.numel)), kThreads, 0, stream>>>(
+        codec, payloads, count, (typename T::Word*)out);
+}
+
 }  // namespace
+
+bool has_codec_cuda(int dtype, const Spec& spec) {
+    return spec.format == kUniformFormat || direct(spec, dtype, [](const auto&, auto) {});
+}
 
 void encode_cuda(const void* x, int dtype, const Spec& spec, uint8_t* payload, void* stream) {
     if (spec.numel == 0) return;
-    with_dtype(dtype, [&](auto type) {
+    direct(spec, dtype, [&](const auto& codec, auto) { encode_launch(codec, x, payload, (cudaStream_t)stream); });
+    if (spec.format == kUniformFormat) with_dtype(dtype, [&](auto type) {
         encode_launch<typename decltype(type)::type>(x, spec, payload, (cudaStream_t)stream);
     });
     check(cudaGetLastError(), "encode");
@@ -88,7 +134,10 @@ void decode_sum_cuda(const uint8_t* const* payloads, int count, const Spec& spec
     if (count > kMaxPayloads) throw std::runtime_error("flash-comm: decode_sum on CUDA takes at most 64 payloads.");
     Payloads all{};
     std::copy_n(payloads, count, all.at);
-    with_dtype(dtype, [&](auto type) {
+    direct(spec, dtype, [&](const auto& codec, auto) {
+        decode_sum_launch(codec, all, count, out, (cudaStream_t)stream);
+    });
+    if (spec.format == kUniformFormat) with_dtype(dtype, [&](auto type) {
         decode_sum_launch<typename decltype(type)::type>(all, count, spec, out, (cudaStream_t)stream);
     });
     check(cudaGetLastError(), "decode_sum");

@@ -2,6 +2,8 @@
 // the tensor has them. All memory traffic is in 16-byte words, neighbours by neighbouring threads.
 #pragma once
 
+#include "api.h"
+#include "rotated_tile.h"
 #include "shape.h"
 #include "tile.h"
 
@@ -36,10 +38,10 @@ template <int kBits, class T> struct TensorCodec {
     Tile codec;
     int tile;  // values
 
-    TensorCodec(int64_t numel, int64_t block, int tile) : whole(numel, kBits, block), codec((int)block), tile(tile) {}
+    TensorCodec(int64_t numel, int64_t block, int tile) : whole(numel, kBits, block), codec({kUniformFormat, kBits, (int)block}), tile(tile) {}
 
     // Shared memory. As little as this block needs, for it bounds how many thread blocks are resident.
-    int encode_bytes(int64_t block) const { return codec.bytes(tile) + Tile::scratch_bytes((int)block); }
+    int encode_bytes() const { return codec.bytes(tile) + codec.scratch_bytes(); }
     int decode_bytes() const { return 2 * codec.bytes(tile); }
 
     FC_INLINE int64_t tiles() const { return (whole.numel + tile - 1) / tile; }
@@ -54,7 +56,7 @@ template <int kBits, class T> struct TensorCodec {
         if (offset >= at.minima) return whole.minima + metadata + offset - at.minima;
         if (offset >= at.scales) return whole.scales + metadata + offset - at.scales;
         int64_t found = 0, start = 0;
-        Tile::each_plane(at.octets, [&](auto width, int, int begin) {
+        each_plane(kBits, at.octets, [&](auto width, int, int begin) {
             if (offset >= begin) found = start + t * (tile / 8) * width.value + offset - begin;
             start += Layout::padded(whole.octets * width.value);
         });
@@ -104,12 +106,71 @@ template <int kBits, class T> struct TensorCodec {
                     const int octet = row * kThreads + lane;
                     if (octet >= at.octets) continue;
                     float x[8];
-                    codec.decode(packed, valid, octet, x);
+                    codec.template decode<true>(packed, valid, octet, false, x);
                     FC_UNROLL for (int i = 0; i < 8; i++) total[row][i] += x[i];
                     if (p + 1 == count) store<T>(out + t * tile, valid, 8 * octet, narrow<T>(total[row]));
                 }
             }
         }
+    }
+};
+
+// A codec whose tiles are written and read where the payload of the tensor has them (Tile::part), without a stop in
+// shared memory: its neighbouring threads have neighbouring bytes of every plane, so that whole sectors are moved.
+template <class Tile, class T> struct DirectCodec {
+    using Word = typename T::Word;
+
+    Tile codec;
+    int64_t numel;
+    int tile;  // values; 0: no whole unit fits
+    typename Tile::template Place<int64_t> whole;
+
+    DirectCodec(Setting with, int64_t numel, int64_t enough)
+        : codec(with), numel(numel), tile(0), whole(codec.template own<int64_t>(numel)) {
+        for (int most = kLeastTile; most <= kTileValues<T> && (!tile || tiles() > enough); most *= 2)
+            tile = most / codec.unit() * codec.unit();
+        if (codec.block() > 8 * kWarp) tile = 0;  // nor can a warp rotate it
+    }
+
+    FC_INLINE int64_t tiles() const { return (numel + tile - 1) / tile; }
+
+    FC_DEVICE void encode(const Word* x, uint8_t* payload) const {
+        for (int64_t t = block_index(); t < tiles(); t += block_count()) {
+            const int64_t first = t * tile, left = numel - first;
+            const int count = (int)(left < tile ? left : tile);
+            Octet<T> octets[kRows<T>];
+            load<T>(x + first, count, octets);
+            codec.template encode_to<false>(octets, count, shared_memory(), payload, codec.part(whole, first / 8));
+        }
+        if (block_index() == 0 && thread() == 0) codec.zero_gaps(whole, numel, payload);
+    }
+
+    // Whole warps, an octet a thread.
+    FC_DEVICE void decode_sum(const Payloads& payloads, int count, Word* out) const {
+        const int64_t octet = block_index() * kThreads + thread();
+        const int64_t octets = codec.octets(numel);
+        if ((octet & ~(int64_t)(kWarp - 1)) >= octets) return;
+        const bool is_there = octet < octets;
+        float x[8] = {}, total[1][8];
+        bool is_huge = false, shrunk = false;
+        if (count == 1) {
+            if (is_there) is_huge = codec.template decode_from<true>(payloads.at[0], whole, octet, false, x);
+            codec.template finish<true>(x, is_huge);
+        } else {
+            do {
+                shrunk = is_huge;
+                clear(total);
+                for (int p = 0; p < count && is_there; p++) {
+                    is_huge |= codec.template decode_from<false>(payloads.at[p], whole, octet, shrunk, x);
+                    FC_UNROLL for (int i = 0; i < 8; i++) total[0][i] += x[i];
+                }
+            } while (shrunk != is_huge);
+            codec.template finish<false>(total[0], shrunk);
+            FC_UNROLL for (int i = 0; i < 8; i++) x[i] = total[0][i];
+        }
+        const int64_t left = numel - 8 * octet;
+        if (left <= 0) return;
+        store<T>(out + 8 * octet, (int)(left < 8 ? left : 8), 0, narrow<T>(x));
     }
 };
 

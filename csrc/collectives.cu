@@ -11,7 +11,6 @@
 namespace flashcomm {
 
 using namespace FLASHCOMM_ISA;
-using CudaLeg = flashcomm::Leg;
 
 namespace {
 
@@ -30,19 +29,18 @@ struct Kernel {
     int shared_bytes = 0;
 };
 
+Setting setting(const flashcomm::Leg& leg) { return {leg.format, leg.bits, leg.block}; }
+
 Kernel kernel_for(const Request& request, const Capacity& capacity) {
     Kernel kernel;
-    with_legs(request.reduce.bits, request.gather.bits, request.dtype, [&](auto reduce, auto gather, auto type) {
-        using Reduce = typename decltype(reduce)::type;
-        using Gather = typename decltype(gather)::type;
+    const Setting reduce = setting(request.reduce), gather = setting(request.gather);
+    with_legs(reduce, gather, request.dtype, !request.lost.empty(), [&](auto first, auto second, auto type) {
+        using Reduce = typename decltype(first)::type;
+        using Gather = typename decltype(second)::type;
         using T = typename decltype(type)::type;
         using W = Worker<Reduce, Gather, T>;
-        const Reduce first(request.reduce.block);
-        const Gather second(request.gather.block);
-        auto payload_bytes = [&](int values) { return W::max2(first.bytes(values), second.bytes(values)); };
-        kernel.shape = shape_of((Collective)request.kind, request.numel, capacity, request.reduce.block,
-                                request.gather.block, kTileValues<T>, payload_bytes);
-        kernel.shared_bytes = W::shared_bytes(kernel.shape, request.reduce.block, request.gather.block);
+        kernel.shape = W::shape((Collective)request.kind, request.numel, capacity, reduce, gather);
+        kernel.shared_bytes = W::shared_bytes(kernel.shape, reduce, gather);
         kernel.function = (const void*)collective_kernel<Reduce, Gather, T>;
     });
     if (!kernel.function || kernel.shape.tile == 0)
@@ -75,8 +73,8 @@ Capacity capacity_of(int world, int blocks, int64_t region) { return {world, blo
 
 }  // namespace
 
-bool has_collective(int reduce_bits, int gather_bits, int dtype) {
-    return with_legs(reduce_bits, gather_bits, dtype, [](auto, auto, auto) {});
+bool has_collective(const flashcomm::Leg& reduce, const flashcomm::Leg& gather, int dtype, bool carries) {
+    return serves(setting(reduce), setting(gather), dtype, carries);
 }
 
 int64_t inbox_bytes(int world, int64_t region) { return Inbox{world, region}.bytes(); }
@@ -140,13 +138,15 @@ void Workspace::launch(const Request& request) {
     Call call{};
     call.kind = (Collective)request.kind, call.shape = kernel.shape;
     call.world = world_, call.first = first_, call.ranks = ranks_;
-    call.reduce_block = request.reduce.block, call.gather_block = request.gather.block;
+    call.reduce = setting(request.reduce), call.gather = setting(request.gather);
     call.region = region_, call.deadline = (uint64_t)(request.deadline * 1e9);
     call.stalled_rank = request.stalled_rank, call.stall = (uint64_t)(request.stall * 1e9);
     call.single_buffer = request.single_buffer;
     for (int i = 0; i < ranks_; i++) {
         call.x[i] = (const void*)request.x.at(i);
         call.out[i] = (void*)request.out.at(i);
+        for (int leg = 0; leg < kLegs && !request.lost.empty(); leg++)
+            call.lost[leg][i] = (void*)request.lost.at(leg * ranks_ + i);
         call.control[i] = (Control*)controls_ + i;
         call.own[i] = own_ + i * Inbox{world_, region_}.own_bytes();
     }

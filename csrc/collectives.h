@@ -38,13 +38,14 @@ struct Call {
     Collective kind;
     Shape shape;
     int world, first, ranks;  // of the group; the first of this launch and how many run in it
-    int reduce_block, gather_block;
+    Setting reduce, gather;
     int64_t region;
     uint64_t deadline;  // nanoseconds a block waits for a flag
     const void* x[kMaxWorld];  // of the ranks of this launch
     void* out[kMaxWorld];
     Control* control[kMaxWorld];
     uint8_t* own[kMaxWorld];    // what they send themselves
+    void* lost[kLegs][kMaxWorld];  // what their roundings lost in each leg, of codecs that carry it on
     uint8_t* inbox[kMaxWorld];  // of every rank of the group, as this device addresses them
     // Tests alone set these: a rank that reads its inbox late, and the protocol without its second buffer.
     int stalled_rank;
@@ -67,9 +68,15 @@ template <class Reduce, class Gather, class T> struct alignas(16) Worker {
 
     // Shared memory: this object, a payload on its way out, then what encoding needs or two payloads on their way in.
     static FC_INLINE int max2(int a, int b) { return a > b ? a : b; }
-    static FC_INLINE int shared_bytes(const Shape& shape, int reduce_block, int gather_block) {
-        const int scratch = max2(Reduce::scratch_bytes(reduce_block), Gather::scratch_bytes(gather_block));
+    static FC_INLINE int shared_bytes(const Shape& shape, const Setting& reduce, const Setting& gather) {
+        const int scratch = max2(Reduce(reduce).scratch_bytes(), Gather(gather).scratch_bytes());
         return (int)sizeof(Worker) + shape.stride + max2(scratch, 2 * shape.stride);
+    }
+    static Shape shape(Collective kind, int64_t numel, const Capacity& at, const Setting& reduce, const Setting& gather) {
+        const Reduce first(reduce);
+        const Gather second(gather);
+        return shape_of(kind, numel, at, {first.block(), first.unit()}, {second.block(), second.unit()}, kTileValues<T>,
+                        [&](int values) { return max2(first.bytes(values), second.bytes(values)); });
     }
     FC_DEVICE uint8_t* payload() const { return shared_memory() + sizeof(Worker); }
     FC_DEVICE uint8_t* scratch() const { return payload() + call.shape.stride; }
@@ -99,13 +106,14 @@ template <class Reduce, class Gather, class T> struct alignas(16) Worker {
 private:
     FC_DEVICE void settle(int rank_here, int block_here, const Call& from) {
         local = rank_here, rank = from.first + rank_here, block = block_here;
-        reduce = Reduce(from.reduce_block), gather = Gather(from.gather_block);
+        reduce = Reduce(from.reduce), gather = Gather(from.gather);
         control = from.control[rank_here], first = block_here;
         round = control->epoch + 1, last = control->epoch + from.shape.rounds;
     }
 
     FC_DEVICE const Word* x(int slice) const { return (const Word*)call.x[local] + call.shape.start(slice); }
     FC_DEVICE Word* out(int slice) const { return (Word*)call.out[local] + call.shape.start(slice); }
+    FC_DEVICE Word* lost(Leg leg, int slice) const { return (Word*)call.lost[leg][local] + call.shape.start(slice); }
     FC_DEVICE int64_t tile(int d) const { return first + (int64_t)d * call.shape.blocks; }
 
     // False: a flag did not come.
@@ -136,16 +144,21 @@ private:
                 const int64_t t = tile(d);
                 const int values = call.shape.values(call.shape.size(leg == kGatherLeg ? rank : slice), t);
                 if (values == 0) continue;
-                encode(codec, x(slice) + t * call.shape.tile, values);
+                encode(codec, x(slice) + t * call.shape.tile, values, lost(leg, slice) + t * call.shape.tile);
                 if (scatter) push(peer, leg, d, codec.bytes(values));
                 else push_all(leg, d, codec.bytes(values));
             }
     }
 
-    template <class Codec> FC_DEVICE void encode(const Codec& codec, const Word* values, int count) {
+    template <class Codec> FC_DEVICE void encode(const Codec& codec, const Word* values, int count, Word* lost) {
         Octet<T> octets[kRows<T>];
         load<T>(values, count, octets);
-        codec.encode(octets, count, scratch(), payload());
+        encode(codec, octets, count, lost);
+    }
+    template <class Codec>
+    FC_DEVICE void encode(const Codec& codec, const Octet<T> (&octets)[kRows<T>], int count, Word* lost) {
+        if constexpr (Codec::kCarries) codec.encode(octets, count, scratch(), payload(), lost);
+        else codec.encode(octets, count, scratch(), payload());
     }
 
     // Adds up what all ranks sent for this rank's slice; two-step shares the sum, others keep it.
@@ -154,13 +167,22 @@ private:
         auto values = [&](int d) { return call.shape.values(call.shape.size(slice), tile(d)); };
         for (int d = 0; d < call.shape.depth; d++) {
             float total[kRows<T>][8];
-            clear(total);
-            receive(reduce, kReduceLeg, d, [&](int) { return values(d); }, [&](int, int row, int, float (&x)[8]) {
-                FC_UNROLL for (int i = 0; i < 8; i++) total[row][i] += x[i];
-            });
+            uint32_t huge = 0, shrunk;  // a bit for each row
+            do {
+                shrunk = huge;
+                clear(total);
+                receive<false>(reduce, kReduceLeg, d, [&](int) { return values(d); }, shrunk,
+                               [&](int, int row, int, float (&x)[8], bool is_huge) {
+                                   FC_UNROLL for (int i = 0; i < 8; i++) total[row][i] += x[i];
+                                   huge |= (uint32_t)is_huge << row;
+                               });
+            } while (Reduce::kRotates && !sync_and(huge == shrunk));
             if (values(d) == 0) continue;
             Octet<T> octets[kRows<T>];
-            FC_UNROLL for (int row = 0; row < kRows<T>; row++) octets[row] = narrow<T>(total[row]);
+            FC_UNROLL for (int row = 0; row < kRows<T>; row++) {
+                reduce.template finish<false>(total[row], shrunk >> row & 1);
+                octets[row] = narrow<T>(total[row]);
+            }
             if (gathers(call.kind)) share_sum(octets, values(d), d);
             else store_tile(out(0) + tile(d) * call.shape.tile, values(d), octets);
         }
@@ -171,7 +193,7 @@ private:
         FC_UNROLL for (int row = 0; row < kRows<T>; row++)
             repeat_last(octets[row], values - 8 * (row * kThreads + lane));
         sync();  // all have decoded: what encoding needs takes the place of payloads
-        gather.encode(octets, values, scratch(), payload());
+        encode(gather, octets, values, lost(kGatherLeg, 0) + tile(d) * call.shape.tile);
         push_all(kGatherLeg, d, gather.bytes(values));
     }
 
@@ -185,9 +207,11 @@ private:
         for (int d = 0; d < call.shape.depth; d++) {
             const int64_t t = tile(d);
             auto values_of = [&](int source) { return call.shape.values(call.shape.size(source), t); };
-            receive(gather, kGatherLeg, d, values_of, [&](int source, int, int octet, float (&x)[8]) {
-                store<T>(out(source) + t * call.shape.tile, values_of(source), 8 * octet, narrow<T>(x));
-            });
+            receive<true>(gather, kGatherLeg, d, values_of, 0,
+                          [&](int source, int, int octet, float (&x)[8], bool is_huge) {
+                              gather.template finish<true>(x, is_huge);
+                              store<T>(out(source) + t * call.shape.tile, values_of(source), 8 * octet, narrow<T>(x));
+                          });
         }
     }
 
@@ -221,12 +245,13 @@ private:
         for (int distance = 1; distance <= call.world; distance++) push((rank + distance) % call.world, leg, d, bytes);
     }
 
-    // The payloads of one tile from every rank, in rank order, one read ahead: use(source, row, octet, x) for each
-    // octet of this thread. values(source): of the tile.
-    template <class Codec, class Values, class Use>
-    FC_DEVICE void receive(const Codec& codec, Leg leg, int d, Values values_of, Use use) {
-        constexpr int kAhead = (Codec::kMaxBytes + 16 * kThreads - 1) / (16 * kThreads);
-        Vec16 ahead[kAhead];
+    // The payloads of one tile from every rank, in rank order, one read ahead: use(source, row, octet, x, is_huge) for
+    // each octet of this thread, whole warps together. values_of(source): of the tile; shrunk: a bit for each row.
+    template <bool kAlone, class Codec, class Values, class Use>
+    FC_DEVICE void receive(const Codec& codec, Leg leg, int d, Values values_of, uint32_t shrunk, Use use) {
+        constexpr int kAll = (Codec::kMaxBytes + 16 * kThreads - 1) / (16 * kThreads);
+        constexpr int kAhead = kAll < Codec::kMostAhead ? kAll : Codec::kMostAhead;
+        Vec16 ahead[kAhead ? kAhead : 1];
         const int lane = thread();
         auto fetch = [&](int source) {
             const int bytes = codec.bytes(values_of(source));
@@ -238,20 +263,26 @@ private:
         };
         fetch(0);
         for (int source = 0; source < call.world; source++) {
-            const int values = values_of(source), bytes = codec.bytes(values);
+            const int values = values_of(source), octets = codec.octets(values), bytes = codec.bytes(values);
             Vec16* to = (Vec16*)incoming(d * call.world + source);
             FC_UNROLL for (int k = 0; k < kAhead; k++) {
                 const int word = k * kThreads + lane;
                 if (16 * word < bytes) to[word] = ahead[k];
             }
+            for (int k = kAhead; k < kAll; k++) {
+                const int word = k * kThreads + lane;
+                if (16 * word < bytes) to[word] = load_fresh((const Vec16*)slot(rank, leg, source, d) + word);
+            }
             if (source + 1 < call.world) fetch(source + 1);
             sync();  // and the other buffer has been decoded
             FC_UNROLL for (int row = 0; row < kRows<T>; row++) {
                 const int octet = row * kThreads + lane;
-                if (8 * octet >= values) continue;
+                if ((Codec::kRotates ? octet & ~31 : octet) >= octets) continue;
                 float x[8];
-                codec.decode((const uint8_t*)to, values, octet, x);
-                use(source, row, octet, x);
+                bool is_huge = false;
+                if (!Codec::kRotates || octet < octets)
+                    is_huge = codec.template decode<kAlone>((const uint8_t*)to, values, octet, shrunk >> row & 1, x);
+                use(source, row, octet, x, is_huge);
             }
         }
     }

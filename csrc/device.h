@@ -1,4 +1,4 @@
-// What the kernels need of the machine that runs them, in twenty small functions.
+// What the kernels need of the machine that runs them, in two dozen small functions.
 //
 // Compiled by nvcc these are CUDA. Compiled by a host compiler they are declared only: tests/emulator.cpp defines them
 // with one fiber for each thread, so that the kernels of tile.h and collectives.h run and are checked without a GPU.
@@ -22,6 +22,8 @@
 
 namespace flashcomm::FLASHCOMM_ISA {
 
+constexpr int kWarp = 32;
+
 struct alignas(16) Vec16 {
     uint32_t w[4];
 };
@@ -39,6 +41,13 @@ FC_DEVICE int64_t block_index() { return blockIdx.x; }
 FC_DEVICE int64_t block_count() { return gridDim.x; }
 FC_DEVICE void sync() { __syncthreads(); }
 FC_DEVICE bool sync_and(bool mine) { return __syncthreads_and(mine); }
+
+// All 32 lanes of a warp take part in these: what the lane `apart` away holds, and in whose lanes something is so.
+FC_DEVICE uint32_t exchange(uint32_t mine, int apart) { return __shfl_xor_sync(~0u, mine, apart); }
+FC_DEVICE void exchange(const float (&mine)[8], int apart, float (&theirs)[8]) {
+    FC_UNROLL for (int i = 0; i < 8; i++) theirs[i] = __shfl_xor_sync(~0u, mine[i], apart);
+}
+FC_DEVICE uint32_t votes(bool mine) { return __ballot_sync(~0u, mine); }
 
 FC_DEVICE uint8_t* shared_memory() {
     extern __shared__ __align__(16) uint8_t memory[];
@@ -85,6 +94,9 @@ int64_t block_index();
 int64_t block_count();
 void sync();
 bool sync_and(bool mine);
+uint32_t exchange(uint32_t mine, int apart);
+void exchange(const float (&mine)[8], int apart, float (&theirs)[8]);
+uint32_t votes(bool mine);
 uint8_t* shared_memory();
 uint64_t load_acquire(const uint64_t* word);
 void store_release(uint64_t* word, uint64_t value);

@@ -3,6 +3,9 @@
 #pragma once
 
 #include "api.h"
+#include "rotated_tile.h"
+#include "shape.h"
+#include "spike_tile.h"
 #include "tile.h"
 
 namespace flashcomm::FLASHCOMM_ISA {
@@ -32,6 +35,17 @@ template <class Visit> bool with_bits(int bits, Visit visit) {
     return false;
 }
 
+// visit(codec, number type) for formats whose width is a runtime value; false: not one of them.
+template <class Visit> bool with_direct(int format, int dtype, Visit visit) {
+    bool found = false;
+    with_dtype(dtype, [&](auto type) {
+        using T = typename decltype(type)::type;
+        if (format == kRotatedFormat) visit(Is<RotatedTile<T>>{}, type), found = true;
+        if (format == kSpikeFormat) visit(Is<SpikeTile<T>>{}, type), found = true;
+    });
+    return found;
+}
+
 constexpr int kExactBits = 16;  // both legs uncompressed: what benchmarks compare with
 
 // Whether collectives are compiled for a codec: always, but to try a compiler on a third of them.
@@ -49,22 +63,45 @@ bool visit_equal_legs(Is<UniformTile<kBits, T>> codec, Is<T> type, Visit visit) 
     return false;
 }
 
-// visit(codec of the reduce leg, codec of the gather leg, number type); false: there is no such kernel.
-template <class Visit> bool with_legs(int reduce_bits, int gather_bits, int dtype, Visit visit) {
+// visit(codec of the reduce leg, codec of the gather leg, number type); false: there is no such kernel. `carries`: with a
+// memory of what roundings lost. The width is in the type where the time is in the planes, and a runtime value where it
+// is in the arithmetic: three kernels, not 39.
+template <class Visit>
+bool with_legs(const Setting& reduce, const Setting& gather, int dtype, bool carries, Visit visit) {
     bool found = false;
+    if (reduce.format != gather.format || (carries && reduce.format != kRotatedFormat)) return false;
     with_dtype(dtype, [&](auto type) {
         using T = typename decltype(type)::type;
-        if (reduce_bits == gather_bits)
-            with_bits(reduce_bits, [&](auto bits) {
+        if (reduce.format == kRotatedFormat && carries)
+            visit(Is<RotatedTile<T, true>>{}, Is<RotatedTile<T, true>>{}, type), found = true;
+        if (reduce.format == kRotatedFormat && !carries)
+            visit(Is<RotatedTile<T>>{}, Is<RotatedTile<T>>{}, type), found = true;
+        if (reduce.format == kSpikeFormat)
+            visit(Is<SpikeTile<T>>{}, Is<SpikeTile<T>>{}, type), found = true;
+        if (reduce.format != kUniformFormat) return;
+        if (reduce.bits == gather.bits)
+            with_bits(reduce.bits, [&](auto bits) {
                 found = visit_equal_legs(Is<UniformTile<bits.value, T>>{}, type, visit);
             });
-        if (reduce_bits == 4 && gather_bits == 8)  // Flash Communication's "INT6"
+        if (reduce.bits == 4 && gather.bits == 8)  // Flash Communication's "INT6"
             visit(Is<UniformTile<4, T>>{}, Is<UniformTile<8, T>>{}, type), found = true;
         if constexpr (sizeof(typename T::Word) == 2)
-            if (reduce_bits == kExactBits && gather_bits == kExactBits)
+            if (reduce.bits == kExactBits && gather.bits == kExactBits)
                 visit(Is<ExactTile<T>>{}, Is<ExactTile<T>>{}, type), found = true;
     });
     return found;
+}
+
+// Whether the kernel serves these legs: their units fit into one tile.
+inline bool serves(const Setting& reduce, const Setting& gather, int dtype, bool carries) {
+    bool fits = false;
+    with_legs(reduce, gather, dtype, carries, [&](auto first, auto second, auto type) {
+        using T = typename decltype(type)::type;
+        const int64_t units[] = {typename decltype(first)::type(reduce).unit(),
+                                 typename decltype(second)::type(gather).unit()};
+        fits = common_multiple(units[0], units[1]) <= kTileValues<T>;
+    });
+    return fits;
 }
 
 }  // namespace flashcomm::FLASHCOMM_ISA

@@ -43,8 +43,7 @@ struct RotatedLayout {
 
     // 2 ** (half_bits / 2), rounded down, so that two codes fit in half_bits bits.
     static FC_INLINE int levels_of(int half_bits) {
-        constexpr int kOdd[] = {5, 11, 22, 45, 90, 181};
-        return half_bits & 1 ? kOdd[(half_bits - 5) / 2] : 1 << half_bits / 2;
+        return half_bits & 1 ? 181 >> (15 - half_bits) / 2 : 1 << half_bits / 2;
     }
 
     // visit(width, shift, start): a plane of `width` bits holds the words' bits from `shift` on, `start` bytes in.

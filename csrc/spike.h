@@ -59,7 +59,7 @@ struct Frame {
     float prescale, anchor;
     int32_t exponent;
 
-    static Frame of(float minimum, float maximum) {
+    static FC_INLINE Frame of(float minimum, float maximum) {
         const float low = float_of(bits_of(minimum) & 0x7FFFFFFF), high = float_of(bits_of(maximum) & 0x7FFFFFFF);
         const float largest = low > high ? low : high;
         const float prescale = largest >= 0x1p112f ? 0x1p-16f : largest < 0x1p-64f ? 0x1p64f : 1.0f;
@@ -67,12 +67,12 @@ struct Frame {
         return {prescale, anchor, (int32_t)(bits_of(largest * prescale) >> 23)};
     }
 
-    float span(uint32_t code) const {
+    FC_INLINE float span(uint32_t code) const {
         return code ? float_of((uint32_t)(exponent - kOctaves) * (1u << 23) + (code << kSpanShift)) : 0.0f;
     }
 
     // The smallest span that lets `low` be reached from the anchor and `high` from `low`.
-    uint32_t code(float low, float high) const {
+    FC_INLINE uint32_t code(float low, float high) const {
         float needed = (high - low) * (float)(32.0 / 31);
         const float above = (high - anchor) * (float)(32.0 / 159), below = (anchor - low) * 0.25f;
         needed = above > needed ? above : needed;

@@ -24,11 +24,12 @@ void host_unregister(uintptr_t address);
 
 int64_t inbox_bytes(int world, int64_t region);
 int64_t slot_bytes();
-bool has_collective(int reduce_bits, int gather_bits, int dtype);
 
 struct Leg {
-    int bits, block;
+    int format, bits, block;  // as in Spec of api.h
 };
+
+bool has_collective(const Leg& reduce, const Leg& gather, int dtype, bool carries);  // see Request::lost
 
 // One call. Addresses are those of this launch's ranks.
 struct Request {  // in the order in which bindings_cuda.cpp fills it
@@ -37,6 +38,7 @@ struct Request {  // in the order in which bindings_cuda.cpp fills it
     int dtype;
     int64_t numel;
     std::vector<uintptr_t> x, out;
+    std::vector<uintptr_t> lost;  // of the reduce leg, then of the gather leg; or none: nothing is carried on
     uintptr_t stream;
     double deadline;  // seconds
     int stalled_rank;

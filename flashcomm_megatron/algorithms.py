@@ -150,6 +150,21 @@ def residual_of(residuals: Residuals | None, leg: str, like: Tensor) -> Tensor |
     return found
 
 
+def memories(kind: str, x: Tensor, rank: int, world: int, plan: Plan, residuals: Residuals) -> list[Tensor]:
+    """What a fused collective carries on and replaces: the memories of the reduce and the gather leg, here made alike.
+
+    They are those of the algorithm of that kind above over tensors that are not cut into pieces. A leg that is not
+    there has an empty one.
+    """
+    flat = x.view(-1)
+    memory = residuals if kind == "reduce_scatter" else residuals.part(0)
+    found = [_residual(memory, "reduce", flat), flat[:0]]
+    if kind == "two-step":
+        length = slice_length(flat.numel(), world, plan)
+        found[1] = _residual(memory, "gather", flat[rank * length : (rank + 1) * length])
+    return [each for each in found if each is not None]
+
+
 def _slices(flat: Tensor, length: int, link: Link) -> list[Tensor]:
     """Cut [n] into one slice a rank; the last ones may be short or empty."""
     return [flat[rank * length : (rank + 1) * length] for rank in range(link.world)]

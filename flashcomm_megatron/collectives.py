@@ -138,6 +138,20 @@ def wants(collective: str, x: Tensor, group: dist.ProcessGroup, config: Config, 
     return False
 
 
+def prepare(group: dist.ProcessGroup | None = None, config: Config | None = None) -> None:
+    """Exchange now the messages of a group's first collective, so that the next may be captured into a CUDA graph.
+
+    On every rank. RuntimeError if the ranks hold different configurations, or during a capture.
+    """
+    group, config = calls.resolve(group, config)
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("flash-comm: prepare() exchanges messages: call it before the capture, on every rank.")
+    agreement.check(group, config)
+    nodes(group)
+    if torch.cuda.is_available() and workspace.CHAINS[config.transport]:
+        workspace.prepare(group, config.transport)
+
+
 traced.eager.update(all_reduce=all_reduce, reduce_scatter=reduce_scatter, all_gather=all_gather)
 
 
@@ -154,14 +168,21 @@ def _fused(
     residuals: Residuals | None = None,
 ) -> Steps | None:
     """The whole collective as one kernel, with the same results, where there is a transport and a kernel for it."""
-    made = None if residuals else workspace.serving(group, x, plan, config.transport)
-    if made is None and not residuals and x.is_cuda and config.transport in workspace.INBOXES:
+    if kind not in workspace.KINDS:
+        return None
+    made = workspace.serving(group, x, plan, config.transport, residuals is not None)
+    if made is None and x.is_cuda and config.transport in workspace.INBOXES:
         announce.unexpected(f"transport {config.transport} does not serve {kind}; the process group does.", config)
-    return None if made is None else _in_one_step(made, kind, x, out, plan)
+    if made is None:
+        return None
+    lost = [] if residuals is None else algorithms.memories(kind, x, group.rank(), group.size(), plan, residuals)
+    return _in_one_step(made, kind, x, out, plan, lost)
 
 
-def _in_one_step(made: workspace.Workspace, kind: str, x: Tensor, out: Tensor, plan: policy.Plan) -> Steps:
-    return made.run(kind, (plan.reduce, plan.gather), x, out)
+def _in_one_step(
+    made: workspace.Workspace, kind: str, x: Tensor, out: Tensor, plan: policy.Plan, lost: list[Tensor]
+) -> Steps:
+    return made.run(kind, (plan.reduce, plan.gather), x, out, lost)
     yield  # nothing to wait for: the stream does
 
 

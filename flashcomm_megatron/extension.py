@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Collection, Sequence
+from functools import lru_cache
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -22,7 +23,6 @@ from torch import Tensor
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum Dtype in csrc/api.h
 INTERFACE = 4  # kInterface in csrc/api.h
 BYTES = (torch.uint8,)
-CUDA_FORMATS = (0,)  # of csrc/api.h, those with kernels
 
 
 class Codec(Protocol):
@@ -73,6 +73,13 @@ def module() -> ModuleType | None:
 def cuda() -> ModuleType | None:
     """The extension if it has CUDA kernels: transport/workspace.py runs whole collectives with them."""
     return _extension if info().get("cuda") else None
+
+
+@lru_cache
+def has_cuda_kernel(native: tuple[int, ...], dtype: torch.dtype) -> bool:
+    """Whether the extension codes tensors of ``dtype`` on GPUs for the codec known by ``native``."""
+    kernels = cuda()
+    return kernels is not None and bool(kernels.has_codec_cuda(DTYPES[dtype], *native))
 
 
 def describe() -> str:
@@ -138,9 +145,9 @@ def _call(name: str, codec: Codec, where: Tensor, before: tuple[Any, ...], after
     if where.device.type == "cpu":
         getattr(_extension, name)(*before, *native, *after, torch.get_num_threads())
         return True
-    function = getattr(_extension, name + "_cuda", None)
-    if where.device.type != "cuda" or function is None or native[0] not in CUDA_FORMATS:
+    if where.device.type != "cuda" or not has_cuda_kernel(native, where.dtype):
         return False
+    function = getattr(_extension, name + "_cuda")
     with torch.cuda.device(where.device):
         function(*before, *native, *after, torch.cuda.current_stream().cuda_stream)
     return True

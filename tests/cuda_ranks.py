@@ -17,13 +17,14 @@ from flashcomm_megatron import extension
 from flashcomm_megatron.transport import segment
 from flashcomm_megatron.transport.workspace import KINDS
 
-Codecs = tuple[Any, Any]  # of the reduce and the gather leg, each with bits and block
+Codecs = tuple[Any, Any]  # of the reduce and the gather leg, each with ``native``
 
 
 class Uncompressed:
     """Stands for the 16-bit path of the same kernel."""
 
     bits, block = 16, 8
+    native = 0, 16, 8
 
 
 class Inboxes:
@@ -72,9 +73,17 @@ class OneLaunch:
             0, world, 0, world, blocks, self.inboxes.region, self.inboxes.addresses
         )
 
-    def run(self, kind: str, codecs: Codecs, x: Sequence[Tensor], out: Sequence[Tensor], **tests: Any) -> None:
-        """One collective over all ranks, on the current stream."""
-        self.kernels.launch(request(self.inboxes.cuda, kind, codecs, x, out, **tests))
+    def run(
+        self,
+        kind: str,
+        codecs: Codecs,
+        x: Sequence[Tensor],
+        out: Sequence[Tensor],
+        lost: Sequence[Tensor] = (),
+        **tests: Any,
+    ) -> None:
+        """One collective over all ranks, on the current stream; ``lost``: the ranks' memories of the legs in turn."""
+        self.kernels.launch(request(self.inboxes.cuda, kind, codecs, x, out, lost, **tests))
 
     def shape(self, kind: str, codecs: Codecs, x: Sequence[Tensor], out: Sequence[Tensor]) -> list[int]:
         """[rounds, tile, blocks, depth, stride]"""
@@ -115,9 +124,17 @@ class Streams:
         self.inboxes.free()
 
 
-def request(cuda: Any, kind: str, codecs: Codecs, x: Sequence[Tensor], out: Sequence[Tensor], **tests: Any) -> Any:
+def request(
+    cuda: Any,
+    kind: str,
+    codecs: Codecs,
+    x: Sequence[Tensor],
+    out: Sequence[Tensor],
+    lost: Sequence[Tensor] = (),
+    **tests: Any,
+) -> Any:
     """What the extension is asked to launch on the current stream."""
-    reduce, gather = (cuda.Leg(codec.bits, codec.block) for codec in codecs)
+    reduce, gather = (cuda.Leg(*codec.native) for codec in codecs)
     return cuda.Request(
         kind=KINDS[kind],
         reduce=reduce,
@@ -126,6 +143,7 @@ def request(cuda: Any, kind: str, codecs: Codecs, x: Sequence[Tensor], out: Sequ
         numel=max(x[0].numel(), out[0].numel()),
         x=[each.data_ptr() for each in x],
         out=[each.data_ptr() for each in out],
+        lost=[each.data_ptr() for each in lost],
         stream=torch.cuda.current_stream().cuda_stream,
         **{"deadline": 20.0, **tests},
     )

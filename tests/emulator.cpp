@@ -1,7 +1,8 @@
 // Runs the CUDA kernels of csrc/ without a GPU: one fiber for each thread, blocks of all ranks in random order.
 //
-// A block's fibers run one after the other from barrier to barrier; a fiber that polls a flag gives way to other
-// blocks. Which block goes on is drawn from a seed, so ranks overtake each other by whole rounds and calls. The memory
+// A block's fibers run one after the other from barrier to barrier, forward and backward in turn, so that what should
+// have waited for a barrier goes wrong; lanes of a warp wait for each other where they exchange; a fiber that polls a
+// flag gives way to other blocks. Which block goes on is drawn from a seed, so ranks overtake each other by whole rounds and calls. The memory
 // is sequentially consistent: addressing, arithmetic, barriers, flags, rounds and errors are checked here, the memory
 // model and PTX are not. tests/emulator.py builds this and calls the functions at the end.
 #include <ucontext.h>
@@ -21,6 +22,8 @@
 
 namespace {
 
+using flashcomm::emulated::kWarp;
+
 constexpr size_t kStack = 128 * 1024;
 constexpr int kSharedBytes = 48 * 1024;  // what a block gets without asking: more is an error on the device as well
 constexpr int kGuard = 64;
@@ -32,7 +35,9 @@ struct Fiber {
     std::unique_ptr<char[]> stack{new char[kStack]};
     Block* block;
     int thread;
-    enum { kRunning, kBarrier, kPolling, kEnded } state = kRunning;
+    enum { kRunning, kBarrier, kWarp, kPolling, kEnded } state = kRunning;
+    float shown[2][8];  // what other lanes may read, of this exchange and the last
+    int turn = 0;
 };
 
 struct Block {
@@ -40,7 +45,7 @@ struct Block {
     int64_t index, count;
     std::deque<Fiber> fibers;
     std::vector<uint8_t> shared = std::vector<uint8_t>(kSharedBytes + kGuard, 0xA5);
-    bool all = true, result = true;
+    bool all = true, result = true, backward = false;
     bool ended() const {
         for (const Fiber& fiber : fibers)
             if (fiber.state != Fiber::kEnded) return false;
@@ -75,18 +80,38 @@ void start(Block& block, int threads) {
     }
 }
 
+// Lets warps go on whose lanes have all come to an exchange. A lane that is elsewhere would hang a GPU.
+bool open_warps(Block& block) {
+    bool opened = false;
+    for (size_t first = 0; first < block.fibers.size(); first += kWarp) {
+        int waiting = 0, stuck = 0;
+        for (int lane = 0; lane < kWarp; lane++) {
+            const auto state = block.fibers[first + lane].state;
+            waiting += state == Fiber::kWarp, stuck += state == Fiber::kBarrier || state == Fiber::kEnded;
+        }
+        if (waiting && stuck) std::abort();
+        if (waiting < kWarp) continue;
+        for (int lane = 0; lane < kWarp; lane++) block.fibers[first + lane].state = Fiber::kRunning;
+        opened = true;
+    }
+    return opened;
+}
+
 // Lets every thread of the block go on until it waits; opens the barrier when all are there.
 void step(Block& block) {
     bool at_barrier = true;
-    for (Fiber& fiber : block.fibers) {
-        if (fiber.state == Fiber::kBarrier || fiber.state == Fiber::kEnded) continue;
+    const size_t last = block.fibers.size() - 1;
+    block.backward = !block.backward;
+    for (size_t i = 0; i <= last; i++) {
+        Fiber& fiber = block.fibers[block.backward ? last - i : i];
+        if (fiber.state == Fiber::kBarrier || fiber.state == Fiber::kEnded || fiber.state == Fiber::kWarp) continue;
         current = &fiber;
         fiber.state = Fiber::kRunning;
         swapcontext(&scheduler, &fiber.context);
         at_barrier &= fiber.state != Fiber::kPolling;
     }
     clock_now += 100;
-    if (!at_barrier) return;
+    if (open_warps(block) || !at_barrier) return;
     block.result = block.all;
     block.all = true;
     for (Fiber& fiber : block.fibers)
@@ -110,6 +135,30 @@ bool sync_and(bool mine) {
     current->block->all &= mine;
     pause(Fiber::kBarrier);
     return current->block->result;
+}
+// Each lane shows its words and waits once: a lane is never more than one exchange ahead, so two places are enough.
+const Fiber& other(int lane) {
+    const Fiber& found = current->block->fibers[current->thread / kWarp * kWarp + lane];
+    return found;
+}
+void exchange(const float (&mine)[8], int apart, float (&theirs)[8]) {
+    const int turn = current->turn ^= 1;
+    std::memcpy(current->shown[turn], mine, sizeof mine);
+    pause(Fiber::kWarp);
+    std::memcpy(theirs, other((current->thread ^ apart) % kWarp).shown[turn], sizeof mine);
+}
+uint32_t exchange(uint32_t mine, int apart) {
+    float shown[8] = {float_of(mine)}, theirs[8];
+    exchange(shown, apart, theirs);
+    return bits_of(theirs[0]);
+}
+uint32_t votes(bool mine) {
+    const int turn = current->turn ^= 1;
+    current->shown[turn][0] = mine;
+    pause(Fiber::kWarp);
+    uint32_t votes = 0;
+    for (int lane = 0; lane < kWarp; lane++) votes |= (uint32_t)other(lane).shown[turn][0] << lane;
+    return votes;
 }
 uint8_t* shared_memory() { return current->block->shared.data(); }
 uint64_t load_acquire(const uint64_t* word) {
@@ -149,10 +198,13 @@ extern "C" {
 
 // One collective as tests/emulator.py passes it.
 struct Job {
-    int kind, reduce_bits, gather_bits, reduce_block, gather_block, dtype;
+    int kind;
+    Setting reduce, gather;
+    int dtype;
     int64_t numel;
     void* x[kMaxWorld];
     void* out[kMaxWorld];
+    void* lost[kLegs][kMaxWorld];
     int stalled_rank, single_buffer;
     uint64_t stall, deadline;
 };
@@ -175,20 +227,14 @@ uint64_t world_epoch(const World* world, int rank) { return world->controls[rank
 
 // How a job is cut; false: no kernel for these legs, or too little shared memory for it.
 bool shape(const World* world, const Job* job, Shape* shape) {
-    bool fits = true;
-    auto visit = [&](auto reduce, auto gather, auto type) {
-        using Reduce = typename decltype(reduce)::type;
-        using Gather = typename decltype(gather)::type;
+    bool fits = false;
+    with_legs(job->reduce, job->gather, job->dtype, job->lost[0][0], [&](auto reduce, auto gather, auto type) {
         using T = typename decltype(type)::type;
-        using W = Worker<Reduce, Gather, T>;
-        const Reduce first(job->reduce_block);
-        const Gather second(job->gather_block);
-        auto payload_bytes = [&](int values) { return W::max2(first.bytes(values), second.bytes(values)); };
-        *shape = shape_of((Collective)job->kind, job->numel, world->capacity, job->reduce_block, job->gather_block,
-                          kTileValues<T>, payload_bytes);
-        fits = shape->tile && W::shared_bytes(*shape, job->reduce_block, job->gather_block) <= kSharedBytes;
-    };
-    return with_legs(job->reduce_bits, job->gather_bits, job->dtype, visit) && fits;
+        using W = Worker<typename decltype(reduce)::type, typename decltype(gather)::type, T>;
+        *shape = W::shape((Collective)job->kind, job->numel, world->capacity, job->reduce, job->gather);
+        fits = shape->tile && W::shared_bytes(*shape, job->reduce, job->gather) <= kSharedBytes;
+    });
+    return fits;
 }
 
 // Runs `count` jobs on every rank, each rank's in order, ranks and blocks in an order drawn from the seed. A rank in
@@ -210,17 +256,18 @@ int run(World* world, const Job* jobs, int count, unsigned seed, unsigned absent
         if (!shape(world, &job, &call.shape)) return false;
         call.kind = (Collective)job.kind;
         call.world = world->capacity.world, call.first = r, call.ranks = 1;
-        call.reduce_block = job.reduce_block, call.gather_block = job.gather_block;
+        call.reduce = job.reduce, call.gather = job.gather;
         call.region = world->capacity.region, call.deadline = job.deadline;
         call.x[0] = job.x[r], call.out[0] = job.out[r], call.control[0] = &world->controls[r];
         call.own[0] = world->own[r].data();
+        for (int leg = 0; leg < kLegs; leg++) call.lost[leg][0] = job.lost[leg][r];
         for (int peer = 0; peer < call.world; peer++) call.inbox[peer] = world->inboxes[peer].data();
         call.stalled_rank = job.stalled_rank, call.stall = job.stall, call.single_buffer = job.single_buffer;
         rank.blocks.clear();
         for (int b = 0; b < call.shape.blocks; b++) {
             Block& block = rank.blocks.emplace_back();
             block.index = b, block.count = call.shape.blocks;
-            with_legs(job.reduce_bits, job.gather_bits, job.dtype, [&](auto reduce, auto gather, auto type) {
+            with_legs(job.reduce, job.gather, job.dtype, job.lost[0][0], [&](auto reduce, auto gather, auto type) {
                 using W = Worker<typename decltype(reduce)::type, typename decltype(gather)::type,
                                  typename decltype(type)::type>;
                 block.body = [&call] { W::hire(call).run(); };
@@ -264,32 +311,46 @@ static void run_blocks(int64_t count, const std::function<void()>& body) {
 }
 
 // The codec kernels; `blocks` is the grid. False where the block has no whole tile.
-bool encode(const void* x, int dtype, int64_t numel, int bits, int64_t block, int64_t blocks, uint8_t* payload) {
+bool encode(const void* x, int dtype, int64_t numel, const Setting* with, int64_t blocks, uint8_t* payload) {
     bool found = false;
-    with_dtype(dtype, [&](auto type) {
+    if (with->format == kUniformFormat) with_dtype(dtype, [&](auto type) {
         using T = typename decltype(type)::type;
-        const int tile = tensor_tile<T>(numel, block, blocks);
+        const int tile = tensor_tile<T>(numel, with->block, blocks);
         found = tile != 0;
-        if (found) with_bits(bits, [&](auto width) {
-            const TensorCodec<width.value, T> codec(numel, block, tile);
+        if (found) with_bits(with->bits, [&](auto width) {
+            const TensorCodec<width.value, T> codec(numel, with->block, tile);
             run_blocks(blocks, [&] { codec.encode((const typename T::Word*)x, payload); });
         });
+    });
+    with_direct(with->format, dtype, [&](auto tile, auto type) {
+        using T = typename decltype(type)::type;
+        const DirectCodec<typename decltype(tile)::type, T> codec(*with, numel, blocks);
+        found = codec.tile != 0;
+        if (found) run_blocks(blocks, [&] { codec.encode((const typename T::Word*)x, payload); });
     });
     return found;
 }
 
-bool decode_sum(const uint8_t* const* payloads, int count, int dtype, int64_t numel, int bits, int64_t block,
+bool decode_sum(const uint8_t* const* payloads, int count, int dtype, int64_t numel, const Setting* with,
                 int64_t blocks, void* out) {
     bool found = false;
     Payloads all{};
     for (int p = 0; p < count; p++) all.at[p] = payloads[p];
-    with_dtype(dtype, [&](auto type) {
+    if (with->format == kUniformFormat) with_dtype(dtype, [&](auto type) {
         using T = typename decltype(type)::type;
-        const int tile = tensor_tile<T>(numel, block, blocks);
+        const int tile = tensor_tile<T>(numel, with->block, blocks);
         found = tile != 0;
-        if (found) with_bits(bits, [&](auto width) {
-            const TensorCodec<width.value, T> codec(numel, block, tile);
+        if (found) with_bits(with->bits, [&](auto width) {
+            const TensorCodec<width.value, T> codec(numel, with->block, tile);
             run_blocks(blocks, [&] { codec.decode_sum(all, count, (typename T::Word*)out); });
+        });
+    });
+    with_direct(with->format, dtype, [&](auto tile, auto type) {
+        using T = typename decltype(type)::type;
+        const DirectCodec<typename decltype(tile)::type, T> codec(*with, numel, blocks);
+        found = codec.tile != 0;
+        if (found) run_blocks(ceil_div(numel, kLeastTile), [&] {
+            codec.decode_sum(all, count, (typename T::Word*)out);
         });
     });
     return found;

@@ -21,17 +21,24 @@ KINDS = {"one-step": 0, "two-step": 1, "reduce_scatter": 2, "all_gather": 3}
 MAX_WORLD = 8
 
 
+class Setting(ctypes.Structure):
+    """A codec as the kernels know it: csrc/tile.h."""
+
+    _fields_ = [(name, ctypes.c_int) for name in ("format", "bits", "block")]
+
+
 class Job(ctypes.Structure):
     """One collective on all ranks: emulator.cpp's Job."""
 
     _fields_ = [
-        *(
-            (name, ctypes.c_int)
-            for name in ("kind", "reduce_bits", "gather_bits", "reduce_block", "gather_block", "dtype")
-        ),
+        ("kind", ctypes.c_int),
+        ("reduce", Setting),
+        ("gather", Setting),
+        ("dtype", ctypes.c_int),
         ("numel", ctypes.c_int64),
         ("x", ctypes.c_void_p * MAX_WORLD),
         ("out", ctypes.c_void_p * MAX_WORLD),
+        ("lost", ctypes.c_void_p * (2 * MAX_WORLD)),
         ("stalled_rank", ctypes.c_int),
         ("single_buffer", ctypes.c_int),
         ("stall", ctypes.c_uint64),
@@ -79,14 +86,25 @@ class World:
     def __del__(self) -> None:
         library().world_free(self)
 
-    def job(self, kind: str, codecs: Any, x: Sequence[Tensor], out: Sequence[Tensor], **tests: int) -> Job:
-        """``codecs``: (reduce, gather), each with bits and block."""
-        reduce, gather = codecs
+    def job(
+        self,
+        kind: str,
+        codecs: Any,
+        x: Sequence[Tensor],
+        out: Sequence[Tensor],
+        lost: Sequence[Sequence[Tensor]] = (),
+        **tests: int,
+    ) -> Job:
+        """``codecs``: (reduce, gather), each with ``native``; ``lost``: residuals by leg and rank, or none."""
+        reduce, gather = (Setting(*codec.native) for codec in codecs)
         numel = (out if kind == "all_gather" else x)[0].numel()
-        job = Job(KINDS[kind], reduce.bits, gather.bits, reduce.block, gather.block, DTYPES[x[0].dtype], numel)
+        job = Job(KINDS[kind], reduce, gather, DTYPES[x[0].dtype], numel)
         job.deadline = 10**12
         for rank in range(self.world):
             job.x[rank], job.out[rank] = x[rank].data_ptr(), out[rank].data_ptr()
+        for leg, residuals in enumerate(lost):
+            for rank, residual in enumerate(residuals):
+                job.lost[leg * MAX_WORLD + rank] = residual.data_ptr()
         for name, value in tests.items():
             setattr(job, name, value)
         return job
@@ -113,9 +131,9 @@ class World:
 def encode(codec: Any, x: Tensor, blocks: int = 2) -> Tensor | None:
     """The payload of the codec kernel run with a grid of ``blocks``; None where the block has no whole tile."""
     payload = torch.full((codec.wire_bytes(x.numel()),), 0xEE, dtype=torch.uint8)
-    size, block, grid = (ctypes.c_int64(n) for n in (x.numel(), codec.block, blocks))
+    size, grid, setting = ctypes.c_int64(x.numel()), ctypes.c_int64(blocks), Setting(*codec.native)
     pointers = ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(payload.data_ptr())
-    done = library().encode(pointers[0], DTYPES[x.dtype], size, codec.bits, block, grid, pointers[1])
+    done = library().encode(pointers[0], DTYPES[x.dtype], size, ctypes.byref(setting), grid, pointers[1])
     return payload if done else None
 
 
@@ -123,7 +141,7 @@ def decode_sum(codec: Any, payloads: Sequence[Tensor], numel: int, dtype: torch.
     """What the decode kernel writes, run with a grid of ``blocks``."""
     out = torch.full((numel,), torch.nan, dtype=dtype)
     addresses = (ctypes.c_void_p * len(payloads))(*(payload.data_ptr() for payload in payloads))
-    size, block, grid = (ctypes.c_int64(n) for n in (numel, codec.block, blocks))
+    size, grid, setting = ctypes.c_int64(numel), ctypes.c_int64(blocks), Setting(*codec.native)
     target = ctypes.c_void_p(out.data_ptr())
-    assert library().decode_sum(addresses, len(payloads), DTYPES[dtype], size, codec.bits, block, grid, target)
+    assert library().decode_sum(addresses, len(payloads), DTYPES[dtype], size, ctypes.byref(setting), grid, target)
     return out

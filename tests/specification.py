@@ -9,6 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashcomm_megatron import algorithms
+from flashcomm_megatron.algorithms import Residuals
+from flashcomm_megatron.policy import Plan
+from flashcomm_megatron.transport import lockstep
+
 
 def strange(numel: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
     """Normal values, with blocks that are constant, zero, NaN, Inf, tiny, huge or of both zeros."""
@@ -58,3 +63,30 @@ def outputs(kind: str, parts: Sequence[Tensor]) -> list[Tensor]:
     world, numel = len(parts), parts[0].numel()
     size = {"reduce_scatter": numel // world, "all_gather": numel * world}.get(kind, numel)
     return [torch.full((size,), torch.nan, dtype=x.dtype, device=x.device) for x in parts]
+
+
+def plan_of(kind: str, legs: Sequence[Any], dtype: torch.dtype) -> Plan:
+    """A plan of ``kind`` with these codecs, tensors in one piece."""
+    reduce, gather = legs
+    return Plan(None, kind, reduce, gather, exact_bytes=0, piece=0, nodes=(), dtype=dtype)
+
+
+def carried(kind: str, legs: Sequence[Any], calls: Sequence[Sequence[Tensor]], world: int) -> list[Any]:
+    """Results of consecutive calls with a memory, by the algorithms over any process group; after each all memories."""
+    memories, found = [Residuals() for _ in range(world)], []
+    plan = plan_of(kind, legs, calls[0][0].dtype)
+    for parts in calls:
+        x, out = [part.clone() for part in parts], outputs("reduce_scatter", parts)
+
+        def start(link: Any, x: list[Tensor] = x, out: list[Tensor] = out) -> Any:
+            memory = memories[link.rank]
+            if kind == "reduce_scatter":
+                return algorithms.reduce_scatter(x[link.rank], out[link.rank], link, plan, memory)
+            algorithm = algorithms.one_step if kind == "one-step" else algorithms.two_step
+            return algorithm(x[link.rank], link, plan, memory)
+
+        results = lockstep.run(start, world)
+        kept = memories if kind == "reduce_scatter" else [memory.part(0) for memory in memories]
+        losses = [[getattr(each, leg) for each in kept] for leg in ("reduce", "gather")]
+        found.append((results, [[None if loss is None else loss.clone() for loss in leg] for leg in losses]))
+    return found

@@ -9,7 +9,8 @@ import torch
 from specification import same, strange
 
 from flashcomm_megatron import extension
-from flashcomm_megatron.codec import Uniform
+from flashcomm_megatron.codec import Rotated, Spike, Uniform
+from flashcomm_megatron.codec.rotated import LEVELS
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
@@ -19,10 +20,14 @@ pytestmark = [
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-@pytest.mark.parametrize("bits", range(2, 9))
-@pytest.mark.parametrize("block", [8, 24, 32, 40, 64, 128, 256, 1000, 1024])
-def test_equals_the_definition(bits, block):
-    codec = Uniform(bits, block)
+UNIFORM = [Uniform(bits, block) for bits, block in product(range(2, 9), (8, 24, 32, 40, 64, 128, 256, 1000, 1024))]
+ROTATED = [Rotated(bits, block) for bits, block in product(LEVELS, (16, 32, 64, 128, 256))]
+SPIKE = [Spike(bits, block) for bits, block in product(range(2, 9), (8, 24, 32, 64, 128, 256))]
+
+
+@pytest.mark.parametrize("codec", UNIFORM + ROTATED + SPIKE, ids=str)
+def test_equals_the_definition(codec):
+    assert type(codec) is Uniform or extension.has_cuda_kernel(codec.native, torch.bfloat16)
     for dtype, numel in product(DTYPES, (1, 7, 2049, 100_003)):
         parts = [strange(numel, dtype, seed) for seed in range(3)]
         payloads = [codec.encode_ref(x) for x in parts]
@@ -39,18 +44,19 @@ def test_every_16_bit_pattern():
     """All numbers of both half types, each beside its neighbours and beside zeros of both signs."""
     for dtype, block in product((torch.float16, torch.bfloat16), (8, 32)):
         patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+        codecs = [Uniform(bits, block) for bits in (2, 4, 8)] + [Rotated(4.5, max(block, 16)), Spike(3, block)]
         for x in (patterns, patterns.view(8, -1).t().reshape(-1), torch.stack([patterns, patterns * 0], 1).view(-1)):
             values = x.contiguous().view(dtype)
-            for bits in (2, 4, 8):
-                codec = Uniform(bits, block)
+            for codec in codecs:
                 payload = codec.encode_ref(values)
-                assert torch.equal(codec.encode(values.cuda()).cpu(), payload), (dtype, block, bits)
+                assert torch.equal(codec.encode(values.cuda()).cpu(), payload), (dtype, codec)
                 decoded = codec.decode_sum([payload.cuda()], torch.empty_like(values, device="cuda"))
-                assert same(decoded, codec.decode_sum_ref([payload], values.numel(), dtype)), (dtype, block, bits)
+                assert same(decoded, codec.decode_sum_ref([payload], values.numel(), dtype)), (dtype, codec)
 
 
-def test_unaligned_views():
-    codec, base = Uniform(4, 32), strange(50_001, torch.bfloat16).cuda()
+@pytest.mark.parametrize("codec", [Uniform(4, 32), Rotated(4.5, 32), Spike(4, 64)], ids=str)
+def test_unaligned_views(codec):
+    base = strange(50_001, torch.bfloat16).cuda()
     for start in range(1, 8):
         x = base[start:]
         payload = codec.encode(x)
@@ -59,11 +65,12 @@ def test_unaligned_views():
         assert same(codec.decode_sum([payload], out), codec.decode_sum_ref([payload.cpu()], x.numel(), x.dtype))
 
 
-def test_more_than_two_to_the_31_values():
+@pytest.mark.parametrize("codec", [Uniform(4, 32), Rotated(4.5, 32), Spike(4, 64)], ids=str)
+def test_more_than_two_to_the_31_values(codec):
     numel = 2**31 + 4096 + 5
     if torch.cuda.mem_get_info()[0] < 16 * 2**30:
         pytest.skip("needs 16 GiB of free GPU memory")
-    codec, x = Uniform(4, 32), torch.zeros(numel, dtype=torch.bfloat16, device="cuda")
+    x = torch.zeros(numel, dtype=torch.bfloat16, device="cuda")
     tail = x[2**31 :]  # starts a block
     tail.copy_(torch.randn(tail.numel(), device="cuda"))
     out = codec.decode_sum([codec.encode(x)], torch.full_like(x, torch.nan))

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from specification import expected, outputs, same, strange
+from specification import carried, expected, outputs, plan_of, same, strange
 
-from flashcomm_megatron import extension
+from flashcomm_megatron import algorithms, extension
+from flashcomm_megatron.algorithms import Residuals
 from flashcomm_megatron.codec import Uniform
 from flashcomm_megatron.config import Config
 
@@ -29,6 +30,7 @@ if torch.cuda.is_available() and extension.cuda() is not None:
 KINDS = ["one-step", "two-step", "reduce_scatter", "all_gather"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 BLOCK32 = (Uniform(4, 32), Uniform(4, 32))
+AUTO, FLASH_V2 = Config(bits=4).legs, Config(bits=3, recipe="flash-v2").legs
 
 
 @pytest.fixture
@@ -66,7 +68,8 @@ def check(ranks, kind, numel, dtype, codecs, seed=0, in_place=False):
 @pytest.mark.parametrize("ranks", [one_launch(world) for world in range(2, 9)], indirect=True)
 def test_any_world_kind_and_numel(ranks):
     for kind, (seed, numel) in product(KINDS, enumerate((1, 7, 65, 2048, 10_001, 300_007))):
-        check(ranks, kind, numel, torch.bfloat16, BLOCK32, seed)
+        for codecs in (BLOCK32, AUTO, FLASH_V2):
+            check(ranks, kind, numel, torch.bfloat16, codecs, seed)
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -74,6 +77,14 @@ def test_any_world_kind_and_numel(ranks):
 def test_any_width_dtype_and_block(ranks, bits):
     for dtype, block, kind in product(DTYPES, (8, 32, 40, 128, 1024), KINDS):
         check(ranks, kind, 20_001, dtype, (Uniform(bits, block), Uniform(bits, block)))
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("ranks", [one_launch(3)], indirect=True)
+def test_every_width_of_the_recipes(ranks, bits):
+    for dtype, recipe, kind in product(DTYPES, ("auto", "flash-v2"), KINDS):
+        for block in (32, 64):
+            check(ranks, kind, 20_001, dtype, Config(bits=bits, recipe=recipe, block=block).legs)
 
 
 @pytest.mark.parametrize("ranks", [one_launch(4)], indirect=True)
@@ -85,16 +96,14 @@ def test_legs_of_different_widths(ranks):
 @pytest.mark.parametrize("ranks", [one_launch(2, 4), one_launch(5, 4)], indirect=True)
 def test_messages_of_many_rounds(ranks):
     """Four blocks a rank and the smallest inboxes: 3 million values take dozens of rounds of one kernel."""
-    for kind in KINDS:
-        check(
-            ranks, kind, 3_000_001 if kind != "all_gather" else 500_001, torch.bfloat16, (Uniform(8, 8), Uniform(8, 8))
-        )
+    for kind, codecs in product(KINDS, ((Uniform(8, 8), Uniform(8, 8)), AUTO)):
+        check(ranks, kind, 3_000_001 if kind != "all_gather" else 500_001, torch.bfloat16, codecs)
 
 
 @pytest.mark.parametrize("ranks", [one_launch(2), one_launch(8)], indirect=True)
 def test_in_place(ranks):
-    for kind, dtype in product(("one-step", "two-step"), DTYPES):
-        check(ranks, kind, 1_000_003, dtype, BLOCK32, in_place=True)
+    for kind, dtype, codecs in product(("one-step", "two-step"), DTYPES, (BLOCK32, AUTO)):
+        check(ranks, kind, 1_000_003, dtype, codecs, in_place=True)
 
 
 @pytest.mark.parametrize("ranks", [one_launch(2, host_memory=True), one_launch(4, host_memory=True)], indirect=True)
@@ -110,6 +119,24 @@ def test_uncompressed_path(ranks):
         out = outputs(kind, parts)
         ranks.run(kind, (Uncompressed(), Uncompressed()), parts, out)
         assert all(torch.equal(each, sum(parts)) for each in out)
+
+
+@pytest.mark.parametrize("kind", ["one-step", "two-step", "reduce_scatter"])
+@pytest.mark.parametrize("ranks", [one_launch(2), one_launch(3)], indirect=True)
+def test_what_a_rounding_lost_is_carried_on(ranks, kind):
+    """Three calls with a memory: results and memories of the algorithms over any process group."""
+    for dtype in DTYPES:
+        calls = [[strange(30_000, dtype, 10 * call + r) for r in range(ranks.world)] for call in range(3)]
+        plan = plan_of(kind, AUTO, dtype)
+        lost = [algorithms.memories(kind, x.cuda(), r, ranks.world, plan, Residuals()) for r, x in enumerate(calls[0])]
+        by_leg = [each[leg] for leg in (0, 1) for each in lost]
+        for parts, (wanted, losses) in zip(calls, carried(kind, AUTO, calls, ranks.world), strict=True):
+            x = [part.cuda() for part in parts]
+            out = outputs(kind, x)
+            ranks.run(kind, AUTO, x, out, by_leg)
+            assert all(same(each, want) for each, want in zip(out, wanted, strict=True)), (kind, dtype)
+            kept = [want for leg in losses for want in leg]
+            assert all(want is None or same(each, want) for each, want in zip(by_leg, kept, strict=True)), (kind, dtype)
 
 
 # ---- many calls -----------------------------------------------------------------------------------------------

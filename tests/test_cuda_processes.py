@@ -14,7 +14,7 @@ from ranks import spawn
 from specification import expected, same, strange
 
 from flashcomm_megatron import extension, policy
-from flashcomm_megatron.collectives import all_gather, all_reduce, reduce_scatter
+from flashcomm_megatron.collectives import all_gather, all_reduce, prepare, reduce_scatter
 from flashcomm_megatron.config import Config
 from flashcomm_megatron.transport import workspace
 
@@ -109,9 +109,7 @@ def _graph(rank: int, world: int) -> None:
     """prepare() before the capture; the graph counts on at every replay."""
     device, group, config = use_device(rank), dist.group.WORLD, config_of("peer")
     x = torch.zeros(5000, device=device, dtype=torch.bfloat16)
-    workspace.prepare(group, "peer")
-    all_reduce(x, group, config)
-    torch.cuda.synchronize()
+    prepare(group, config)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         all_reduce(x, group, config)

@@ -8,10 +8,14 @@ from itertools import product
 import emulator
 import pytest
 import torch
+from codec_cases import KINDS, tensor
 from protocol_model import AS_BUILT, reached
-from specification import expected, outputs, same, strange
+from specification import carried, expected, outputs, plan_of, same, strange
 
-from flashcomm_megatron.codec import Uniform
+from flashcomm_megatron import algorithms
+from flashcomm_megatron.algorithms import Residuals
+from flashcomm_megatron.codec import Rotated, Spike, Uniform
+from flashcomm_megatron.codec.rotated import LEVELS
 from flashcomm_megatron.config import Config
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -20,27 +24,59 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # ---- codec kernels --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bits", range(2, 9))
-def test_codec_kernels_equal_the_definition(bits):
-    for dtype, (block, numel) in product(DTYPES, [(32, 9000), (8, 2049), (128, 1), (24, 4100), (256, 515)]):
-        codec, x = Uniform(bits, block), strange(numel, dtype)
-        payload = codec.encode_ref(x)
-        found = emulator.encode(codec, x)
-        assert found is not None and torch.equal(found, payload), (dtype, block, numel)
-        parts = [payload, codec.encode_ref(strange(numel, dtype, 1)), codec.encode_ref(strange(numel, dtype, 2))]
-        for count in (1, 3):
-            expected = codec.decode_sum_ref(parts[:count], numel, dtype)
-            assert same(emulator.decode_sum(codec, parts[:count], numel, dtype), expected), (dtype, block, numel, count)
+def equals_the_definition(codec, numel, dtype, make=strange):
+    parts = [make(numel, dtype, seed) for seed in range(3)]
+    payloads = [codec.encode_ref(x) for x in parts]
+    found = emulator.encode(codec, parts[0])
+    assert found is not None and torch.equal(found, payloads[0]), (codec, dtype, numel)
+    for count in (1, 3):
+        expected = codec.decode_sum_ref(payloads[:count], numel, dtype)
+        assert same(emulator.decode_sum(codec, payloads[:count], numel, dtype), expected), (codec, dtype, numel, count)
 
 
-def test_blocks_without_a_whole_tile_are_left_to_the_scalar_kernel():
+UNIFORM = [(Uniform, bits, [(32, 9000), (8, 2049), (128, 1), (24, 4100), (256, 515)]) for bits in range(2, 9)]
+ROTATED = [(Rotated, bits, [(32, 9000), (16, 2049), (64, 1), (128, 4100), (32, 3000)]) for bits in LEVELS]
+SPIKE = [(Spike, bits, [(32, 9000), (8, 2049), (64, 1), (64, 66), (24, 4100), (256, 3515)]) for bits in range(2, 9)]
+
+
+@pytest.mark.parametrize(("make", "bits", "cases"), UNIFORM + ROTATED + SPIKE)
+def test_codec_kernels_equal_the_definition(make, bits, cases):
+    for dtype, (block, numel) in product(DTYPES, cases):
+        equals_the_definition(make(bits, block), numel, dtype)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_codec_kernels_on_what_a_codec_must_survive(kind):
+    for dtype, codec in product(
+        DTYPES, (Uniform(3, 32), Rotated(4, 32), Rotated(2.5, 16), Rotated(7.5, 64), Spike(2, 64))
+    ):
+        equals_the_definition(codec, 3001, dtype, lambda numel, dtype, seed: tensor(kind, numel, dtype, seed))
+    for dtype in (torch.float16, torch.bfloat16):
+        equals_the_definition(Rotated(5, 256), 9001, dtype, lambda numel, dtype, seed: tensor(kind, numel, dtype, seed))
+
+
+def test_steps_far_below_the_largest_of_their_family():
+    """Blocks of a family whose magnitudes are up to 2**30 apart: the distance of a step ends at 125."""
+    for codec, dtype in product((Rotated(4.5, 32), Rotated(8, 64)), (torch.float32, torch.bfloat16)):
+
+        def make(numel, dtype, seed, block=codec.block):
+            scales = torch.arange(math.ceil(numel / block)).repeat_interleave(block)[:numel] % 31
+            return torch.ldexp(torch.randn(numel, generator=torch.Generator().manual_seed(seed)), -scales).to(dtype)
+
+        equals_the_definition(codec, 6000, dtype, make)
+
+
+def test_blocks_without_a_whole_tile_are_left_to_the_scalar_kernel_or_to_torch():
     assert emulator.encode(Uniform(4, 1000), torch.zeros(8000)) is None
+    assert emulator.encode(Rotated(4, 256), torch.zeros(8000)) is None, "a family of 8192 values of float32"
+    assert emulator.encode(Rotated(4, 512), torch.zeros(8000).bfloat16()) is None
 
 
-def test_unaligned_tensors():
+@pytest.mark.parametrize("codec", [Uniform(4, 32), Rotated(4.5, 32), Spike(4, 64)])
+def test_unaligned_tensors(codec):
     x = strange(4001, torch.bfloat16)[1:]
-    found = emulator.encode(Uniform(4, 32), x)
-    assert found is not None and torch.equal(found, Uniform(4, 32).encode_ref(x.clone()))
+    found = emulator.encode(codec, x)
+    assert found is not None and torch.equal(found, codec.encode_ref(x.clone()))
 
 
 # ---- collectives ----------------------------------------------------------------------------------------------
@@ -59,24 +95,45 @@ def check(kind, world, numel, dtype, codecs, seed=0, in_place=False, setting=Non
 
 
 BLOCK32 = (Uniform(4, 32), Uniform(4, 32))
+AUTO, FLASH_V2 = Config(bits=4).legs, Config(bits=3, recipe="flash-v2").legs
 
 
 @pytest.mark.parametrize("kind", emulator.KINDS)
 def test_any_numel(kind):
-    for numel in (1, 7, 65, 2048, 2049, 6000):
-        check(kind, 3, numel, torch.bfloat16, BLOCK32)
+    for numel, codecs in product((1, 7, 65, 2048, 2049, 6000), (BLOCK32, AUTO, FLASH_V2)):
+        check(kind, 3, numel, torch.bfloat16, codecs)
 
 
-@pytest.mark.parametrize("world", [2, 4, 5, 8])
+@pytest.mark.parametrize("world", range(2, 9))
 def test_any_world(world):
-    for kind in emulator.KINDS:
-        check(kind, world, 3000, torch.float16, (Uniform(5, 64), Uniform(5, 64)))
+    for kind, codecs in product(emulator.KINDS, ((Uniform(5, 64), Uniform(5, 64)), AUTO, FLASH_V2)):
+        check(kind, world, 3000, torch.float16, codecs)
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_any_width_dtype_and_block(bits):
     for dtype, block in product(DTYPES, (8, 32, 40, 128)):
         check("two-step", 2, 2500, dtype, (Uniform(bits, block), Uniform(bits, block)))
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_any_width_and_dtype_of_the_recipes(bits):
+    for dtype, recipe in product(DTYPES, ("auto", "flash-v2")):
+        check("two-step", 2, 5000, dtype, Config(bits=bits, recipe=recipe).legs)
+    for block, dtype in product((8, 40, 256), DTYPES):
+        check("two-step", 2, 2500, dtype, (Spike(bits, block), Spike(bits, block)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sums_of_what_a_codec_must_survive(kind):
+    """Among it blocks so large that their coefficients must be shrunk before they are added."""
+    for algorithm, dtype in product(("one-step", "two-step"), DTYPES):
+        parts = [tensor(kind, 2500, dtype, rank) for rank in range(3)]
+        for codecs in (AUTO, FLASH_V2):
+            ranks, out = emulator.World(3), outputs(algorithm, parts)
+            ranks.run([ranks.job(algorithm, codecs, parts, out)])
+            wanted = expected(algorithm, codecs, parts)
+            assert all(same(found, want) for found, want in zip(out, wanted, strict=True)), (algorithm, dtype, codecs)
 
 
 def test_legs_of_different_widths():
@@ -88,27 +145,60 @@ def test_messages_of_many_rounds(kind):
     """An inbox that holds one tile for each block: 40,000 values take several rounds."""
     ranks = emulator.World(2, blocks=2, region=2 * 16384)
     numel = 150_000 if kind == "two-step" else 80_000
-    codecs = (Uniform(8, 8), Uniform(8, 8))
     x = [torch.zeros(numel, dtype=torch.bfloat16)] * 2
-    assert ranks.shape(ranks.job(kind, codecs, x, outputs(kind, x))).rounds > 1
-    check(kind, 2, numel, torch.bfloat16, codecs, setting=ranks)
+    for codecs in ((Uniform(8, 8), Uniform(8, 8)), Config(bits=8).legs):
+        assert ranks.shape(ranks.job(kind, codecs, x, outputs(kind, x))).rounds > 1
+        check(kind, 2, numel, torch.bfloat16, codecs, setting=ranks)
 
 
 def test_in_place():
-    for kind in ("one-step", "two-step"):
-        check(kind, 2, 40_000, torch.float32, BLOCK32, in_place=True)
+    for kind, codecs in product(("one-step", "two-step"), (BLOCK32, AUTO)):
+        check(kind, 2, 40_000, torch.float32, codecs, in_place=True)
 
 
 def test_uncompressed_path():
     parts = [torch.randint(-8, 8, (50_001,)).to(torch.float16) for _ in range(3)]
 
     class Exact:
-        bits, block = 16, 8
+        native = 0, 16, 8
 
     for kind in ("one-step", "two-step"):
         ranks, out = emulator.World(3), outputs("one-step", parts)
         ranks.run([ranks.job(kind, (Exact, Exact), parts, out)])
         assert all(same(each, sum(parts)) for each in out)
+
+
+# ---- feedback ------------------------------------------------------------------------------------------------
+
+
+def check_carried(kind, world, numel, dtype, legs, make):
+    calls = [[make(numel, dtype, 10 * call + rank) for rank in range(world)] for call in range(3)]
+    plan = plan_of(kind, legs, dtype)
+    each = [algorithms.memories(kind, calls[0][r], r, world, plan, Residuals()) for r in range(world)]
+    lost = list(zip(*each, strict=True))
+    ranks = emulator.World(world)
+    for call, (parts, (wanted, losses)) in enumerate(zip(calls, carried(kind, legs, calls, world), strict=True)):
+        out = outputs(kind, parts)
+        ranks.run([ranks.job(kind, legs, parts, out, lost)], call)
+        assert all(same(each, want) for each, want in zip(out, wanted, strict=True)), (kind, dtype, call)
+        for leg, kept in zip(losses, lost, strict=True):
+            assert all(want is None or same(each, want) for each, want in zip(kept, leg, strict=True)), (kind, call)
+
+
+@pytest.mark.parametrize("kind", ["one-step", "two-step", "reduce_scatter"])
+def test_what_a_rounding_lost_is_carried_on(kind):
+    for world, dtype, bits in ((2, torch.bfloat16, 4), (3, torch.float16, 3), (3, torch.float32, 8)):
+        check_carried(kind, world, 3000, dtype, Config(bits=bits).legs, strange)
+    check_carried(kind, 2, 2, torch.bfloat16, AUTO, strange)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_carried_on_of_what_a_codec_must_survive(kind):
+    def make(numel, dtype, seed):
+        return tensor(kind, numel, dtype, seed)
+
+    for dtype in DTYPES:
+        check_carried("two-step", 2, 2500, dtype, AUTO, make)
 
 
 # ---- many calls, ranks at different ones ----------------------------------------------------------------------

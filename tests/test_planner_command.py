@@ -120,8 +120,8 @@ def test_a_measured_rate_replaces_the_usual_link(capsys: pytest.CaptureFixture[s
 
 
 def test_what_does_not_fit_and_what_has_no_kernel_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    assert plan_command.main(["--gpu", "4090", "--tp", "2", "--recipe", "flash-v2"]) == 0
+    assert plan_command.main(["--gpu", "4090", "--tp", "2", "--recipe", "mx"]) == 0
     out = capsys.readouterr().out
     assert "does not fit: " in out and "no fused kernel" in out
-    assert plan_command.main(["--gpu", "A100", "--recipe", "flash-v1"]) == 0
+    assert plan_command.main(["--gpu", "A100", "--recipe", "auto"]) == 0
     assert "no fused kernel" not in capsys.readouterr().out

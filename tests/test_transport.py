@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from ranks import spawn
 
 from flashcomm_megatron import extension, policy
-from flashcomm_megatron.collectives import all_reduce
+from flashcomm_megatron.collectives import all_reduce, prepare
 from flashcomm_megatron.config import Config
 from flashcomm_megatron.transport import host, segment, votes, workspace
 
@@ -119,9 +120,53 @@ def test_calls_that_are_left_to_the_process_group():
 def test_a_fused_kernel_is_asked_for_its_legs():
     cuda = extension.cuda()
     assert cuda is not None
-    assert all(cuda.has_collective(bits, bits, dtype) for bits in range(2, 9) for dtype in range(3))
-    assert cuda.has_collective(4, 8, 2) and not cuda.has_collective(3, 8, 2)
-    assert not workspace._has_kernel((0, 4, 16384), (0, 4, 32), torch.bfloat16), "a block of more than a tile"
+    served = workspace._has_kernel
+    for dtype, bits in product((torch.float32, torch.float16, torch.bfloat16), range(2, 9)):
+        assert served((0, bits, 32), (0, bits, 32), dtype)
+        for recipe in ("auto", "flash-v2"):
+            assert served(*(leg.native for leg in Config(bits=bits, recipe=recipe).legs), dtype)
+    assert served((0, 4, 32), (0, 8, 32), torch.bfloat16) and not served((0, 3, 32), (0, 8, 32), torch.bfloat16)
+    assert not served((0, 4, 32), (1, 8, 32), torch.bfloat16), "legs of two formats"
+    assert not served((0, 4, 16384), (0, 4, 32), torch.bfloat16), "a block of more than a tile"
+    assert served((1, 9, 128), (1, 10, 256), torch.bfloat16), "families of 8192 values"
+    assert not served((1, 9, 128), (1, 10, 256), torch.float32), "whose tiles are half as long"
+    assert not served((1, 9, 512), (1, 10, 1024), torch.bfloat16)
+
+
+def test_a_memory_of_roundings_is_kept_by_rotated_codecs_alone():
+    legs = [leg.native for leg in Config(bits=4).legs]
+    assert workspace._has_kernel(*legs, torch.bfloat16, True)
+    assert not workspace._has_kernel((0, 4, 32), (0, 4, 32), torch.bfloat16, True)
+
+
+def test_a_group_has_a_workspace_for_each_transport(monkeypatch):
+    made: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(workspace, "_make", lambda group, device, transport: made.append(transport))
+    monkeypatch.setattr(workspace, "_made", {})
+    for transport in ("peer", "host", "peer"):
+        assert workspace._of("group", 0, transport) is None  # type: ignore[arg-type]
+    assert made == ["peer", "host"]
+
+
+def test_nothing_is_prepared_during_a_capture(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(workspace, "_made", {})
+    with pytest.raises(RuntimeError, match="before the capture"):
+        workspace.prepare("group", "peer")  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match=r"collectives\.prepare\(group, config\) before the capture"):
+        workspace._of("group", 0, "peer")  # type: ignore[arg-type]
+
+
+def _prepare(rank: int, world: int) -> list[float]:
+    config = Config(bits=8, min_bytes=0)
+    prepare(None, config)
+    return all_reduce(torch.ones(64), None, config).tolist()
+
+
+def test_prepare_is_collective_and_leaves_collectives_right():
+    assert spawn(_prepare, 2) == [[2.0] * 64] * 2
 
 
 def _cpu_ignores_transport(rank: int, world: int) -> torch.Tensor:

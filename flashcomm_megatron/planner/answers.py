@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from ..config import Config
-from ..transport.workspace import UNIFORM
+from ..transport.workspace import FUSED
 from . import PROJECTION, measured, nodes, plots, published, sweep, table
 from .cost import Codec, Computing, Message, Speed, assumed_speed, plan_of, predict, seconds, wire_bytes
 from .hardware import GB, Link, gpu, link
@@ -74,7 +74,7 @@ def _setup(options: argparse.Namespace) -> tuple[Job, list[Codec], list[str]]:
 def fused(codec: Any) -> bool:
     """Whether fused kernels know this number format."""
     native = getattr(codec, "native", None)
-    return native is not None and native[0] == UNIFORM
+    return native is not None and native[0] in FUSED
 
 
 def _configs(options: argparse.Namespace) -> list[Config]:

@@ -11,7 +11,6 @@ their replays must run in the order of the workspace's stream.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import lru_cache
 from types import ModuleType
@@ -27,6 +26,7 @@ from ..policy import Plan
 from . import segment, votes
 from .host import HostInboxes
 from .peer import PeerInboxes
+from .topology import nodes
 
 KINDS = {"one-step": 0, "two-step": 1, "reduce_scatter": 2, "all_gather": 3}  # enum Collective in csrc/shape.h
 WORLDS = range(2, 9)
@@ -34,8 +34,8 @@ INBOXES: dict[str, type[PeerInboxes] | type[HostInboxes]] = {"peer": PeerInboxes
 # What is tried in turn before the process group. auto: nothing, until the kernels have passed make gpu-check.
 CHAINS = {"auto": (), "peer": ("peer", "host"), "host": ("host",), "group": ()}
 REGION_BYTES = 4 << 20  # of each (parity, leg, source): messages beyond take several rounds of one kernel
-UNIFORM = 0  # the codec format that has fused kernels: csrc/api.h
-LARGEST_BLOCK = 4096  # values of a tile of float32: csrc/tile.h
+
+FUSED = (0, 1, 2)  # formats of csrc/api.h that have fused kernels, for blocks whose units fit into a tile
 
 deadline = 30.0  # seconds a kernel waits for a peer; set before the calls it shall hold for
 
@@ -50,11 +50,14 @@ class Workspace:
         self.device = device
         self.kernels = cuda.Workspace(device, world, rank, 1, blocks, region, inboxes.addresses)
 
-    def run(self, kind: str, codecs: tuple[Any, Any], x: Tensor, out: Tensor, **tests: Any) -> Tensor:
+    def run(
+        self, kind: str, codecs: tuple[Any, Any], x: Tensor, out: Tensor, lost: Sequence[Tensor] = (), **tests: Any
+    ) -> Tensor:
         """Launch one collective of ``kind`` on the current stream and return ``out``.
 
-        ``x``, ``out``: contiguous, on this device. ``codecs``: of the reduce and the gather leg. RuntimeError if an
-        earlier call missed a rank.
+        ``x``, ``out``: contiguous, on this device. ``codecs``: of the reduce and the gather leg.
+        ``lost``: what their roundings lost before, which is added and replaced; or nothing. RuntimeError if an earlier
+        call missed a rank.
         """
         self.raise_error()
         request = self._cuda.Request(
@@ -64,6 +67,7 @@ class Workspace:
             numel=max(x.numel(), out.numel()),
             x=[x.data_ptr()],
             out=[out.data_ptr()],
+            lost=[each.data_ptr() for each in lost],
             stream=self._own_stream(),
             deadline=deadline,
             **tests,
@@ -106,23 +110,32 @@ class Workspace:
         _release(self, self._inboxes, group)
 
 
-_made: WeakKeyDictionary[dist.ProcessGroup, Workspace | None] = WeakKeyDictionary()
+_made: WeakKeyDictionary[dist.ProcessGroup, dict[str, Workspace | None]] = WeakKeyDictionary()  # by transport
 
 
-def serving(group: dist.ProcessGroup, x: Tensor, plan: Plan, transport: str) -> Workspace | None:
-    """The workspace that runs this call whole, made with the group's first such call; None: use the process group."""
+def serving(group: dist.ProcessGroup, x: Tensor, plan: Plan, transport: str, carries: bool = False) -> Workspace | None:
+    """The workspace that runs this call whole, made with the group's first such call; None: use the process group.
+
+    ``carries``: with a memory of what roundings lost.
+    """
     if x.device.type != "cuda" or not CHAINS[transport]:
         return None
-    if group.size() not in WORLDS or not _has_kernel(_native(plan.reduce), _native(plan.gather), x.dtype):
+    if group.size() not in WORLDS or not _has_kernel(_native(plan.reduce), _native(plan.gather), x.dtype, carries):
         return None
-    if group not in _made:
+    return _of(group, x.device.index, transport)
+
+
+def _of(group: dist.ProcessGroup, device: int, transport: str) -> Workspace | None:
+    """The group's workspace for ``transport``, made if there is none yet."""
+    made = _made.setdefault(group, {})
+    if transport not in made:
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "flash-comm: the first collective of a group cannot be captured. Call "
-                "flashcomm_megatron.transport.workspace.prepare(group, transport) before the capture, on every rank."
+                "flashcomm_megatron.collectives.prepare(group, config) before the capture, on every rank."
             )
-        _made[group] = _make(group, x.device.index, transport)
-    return _made[group]
+        made[transport] = _make(group, device, transport)
+    return made[transport]
 
 
 Native = tuple[int, int, int]  # format, bits, block: extension.py
@@ -133,20 +146,20 @@ def _native(codec: Any) -> Native | None:
 
 
 @lru_cache
-def _has_kernel(reduce: Native | None, gather: Native | None, dtype: torch.dtype) -> bool:
+def _has_kernel(reduce: Native | None, gather: Native | None, dtype: torch.dtype, carries: bool = False) -> bool:
     """Whether there is a fused kernel for these legs."""
     cuda = extension.cuda()
     if cuda is None or reduce is None or gather is None:
         return False
-    fits = reduce[0] == gather[0] == UNIFORM and math.lcm(reduce[2], gather[2]) <= LARGEST_BLOCK
-    return fits and bool(cuda.has_collective(reduce[1], gather[1], extension.DTYPES[dtype]))
+    return bool(cuda.has_collective(cuda.Leg(*reduce), cuda.Leg(*gather), extension.DTYPES[dtype], carries))
 
 
 def prepare(group: dist.ProcessGroup, transport: str) -> Workspace | None:
     """Make the group's workspace now, before a capture, and let it belong to the current stream. On every rank."""
-    if group not in _made:
-        _made[group] = _make(group, torch.cuda.current_device(), transport)
-    made = _made[group]
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("flash-comm: prepare() exchanges messages: call it before the capture, on every rank.")
+    nodes(group)
+    made = _of(group, torch.cuda.current_device(), transport)
     if made is not None:
         made.adopt_stream()
     return made
@@ -159,10 +172,10 @@ def rebuild(group: dist.ProcessGroup, transport: str) -> Workspace | None:
 
 
 def close(group: dist.ProcessGroup) -> None:
-    """Close the group's workspace, if it has one. On every rank."""
-    made = _made.pop(group, None)
-    if made is not None:
-        made.close(group)
+    """Close the group's workspaces, if it has any. On every rank."""
+    for made in _made.pop(group, {}).values():
+        if made is not None:
+            made.close(group)
 
 
 # ---- making one -----------------------------------------------------------------------------------------------
@@ -269,4 +282,4 @@ def _known(rank: int, turn: int, device: int) -> Tensor:
 
 def _legs(cuda: ModuleType, codecs: tuple[Any, Any]) -> dict[str, Any]:
     reduce, gather = codecs
-    return {"reduce": cuda.Leg(*reduce.native[1:]), "gather": cuda.Leg(*gather.native[1:])}
+    return {"reduce": cuda.Leg(*reduce.native), "gather": cuda.Leg(*gather.native)}
