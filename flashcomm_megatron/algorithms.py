@@ -158,10 +158,10 @@ def memories(kind: str, x: Tensor, rank: int, world: int, plan: Plan, residuals:
     """
     flat = x.view(-1)
     memory = residuals if kind == "reduce_scatter" else residuals.part(0)
-    found = [_residual(memory, "reduce", flat), flat[:0]]
+    found = [residual_of(memory, "reduce", flat), flat[:0]]
     if kind == "two-step":
         length = slice_length(flat.numel(), world, plan)
-        found[1] = _residual(memory, "gather", flat[rank * length : (rank + 1) * length])
+        found[1] = residual_of(memory, "gather", flat[rank * length : (rank + 1) * length])
     return [each for each in found if each is not None]
 
 

@@ -18,7 +18,7 @@ from . import agreement, algorithms, announce, calls, hierarchical, hierarchical
 from .algorithms import Residuals, Steps
 from .config import Config
 from .recipes import Legs
-from .transport import links, workspace
+from .transport import links, topology, workspace
 
 ALL_REDUCE = {
     "one-step": (algorithms.one_step, algorithms.one_step_bytes),
@@ -147,7 +147,7 @@ def prepare(group: dist.ProcessGroup | None = None, config: Config | None = None
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("flash-comm: prepare() exchanges messages: call it before the capture, on every rank.")
     agreement.check(group, config)
-    nodes(group)
+    topology.nodes(group)
     if torch.cuda.is_available() and workspace.CHAINS[config.transport]:
         workspace.prepare(group, config.transport)
 

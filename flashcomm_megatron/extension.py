@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum Dtype in csrc/api.h
-INTERFACE = 4  # kInterface in csrc/api.h
+INTERFACE = 5  # kInterface in csrc/api.h
 BYTES = (torch.uint8,)
 
 

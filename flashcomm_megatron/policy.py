@@ -20,7 +20,7 @@ from .codec import Codec, Raw
 from .config import Config
 from .recipes import RECIPES, Legs
 from .thresholds import Case
-from .transport.link import Wire
+from .wire import Wire
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

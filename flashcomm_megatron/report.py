@@ -116,6 +116,8 @@ def _least() -> str:
     defaults = ", ".join(f"{wire} {nbytes}" for wire, nbytes in thresholds.DEFAULTS.items())
     if not config or not config.thresholds:
         return defaults
+    if reason := thresholds.problem(config.thresholds):
+        return reason
     rows = [
         f"\n  {where}: {', '.join(map(str, case))}: {'never' if nbytes == thresholds.NEVER else nbytes}"
         for where, table in thresholds.read(config.thresholds).items()

@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 import torch
 
 from .config import Config
-from .transport.link import Wire
 from .version import __version__
+from .wire import Wire
 
 NEVER = 2**62  # bytes: no size measured was worth it
 
-# By what joins the ranks (transport/link.py). CPUs of one machine: benchmarks/bench_collectives.py; of several, over
+# By what joins the ranks (wire.py). CPUs of one machine: benchmarks/bench_collectives.py; of several, over
 # connections of our own and over the process group: link_lab.py, there. GPUs: not measured by us; the smallest size at
 # which published kernels of this kind win on fp16 (AMD QuickReduce's table, 1 to 16 MiB by number of ranks).
 DEFAULTS = {"shared memory": 1024, "connections": 1024, "cpu": 256 * 1024, "cuda": 1024 * 1024}

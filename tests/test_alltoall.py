@@ -13,7 +13,7 @@ from flashcomm_megatron import counters, cpu
 from flashcomm_megatron.codec import Raw
 from flashcomm_megatron.config import Config
 from flashcomm_megatron.policy import message_codec
-from flashcomm_megatron.transport.link import Wire
+from flashcomm_megatron.wire import Wire
 
 SPLITS = [[3, 0, 40], [700, 1, 0], [5, 300, 2]]  # rows from (line) to (column)
 

@@ -19,7 +19,7 @@ from flashcomm_megatron.collectives import (
 )
 from flashcomm_megatron.config import Config
 from flashcomm_megatron.transport import lockstep, segment
-from flashcomm_megatron.transport.link import Wire
+from flashcomm_megatron.wire import Wire
 
 LAYOUTS = [(0, 0, 1, 1), (0, 0, 0, 1), (0, 1, 1, 2, 2, 2), (0, 1, 0, 1), (0, 0, 0, 1, 1)]
 

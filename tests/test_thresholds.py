@@ -14,8 +14,8 @@ import torch
 from flashcomm_megatron import policy, thresholds, tuning
 from flashcomm_megatron.config import Config
 from flashcomm_megatron.thresholds import Case
-from flashcomm_megatron.transport.link import Wire
 from flashcomm_megatron.tuning import Timing
+from flashcomm_megatron.wire import Wire
 
 CASE = Case("all_reduce", "bfloat16", 4, "auto")
 CPU = Wire("cpu", (0, 0))

@@ -21,7 +21,7 @@ SOURCES = [ROOT / "setup.py", *MODULES, *SCRIPTS]
 NATIVE = sorted((ROOT / "csrc").iterdir())
 
 LAYERS = (
-    {"version", "environment", "counters", "when_imported"},
+    {"version", "environment", "counters", "when_imported", "wire"},
     {"extension", "ranges"},
     {"codec"},
     {"recipes", "sampling"},
@@ -32,6 +32,7 @@ LAYERS = (
     {"agreement", "pieces", "traced"},
     {"algorithms"},
     {"hierarchical", "calls"},
+    {"hierarchical_halves"},
     {"collectives", "alltoall", "patching"},
     {"checkout", "training_log", "cpu", "feedback", "planner"},
     {"seams"},

@@ -133,6 +133,7 @@ def test_a_fused_kernel_is_asked_for_its_legs():
     assert not served((1, 9, 512), (1, 10, 1024), torch.bfloat16)
 
 
+@pytest.mark.skipif(extension.cuda() is None, reason="needs CUDA kernels")
 def test_a_memory_of_roundings_is_kept_by_rotated_codecs_alone():
     legs = [leg.native for leg in Config(bits=4).legs]
     assert workspace._has_kernel(*legs, torch.bfloat16, True)

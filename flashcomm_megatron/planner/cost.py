@@ -17,7 +17,7 @@ import torch
 from .. import algorithms, policy
 from ..config import Config
 from ..recipes import RECIPES
-from ..transport.link import Wire
+from ..wire import Wire
 from .hardware import MEMORY_EFFICIENCY, Gpu, Link
 
 
@@ -75,7 +75,7 @@ class Computing:
 
 @dataclass(frozen=True)
 class Codec:
-    """What compresses: a configuration, how fast its codecs run, and what joins the ranks (transport/link.py)."""
+    """What compresses: a configuration, how fast its codecs run, and what joins the ranks (wire.py)."""
 
     config: Config
     speed: Speed

@@ -28,13 +28,6 @@ class Call(NamedTuple):
         return f"#{self.number}/{self.check:04x} {self.text}"
 
 
-class Wire(NamedTuple):
-    """How the ranks of a group are joined, as far as plans depend on it (policy.py)."""
-
-    kind: str  # "shared memory" or "connections" of our own; else the tensors' device: the process group
-    nodes: tuple[int, ...] = ()  # the machine of each rank; empty: one machine
-
-
 class Transfer(Protocol):
     """A message under way, or several."""
 

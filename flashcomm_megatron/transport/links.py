@@ -17,9 +17,10 @@ from torch import Tensor
 
 from .. import announce, counters
 from ..config import Config
+from ..wire import Wire
 from . import group as over_group
 from . import topology
-from .link import Call, Exchange, Link, Transfer, Wire
+from .link import Call, Exchange, Link, Transfer
 from .streams import Streams
 
 STREAMED = ("auto", "host")  # the transports that use streams for tensors in main memory
