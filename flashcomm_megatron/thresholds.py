@@ -26,6 +26,7 @@ NEVER = 2**62  # bytes: no size measured was worth it
 # connections of our own and over the process group: link_lab.py, there. GPUs: not measured by us; the smallest size at
 # which published kernels of this kind win on fp16 (AMD QuickReduce's table, 1 to 16 MiB by number of ranks).
 DEFAULTS = {"shared memory": 1024, "connections": 1024, "cpu": 256 * 1024, "cuda": 1024 * 1024}
+GATHERED = 32 * 1024  # at least, of a rank's share in an all_gather: torch.distributed's own is quick while it is small
 
 
 class Case(NamedTuple):
@@ -43,6 +44,8 @@ def least(case: Case, world: int, wire: Wire, config: Config) -> int:
         return config.min_bytes
     tables = read(config.thresholds) if config.thresholds else {}
     default = DEFAULTS.get(wire.kind, DEFAULTS["cuda"])  # unknown devices are GPUs
+    if case.collective == "all_gather":
+        default = max(default, GATHERED)
     return tables.get(place(world, wire), {}).get(case, default)
 
 

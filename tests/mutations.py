@@ -139,6 +139,13 @@ MUTATIONS = (
         "tests/test_streams.py -k killed",
     ),
     Mutation(
+        "9 nothing hangs: strangers do not take a rank's place",
+        f"{PACKAGE}/transport/sockets.py",
+        "if hmac.compare_digest(shown, password) and rank",
+        "if rank",
+        "tests/test_streams.py -k strangers",
+    ),
+    Mutation(
         "9 nothing hangs: bytes before the counter that shows them, for all threads to see",
         "csrc/ring.cpp",
         "out_->written.value.store(written + moved);",

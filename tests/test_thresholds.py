@@ -34,6 +34,8 @@ def reason(numel: int, wire: Wire | None, **options: object) -> str | None:
 def test_over_streams_compression_starts_earlier_than_over_the_process_group(wire: Wire | None) -> None:
     assert reason(512, wire) is None
     assert reason(511, wire) == "below 1024 bytes"
+    gathered = policy.plan("all_gather", torch.empty(8191), 2, Config(bits=4), wire=wire)
+    assert gathered.reason == "below 32768 bytes"
     assert reason(1024, None, transport="group") == reason(1024, Wire("cpu", (0, 1))) == "below 262144 bytes"
     assert reason(131072, Wire("cpu", (0, 1))) is None
 
