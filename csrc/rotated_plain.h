@@ -54,7 +54,7 @@ FC_INLINE bool rotate_unit(const typename T::Word* x, const typename T::Word* lo
     keys = larger(rest, magnitude_key(v[0]));
 #pragma GCC unroll 32
     for (int i = 0; i < kBlock / 4; i++) numbers[i] = v[i];
-    const uint32_t lanes = nonzero(rest), pairs = lanes | lanes >> 1;
+    const uint32_t lanes = nonzero(rest >> 1), pairs = lanes | lanes >> 1;
     return ((pairs | pairs >> 2) & 0x1111) == 0x1111 >> (16 - kLanes);
 }
 

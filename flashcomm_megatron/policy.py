@@ -54,7 +54,7 @@ def plan(
     ``legs`` are the site's own codecs where the recipe is calibrated; elsewhere the configuration's serve. ``wire``:
     how the ranks are joined (links.py); None: as on one machine.
     """
-    return _plan(collective, x.numel(), x.dtype, world, config, legs, wire or _one_machine(x, config))
+    return _plan(collective, x.numel(), x.dtype, world, config, legs, wire or _one_machine(x, world, config))
 
 
 @lru_cache(maxsize=4096)
@@ -113,9 +113,9 @@ def _reason(case: Case, nbytes: int, dtype: torch.dtype, wire: Wire, world: int,
     return f"below {least} bytes" if nbytes < least else None
 
 
-def _one_machine(x: Tensor, config: Config) -> Wire:
+def _one_machine(x: Tensor, world: int, config: Config) -> Wire:
     streamed = x.device.type == "cpu" and config.transport in ("auto", "host")
-    return Wire("shared memory" if streamed else x.device.type)
+    return Wire("shared memory" if streamed else x.device.type, (0,) * world)
 
 
 def _piece(wire: str, legs: Legs) -> int:

@@ -9,6 +9,7 @@ is refused. Ranks compare its digest before they use it. What it has no row for 
 from __future__ import annotations
 
 import json
+import os
 import platform
 from functools import lru_cache
 from pathlib import Path
@@ -84,6 +85,16 @@ def problem(path: str) -> str:
     return ""
 
 
+def unwritable(path: Path) -> str:
+    """Why :func:`write` could not write to ``path``; empty if it could."""
+    if path.exists():
+        try:
+            json.loads(path.read_text())["circumstances"]
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            return f"there is something else already ({error!r})"
+    return "" if os.access(path if path.exists() else path.absolute().parent, os.W_OK) else "it cannot be written"
+
+
 def write(path: Path, where: str, rows: dict[Case, int]) -> None:
     """Put the ``rows`` of one place into the file, beside those of others."""
     tables: dict[str, Any] = {}
@@ -102,7 +113,7 @@ def here() -> dict[str, Any]:
     return {
         "flashcomm_megatron": __version__,
         "torch": torch.__version__,
-        "device": torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU",
+        "device": torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU, {os.cpu_count()} cores",
         "gpus": torch.cuda.device_count() if cuda else 0,
     }
 

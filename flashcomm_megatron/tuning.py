@@ -70,8 +70,12 @@ def main(argv: list[str]) -> int:
         )
     if options.tune is not None and not options.tune.absolute().parent.is_dir():
         parser.exit(2, f"{parser.prog}: error: --tune {options.tune}: there is no such folder.\n")
+    if options.tune is not None and (reason := thresholds.unwritable(options.tune)):
+        parser.exit(2, f"{parser.prog}: error: --tune {options.tune}: {reason}.\n")
     if not dist.is_initialized():
         _join()
+    if dist.get_world_size() == 1:
+        parser.exit(2, f"{parser.prog}: error: one rank sends nothing: torchrun --nproc-per-node 2 or more.\n")
     rows: dict[Case, int] = {}
     for kind, dtype, bits in itertools.product(KINDS, options.dtype, options.bits):
         case = Case(kind, dtype, bits, options.recipe)

@@ -46,7 +46,10 @@ def kinds(numel: int, dtype: torch.dtype) -> list[torch.Tensor]:
         found.append(broken)
     masked = x.clone()
     masked[numel // 8 : numel - numel // 8] = 0  # families of nothing but zeros, and such that end in some
-    return [each.to(dtype) for each in (*found, masked)]
+    signed = x.clone()
+    signed[:256] = 0  # blocks of zeros, one of which is negative, among others
+    signed[0] = signed[64 + 5 : 64 + 6] = -0.0
+    return [each.to(dtype) for each in (*found, signed, masked)]
 
 
 def same(found: torch.Tensor, expected: torch.Tensor) -> bool:

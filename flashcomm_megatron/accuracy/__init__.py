@@ -47,7 +47,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--bits", type=_numbers, default=[8, 6, 5, 4, 3, 2], help="widths, default 8,6,5,4,3,2")
     parser.add_argument("--recipe", default="all", help=f"all, or some of {', '.join(RECIPES)}")
     parser.add_argument("--block", type=_numbers, default=[None], help="block sizes, default the recipe's own")
-    parser.add_argument("--algorithm", choices=ALGORITHMS, default="auto", help="as --flash-comm-algorithm")
+    parser.add_argument(
+        "--algorithm",
+        choices=[each for each in ALGORITHMS if each != "hierarchical"],
+        default="auto",
+        help="as --flash-comm-algorithm",
+    )
     parser.add_argument("--sequences", type=int, default=46, help="windows of text, default 46")
     parser.add_argument("--length", type=int, default=192, help="tokens of a window, default 192")
     parser.add_argument("--prompts", type=int, default=8, help="windows whose beginning is continued, default 8")

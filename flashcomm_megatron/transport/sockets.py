@@ -110,8 +110,7 @@ def _answer(
     while len(answered) < len(callers):
         listener.settimeout(_until(deadline))
         connection, _ = listener.accept()
-        connection.settimeout(GREETING_SECONDS)
-        shown, rank = _greeting(connection)
+        shown, rank = _greeting(connection, min(time.monotonic() + GREETING_SECONDS, deadline))
         if hmac.compare_digest(shown, password) and rank in callers and rank not in answered:
             answered[rank] = _ready(connection)
         else:
@@ -119,10 +118,14 @@ def _answer(
     return answered
 
 
-def _greeting(connection: socket.socket) -> tuple[bytes, int]:
+def _greeting(connection: socket.socket, deadline: float) -> tuple[bytes, int]:
     received = b""
     with suppress(OSError):
-        while len(received) < GREETING.size and (more := connection.recv(GREETING.size - len(received))):
+        while len(received) < GREETING.size and time.monotonic() < deadline:
+            connection.settimeout(_until(deadline))
+            more = connection.recv(GREETING.size - len(received))
+            if not more:
+                break
             received += more
     shown, rank = GREETING.unpack(received.ljust(GREETING.size, b"\0"))
     return shown, rank

@@ -80,7 +80,9 @@ class Streams:
             self._segments, self.reason = segment.share(size, group, near)
         if len(set(nodes)) > 1 and not self.reason:
             self._connections, self.reason = sockets.connect(group, sorted({*range(len(nodes))} - {*near}))
-        if not self.reason:
+        if self.reason:
+            self._close()
+        else:
             self.native = self._connect(module, group.rank())
 
     def exchange(
@@ -107,11 +109,15 @@ class Streams:
         return module.Streams(me, ends, capacity(len(self.ranks)))
 
     def __del__(self) -> None:
+        self._close()
+
+    def _close(self) -> None:
         self.native = None
         for segment_ in self._segments.values():
             segment_.close()
         for connection in self._connections.values():
             connection.close()
+        self._segments, self._connections = {}, {}
 
 
 def capacity(world: int) -> int:
