@@ -27,10 +27,10 @@ def test_a_measured_link(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     path.write_text(json.dumps(LAB))
     lab = measured.lab(path)
     message = Message("all_reduce", 128 * 4096, 2, 64)
-    expected = predict(lab.link, lab.compute_seconds, [message], Codec(Config(bits=4), lab.speed, "cpu"))
-    plain = Codec(Config(bits=4, recipe="flash-v1", algorithm="one-step"), lab.speed, "cpu")
+    expected = predict(lab.link, lab.compute_seconds, [message], Codec(Config(bits=4), lab.speed, "connections"))
+    plain = Codec(Config(bits=4, recipe="flash-v1", algorithm="one-step"), lab.speed, "connections")
     wire, coding = 128 * 4096 * 4.25 / 8 / 1e9, MIB / 10e9 + 2 * MIB / 20e9
-    by_hand = 1e-3 + wire + coding / 4  # in four pieces, of which one is not hidden behind the wire
+    by_hand = 1e-3 + wire + coding / 2  # in two pieces, of which one is not hidden behind the wire
     assert seconds(lab.link, message, plain) == pytest.approx(by_hand)
     given = ["--link-rate", "8Gbit", "--latency", "1e-3", "--compute-seconds", "0.5", "--codec-speed", "10,20"]
     shape = ["--tp", "2", "--model", "llama-2-7b", "--batch", "1", "--seq", "128", "--bits", "4", "--json"]
