@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from flashcomm_megatron.accuracy.llama import Llama, windows
-from flashcomm_megatron.calibration import GAMMA
+from flashcomm_megatron.accuracy.ranks import Recorder
 from flashcomm_megatron.codec.outlier import LARGEST, from_ranges
 
 
@@ -31,19 +31,6 @@ class Errors(NamedTuple):
     def add(self, error: Tensor) -> Errors:
         """With the errors of further sums."""
         return Errors(max(self.worst, error.abs().max().item()), self.squares + error.double().square().sum().item())
-
-
-class Calibration:
-    """Exact sums; moving averages [2, tp, features] of every site's minima and maxima."""
-
-    def __init__(self) -> None:
-        self.ranges: dict[str, Tensor] = {}
-
-    def __call__(self, site: str, parts: list[Tensor]) -> Tensor:
-        rows = torch.stack(parts).flatten(1, -2)
-        batch = torch.stack([rows.amin(1), rows.amax(1)])
-        self.ranges[site] = self.ranges[site].lerp(batch, GAMMA) if site in self.ranges else batch
-        return rows.sum(0).view_as(parts[0])
 
 
 class Comparison:
@@ -69,7 +56,7 @@ class Comparison:
 def measure(model: Llama, tokens: Tensor, tp: int) -> dict[str, tuple[Errors, Errors]]:
     """Errors of static INT4 and of outlier by site; ``tokens`` [windows, length]."""
     first, second = tokens.chunk(2)
-    calibration = Calibration()
+    calibration = Recorder()
     for window in first.split(1):
         model(window, tp, calibration)
     comparison = Comparison(calibration.ranges, tp)

@@ -8,8 +8,8 @@
 //
 // Nearly all blocks are plain: neither constant nor strange nor huge. Others are noticed by their coefficients, as in
 // rotated_plain.h, and are then looked at closer by their whole warp. With a memory of what roundings lost (kCarries)
-// that is added to the values, and afterwards replaced by what the payload lost of the sum. Width and block are runtime values: the planes
-// are a few uniform branches beside the butterflies, and one kernel serves all legs.
+// that is added to the values, and afterwards replaced by what the payload lost of the sum. Width and block are runtime
+// values: the planes are a few uniform branches beside the butterflies, and one kernel serves all legs.
 #pragma once
 
 #include "rotated_codes.h"

@@ -76,12 +76,7 @@ def reduce_scatter(x: Tensor, out: Tensor, link: Link, plan: Plan, residuals: Re
 
 def all_gather(x: Tensor, out: Tensor, link: Link, plan: Plan) -> Steps:
     """Every rank's ``x`` in rank order, in ``out``."""
-    flat, slices = x.view(-1), out.view(-1).chunk(link.world)
-    yield from pieces.together(
-        gather_leg(flat[first:last], None, [each[first:last] for each in slices], link, plan.gather)
-        for first, last in pieces.cuts(flat.numel(), plan.piece)
-    )
-    return out
+    return gather_in_pieces(_all_gather, x, out, link, plan)
 
 
 def in_pieces(algorithm: Callable[..., Going], x: Tensor, link: Link, plan: Plan, residuals: Residuals | None) -> Steps:
@@ -94,6 +89,16 @@ def in_pieces(algorithm: Callable[..., Going], x: Tensor, link: Link, plan: Plan
     return x
 
 
+def gather_in_pieces(algorithm: Callable[..., Going], x: Tensor, out: Tensor, link: Link, plan: Plan) -> Steps:
+    """Run ``algorithm``, an all-gather of a 1-D tensor into one for each rank, on every piece of ``x``."""
+    flat, slices = x.view(-1), out.view(-1).chunk(link.world)
+    yield from pieces.together(
+        algorithm(flat[first:last], [each[first:last] for each in slices], link, plan)
+        for first, last in pieces.cuts(flat.numel(), plan.piece)
+    )
+    return out
+
+
 def flat(world: int) -> Callable[..., Going]:
     """The all-reduce in place of a whole 1-D tensor that suits ``world`` ranks."""
     return _one_step if world <= ONE_STEP_WORLD else _two_step
@@ -104,6 +109,10 @@ def _one_step(flat: Tensor, link: Link, plan: Plan, residuals: Residuals | None)
     encode(plan.reduce, flat, residual_of(residuals, "reduce", flat), inbox[link.rank])
     yield link.exchange([inbox[link.rank]] * link.world, inbox)
     plan.reduce.decode_sum(inbox, flat)
+
+
+def _all_gather(mine: Tensor, slices: list[Tensor], link: Link, plan: Plan) -> Going:
+    return gather_leg(mine, None, slices, link, plan.gather)
 
 
 def _two_step(flat: Tensor, link: Link, plan: Plan, residuals: Residuals | None) -> Going:

@@ -58,7 +58,7 @@ def all_reduce(
     x = x.contiguous()
     if not wants("all_reduce", x, group, config, legs):
         return calls.exact(x, dist.all_reduce(x, group=group, async_op=async_op), async_op)
-    plan = policy.plan("all_reduce", x, group.size(), config, legs, links.wire(group, x.device, config))
+    plan = _plan("all_reduce", x, group, config, legs)
     algorithm, sent = ALL_REDUCE[plan.algorithm]
     sampling.sample("all_reduce", x, plan.reduce)
     sent_bytes = sent(x.numel(), group.rank(), group.size(), plan)
@@ -87,7 +87,7 @@ def reduce_scatter(
     out = _output(out, x, x.size(0) // world)
     if not wants("reduce_scatter", x, group, config, legs):
         return calls.exact(out, dist.reduce_scatter_tensor(out, x, group=group, async_op=async_op), async_op)
-    plan = policy.plan("reduce_scatter", x, world, config, legs, links.wire(group, x.device, config))
+    plan = _plan("reduce_scatter", x, group, config, legs)
     algorithm, sent = REDUCE_SCATTER[plan.algorithm]
     sampling.sample("reduce_scatter", x, plan.reduce)
     steps = _fused("reduce_scatter", x, out, group, plan, config, residuals)
@@ -117,7 +117,7 @@ def all_gather(
     out = _output(out, x, world * x.size(0))
     if not wants("all_gather", x, group, config, legs):
         return calls.exact(out, dist.all_gather_into_tensor(out, x, group=group, async_op=async_op), async_op)
-    plan = policy.plan("all_gather", x, world, config, legs, links.wire(group, x.device, config))
+    plan = _plan("all_gather", x, group, config, legs)
     algorithm, sent = ALL_GATHER[plan.algorithm]
     sampling.sample("all_gather", x, plan.gather)
     steps = _fused("all_gather", x, out, group, plan, config)
@@ -131,7 +131,7 @@ def wants(collective: str, x: Tensor, group: dist.ProcessGroup, config: Config, 
     The first use of a group compares the ranks' configurations, deferred or not (agreement.py).
     """
     agreement.check(group, config)
-    plan = policy.plan(collective, x, group.size(), config, legs, links.wire(group, x.device, config))
+    plan = _plan(collective, x, group, config, legs)
     if plan.reason is None:
         return True
     announce.deferred(plan.reason, plan.exact_bytes, config)
@@ -144,8 +144,7 @@ def prepare(group: dist.ProcessGroup | None = None, config: Config | None = None
     On every rank. RuntimeError if the ranks hold different configurations, or during a capture.
     """
     group, config = calls.resolve(group, config)
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("flash-comm: prepare() exchanges messages: call it before the capture, on every rank.")
+    workspace.refuse_capture()
     agreement.check(group, config)
     topology.nodes(group)
     if torch.cuda.is_available() and workspace.CHAINS[config.transport]:
@@ -156,6 +155,10 @@ traced.eager.update(all_reduce=all_reduce, reduce_scatter=reduce_scatter, all_ga
 
 
 # ---- pieces ---------------------------------------------------------------------------------------------------
+
+
+def _plan(collective: str, x: Tensor, group: dist.ProcessGroup, config: Config, legs: Legs | None) -> policy.Plan:
+    return policy.plan(collective, x, group.size(), config, legs, links.wire(group, x.device, config))
 
 
 def _fused(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -59,9 +60,15 @@ class Layout(NamedTuple):
         return [self.span(numbers[0], numbers[-1]) for numbers in held]
 
 
+@lru_cache
+def members_of(nodes: tuple[int, ...]) -> list[list[int]]:
+    """The ranks of every machine, in order. ``nodes``: the machine of every rank."""
+    return [[rank for rank, node in enumerate(nodes) if node == each] for each in sorted(set(nodes))]
+
+
 def layout(numel: int, plan: Plan) -> Layout:
     """The layout of ``numel`` values over ``plan.nodes``."""
-    members = [[r for r, node in enumerate(plan.nodes) if node == each] for each in sorted(set(plan.nodes))]
+    members = members_of(plan.nodes)
     unit = math.lcm(plan.reduce.block, plan.gather.block)
     length = math.ceil(math.ceil(numel / max(map(len, members))) / unit) * unit
     return Layout(members, length, numel)

@@ -19,16 +19,16 @@ from torch import Tensor
 from . import algorithms, pieces
 from .algorithms import Going, Residuals, Steps
 from .codec import Raw
-from .hierarchical import among
+from .hierarchical import among, members_of
 from .policy import Plan
 from .transport.link import Link, Transfer
 
 
 class Machines(NamedTuple):
-    """Which ranks are on which machine. ``members``: the ranks of each, in order."""
+    """Which ranks are on which machine."""
 
-    members: list[list[int]]
-    nodes: tuple[int, ...]
+    members: list[list[int]]  # of each machine, in order
+    nodes: tuple[int, ...]  # the machine of each rank, counted from 0: transport/topology.py
 
     def carrier(self, node: int, rank: int) -> int:
         """Who on machine ``node`` deals with ``rank``: on its own machine the rank itself."""
@@ -42,8 +42,7 @@ class Machines(NamedTuple):
 
 def machines(plan: Plan) -> Machines:
     """The machines of the ranks of ``plan``."""
-    members = [[rank for rank, node in enumerate(plan.nodes) if node == each] for each in sorted(set(plan.nodes))]
-    return Machines(members, tuple(sorted(set(plan.nodes)).index(node) for node in plan.nodes))
+    return Machines(members_of(plan.nodes), plan.nodes)
 
 
 def reduce_scatter(x: Tensor, out: Tensor, link: Link, plan: Plan, residuals: Residuals | None = None) -> Steps:
@@ -83,12 +82,7 @@ def _reduce_scatter(slices: list[Tensor], mine: Tensor, link: Link, plan: Plan, 
 
 def all_gather(x: Tensor, out: Tensor, link: Link, plan: Plan) -> Steps:
     """Every rank's ``x`` in rank order, in ``out``."""
-    flat, slices = x.view(-1), out.view(-1).chunk(link.world)
-    yield from pieces.together(
-        _all_gather(flat[first:last], [each[first:last] for each in slices], link, plan)
-        for first, last in pieces.cuts(flat.numel(), plan.piece)
-    )
-    return out
+    return algorithms.gather_in_pieces(_all_gather, x, out, link, plan)
 
 
 def _all_gather(mine: Tensor, slices: list[Tensor], link: Link, plan: Plan) -> Going:

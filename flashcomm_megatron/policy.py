@@ -20,7 +20,7 @@ from .codec import Codec, Raw
 from .config import Config
 from .recipes import RECIPES, Legs
 from .thresholds import Case
-from .wire import Wire
+from .wire import STREAMED, Wire
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -114,7 +114,7 @@ def _reason(case: Case, nbytes: int, dtype: torch.dtype, wire: Wire, world: int,
 
 
 def _one_machine(x: Tensor, world: int, config: Config) -> Wire:
-    streamed = x.device.type == "cpu" and config.transport in ("auto", "host")
+    streamed = x.device.type == "cpu" and config.transport in STREAMED
     return Wire("shared memory" if streamed else x.device.type, (0,) * world)
 
 

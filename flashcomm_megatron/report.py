@@ -114,7 +114,7 @@ def _least() -> str:
     if config and config.min_bytes is not None:
         return str(config.min_bytes)
     defaults = ", ".join(f"{wire} {nbytes}" for wire, nbytes in thresholds.DEFAULTS.items())
-    defaults += f"; all_gather at least {thresholds.GATHERED} from each rank"
+    defaults += "".join(f"; {name} at least {nbytes} from each rank" for name, nbytes in thresholds.AT_LEAST.items())
     if not config or not config.thresholds:
         return defaults
     if reason := thresholds.problem(config.thresholds):

@@ -27,7 +27,7 @@ NEVER = 2**62  # bytes: no size measured was worth it
 # connections of our own and over the process group: link_lab.py, there. GPUs: not measured by us; the smallest size at
 # which published kernels of this kind win on fp16 (AMD QuickReduce's table, 1 to 16 MiB by number of ranks).
 DEFAULTS = {"shared memory": 1024, "connections": 1024, "cpu": 256 * 1024, "cuda": 1024 * 1024}
-GATHERED = 32 * 1024  # at least, of a rank's share in an all_gather: torch.distributed's own is quick while it is small
+AT_LEAST = {"all_gather": 32 * 1024}  # of a rank's share: torch.distributed's own is quick while it is small
 
 
 class Case(NamedTuple):
@@ -45,9 +45,7 @@ def least(case: Case, world: int, wire: Wire, config: Config) -> int:
         return config.min_bytes
     tables = read(config.thresholds) if config.thresholds else {}
     default = DEFAULTS.get(wire.kind, DEFAULTS["cuda"])  # unknown devices are GPUs
-    if case.collective == "all_gather":
-        default = max(default, GATHERED)
-    return tables.get(place(world, wire), {}).get(case, default)
+    return tables.get(place(world, wire), {}).get(case, max(default, AT_LEAST.get(case.collective, 0)))
 
 
 def place(world: int, wire: Wire) -> str:
@@ -87,6 +85,8 @@ def problem(path: str) -> str:
 
 def unwritable(path: Path) -> str:
     """Why :func:`write` could not write to ``path``; empty if it could."""
+    if not path.absolute().parent.is_dir():
+        return "there is no such folder"
     if path.exists():
         try:
             json.loads(path.read_text())["circumstances"]

@@ -58,24 +58,22 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--dtype", nargs="+", choices=["bfloat16", "float16", "float32"], default=["bfloat16"])
     options = parser.parse_args(argv)
+
+    def refuse(reason: str) -> None:
+        parser.exit(2, f"{parser.prog}: error: {reason}.\n")
+
     if "RANK" not in os.environ:
-        parser.exit(
-            2, f"{parser.prog}: error: needs its ranks: torchrun --nproc-per-node N -m flashcomm_megatron bench.\n"
-        )
-    unknown = [bits for bits in options.bits if bits not in RECIPES[options.recipe].widths]
+        refuse("needs its ranks: torchrun --nproc-per-node N -m flashcomm_megatron bench")
+    widths = RECIPES[options.recipe].widths
+    unknown = [bits for bits in options.bits if bits not in widths]
     if unknown:
-        parser.exit(
-            2,
-            f"{parser.prog}: error: --bits {unknown}: recipe {options.recipe} has {RECIPES[options.recipe].widths}.\n",
-        )
-    if options.tune is not None and not options.tune.absolute().parent.is_dir():
-        parser.exit(2, f"{parser.prog}: error: --tune {options.tune}: there is no such folder.\n")
+        refuse(f"--bits {unknown}: recipe {options.recipe} has {widths}")
     if options.tune is not None and (reason := thresholds.unwritable(options.tune)):
-        parser.exit(2, f"{parser.prog}: error: --tune {options.tune}: {reason}.\n")
+        refuse(f"--tune {options.tune}: {reason}")
     if not dist.is_initialized():
         _join()
     if dist.get_world_size() == 1:
-        parser.exit(2, f"{parser.prog}: error: one rank sends nothing: torchrun --nproc-per-node 2 or more.\n")
+        refuse("one rank sends nothing: torchrun --nproc-per-node 2 or more")
     rows: dict[Case, int] = {}
     for kind, dtype, bits in itertools.product(KINDS, options.dtype, options.bits):
         case = Case(kind, dtype, bits, options.recipe)

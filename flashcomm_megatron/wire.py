@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+STREAMED = ("auto", "host")  # the transports that use streams of our own for tensors in main memory
+
 
 class Wire(NamedTuple):
     """What joins them, and where they are."""

@@ -17,13 +17,12 @@ from torch import Tensor
 
 from .. import announce, counters
 from ..config import Config
-from ..wire import Wire
+from ..wire import STREAMED, Wire
 from . import group as over_group
 from . import topology
 from .link import Call, Exchange, Link, Transfer
 from .streams import Streams
 
-STREAMED = ("auto", "host")  # the transports that use streams for tensors in main memory
 DEFAULT_SECONDS = 1800.0  # torch.distributed's own
 
 _streams: WeakKeyDictionary[dist.ProcessGroup, Streams] = WeakKeyDictionary()

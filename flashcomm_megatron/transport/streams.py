@@ -35,8 +35,10 @@ REASONS = {
     "order, with the same configuration.",
     6: "rank {peer} has closed its connection: its process has ended or it has given up. Look for its own error.",
 }
-LENGTHS = "rank {peer} is in the same call but sends another length than the {awaited} bytes awaited from it: what one "
-LENGTHS += "rank sends and the other awaits (the splits of an all-to-all) must agree."
+LENGTHS = (
+    "rank {peer} is in the same call but sends another length than the {awaited} bytes awaited from it: what one "
+    "rank sends and the other awaits (the splits of an all-to-all) must agree."
+)
 
 
 class Exchange(NamedTuple):
@@ -113,8 +115,8 @@ class Streams:
 
     def _close(self) -> None:
         self.native = None
-        for segment_ in self._segments.values():
-            segment_.close()
+        for memory in self._segments.values():
+            memory.close()
         for connection in self._connections.values():
             connection.close()
         self._segments, self._connections = {}, {}

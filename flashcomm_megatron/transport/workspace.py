@@ -156,13 +156,18 @@ def _has_kernel(reduce: Native | None, gather: Native | None, dtype: torch.dtype
 
 def prepare(group: dist.ProcessGroup, transport: str) -> Workspace | None:
     """Make the group's workspace now, before a capture, and let it belong to the current stream. On every rank."""
-    if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("flash-comm: prepare() exchanges messages: call it before the capture, on every rank.")
+    refuse_capture()
     nodes(group)
     made = _of(group, torch.cuda.current_device(), transport)
     if made is not None:
         made.adopt_stream()
     return made
+
+
+def refuse_capture() -> None:
+    """RuntimeError while the current stream is being captured."""
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("flash-comm: prepare() exchanges messages: call it before the capture, on every rank.")
 
 
 def rebuild(group: dist.ProcessGroup, transport: str) -> Workspace | None:
