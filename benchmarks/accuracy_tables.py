@@ -14,6 +14,7 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[1] / "docs" / "accuracy.md"
 Row = dict[str, Any]
+SPEEDS = ("encode GB/s", "decode GB/s")
 
 
 def main() -> None:
@@ -22,6 +23,7 @@ def main() -> None:
         "recipes": recipes,
         "feedback": feedback,
         "blocks": blocks,
+        "speed": speed,
         "context": context,
         "drift": drift,
     }
@@ -83,24 +85,20 @@ def feedback(rows: list[Row]) -> list[list[str]]:
 
 
 def blocks(rows: list[Row]) -> list[list[str]]:
-    head = [
-        "recipe",
-        "block",
-        "wire TP2",
-        "TP2",
-        "wire TP8",
-        "TP8",
-        "attention dB",
-        "MLP dB",
-        "encode GB/s",
-        "decode GB/s",
-    ]
-    table = [head]
-    for one, other in pairs(rows, "recipe", "block"):
+    table = [["model", "recipe", "block", "wire TP2", "TP2", "wire TP8", "TP8", "attention dB", "MLP dB"]]
+    for one, other in pairs(rows, "model", "recipe", "block"):
         wire = [f"{each['wire_bits']:.2f}" for each in (one, other)]
         decibels = [f"{one[f'decibels {kind}']:.1f}" for kind in ("self_attn.o_proj", "mlp.down_proj")]
-        speeds = [f"{one[f'{what} GB/s']:.2f}" for what in ("encode", "decode")]
-        table.append([one["recipe"], str(one["block"]), wire[0], rise(one), wire[1], rise(other), *decibels, *speeds])
+        named = [one["model"], one["recipe"], str(one["block"])]
+        table.append([*named, wire[0], rise(one), wire[1], rise(other), *decibels])
+    return table
+
+
+def speed(rows: list[Row]) -> list[list[str]]:
+    named = [f"{recipe}, {what}" for recipe in dict.fromkeys(row["recipe"] for row in rows) for what in SPEEDS]
+    table = [["block", *named]]
+    for block in dict.fromkeys(row["block"] for row in rows):
+        table.append([str(block), *(f"{r[what]:.2f}" for r in rows if r["block"] == block for what in SPEEDS)])
     return table
 
 

@@ -1,14 +1,15 @@
 """What recipes, block sizes, feedback and context cost in accuracy, on a real checkpoint.
 
-run as:  python benchmarks/bench_accuracy.py recipes | blocks | feedback | context   [--model DIR] [--text FILE]
+run as:  python benchmarks/bench_accuracy.py recipes | blocks | speed | feedback | context   [--model DIR] [--text FILE]
 
-- recipes: every recipe and width, TP2 and TP8 (python -m flashcomm_megatron accuracy scores one's own model); with
-  --recipe NAME ... only these, other rows stay
-- blocks: 4 bits in blocks of 16 to 1024: perplexity, signal to noise by kind of layer, bytes and codec speed
+- recipes: every recipe and width, TP2 and TP8 (python -m flashcomm_megatron accuracy scores one's own model)
+- blocks: 4 bits in blocks of 16 to 1024: perplexity, signal to noise by kind of layer, bytes; rows of other models stay
+- speed: of the codecs of those blocks, on one core of a quiet machine
 - feedback: recipe auto with and without residual feedback, and the loss of each site compressed alone
 - context: perplexity by position and agreement along a long generation, up to the model's context
 
-Writes CSV, JSON and a plot to benchmarks/results.
+With --recipe NAME ... recipes and blocks score only these, other rows stay. Writes CSV, JSON and a plot to
+benchmarks/results.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,18 +37,19 @@ from flashcomm_megatron.recipes import RECIPES
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 BLOCKS = (16, 32, 64, 128, 256, 512, 1024)
+BLOCK_RECIPES = ("flash-v1", "auto")
 KINDS = ("self_attn.o_proj", "mlp.down_proj")
 
 
 def main() -> None:
     options = parse()
     torch.set_num_threads(options.threads)
-    {"recipes": recipes, "blocks": blocks, "feedback": feedback, "context": context}[options.part](options)
+    PARTS[options.part](options)
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["recipes", "blocks", "feedback", "context"])
+    parser.add_argument("part", choices=list(PARTS))
     parser.add_argument("--model", default=str(DATA / "stories3M"))
     parser.add_argument("--text", default=str(DATA / "tinystories.txt"))
     parser.add_argument("--sequences", type=int, default=46)
@@ -72,10 +75,16 @@ def flat(score: Score, **more: Any) -> dict[str, Any]:
     return row | more
 
 
+def saved(part: str) -> list[dict[str, Any]]:
+    """The rows of an earlier run."""
+    path = record.RESULTS / f"accuracy_{part}.json"
+    rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
+    return rows
+
+
 def recipes(options: argparse.Namespace) -> None:
-    lab, path = bench(options, generated=32), record.RESULTS / "accuracy_recipes.json"
-    kept = json.loads(path.read_text())["rows"] if options.recipe else []
-    rows = {(row["recipe"], row["bits"], row["tp"]): row for row in kept}
+    lab = bench(options, generated=32)
+    rows = {(row["recipe"], row["bits"], row["tp"]): row for row in (saved("recipes") if options.recipe else [])}
     for config, world in sweep.combinations(options.recipe or RECIPES, options.bits, options.tp, [None], "auto"):
         score = lab.score(config, world, with_sites=False)
         show(score)
@@ -85,16 +94,25 @@ def recipes(options: argparse.Namespace) -> None:
 
 
 def blocks(options: argparse.Namespace) -> None:
-    lab, rows = bench(options), []
-    for recipe in ("flash-v1", "auto"):
-        for block in BLOCKS:
-            config = Config(bits=4, recipe=recipe, block=block, min_bytes=0)
-            for world in options.tp:
-                score = lab.score(config, world, with_sites=False)
-                show(score, f"block {block}")
-                rows.append(flat(score, **speed(config)))
-    record.save("accuracy_blocks", rows)
-    draw_blocks(rows)
+    name = Path(options.model).name
+    rows = {(row["model"], row["recipe"], row["block"], row["tp"]): row for row in saved("blocks")}
+    lab = bench(options)
+    for recipe, block, world in product(options.recipe or BLOCK_RECIPES, BLOCKS, options.tp):
+        score = lab.score(Config(bits=4, recipe=recipe, block=block, min_bytes=0), world, with_sites=False)
+        show(score, f"block {block}")
+        rows[name, recipe, block, world] = flat(score, model=name)
+    record.save("accuracy_blocks", list(rows.values()))
+    draw_blocks(rows.values())
+
+
+def speed(options: argparse.Namespace) -> None:
+    rows = [
+        {"recipe": recipe, "block": block, **gigabytes(Config(bits=4, recipe=recipe, block=block))}
+        for recipe, block in product(BLOCK_RECIPES, BLOCKS)
+    ]
+    record.save("accuracy_speed", rows)
+    for row in rows:
+        print(row)
 
 
 def feedback(options: argparse.Namespace) -> None:
@@ -130,7 +148,7 @@ def context(options: argparse.Namespace) -> None:
     record.save("accuracy_context", rows)
 
 
-def speed(config: Config, numel: int = 1 << 20) -> dict[str, float]:
+def gigabytes(config: Config, numel: int = 1 << 20) -> dict[str, float]:
     """GB/s of a bfloat16 tensor through encode and decode of the reduce leg, best of several, on one core."""
     codec, x = config.legs.reduce, torch.randn(numel).bfloat16()
     payload, out = codec.encode(x), torch.empty_like(x)
@@ -150,33 +168,42 @@ def best(call: Callable[[], Any], repeats: int = 7) -> float:
     return min(times)
 
 
-def draw_blocks(rows: Iterable[dict[str, Any]]) -> None:
+def draw_blocks(rows: Collection[dict[str, Any]]) -> None:
+    """A row of panels for each model."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5))
-    curves: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    for row in rows:
-        curves.setdefault((row["recipe"], row["tp"]), []).append(row)
-    for (recipe, world), points in curves.items():
-        label = f"{recipe}, TP{world}"
-        left.plot([each["block"] for each in points], [each["rise"] for each in points], "o-", label=label)
-        right.plot([each["wire_bits"] for each in points], [each["rise"] for each in points], "o-", label=label)
-    left.set(xscale="log", xlabel="values in a block", ylabel="relative rise of perplexity", title="4 bits")
-    left.set_xticks(BLOCKS, [str(each) for each in BLOCKS])
-    right.set(xlabel="bits per value on the wire", title="the same, by what it costs")
-    for axis in (left, right):
-        axis.set(yscale="log")
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize="small")
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    figure, panels = plt.subplots(len(models), 2, figsize=(11, 4.2 * len(models)), squeeze=False)
+    for model, (left, right) in zip(models, panels, strict=True):
+        curves: dict[tuple[str, int], list[dict[str, Any]]] = {}
+        for row in rows:
+            if row["model"] == model:
+                curves.setdefault((row["recipe"], row["tp"]), []).append(row)
+        for (recipe, world), points in curves.items():
+            label = f"{recipe}, TP{world}"
+            left.plot([each["block"] for each in points], [each["rise"] for each in points], "o-", label=label)
+            right.plot([each["wire_bits"] for each in points], [each["rise"] for each in points], "o-", label=label)
+        left.set(
+            xscale="log", xlabel="values in a block", ylabel="relative rise of perplexity", title=f"{model}, 4 bits"
+        )
+        left.set_xticks(BLOCKS, [str(each) for each in BLOCKS])
+        right.set(xlabel="bits per value on the wire", title="the same, by what it costs")
+        for axis in (left, right):
+            axis.set(yscale="log")
+            axis.grid(alpha=0.3)
+            axis.legend(fontsize="small")
     figure.tight_layout()
     figure.savefig(record.RESULTS / "accuracy_blocks.png", dpi=120)
 
 
 def show(score: Score, what: str = "") -> None:
     print(f"{score.recipe} {score.bits} TP{score.tp} {what}: {score.wire_bits:.3f} bits, {score.rise:.3%}", flush=True)
+
+
+PARTS = {"recipes": recipes, "blocks": blocks, "speed": speed, "feedback": feedback, "context": context}
 
 
 if __name__ == "__main__":
