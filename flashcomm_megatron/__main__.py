@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import runpy
+import signal
 import sys
 from collections.abc import Callable
 
@@ -48,7 +49,17 @@ def main(argv: list[str]) -> int:
     if argv[on_cpu:] in ([], ["-m"]):
         return _refuse(f"{argv[-1]}: nothing after it: give a script's path, or -m and a module, and its arguments.")
     name, *rest = argv[on_cpu:]
-    return COMMANDS[name](rest) if name in COMMANDS and not on_cpu else run(name, rest, on_cpu)
+    return _command(name, rest) if name in COMMANDS and not on_cpu else run(name, rest, on_cpu)
+
+
+def _command(name: str, argv: list[str]) -> int:
+    try:
+        code = COMMANDS[name](argv)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # nobody reads on, as in ``report | head``
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
 
 
 def run(script: str, argv: list[str], on_cpu: bool = False) -> int:

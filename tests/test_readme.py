@@ -7,7 +7,10 @@ placeholders (``DIR``, ``<x>``, ``...``) never look like a path of ours.
 from __future__ import annotations
 
 import argparse
+import os
 import re
+import subprocess
+import sys
 from functools import lru_cache
 from pathlib import Path
 
@@ -124,3 +127,14 @@ def test_public_names_are_exported() -> None:
     assert all(hasattr(fc, public) for public in fc.__all__)
     undocumented = [public for public in PUBLIC if not re.search(rf"``[^`]*\b{public}\b", fc.__doc__ or "")]
     assert not undocumented, f"the package's docstring leaves out {undocumented}"
+
+
+def test_the_example_runs_on_two_ranks(tmp_path: Path) -> None:
+    found = re.search(r"```python\n(.*?)```", README.read_text(), re.S)
+    assert found and "fc.all_reduce" in found[1]
+    script = tmp_path / "example.py"
+    script.write_text(found[1] + "assert x2.shape == x.shape and fc.stats()['quantized'] == 1\n")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    ran = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=180)
+    assert ran.returncode == 0, ran.stderr
