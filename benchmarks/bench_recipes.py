@@ -12,13 +12,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import record
 import torch
 
 import flashcomm_megatron as fc
-from flashcomm_megatron.codec import Codec, Uniform, residual
+from flashcomm_megatron.codec import Codec, Remembering, Uniform
 from flashcomm_megatron.recipes import RECIPES, Legs
 
 VALUES = 2**20
@@ -43,15 +43,20 @@ def main() -> None:
 
 def calls(legs: Legs, x: torch.Tensor, feedback: bool = False) -> list[Callable[[], Any]]:
     """Encoding and decoding ``x`` on either leg; that the result is close is asserted first."""
-    return [call for codec in legs for call in both_ways(codec, x, torch.zeros_like(x) if feedback else None)]
+    return [call for codec in legs for call in both_ways(codec, x, feedback)]
 
 
-def both_ways(codec: Codec, x: torch.Tensor, lost: torch.Tensor | None) -> list[Callable[[], Any]]:
+def both_ways(codec: Codec, x: torch.Tensor, feedback: bool) -> list[Callable[[], Any]]:
     payload, out = codec.encode(x), torch.empty_like(x)
     codec.decode_sum([payload], out)
     assert (out - x).norm() < 0.2 * x.norm()
-    encode = (lambda: codec.encode(x, payload)) if lost is None else lambda: residual.encode(codec, x, lost, payload)
-    return [encode, lambda: codec.decode_sum([payload], out)]
+    return [encoding(cast(Remembering, codec), x, payload) if feedback else lambda: codec.encode(x, payload),
+            lambda: codec.decode_sum([payload], out)]  # fmt: skip
+
+
+def encoding(codec: Remembering, x: torch.Tensor, payload: torch.Tensor) -> Callable[[], Any]:
+    memory = x.new_zeros(codec.memory_numel(x.numel()))
+    return lambda: codec.encode(x, payload, memory)
 
 
 def best(rivals: dict[str, list[Callable[[], Any]]]) -> dict[str, list[float]]:

@@ -5,7 +5,7 @@
 
 namespace flashcomm {
 
-constexpr int kInterface = 5;  // raise it with every change of what Python calls; flashcomm_megatron/extension.py checks
+constexpr int kInterface = 6;  // raise it with every change of what Python calls; flashcomm_megatron/extension.py checks
 
 enum Dtype { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
@@ -17,13 +17,13 @@ struct Spec {
     int64_t block, numel;
 };
 
-// `residual` (x's dtype, or null) is added to x before encoding and becomes what the encoding lost; Rotated only.
-void encode(const void* x, void* residual, int dtype, const Spec&, uint8_t* payload, int threads);
+// `memory` (x's dtype, or null): what the last encoding lost, to be added, and then what this one lost; Rotated only.
+void encode(const void* x, void* memory, int dtype, const Spec&, uint8_t* payload, int threads);
 void decode_sum(const uint8_t* const* payloads, int count, const Spec&, void* out, int dtype, int threads);
 
 // On the current device, in stream order; std::runtime_error names what CUDA reports. Only in builds with nvcc.
 bool has_codec_cuda(int dtype, const Spec&);  // whatever its numel
-void encode_cuda(const void* x, int dtype, const Spec&, uint8_t* payload, void* stream);
+void encode_cuda(const void* x, void* memory, int dtype, const Spec&, uint8_t* payload, void* stream);
 void decode_sum_cuda(const uint8_t* const* payloads, int count, const Spec&, void* out, int dtype, void* stream);
 
 // The instruction sets this machine can run, best first; nullptr behind the last. The best is used unless told.
@@ -33,7 +33,7 @@ bool use_isa(const char* name);  // false: not among them
 
 // What one instruction set offers for one format: the blocks first .. last - 1 of a tensor.
 struct Kernels {
-    void (*encode)(const void* x, void* residual, int dtype, const Spec&, uint8_t* payload, int64_t first,
+    void (*encode)(const void* x, void* memory, int dtype, const Spec&, uint8_t* payload, int64_t first,
                    int64_t last);
     void (*decode_sum)(const uint8_t* const* payloads, int count, const Spec&, void* out, int dtype, int64_t first,
                        int64_t last);

@@ -38,8 +38,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("use_isa", use_isa);
     bind_streams(m);
     m.def("encode", [](Address x, int dtype, int64_t numel, int format, int bits, int64_t block, Address payload,
-                       Address residual, int threads) {
-        encode((const void*)x, (void*)residual, dtype, {format, bits, block, numel}, (uint8_t*)payload, threads);
+                       Address memory, int threads) {
+        encode((const void*)x, (void*)memory, dtype, {format, bits, block, numel}, (uint8_t*)payload, threads);
     }, ReleaseGil());
     m.def("decode_sum", [](const std::vector<Address>& payloads, int64_t numel, int format, int bits, int64_t block,
                            Address out, int dtype, int threads) {
@@ -51,8 +51,8 @@ PYBIND11_MODULE(_C, m) {
         return has_codec_cuda(dtype, {format, bits, block, 1});
     });
     m.def("encode_cuda", [](Address x, int dtype, int64_t numel, int format, int bits, int64_t block, Address payload,
-                            Address stream) {
-        encode_cuda((const void*)x, dtype, {format, bits, block, numel}, (uint8_t*)payload, (void*)stream);
+                            Address memory, Address stream) {
+        encode_cuda((const void*)x, (void*)memory, dtype, {format, bits, block, numel}, (uint8_t*)payload, (void*)stream);
     }, ReleaseGil());
     m.def("decode_sum_cuda", [](const std::vector<Address>& payloads, int64_t numel, int format, int bits,
                                 int64_t block, Address out, int dtype, Address stream) {

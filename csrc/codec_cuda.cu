@@ -33,8 +33,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 template <class Tile, class T>
 __global__ void __launch_bounds__(kThreads, 2)
     direct_encode_kernel(const __grid_constant__ DirectCodec<Tile, T> codec, const typename T::Word* x,
-                         uint8_t* payload) {
-    codec.encode(x, payload);
+                         uint8_t* payload, typename T::Word* memory) {
+    codec.encode(x, payload, memory);
 }
 
 template <class Tile, class T>
@@ -89,10 +89,10 @@ void decode_sum_launch(const Payloads& payloads, int count, const Spec& spec, vo
 }
 
 // launch(codec) for a format that is coded without a stop; false: it is another, or no whole unit fits a tile.
-template <class Launch> bool direct(const Spec& spec, int dtype, Launch launch) {
+template <class Launch> bool direct(const Spec& spec, int dtype, bool carries, Launch launch) {
     const Setting with = {spec.format, spec.bits, (int)spec.block};
     bool found = false;
-    with_direct(spec.format, dtype, [&](auto tile, auto type) {
+    with_direct(spec.format, dtype, carries, [&](auto tile, auto type) {
         using T = typename decltype(type)::type;
         const DirectCodec<typename decltype(tile)::type, T> codec(with, spec.numel, kEnoughTiles);
         found = codec.tile != 0;
@@ -102,9 +102,10 @@ template <class Launch> bool direct(const Spec& spec, int dtype, Launch launch) 
 }
 
 template <class Tile, class T>
-void encode_launch(const DirectCodec<Tile, T>& codec, const void* x, uint8_t* payload, cudaStream_t stream) {
+void encode_launch(const DirectCodec<Tile, T>& codec, const void* x, uint8_t* payload, void* memory,
+                   cudaStream_t stream) {
     direct_encode_kernel<Tile, T><<<tiles_grid(codec.tiles()), kThreads, codec.codec.scratch_bytes(), stream>>>(
-        codec, (const typename T::Word*)x, payload);
+        codec, (const typename T::Word*)x, payload, (typename T::Word*)memory);
 }
 
 template <class Tile, class T>
@@ -117,12 +118,14 @@ void decode_sum_launch(const DirectCodec<Tile, T>& codec, const Payloads& payloa
 }  // namespace
 
 bool has_codec_cuda(int dtype, const Spec& spec) {
-    return spec.format == kUniformFormat || direct(spec, dtype, [](const auto&, auto) {});
+    return spec.format == kUniformFormat || direct(spec, dtype, false, [](const auto&, auto) {});
 }
 
-void encode_cuda(const void* x, int dtype, const Spec& spec, uint8_t* payload, void* stream) {
+void encode_cuda(const void* x, void* memory, int dtype, const Spec& spec, uint8_t* payload, void* stream) {
     if (spec.numel == 0) return;
-    direct(spec, dtype, [&](const auto& codec, auto) { encode_launch(codec, x, payload, (cudaStream_t)stream); });
+    direct(spec, dtype, memory, [&](const auto& codec, auto) {
+        encode_launch(codec, x, payload, memory, (cudaStream_t)stream);
+    });
     if (spec.format == kUniformFormat) with_dtype(dtype, [&](auto type) {
         encode_launch<typename decltype(type)::type>(x, spec, payload, (cudaStream_t)stream);
     });
@@ -134,7 +137,7 @@ void decode_sum_cuda(const uint8_t* const* payloads, int count, const Spec& spec
     if (count > kMaxPayloads) throw std::runtime_error("flash-comm: decode_sum on CUDA takes at most 64 payloads.");
     Payloads all{};
     std::copy_n(payloads, count, all.at);
-    direct(spec, dtype, [&](const auto& codec, auto) {
+    direct(spec, dtype, false, [&](const auto& codec, auto) {
         decode_sum_launch(codec, all, count, out, (cudaStream_t)stream);
     });
     if (spec.format == kUniformFormat) with_dtype(dtype, [&](auto type) {

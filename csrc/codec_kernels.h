@@ -134,13 +134,17 @@ template <class Tile, class T> struct DirectCodec {
 
     FC_INLINE int64_t tiles() const { return (numel + tile - 1) / tile; }
 
-    FC_DEVICE void encode(const Word* x, uint8_t* payload) const {
+    // `memory`, if Tile::kCarries: see rotated.h.
+    FC_DEVICE void encode(const Word* x, uint8_t* payload, Word* memory) const {
         for (int64_t t = block_index(); t < tiles(); t += block_count()) {
             const int64_t first = t * tile, left = numel - first;
             const int count = (int)(left < tile ? left : tile);
             Octet<T> octets[kRows<T>];
             load<T>(x + first, count, octets);
-            codec.template encode_to<false>(octets, count, shared_memory(), payload, codec.part(whole, first / 8));
+            const auto place = codec.part(whole, first / 8);
+            if constexpr (Tile::kCarries)
+                codec.template encode_to<false>(octets, count, shared_memory(), payload, place, memory + first);
+            else codec.template encode_to<false>(octets, count, shared_memory(), payload, place);
         }
         if (block_index() == 0 && thread() == 0) codec.zero_gaps(whole, numel, payload);
     }

@@ -60,10 +60,10 @@ template <class Run> void share(const Spec& spec, int threads, Run run) {
 
 }  // namespace
 
-void encode(const void* x, void* residual, int dtype, const Spec& spec, uint8_t* payload, int threads) {
+void encode(const void* x, void* memory, int dtype, const Spec& spec, uint8_t* payload, int threads) {
     const Kernels& kernels = isas[in_use].kernels[spec.format];
     share(spec, threads, [=](int64_t first, int64_t last) {
-        kernels.encode(x, residual, dtype, spec, payload, first, last);
+        kernels.encode(x, memory, dtype, spec, payload, first, last);
     });
 }
 

@@ -113,7 +113,12 @@ private:
 
     FC_DEVICE const Word* x(int slice) const { return (const Word*)call.x[local] + call.shape.start(slice); }
     FC_DEVICE Word* out(int slice) const { return (Word*)call.out[local] + call.shape.start(slice); }
-    FC_DEVICE Word* lost(Leg leg, int slice) const { return (Word*)call.lost[leg][local] + call.shape.start(slice); }
+    // What was lost so far in a leg of a tile of a slice.
+    template <class Codec> FC_DEVICE Word* lost(const Codec& codec, Leg leg, int slice, int64_t t) const {
+        if constexpr (Codec::kCarries)
+            return (Word*)call.lost[leg][local] + slice * codec.memory(call.shape.slice) + t * call.shape.tile;
+        else return nullptr;
+    }
     FC_DEVICE int64_t tile(int d) const { return first + (int64_t)d * call.shape.blocks; }
 
     // False: a flag did not come.
@@ -144,7 +149,7 @@ private:
                 const int64_t t = tile(d);
                 const int values = call.shape.values(call.shape.size(leg == kGatherLeg ? rank : slice), t);
                 if (values == 0) continue;
-                encode(codec, x(slice) + t * call.shape.tile, values, lost(leg, slice) + t * call.shape.tile);
+                encode(codec, x(slice) + t * call.shape.tile, values, lost(codec, leg, slice, t));
                 if (scatter) push(peer, leg, d, codec.bytes(values));
                 else push_all(leg, d, codec.bytes(values));
             }
@@ -193,7 +198,7 @@ private:
         FC_UNROLL for (int row = 0; row < kRows<T>; row++)
             repeat_last(octets[row], values - 8 * (row * kThreads + lane));
         sync();  // all have decoded: what encoding needs takes the place of payloads
-        encode(gather, octets, values, lost(kGatherLeg, 0) + tile(d) * call.shape.tile);
+        encode(gather, octets, values, lost(gather, kGatherLeg, 0, tile(d)));
         push_all(kGatherLeg, d, gather.bytes(values));
     }
 

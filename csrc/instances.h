@@ -35,13 +35,15 @@ template <class Visit> bool with_bits(int bits, Visit visit) {
     return false;
 }
 
-// visit(codec, number type) for formats whose width is a runtime value; false: not one of them.
-template <class Visit> bool with_direct(int format, int dtype, Visit visit) {
+// visit(codec, number type) for formats whose width is a runtime value; false: not one of them. `carries`: with a memory
+// of what roundings lost.
+template <class Visit> bool with_direct(int format, int dtype, bool carries, Visit visit) {
     bool found = false;
     with_dtype(dtype, [&](auto type) {
         using T = typename decltype(type)::type;
-        if (format == kRotatedFormat) visit(Is<RotatedTile<T>>{}, type), found = true;
-        if (format == kSpikeFormat) visit(Is<SpikeTile<T>>{}, type), found = true;
+        if (format == kRotatedFormat && carries) visit(Is<RotatedTile<T, true>>{}, type), found = true;
+        if (format == kRotatedFormat && !carries) visit(Is<RotatedTile<T>>{}, type), found = true;
+        if (format == kSpikeFormat && !carries) visit(Is<SpikeTile<T>>{}, type), found = true;
     });
     return found;
 }
@@ -63,9 +65,8 @@ bool visit_equal_legs(Is<UniformTile<kBits, T>> codec, Is<T> type, Visit visit) 
     return false;
 }
 
-// visit(codec of the reduce leg, codec of the gather leg, number type); false: there is no such kernel. `carries`: with a
-// memory of what roundings lost. The width is in the type where the time is in the planes, and a runtime value where it
-// is in the arithmetic: three kernels, not 39.
+// visit(codec of the reduce leg, codec of the gather leg, number type); false: there is no such kernel. The width is in
+// the type where the time is in the planes, and a runtime value where it is in the arithmetic: three kernels, not 39.
 template <class Visit>
 bool with_legs(const Setting& reduce, const Setting& gather, int dtype, bool carries, Visit visit) {
     bool found = false;

@@ -21,6 +21,8 @@ constexpr int kNanBlock = 127, kConstant = 126, kLast = 125;  // of the scale by
 constexpr int kKeyShift = 20;                          // a key counts float32 bit patterns in units of 2**20
 constexpr int kNearest = 32;                           // steps of at most this many levels round to nearest, others up
 constexpr uint32_t kLeastKey = (127 - 100) << 3;       // 2**-100
+constexpr int kGroup = 4;                              // blocks whose numbers lie together in a memory
+constexpr uint32_t kLeastKept = 1u << 23;              // bits of 2**-126: a memory holds no smaller numbers
 constexpr float kHugeStep = 0x1p100f;                  // from here on butterflies could overflow: shrink first
 constexpr uint32_t kHugeKey = (127 + 100) << 3;        // its key
 constexpr float kShrink = 0x1p-16f, kGrow = 0x1p16f;
@@ -76,6 +78,21 @@ FC_INLINE uint32_t distance_of(uint32_t top, uint32_t key) {
 FC_INLINE float step_of(uint32_t top, uint32_t scale) {
     const uint32_t distance = scale & 0x7F;
     return float_of(((top - (distance > kLast ? kLast : distance)) << kKeyShift) | (scale & 0x80) << 24);
+}
+
+// Where a memory has coefficient i of a block: of every kGroup blocks the first four coefficients, then the next.
+FC_INLINE int64_t memory_place(int64_t index, int64_t i, int64_t block) {
+    return index / kGroup * kGroup * block + i / 4 * 4 * kGroup + index % kGroup * 4 + i % 4;
+}
+FC_INLINE int64_t memory_numel(int64_t blocks, int64_t block) {
+    return (blocks + kGroup - 1) / kGroup * kGroup * block;
+}
+
+// What a memory of this type keeps of a loss, still to be rounded.
+template <class T> FC_INLINE float kept_number(float loss) {
+    const uint32_t bits = bits_of(loss);
+    if ((bits & 0x7FFFFFFF) < kLeastKept) return float_of(bits & 0x80000000);
+    return loss < -T::kMax ? -T::kMax : loss > T::kMax ? T::kMax : loss;
 }
 
 }  // namespace flashcomm::FLASHCOMM_ISA

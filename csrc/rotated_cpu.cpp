@@ -1,6 +1,6 @@
 // The rotated codec on the CPU: families of any block size and any numbers, a block at a time.
 //
-//     encode   load -> butterflies -> largest coefficient; then, with the family's top known, round -> pack
+//     encode   load -> butterflies, + memory -> largest coefficient; then, with the family's top known, round -> pack
 //     decode   unpack -> multiply by the step -> add, for every payload; butterflies -> write
 //
 // There are shorter ways for families of zeros (rotated_zeros.h), and for families of the usual blocks without strange
@@ -17,7 +17,7 @@ namespace {
 
 // Room for one family of blocks up to kBlock values while it is coded; the arrays hold its blocks one after the other.
 template <int kBlock> struct Family : Steps {
-    alignas(64) float coefficients[kFamily * kBlock], carried[kFamily * kBlock];
+    alignas(64) float coefficients[kFamily * kBlock];
     uint8_t codes[kFamily * kBlock];
     Bytes<kBlock> bytes;
     float sizes[kFamily];
@@ -26,11 +26,9 @@ template <int kBlock> struct Family : Steps {
 
 // ---- encode ----------------------------------------------------------------------------------------------------
 
-// Values [count] as float32, with the residual added where there is one; returns the largest magnitude's bits, those of
-// Inf or more if a value, or a sum, is not finite.
+// Values [count] as float32; returns the largest magnitude's bits, those of Inf or more if a value is not finite.
 template <class T>
-uint32_t widen(const typename T::Word* __restrict x, const typename T::Word* __restrict lost, int count,
-              float* __restrict out) {
+uint32_t widen(const typename T::Word* __restrict x, int count, float* __restrict out) {
     using Word = typename T::Word;
     constexpr Word kMagnitude = (Word)((Word)~(Word)0 >> 1);
     Word largest = 0;
@@ -39,39 +37,43 @@ uint32_t widen(const typename T::Word* __restrict x, const typename T::Word* __r
         largest = magnitude > largest ? magnitude : largest;
     }
     for (int i = 0; i < count; i++) out[i] = T::widen(x[i]);
-    if (largest >= T::kInfinity) return Float32::kInfinity;
-    if (!lost) return bits_of(T::widen(largest));
-    uint32_t most = 0;
-    for (int i = 0; i < count; i++) {
-        out[i] = out[i] + T::widen(lost[i]);
-        const uint32_t magnitude = bits_of(out[i]) & 0x7FFFFFFF;
-        most = magnitude > most ? magnitude : most;
-    }
-    return most;
+    return largest >= T::kInfinity ? Float32::kInfinity : bits_of(T::widen(largest));
 }
 
-// Whether all values of a block are equal; then `bits` is the value, -0 if there is one among zeros.
-bool is_constant(const float* x, int64_t block, uint32_t& bits) {
-    bits = bits_of(x[0]);
-    for (int64_t i = 1; i < block; i++) {
-        if (x[i] != x[0]) return false;
-        bits |= bits_of(x[i]);
-    }
+bool are_zeros(const float* x, int64_t count) {
+    for (int64_t i = 0; i < count; i++)
+        if (x[i] != 0) return false;
     return true;
 }
 
-// Rotates block b, whose largest value is known, and notes what its step depends on, or which escape it takes.
-template <class Family> void measure(Family& f, int b, const Coding& at, uint32_t magnitude) {
+// What a memory holds of a block, or nothing.
+template <class T> void add_memory(const typename T::Word* memory, int64_t index, int64_t block, float* x) {
+    for (int64_t i = 0; memory && i < block; i++) {
+        const auto word = memory[memory_place(index, i, block)];
+        x[i] += (word & T::kInfinity) == T::kInfinity ? float_of(Float32::kNan) : T::widen(word);
+    }
+}
+
+// Rotates block b of the family, which is block `index` of all and whose largest value is known, and notes what its
+// step depends on, or which escape it takes.
+template <class T, class Family>
+void measure(Family& f, int b, const Coding& at, int64_t index, uint32_t magnitude, const typename T::Word* memory) {
     float* x = f.coefficients + b * at.block;
-    const bool is_nan = magnitude >= Float32::kInfinity;
     f.shrinks[b] = 1;
     f.largest[b] = 0;
-    f.scales[b] = is_nan ? kNanBlock : is_constant(x, at.block, f.constants[b]) ? kConstant : 0;
-    if (f.scales[b]) return;
+    f.scales[b] = kNanBlock;
+    if (magnitude >= Float32::kInfinity) return;
     if (float_of(magnitude) >= kHugeStep) f.shrinks[b] = kShrink;
     for (int64_t i = 0; f.shrinks[b] < 1 && i < at.block; i++) x[i] *= kShrink;
     butterflies(x, (int)at.block);
+    if (f.shrinks[b] == 1) add_memory<T>(memory, index, at.block, x);
     const uint32_t key = largest_key(x, (int)at.block);
+    if (key >> 1 >= Float32::kInfinity) return;
+    if (are_zeros(x + 1, at.block - 1)) {
+        f.scales[b] = kConstant;
+        f.constants[b] = bits_of(x[0] / (f.shrinks[b] * (float)at.block));
+        return;
+    }
     f.largest[b] = float_of(key >> 1);
     f.scales[b] = key & 1 ? 0 : 0x80;  // the step is negative where the largest coefficient is positive
 }
@@ -195,40 +197,32 @@ void write(const float* __restrict sums, int count, float grow, float limit, typ
 
 // ---- families of a tensor ----------------------------------------------------------------------------------------
 
+// What the codes of block b lose.
 template <class T, class Family>
-void encode_family(const typename T::Word* x, typename T::Word* lost, const Coding& at, int64_t family,
+void keep_loss(const Family& f, int b, const Coding& at, int64_t index, typename T::Word* memory) {
+    const bool keeps = !is_escape(f.scales[b]) && f.shrinks[b] == 1;
+    const float step = step_of(f.top, f.scales[b]) * (float)at.block;
+    for (int64_t i = 0, at_block = b * at.block; i < at.block; i++) {
+        const float number = (float)((int)f.codes[at_block + i] - at.zero);
+        const float loss = keeps ? f.coefficients[at_block + i] - number * step : 0;
+        memory[memory_place(index, i, at.block)] = (typename T::Word)T::narrow(kept_number<T>(loss));
+    }
+}
+
+template <class T, class Family>
+void encode_family(const typename T::Word* x, typename T::Word* memory, const Coding& at, int64_t family,
                    uint8_t* payload, Family& f) {
     const int blocks = blocks_of(at, family);
     for (int b = 0; b < blocks; b++) {
-        const int64_t index = family * kFamily + b, begin = index * at.block;
+        const int64_t index = family * kFamily + b;
         const int count = count_of(at, index);
         float* values = f.coefficients + b * at.block;
-        const uint32_t magnitude = widen<T>(x + begin, lost ? lost + begin : nullptr, count, values);
+        const uint32_t magnitude = widen<T>(x + index * at.block, count, values);
         for (int i = count; i < at.block; i++) values[i] = values[count - 1];
-        if (lost) __builtin_memcpy(f.carried + b * at.block, values, at.block * sizeof(float));
-        measure(f, b, at, magnitude);
+        measure<T>(f, b, at, index, magnitude, memory);
     }
     finish(f, at, family, blocks, payload);
-}
-
-// What the encoding in `payload` lost of f.carried.
-template <class T, class Family>
-void keep_loss(const uint8_t* payload, const Coding& at, int64_t family, typename T::Word* lost, Family& f) {
-    const int blocks = blocks_of(at, family);
-    sum_family(&payload, 1, at, family, blocks, f);
-    for (int b = 0; b < blocks; b++) {
-        const int64_t index = family * kFamily + b, begin = index * at.block;
-        const float *carried = f.carried + b * at.block, *sums = f.coefficients + b * at.block;
-        const float grow = 1 / f.shrinks[b], limit = Float32::kMax;
-        const int count = count_of(at, index);
-        auto* __restrict kept = lost + begin;
-        for (int i = 0; i < count; i++) {
-            const float x = sums[i] * grow;
-            const float loss = carried[i] - (x < -limit ? -limit : x > limit ? limit : x);
-            const uint32_t is_finite = mask((bits_of(loss) & 0x7FFFFFFF) < Float32::kInfinity);
-            kept[i] = (typename T::Word)choose(is_finite, T::narrow(loss), 0);
-        }
-    }
+    for (int b = 0; memory && b < blocks; b++) keep_loss<T>(f, b, at, family * kFamily + b, memory);
 }
 
 template <class T, class Family>
@@ -255,19 +249,17 @@ template <int kBlock> struct Room {
 };
 
 template <class T, int kBlock>
-void encode_families(const void* x, void* residual, const Coding& at, uint8_t* payload, int64_t first,
+void encode_families(const void* x, void* remembered, const Coding& at, uint8_t* payload, int64_t first,
                      int64_t last, void* room) {
-    auto* lost = (typename T::Word*)residual;
+    auto* memory = (typename T::Word*)remembered;
     auto* values = (const typename T::Word*)x;
     auto& f = *(Room<kBlock>*)room;
-    const Coding how(at);
     for (int64_t family = first; family < last; family++) {
         if constexpr (kBlock != 0)
-            if (lost ? encode_plain<T, kBlock, true>(values, lost, at, family, payload, f.plain)
-                     : encode_plain<T, kBlock, false>(values, lost, at, family, payload, f.plain)) continue;
-        if (encode_zeros(values, lost, at, family, payload)) continue;
-        encode_family<T>(values, lost, at, family, payload, f.any);
-        if (lost) keep_loss<T>(payload, at, family, lost, f.any);
+            if (memory ? encode_plain<T, kBlock, true>(values, memory, at, family, payload, f.plain)
+                       : encode_plain<T, kBlock, false>(values, memory, at, family, payload, f.plain)) continue;
+        if (encode_zeros(values, memory, at, family, payload)) continue;
+        encode_family<T>(values, memory, at, family, payload, f.any);
     }
 }
 
@@ -277,7 +269,6 @@ void decode_families(const uint8_t* const* payloads, int count, const Coding& at
     const float limit = count == 1 ? T::kMax : __builtin_inff();
     auto* values = (typename T::Word*)out;
     auto& f = *(Room<kBlock>*)room;
-    const Coding how(at);
     for (int64_t family = first; family < last; family++) {
         if constexpr (kBlock != 0)
             if (decode_plain<T, kBlock>(payloads, count, at, family, limit, values, f.parts())) continue;
@@ -300,13 +291,13 @@ void* room_for(int64_t block, int payloads) {
 
 }  // namespace
 
-void encode_rotated(const void* x, void* residual, int dtype, const Spec& spec, uint8_t* payload, int64_t first,
+void encode_rotated(const void* x, void* memory, int dtype, const Spec& spec, uint8_t* payload, int64_t first,
                     int64_t last) {
     const Coding at(spec);
     void* room = room_for(at.block, 0);
     const auto encode = dtype == kFloat32 ? encoder_of<Float32>(at.block)
                       : dtype == kFloat16 ? encoder_of<Float16>(at.block) : encoder_of<BFloat16>(at.block);
-    encode(x, residual, at, payload, first / kFamily, (last + kFamily - 1) / kFamily, room);
+    encode(x, memory, at, payload, first / kFamily, (last + kFamily - 1) / kFamily, room);
     if (last == at.blocks) zero_gaps(at, payload);
     free(room);
 }

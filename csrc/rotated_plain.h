@@ -1,6 +1,7 @@
 // Plain families of rotated blocks on the CPU: whole blocks of 32 or 64 values, none constant, strange or huge.
 //
-//     encode   load -> butterflies -> coefficients, largest; with the family's top known, round -> bytes -> planes
+//     encode   load -> butterflies, + memory -> coefficients, largest; with the family's top known, round -> bytes ->
+//              planes; what that loses -> memory
 //     decode   planes -> bytes -> codes, for every payload multiply by the step and add; butterflies -> store
 //
 // Nearly all families are plain, and everything but the planes happens in registers, a block in every track (tracks.h).
@@ -19,9 +20,9 @@ constexpr int kUnits = kFamily / kTracks;              // a unit: the blocks tha
 
 // Room for one family while it is coded.
 template <int kBlock> struct Plain : Steps {
-    Vector carried[kUnits][kBlock / 4], numbers[kUnits][kBlock / 4];  // values with residuals; coefficients
+    Vector numbers[kUnits][kBlock / 4];  // coefficients
     Words keys[kUnits];
-    float steps[kFamily];
+    float steps[kFamily];  // of such numbers
     Bytes<kBlock> bytes;
 };
 
@@ -39,17 +40,18 @@ template <int kFirst, int kEnd> FC_INLINE Words largest_of(const Vector* v) {
 // Coefficients and largest keys of a unit; false if all but the first four coefficients of a block are zero, as a
 // constant's are.
 template <class T, int kBlock, bool kCarries>
-FC_INLINE bool rotate_unit(const typename T::Word* x, const typename T::Word* lost, Vector (&carried)[kBlock / 4],
-                           Vector (&numbers)[kBlock / 4], Words& keys) {
+FC_INLINE bool rotate_unit(const typename T::Word* x, const typename T::Word* memory, Vector (&numbers)[kBlock / 4],
+                           Words& keys) {
     Vector v[kBlock / 4];
     load_values<T>(x, v);
-    if constexpr (kCarries) {
-        Vector more[kBlock / 4];
-        load_values<T>(lost, more);
-#pragma GCC unroll 32
-        for (int i = 0; i < kBlock / 4; i++) carried[i] = v[i] = v[i] + more[i];
-    }
     rotate(v);
+    if constexpr (kCarries) {
+#pragma GCC unroll 32
+        for (int i = 0; i < kBlock / 4; i += 2) {
+            const auto more = load_numbers<T>(memory + i * 4 * kGroup);
+            v[i] = v[i] + more.first, v[i + 1] = v[i + 1] + more.second;
+        }
+    }
     const Words rest = largest_of<1, kBlock / 4>(v);
     keys = larger(rest, magnitude_key(v[0]));
 #pragma GCC unroll 32
@@ -58,14 +60,16 @@ FC_INLINE bool rotate_unit(const typename T::Word* x, const typename T::Word* lo
     return ((pairs | pairs >> 2) & 0x1111) == 0x1111 >> (16 - kLanes);
 }
 
+// Where a memory has the first numbers of a unit.
+template <int kBlock> FC_INLINE int memory_of(int unit) { return (int)memory_place(unit * kTracks, 0, kBlock); }
+
 template <class T, int kBlock, bool kCarries>
-bool rotate_family(const typename T::Word* x, const typename T::Word* lost, int units, Plain<kBlock>& f) {
+bool rotate_family(const typename T::Word* x, const typename T::Word* memory, int units, Plain<kBlock>& f) {
     bool varies = true;
-    for (int u = 0; u < units; u++) {
-        const int begin = u * kTracks * kBlock;
-        varies &= rotate_unit<T, kBlock, kCarries>(x + begin, kCarries ? lost + begin : lost, f.carried[u],
-                                                   f.numbers[u], f.keys[u]);
-    }
+    for (int u = 0; u < units; u++)
+        varies &= rotate_unit<T, kBlock, kCarries>(x + u * kTracks * kBlock,
+                                                   kCarries ? memory + memory_of<kBlock>(u) : memory, f.numbers[u],
+                                                   f.keys[u]);
     for (int u = units; u < kUnits; u++) f.keys[u] = Words{};
     return varies;
 }
@@ -101,57 +105,38 @@ template <int kBlock> bool fit(Plain<kBlock>& f, const Coding& at) {
 #pragma GCC unroll 8
     for (int i = 0; i < kVectors; i++) {
         const Words distance = smaller(top - keys[i], Words{} + kLast);
-        const Vector step = (Vector)((top - distance) << kKeyShift | signs[i]);
+        const Vector step = (Vector)((top - distance) << kKeyShift | signs[i]) * (float)kBlock;
         store(distance | signs[i] >> 24, f.scales + i * kLanes);
         store(step, f.steps + i * kLanes);
-        store(1.0f / (step * (float)kBlock), f.inverses + i * kLanes);
+        store(1.0f / step, f.inverses + i * kLanes);
     }
     return true;
 }
 
-// Codes of an octet less `zero`: which code a coefficient is nearest to, of those there are.
-FC_INLINE Shorts quantized(Vector first, Vector second, Vector inverse, const Coding& at) {
-    const Shorts code = joined(Both<Lanes>{nearest(first * inverse), nearest(second * inverse)});
-    const Shorts least = Shorts{} - (int16_t)at.zero, most = least + (int16_t)at.last;
-    return smaller(larger(code, least), most);
-}
-
-// The values of a unit that its codes stand for, arranged as load_values does. Butterflies of integers.
-template <int kBlock>
-FC_INLINE void decode_octets(const Shorts (&codes)[kBlock / 8], Vector step, Vector (&v)[kBlock / 4]) {
-    const Shorts sum = Shorts{} + 1, difference = (Shorts)(Words{} + 0xFFFF0001);
-    Shorts code[kBlock / 8];
+// Codes of a unit less `zero`, which are limited to those there are if kLimits, to bytes: a word each, and what is beyond
+// a byte.
+template <int kBlock, bool kLimits>
+FC_INLINE void store_codes(const Shorts (&codes)[kBlock / 8], const Coding& at, uint8_t* low, uint8_t* high) {
+    const SignedOctets least = SignedOctets{} + (int8_t)-at.zero, most = SignedOctets{} + (int8_t)(at.last - at.zero);
+    SignedOctets code[kBlock / 16];
 #pragma GCC unroll 32
-    for (int i = 0; i < kBlock / 8; i++) code[i] = across<4>(across<2>(codes[i]));
-    between<1>(code);
-#pragma GCC unroll 32
-    for (int i = 0; i < kBlock / 4; i += 2) {
-        v[i] = scaled(__builtin_convertvector(sum_products(code[i / 2], sum), Vector), step, Vector{});
-        v[i + 1] = scaled(__builtin_convertvector(sum_products(code[i / 2], difference), Vector), step, Vector{});
+    for (int i = 0; i < kBlock / 16; i++) {
+        code[i] = joined(Both<Shorts>{codes[2 * i], codes[2 * i + 1]});
+        if constexpr (kLimits) code[i] = smaller(larger(code[i], least), most);
     }
-}
-
-// Octets of codes, or of pairs of codes, to bytes: a word each, and what is beyond a byte.
-template <int kBlock>
-FC_INLINE void store_codes(const Shorts (&less)[kBlock / 8], const Coding& at, uint8_t* low, uint8_t* high) {
-    Shorts codes[kBlock / 8];
-#pragma GCC unroll 32
-    for (int i = 0; i < kBlock / 8; i++) codes[i] = less[i] + (int16_t)at.zero;
     if (at.together == 1) {
         Words bytes[kBlock / 16];
 #pragma GCC unroll 32
-        for (int i = 0; i < kBlock / 16; i++)
-            bytes[i] = (Words)joined(Both<HalfWords>{(HalfWords)codes[2 * i], (HalfWords)codes[2 * i + 1]});
+        for (int i = 0; i < kBlock / 16; i++) bytes[i] = (Words)((Octets)code[i] - (Octets)least);
         store_pieces(bytes, low);
         return;
     }
-    const Shorts radix = (Shorts)(Words{} + (1 | (uint32_t)at.radix << 16));
+    const HalfWords zeros = HalfWords{} + (uint16_t)(at.zero + at.zero * at.radix);
     Words lows[kBlock / 32], highs[kBlock / 32];
 #pragma GCC unroll 32
     for (int i = 0; i < kBlock / 32; i++) {
-        const Shorts* c = codes + 4 * i;
-        const auto first = (HalfWords)joined(Both<Lanes>{sum_products(c[0], radix), sum_products(c[1], radix)});
-        const auto second = (HalfWords)joined(Both<Lanes>{sum_products(c[2], radix), sum_products(c[3], radix)});
+        const HalfWords first = (HalfWords)digits(code[2 * i], at.radix) + zeros;
+        const HalfWords second = (HalfWords)digits(code[2 * i + 1], at.radix) + zeros;
         lows[i] = (Words)joined(Both<HalfWords>{first & 0xFF, second & 0xFF});
         highs[i] = (Words)joined(Both<HalfWords>{first >> 8, second >> 8});
     }
@@ -159,38 +144,45 @@ FC_INLINE void store_codes(const Shorts (&less)[kBlock / 8], const Coding& at, u
     store_pieces(highs, high);
 }
 
-// Codes of the family's blocks, as bytes; where something is carried on, also what they lose of it.
+// Codes of the family's blocks, as bytes; where something is carried on, also what they lose.
 template <class T, int kBlock, bool kCarries>
-void quantize(typename T::Word* lost, int units, Coding at, uint8_t* low, Plain<kBlock>& f) {
+void quantize(typename T::Word* memory, int units, Coding at, uint8_t* low, Plain<kBlock>& f) {
+    const auto code_of = [&at](Vector x) {
+        return smaller(larger(nearest(x), Lanes{} - at.zero), Lanes{} + (at.last - at.zero));
+    };
     for (int u = 0; u < units; u++) {
-        const Vector inverse = spread(f.inverses + u * kTracks);
+        const Vector inverse = spread(f.inverses + u * kTracks), step = spread(f.steps + u * kTracks);
         Shorts codes[kBlock / 8];
 #pragma GCC unroll 32
-        for (int i = 0; i < kBlock / 8; i++)
-            codes[i] = quantized(f.numbers[u][2 * i], f.numbers[u][2 * i + 1], inverse, at);
-        const int bytes = u * kTracks * kBlock / at.together;
-        store_codes<kBlock>(codes, at, low + bytes, f.bytes.high + bytes);
-        if constexpr (kCarries) {
-            Vector v[kBlock / 4];
-            decode_octets<kBlock>(codes, spread(f.steps + u * kTracks), v);
-#pragma GCC unroll 32
-            for (int i = 0; i < kBlock / 4; i++) v[i] = f.carried[u][i] - v[i];
-            store_values<T>(v, lost + u * kTracks * kBlock);
+        for (int i = 0; i < kBlock / 8; i++) {
+            const Vector *numbers = f.numbers[u] + 2 * i;
+            if constexpr (kCarries) {
+                const Lanes first = code_of(numbers[0] * inverse);
+                const Lanes second = code_of(numbers[1] * inverse);
+                codes[i] = joined(Both<Lanes>{first, second});
+                store_numbers<T>(scaled(__builtin_convertvector(first, Vector), -step, numbers[0]),
+                                 scaled(__builtin_convertvector(second, Vector), -step, numbers[1]),
+                                 memory + memory_of<kBlock>(u) + i * 8 * kGroup);
+            } else {
+                codes[i] = joined(Both<Lanes>{nearest(numbers[0] * inverse), nearest(numbers[1] * inverse)});
+            }
         }
+        const int bytes = u * kTracks * kBlock / at.together;
+        store_codes<kBlock, !kCarries>(codes, at, low + bytes, f.bytes.high + bytes);
     }
 }
 
 // Encodes a family of whole units, and keeps what that loses; false, and nothing done, if it is not plain.
 template <class T, int kBlock, bool kCarries>
-bool encode_plain(const typename T::Word* x, typename T::Word* lost, const Coding& at,
+bool encode_plain(const typename T::Word* x, typename T::Word* memory, const Coding& at,
                   int64_t family, uint8_t* payload, Plain<kBlock>& f) {
     const int blocks = blocks_of(at, family), units = blocks / kTracks;
     const int64_t begin = family * kFamily * kBlock;
     if (begin + blocks * kBlock > at.numel || blocks % kTracks) return false;
-    x += begin, lost += kCarries ? begin : 0;
-    if (!rotate_family<T, kBlock, kCarries>(x, lost, units, f) || !fit<kBlock>(f, at)) return false;
+    x += begin, memory += kCarries ? begin : 0;
+    if (!rotate_family<T, kBlock, kCarries>(x, memory, units, f) || !fit<kBlock>(f, at)) return false;
     uint8_t* low = low_bytes(payload, at, family, f.bytes.low);
-    quantize<T, kBlock, kCarries>(lost, units, at, low, f);
+    quantize<T, kBlock, kCarries>(memory, units, at, low, f);
     pack(low, f.bytes.high, at, octet_of(at, family), words_of(at, blocks), payload);
     store_steps(f, at, family, blocks, payload);
     return true;

@@ -3,13 +3,13 @@
 // A thread holds eight neighbouring values, so strides 1, 2, 4 of a butterfly are its own and the others an exchange
 // between lanes: blocks of up to 256 values are one warp's. Additions come in the order of the definition.
 //
-//     encode   rotate, largest coefficient -> per block its key -> per family of 32 blocks the top, steps -> codes
+//     encode   rotate, + memory, largest coefficient -> per block its key -> per family of 32 blocks the top, steps ->
+//              codes; what they lose -> memory
 //     decode   codes -> coefficients, which are added up -> finish: rotate back
 //
-// Nearly all blocks are plain: neither constant nor strange nor huge. Others are noticed by their coefficients, as in
-// rotated_plain.h, and are then looked at closer by their whole warp. With a memory of what roundings lost (kCarries)
-// that is added to the values, and afterwards replaced by what the payload lost of the sum. Width and block are runtime
-// values: the planes are a few uniform branches beside the butterflies, and one kernel serves all legs.
+// Nearly all blocks are plain or constant. NaN, Inf and huge values are noticed by their coefficients, as in
+// rotated_plain.h, and are then looked at closer by their whole warp. Width and block are runtime values: the planes are
+// a few uniform branches beside the butterflies, and one kernel serves all legs.
 #pragma once
 
 #include "rotated_codes.h"
@@ -20,14 +20,17 @@ template <class T, bool kMemory = false> struct RotatedTile : RotatedCodes {
     using RotatedCodes::RotatedCodes;
     using Word = typename T::Word;
     static constexpr bool kRotates = true, kCarries = kMemory;
-    static constexpr int kMostAhead = kCarries && sizeof(Word) == 4 ? 0 : 1;
+    static constexpr int kMostAhead = 1;
     static constexpr int kMaxBytes = kTileValues<T> * (256 + 16 + 1) / 256;  // 8 bits, blocks of 16
     static constexpr int kLargestBlock = 8 * kWarp;
 
     struct Meta {  // of a block: first its largest coefficient and what it is, then what its codes depend on
         uint32_t largest;  // bits << 1 | sign, see rotated_plain.h; then the reciprocal of the step, 0 for escapes
-        uint32_t constant;
-        uint32_t kind;  // 0, kNanBlock or kConstant; kShrunk beside it
+        uint32_t value;    // of a constant; then of others the step
+        uint32_t kind;     // 0, kNanBlock or kConstant; kShrunk beside it
+    };
+    struct alignas(4 * sizeof(Word)) Quad {  // of a memory
+        uint32_t w[sizeof(Word)];
     };
     static constexpr uint32_t kShrunk = 256;
 
@@ -35,26 +38,24 @@ template <class T, bool kMemory = false> struct RotatedTile : RotatedCodes {
     FC_INLINE int scratch_bytes() const {
         return kTileValues<T> * (int)sizeof(float) + kTileValues<T> / block() * (int)sizeof(Meta) + 16;
     }
-    // `lost` [values], if kCarries: what was lost before, then what is lost now.
+    // `memory`, if kCarries: what was lost before, then what is lost now.
     FC_DEVICE void encode(const Octet<T> (&x)[kRows<T>], int values, uint8_t* scratch, uint8_t* payload,
-                          Word* lost = nullptr) const {
-        const Place<int> place = own(values);
-        encode_to<true>(x, values, scratch, payload, place, lost);
-        if constexpr (kCarries) keep_loss(x, values, payload, place, lost);
+                          Word* memory = nullptr) const {
+        encode_to<true>(x, values, scratch, payload, own(values), memory);
     }
 
     // Encodes a tile into the payload that `place` is of; kOwn: there is nothing else in it.
     template <bool kOwn, class Offset>
     FC_DEVICE void encode_to(const Octet<T> (&x)[kRows<T>], int values, uint8_t* scratch, uint8_t* payload,
-                             const Place<Offset>& place, const Word* lost = nullptr) const {
+                             const Place<Offset>& place, Word* memory = nullptr) const {
         const int lane = thread(), blocks = this->blocks(values), octets = this->octets(values);
         Vec16* coefficients = (Vec16*)scratch;  // [half an octet][octet]
         Meta* metas = (Meta*)(coefficients + 2 * kTileOctets<T>);
         uint32_t* last = (uint32_t*)(metas + kTileValues<T> / block());
-        fetch_last(x, values, lost, last);
+        fetch_last(x, values, last);
         FC_UNROLL for (int row = 0; row < kRows<T>; row++) {
             float c[8];
-            rotate(x[row], lost, row * kThreads + lane, values, octets, *last, c, metas);
+            rotate(x[row], memory, row * kThreads + lane, values, octets, *last, c, metas);
             FC_UNROLL for (int half = 0; half < 2; half++)
                 __builtin_memcpy(&coefficients[half * kTileOctets<T> + row * kThreads + lane], c + 4 * half, 16);
         }
@@ -67,7 +68,7 @@ template <class T, bool kMemory = false> struct RotatedTile : RotatedCodes {
             float c[8];
             FC_UNROLL for (int half = 0; half < 2; half++)
                 __builtin_memcpy(c + 4 * half, &coefficients[half * kTileOctets<T> + octet], 16);
-            quantize(c, octet, octet < octets, metas, payload, place);
+            quantize(c, octet, octet < octets, metas, payload, place, memory);
         }
         sync();
     }
@@ -148,54 +149,74 @@ private:
         return (uint32_t)(((uint64_t)1 << (1 << octet_shift)) - 1) << first;
     }
 
-    // What of an octet is encoded: its values, and what they were to carry on.
-    FC_DEVICE void widen_carried(const Octet<T>& octet, const Word* lost, int first, int values, float (&x)[8]) const {
-        widen<T>(octet, x);
-        if constexpr (kCarries) {
-            Octet<T> before;
-            float more[8];
-            load<T>(lost, values, first, before);
-            widen<T>(before, more);
-            FC_UNROLL for (int i = 0; i < 8; i++) x[i] += more[i];
-        }
-    }
-
-    // Where the last block is not whole, the last value that is encoded: it fills the block.
-    FC_DEVICE void fetch_last(const Octet<T> (&x)[kRows<T>], int values, const Word* lost, uint32_t* last) const {
+    // Where the last block is not whole, the last value: it fills the block.
+    FC_DEVICE void fetch_last(const Octet<T> (&x)[kRows<T>], int values, uint32_t* last) const {
         if ((values & (block() - 1)) == 0) return;
         const int lane = thread(), octet = (values - 1) / 8;
         FC_UNROLL for (int row = 0; row < kRows<T>; row++) {
             if (row * kThreads + lane != octet) continue;
-            float carried[8];
-            widen_carried(x[row], lost, 8 * octet, values, carried);
-            *last = bits_of(carried[7]);
+            float widened[8];
+            widen<T>(x[row], widened);
+            *last = bits_of(widened[7]);
         }
         sync();
     }
 
+    // Where a memory has the first four coefficients of an octet; the other four are 4 * kGroup further.
+    FC_DEVICE int memory_of(int octet) const {
+        return (int)memory_place(octet >> octet_shift, 8 * (octet & ((1 << octet_shift) - 1)), block());
+    }
+    FC_DEVICE void add_memory(const Word* memory, int octet, float (&c)[8]) const {
+        Octet<T> before;
+        float more[8];
+        FC_UNROLL for (int half = 0; half < 2; half++)
+            ((Quad*)&before)[half] = *(const Quad*)(memory + memory_of(octet) + half * 4 * kGroup);
+        widen<T>(before, more);
+        FC_UNROLL for (int i = 0; i < 8; i++) c[i] += more[i];
+    }
+    FC_DEVICE void replace_memory(const float (&lost)[8], int octet, Word* memory) const {
+        const Octet<T> now = narrow<T>(lost);
+        FC_UNROLL for (int half = 0; half < 2; half++)
+            *(Quad*)(memory + memory_of(octet) + half * 4 * kGroup) = ((const Quad*)&now)[half];
+    }
+
     // The coefficients c of one octet, which is zero behind the last block; the first lane of a block notes its Meta.
-    FC_DEVICE void rotate(const Octet<T>& octet, const Word* lost, int place, int values, int octets, uint32_t last,
+    FC_DEVICE void rotate(const Octet<T>& octet, const Word* memory, int place, int values, int octets, uint32_t last,
                           float (&c)[8], Meta* metas) const {
-        const int lane = thread();
         FC_UNROLL for (int i = 0; i < 8; i++) c[i] = 0;
         if ((place & ~(kWarp - 1)) >= octets) return;
-        auto fill = [&](float (&x)[8]) {
-            if (8 * place < values) return widen_carried(octet, lost, 8 * place, values, x);
-            FC_UNROLL for (int i = 0; i < 8; i++) x[i] = place < octets ? float_of(last) : 0.0f;
+        const bool is_first = (place & ((1 << octet_shift) - 1)) == 0, is_there = place < octets;
+        const bool is_finite = this->is_finite(octet) || 8 * place >= values;
+        auto fill = [&] {
+            if (8 * place < values) return widen<T>(octet, c);
+            FC_UNROLL for (int i = 0; i < 8; i++) c[i] = is_there ? float_of(last) : 0.0f;
         };
-        fill(c);
+        fill();
         butterflies(c);
-        Meta meta = {largest_of_block(largest(c)), 0, 0};
-        const bool is_first = (place & ((1 << octet_shift) - 1)) == 0;
+        if (kCarries && is_there) add_memory(memory, place, c);
+        Meta meta = measure(c, is_first, 1.0f);
+        bool is_plain = meta.largest < strange();
+        if (kCarries && T::kMax < 1e30f) is_plain &= is_finite;  // sums may hide it
+        if (~votes(is_plain)) {
+            fill();
+            const uint32_t magnitude = is_finite ? largest_of_block(largest(c) >> 1) : largest_of_block(~0u);
+            const bool is_nan = magnitude >= Float32::kInfinity, is_huge = magnitude >= bits_of(kHugeStep);
+            FC_UNROLL for (int i = 0; i < 8; i++) c[i] = is_nan ? 0.0f : c[i] * (is_huge ? kShrink : 1.0f);
+            butterflies(c);
+            if (kCarries && is_there && !is_huge) add_memory(memory, place, c);
+            meta = measure(c, is_first, is_huge ? kGrow : 1.0f);
+            if (is_nan || meta.largest >> 1 >= Float32::kInfinity) meta = {0, 0, kNanBlock};
+            else if (is_huge) meta.kind |= kShrunk;
+        }
+        if (is_first && is_there) metas[place >> octet_shift] = meta;
+    }
+
+    // What is known of a block by its coefficients. A constant's are zero but for the first.
+    FC_DEVICE Meta measure(const float (&c)[8], bool is_first, float grow) const {
         bool varies = !is_first && c[0] != 0;
         FC_UNROLL for (int i = 1; i < 8; i++) varies |= c[i] != 0;
-        bool is_plain = (votes(varies) & lanes_of_block(lane)) && meta.largest < strange();
-        if (kCarries && T::kMax < 1e30f) is_plain &= is_finite(octet) || 8 * place >= values;  // sums may hide it
-        if (~votes(is_plain)) {
-            fill(c);
-            look_closer(is_finite(octet) || 8 * place >= values, c, meta);
-        }
-        if (is_first && place < octets) metas[place >> octet_shift] = meta;
+        const bool is_constant = !(votes(varies) & lanes_of_block(thread()));
+        return {largest_of_block(largest(c)), bits_of(c[0] * (1.0f / (float)block()) * grow), is_constant ? kConstant : 0u};
     }
 
     static FC_DEVICE bool is_finite(const Octet<T>& octet) {
@@ -217,49 +238,6 @@ private:
         return most;
     }
 
-    // What a block is if it may not be plain, by its values x, which become its coefficients; all lanes of the warp,
-    // whose other blocks come out as before. is_finite: of what this lane's values were made of.
-    FC_DEVICE void look_closer(bool is_finite, float (&x)[8], Meta& meta) const {
-        constexpr uint32_t above = ordered<Float32>(Float32::kInfinity), below = ~above;
-        Keys<Float32> mine = {~0u, 0};
-        FC_UNROLL for (int i = 0; i < 8; i++) {
-            const uint32_t key = ordered<Float32>(bits_of(x[i]));
-            mine.low = key < mine.low ? key : mine.low;
-            mine.high = key > mine.high ? key : mine.high;
-        }
-        const uint32_t high_key = largest_of_block(mine.high), low_key = ~largest_of_block(~mine.low);
-        is_finite = !(votes(!is_finite) & lanes_of_block(thread())) && high_key < above && low_key > below;
-        const float low = is_finite ? float_of(unordered<Float32>(low_key)) : 0.0f;
-        const float high = is_finite ? float_of(unordered<Float32>(high_key)) : 0.0f;
-        meta.kind = !is_finite ? kNanBlock : low == high ? kConstant : 0;
-        if (meta.kind == kConstant) meta.constant = bits_of(low);
-        const bool is_huge = !meta.kind && (-low > high ? -low : high) >= kHugeStep;
-        FC_UNROLL for (int i = 0; i < 8; i++) x[i] = meta.kind ? 0.0f : x[i] * (is_huge ? kShrink : 1.0f);
-        butterflies(x);
-        meta.largest = largest_of_block(largest(x));
-        meta.kind |= is_huge ? kShrunk : 0;
-    }
-
-    // What the payload lost of the values and what they carried; what is not finite is forgotten.
-    FC_DEVICE void keep_loss(const Octet<T> (&x)[kRows<T>], int values, const uint8_t* payload,
-                             const Place<int>& place, Word* lost) const {
-        const int lane = thread(), octets = this->octets(values);
-        FC_UNROLL for (int row = 0; row < kRows<T>; row++) {
-            const int octet = row * kThreads + lane;
-            if ((octet & ~(kWarp - 1)) >= octets) continue;
-            float kept[8] = {}, carried[8];
-            const bool is_huge = octet < octets && decode_from<true>(payload, place, octet, false, kept);
-            finish<true, Float32>(kept, is_huge);
-            if (8 * octet >= values) continue;
-            widen_carried(x[row], lost, 8 * octet, values, carried);
-            FC_UNROLL for (int i = 0; i < 8; i++) {
-                const float loss = carried[i] - kept[i];
-                carried[i] = (bits_of(loss) & 0x7FFFFFFF) < Float32::kInfinity ? loss : 0.0f;
-            }
-            store<T>(lost, values, 8 * octet, narrow<T>(carried));
-        }
-    }
-
     // ---- steps and codes -----------------------------------------------------------------------------------------
 
     // One family's steps, by one warp, a lane for each block.
@@ -277,9 +255,10 @@ private:
             top = theirs > top ? theirs : top;
         }
         const uint32_t scale = distance_of(top, key) | (meta.largest & 1 ? 0 : 0x80);
-        const float inverse = kind ? 0.0f : 1.0f / (step_of(top, scale) * shrink * size);
+        const float step = step_of(top, scale) * shrink * size;
         if (is_there) {
-            metas[index].largest = bits_of(inverse);
+            metas[index].largest = bits_of(kind ? 0.0f : 1.0f / step);
+            if (kCarries && !kind) metas[index].value = bits_of(step);
             scales[index] = (uint8_t)(kind ? kind : scale);
         }
         if (index == family * kFamily) ((uint16_t*)tops)[family] = (uint16_t)top;
@@ -288,24 +267,28 @@ private:
     // All lanes of a warp.
     template <class Offset>
     FC_DEVICE void quantize(const float (&c)[8], int octet, bool is_there, const Meta* metas, uint8_t* payload,
-                               const Place<Offset>& place) const {
+                            const Place<Offset>& place, Word* memory) const {
         const int index = octet >> octet_shift, part = octet & ((1 << octet_shift) - 1);
         const Meta meta = is_there ? metas[index] : Meta{0, 0, 0};
         const float inverse = float_of(meta.largest);
         uint32_t code[8];
+        float lost[8] = {};
         if (inverse != 0) {
+            const bool keeps = kCarries && !(meta.kind & kShrunk);
             FC_UNROLL for (int i = 0; i < 8; i++) {
                 const int near = (int)(rounded(c[i] * inverse) - 0x4B400000u) + zero;
                 code[i] = (uint32_t)(near < 0 ? 0 : near > levels - 1 ? levels - 1 : near);
+                if (keeps)
+                    lost[i] = kept_number<T>(fused_multiply_add((float)(zero - (int)code[i]), float_of(meta.value), c[i]));
             }
         } else {
             const int width = constant_bits(), first = 8 * width * part;
             FC_UNROLL for (int i = 0; i < 8; i++)
-                code[i] = first < 32 ? meta.constant >> (first + i * width) & ((1u << width) - 1) : 0;
+                code[i] = first < 32 ? meta.value >> (first + i * width) & ((1u << width) - 1) : 0;
         }
         store_codes(code, place.octet + octet, is_there, payload, place.groups);
+        if (kCarries && is_there) replace_memory(lost, octet, memory);
     }
-
 };
 
 }  // namespace flashcomm::FLASHCOMM_ISA

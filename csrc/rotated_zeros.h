@@ -19,13 +19,14 @@ template <class Word> bool are_zero(const Word* values, int64_t count) {
     return true;
 }
 
-// The family's values and, where something is carried on, its residuals are zero: its payload.
+// The family's values and, where something is carried on, its memory are zero: its payload.
 template <class Word>
-bool encode_zeros(const Word* x, const Word* lost, const Coding& at, int64_t family, uint8_t* payload) {
+bool encode_zeros(const Word* x, const Word* memory, const Coding& at, int64_t family, uint8_t* payload) {
     const int64_t begin = family * kFamily * at.block, left = at.numel - begin;
     const int64_t count = left < kFamily * at.block ? left : kFamily * at.block;
-    if (!are_zero(x + begin, count) || (lost && !are_zero(lost + begin, count))) return false;
     const int blocks = blocks_of(at, family);
+    if (!are_zero(x + begin, count)) return false;
+    if (memory && !are_zero(memory + begin, memory_numel(blocks, at.block))) return false;
     const uint16_t top = kLeastKey;
     for (int i = 0; i < at.planes; i++) {
         const auto& plane = at.plane[i];

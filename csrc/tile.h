@@ -7,7 +7,8 @@
 //     block(), unit()                              slices are multiples of one, tiles of the other
 //     octets(values), bytes(values)                that a payload holds; its length, a multiple of 16
 //     scratch_bytes(), encode(octets, values, scratch, payload)    all threads; a barrier, then writes, then a barrier
-//     encode(octets, values, scratch, payload, lost)               the same with a memory, where kCarries
+//     encode(octets, values, scratch, payload, memory)             the same with a memory, where kCarries
+//     memory(values)                               numbers of it that a tensor has
 //     decode<kAlone>(payload, values, octet, shrink, x)            eight numbers as float32; kAlone: not to be added
 //     finish<kAlone>(x, shrunk)                    a sum of such numbers, or one alone, becomes values; whole warps
 //

@@ -28,6 +28,7 @@ typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t HalfWords __attribute__((vector_size(4 * kLanes)));
 typedef int16_t Shorts __attribute__((vector_size(4 * kLanes)));
 typedef uint8_t Octets __attribute__((vector_size(4 * kLanes)));
+typedef int8_t SignedOctets __attribute__((vector_size(4 * kLanes)));
 template <class V> constexpr int kLanesOf = sizeof(V) / sizeof(V{}[0]);
 template <class V> constexpr int kPerTrack = kLanesOf<V> / kTracks;
 
@@ -156,6 +157,20 @@ FC_INLINE Shorts joined(Both<Lanes> x) {
 #endif
 }
 
+// The same of shorts, limited to the nearest byte.
+FC_INLINE SignedOctets joined(Both<Shorts> x) {
+#if defined(__AVX512F__)
+    return (SignedOctets)_mm512_packs_epi16((__m512i)x.first, (__m512i)x.second);
+#elif defined(__AVX2__)
+    return (SignedOctets)_mm256_packs_epi16((__m256i)x.first, (__m256i)x.second);
+#elif defined(__SSE2__)
+    return (SignedOctets)_mm_packs_epi16((__m128i)x.first, (__m128i)x.second);
+#else
+    const auto limited = [](Shorts y) { return (SignedOctets)smaller(larger(y, Shorts{} - 128), Shorts{} + 127); };
+    return unzipped(Both<SignedOctets>{limited(x.first), limited(x.second)}).first;
+#endif
+}
+
 FC_INLINE Octets joined(Both<HalfWords> x) {
 #if defined(__AVX512F__)
     return (Octets)_mm512_packus_epi16((__m512i)x.first, (__m512i)x.second);
@@ -218,6 +233,17 @@ FC_INLINE Lanes sum_products(Shorts x, Shorts y) {
     Lanes z;
     for (int i = 0; i < kLanes; i++) z[i] = x[2 * i] * y[2 * i] + x[2 * i + 1] * y[2 * i + 1];
     return z;
+#endif
+}
+
+// x[2i] + x[2i + 1] * radix.
+FC_INLINE Shorts digits(SignedOctets x, int radix) {
+#if defined(__AVX512F__)
+    return (Shorts)_mm512_maddubs_epi16(_mm512_set1_epi16((short)(1 | radix << 8)), (__m512i)x);
+#elif defined(__AVX2__)
+    return (Shorts)_mm256_maddubs_epi16(_mm256_set1_epi16((short)(1 | radix << 8)), (__m256i)x);
+#else
+    return ((Shorts)x << 8 >> 8) + ((Shorts)x >> 8) * (int16_t)radix;
 #endif
 }
 
@@ -285,6 +311,56 @@ template <class T> FC_INLINE Words narrowed(Vector first, Vector second) {
     return (Words)unzipped(Both<HalfWords>{(HalfWords)words.first, (HalfWords)words.second}).second;
 #endif
 #endif
+}
+
+// ---- numbers of a memory (rotated.h), as vectors hold them -----------------------------------------------------------
+
+// Two neighbouring vectors.
+template <class T> FC_INLINE Both<Vector> load_numbers(const typename T::Word* from) {
+    if constexpr (sizeof(typename T::Word) == 4) return {load<Vector>(from), load<Vector>(from + 16)};
+#if defined(__AVX512F__)
+    if constexpr (T::kInfinity == BFloat16::kInfinity) {
+        const __m512i both = (__m512i)load<Words>(from);
+        const auto upper = [both](int first) {
+            HalfWords at;
+            for (int i = 0; i < 32; i++) at[i] = (uint16_t)(first + i / 2);
+            return (Vector)_mm512_maskz_permutexvar_epi16(0xAAAAAAAA, (__m512i)at, both);
+        };
+        return {upper(0), upper(16)};
+    }
+#endif
+    const auto row = [](const typename T::Word* words) {
+        typedef uint16_t Row __attribute__((vector_size(2 * kLanes)));
+        const Words wide = __builtin_convertvector(load<Row>(words), Words);
+        return T::kInfinity == Float16::kInfinity ? widened_half(wide) : (Vector)(wide << 16);
+    };
+    return {row(from), row(from + 16)};
+}
+
+// Finite losses, as kept_number() has them.
+template <class T> FC_INLINE Vector kept_numbers(Vector x) {
+    if constexpr (T::kInfinity == Float16::kInfinity) return smaller(larger(x, Vector{} - T::kMax), Vector{} + T::kMax);
+    const Words bits = (Words)x, sign = bits & 0x80000000;
+    return (Vector)((bits & Float32::kInfinity) == 0 ? sign : bits);
+}
+
+template <class T> FC_INLINE void store_numbers(Vector first, Vector second, typename T::Word* to) {
+#if defined(__AVX512BF16__)
+    if constexpr (T::kInfinity == BFloat16::kInfinity) return store(narrowed<T>(first, second), to);
+#endif
+    first = kept_numbers<T>(first), second = kept_numbers<T>(second);
+    if constexpr (sizeof(typename T::Word) == 4) {
+        store(first, to), store(second, to + 16);
+    } else if constexpr (kTracks == 4) {
+        store(narrowed<T>(first, second), to);
+    } else {
+        const auto row = [](Vector x) {
+            typedef uint16_t Row __attribute__((vector_size(2 * kLanes)));
+            return __builtin_convertvector(
+                T::kInfinity == Float16::kInfinity ? narrowed_half(x) : rounded_bfloat(x) >> 16, Row);
+        };
+        store(row(first), to), store(row(second), to + 16);
+    }
 }
 
 }  // namespace

@@ -16,33 +16,32 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from . import pieces
-from .codec import Codec, residual
+from .codec import Codec, Remembering
 from .policy import ONE_STEP_WORLD, Plan
 from .transport.link import Link, Transfer
 
 Going = Generator[Sequence[Transfer], None, None]
 Steps = Generator[Sequence[Transfer], None, Tensor]
+Memories = Sequence[Tensor | None]
 
 
 @dataclass
 class Residuals:
     """What this rank's last roundings lost, by leg, to be added to its next contribution (feedback.py).
 
-    Made by the first collective that is handed them; later ones must have the same shape, dtype and device.
+    Made by the first collective that is handed them; later ones must have the same shape, dtype, device and codecs,
+    which alone know what the numbers mean. Those of a leg's slices lie one behind the other.
     """
 
     reduce: Tensor | None = None
     gather: Tensor | None = None
-    parts: dict[int, Residuals] = field(default_factory=dict)
-
-    def part(self, number: int) -> Residuals:
-        """The memory of one piece of the tensor."""
-        return self.parts.setdefault(number, Residuals())
+    parts: dict[int, Residuals] = field(default_factory=dict)  # of the tensor's pieces
 
 
 def one_step(x: Tensor, link: Link, plan: Plan, residuals: Residuals | None = None) -> Steps:
@@ -57,19 +56,12 @@ def two_step(x: Tensor, link: Link, plan: Plan, residuals: Residuals | None = No
 
 def reduce_scatter(x: Tensor, out: Tensor, link: Link, plan: Plan, residuals: Residuals | None = None) -> Steps:
     """Sum of every rank's ``x``, this rank's slice of it in ``out``."""
-    flat = x.view(-1)
-    lost = residual_of(residuals, "reduce", flat)
-    slices = flat.chunk(link.world)
-    losses = None if lost is None else lost.chunk(link.world)
+    slices = x.view(-1).chunk(link.world)
     yield from pieces.together(
-        reduce_leg(
-            [each[first:last] for each in slices],
-            None if losses is None else [each[first:last] for each in losses],
-            out.view(-1)[first:last],
-            link,
-            plan.reduce,
+        _reduce_scatter(
+            [each[first:last] for each in slices], out.view(-1)[first:last], link, plan, part(residuals, number)
         )
-        for first, last in pieces.cuts(out.numel(), plan.piece)
+        for number, (first, last) in enumerate(pieces.cuts(out.numel(), plan.piece))
     )
     return out
 
@@ -83,7 +75,7 @@ def in_pieces(algorithm: Callable[..., Going], x: Tensor, link: Link, plan: Plan
     """Run ``algorithm``, an all-reduce in place of a 1-D tensor, on every piece of ``x``."""
     flat = x.view(-1)
     yield from pieces.together(
-        algorithm(flat[first:last], link, plan, None if residuals is None else residuals.part(number))
+        algorithm(flat[first:last], link, plan, part(residuals, number))
         for number, (first, last) in enumerate(pieces.cuts(flat.numel(), plan.piece))
     )
     return x
@@ -106,9 +98,15 @@ def flat(world: int) -> Callable[..., Going]:
 
 def _one_step(flat: Tensor, link: Link, plan: Plan, residuals: Residuals | None) -> Going:
     inbox = _inbox(plan.reduce, flat, link)
-    encode(plan.reduce, flat, residual_of(residuals, "reduce", flat), inbox[link.rank])
+    (memory,) = memories(residuals, "reduce", plan.reduce, [flat])
+    encode(plan.reduce, flat, memory, inbox[link.rank])
     yield link.exchange([inbox[link.rank]] * link.world, inbox)
     plan.reduce.decode_sum(inbox, flat)
+
+
+def _reduce_scatter(slices: list[Tensor], mine: Tensor, link: Link, plan: Plan, residuals: Residuals | None) -> Going:
+    lost = memories(residuals, "reduce", plan.reduce, slices)
+    return reduce_leg(slices, lost, mine, link, plan.reduce)
 
 
 def _all_gather(mine: Tensor, slices: list[Tensor], link: Link, plan: Plan) -> Going:
@@ -118,25 +116,25 @@ def _all_gather(mine: Tensor, slices: list[Tensor], link: Link, plan: Plan) -> G
 def _two_step(flat: Tensor, link: Link, plan: Plan, residuals: Residuals | None) -> Going:
     length = slice_length(flat.numel(), link.world, plan)
     slices = _slices(flat, length, link)
-    lost = residual_of(residuals, "reduce", flat)
     mine = slices[link.rank]
-    yield from reduce_leg(slices, None if lost is None else _slices(lost, length, link), mine, link, plan.reduce)
-    yield from gather_leg(mine, residual_of(residuals, "gather", mine), slices, link, plan.gather)
+    lost = memories(residuals, "reduce", plan.reduce, slices)
+    yield from reduce_leg(slices, lost, mine, link, plan.reduce)
+    (memory,) = memories(residuals, "gather", plan.gather, [mine])
+    yield from gather_leg(mine, memory, slices, link, plan.gather)
 
 
-def reduce_leg(slices: list[Tensor], lost: list[Tensor] | None, mine: Tensor, link: Link, codec: Codec) -> Going:
+def reduce_leg(slices: list[Tensor], lost: Memories, mine: Tensor, link: Link, codec: Codec) -> Going:
     """Send every rank its slice; write the sum of what all ranks sent here into ``mine``."""
-    residuals: Sequence[Tensor | None] = lost or [None] * link.world
-    outbox = [encode(codec, part, each) for part, each in zip(slices, residuals, strict=True)]
+    outbox = [encode(codec, each, memory) for each, memory in zip(slices, lost, strict=True)]
     inbox = _inbox(codec, mine, link)
     inbox[link.rank] = outbox[link.rank]
     yield link.exchange(outbox, inbox)
     codec.decode_sum(inbox, mine)
 
 
-def gather_leg(mine: Tensor, lost: Tensor | None, slices: list[Tensor], link: Link, codec: Codec) -> Going:
+def gather_leg(mine: Tensor, memory: Tensor | None, slices: list[Tensor], link: Link, codec: Codec) -> Going:
     """Send ``mine`` to every rank; decode what rank r sent, also this one, into ``slices[r]``."""
-    payload = encode(codec, mine, lost)
+    payload = encode(codec, mine, memory)
     inbox = [payload.new_empty(codec.wire_bytes(part.numel())) for part in slices]
     inbox[link.rank] = payload
     yield link.exchange([payload] * link.world, inbox)
@@ -144,34 +142,42 @@ def gather_leg(mine: Tensor, lost: Tensor | None, slices: list[Tensor], link: Li
         codec.decode_sum([received], part)
 
 
-def encode(codec: Codec, x: Tensor, lost: Tensor | None, out: Tensor | None = None) -> Tensor:
-    """The payload of ``x`` (of ``x + lost``, which then becomes what this rounding loses)."""
-    return codec.encode(x, out) if lost is None else residual.encode(codec, x, lost, out)
+def encode(codec: Codec, x: Tensor, memory: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """The payload of ``x``, or of ``x`` and what the last one lost, which then becomes what this one loses."""
+    return codec.encode(x, out) if memory is None else cast(Remembering, codec).encode(x, out, memory)
 
 
-def residual_of(residuals: Residuals | None, leg: str, like: Tensor) -> Tensor | None:
-    """What was lost in ``leg`` ("reduce" or "gather") so far, zeros at first; None where nothing is remembered."""
+def part(residuals: Residuals | None, number: int) -> Residuals | None:
+    """The memory of one piece of the tensor."""
+    return None if residuals is None else residuals.parts.setdefault(number, Residuals())
+
+
+def memories(residuals: Residuals | None, leg: str, codec: Codec, parts: Sequence[Tensor]) -> Memories:
+    """What was lost so far in ``leg`` ("reduce" or "gather") of every part, zeros at first; Nones without residuals."""
     if residuals is None:
-        return None
+        return [None] * len(parts)
+    if not hasattr(codec, "memory_numel"):
+        raise ValueError(f"residuals: {codec} keeps no memory of what it loses; only codecs of recipe auto do.")
+    sizes = [cast(Remembering, codec).memory_numel(each.numel()) for each in parts]
     if getattr(residuals, leg) is None:
-        setattr(residuals, leg, torch.zeros_like(like))
+        setattr(residuals, leg, parts[0].new_zeros(sum(sizes)))
     found: Tensor = getattr(residuals, leg)
-    return found
+    return list(torch.split(found, sizes))
 
 
-def memories(kind: str, x: Tensor, rank: int, world: int, plan: Plan, residuals: Residuals) -> list[Tensor]:
+def fused_memories(kind: str, x: Tensor, rank: int, world: int, plan: Plan, residuals: Residuals) -> list[Tensor]:
     """What a fused collective carries on and replaces: the memories of the reduce and the gather leg, here made alike.
 
     They are those of the algorithm of that kind above over tensors that are not cut into pieces. A leg that is not
     there has an empty one.
     """
-    flat = x.view(-1)
-    memory = residuals if kind == "reduce_scatter" else residuals.part(0)
-    found = [residual_of(memory, "reduce", flat), flat[:0]]
+    flat, memory = x.view(-1), residuals.parts.setdefault(0, Residuals())
+    length = slice_length(flat.numel(), world, plan)
+    parts = {"one-step": [flat], "two-step": torch.split(flat, length), "reduce_scatter": flat.chunk(world)}[kind]
+    memories(memory, "reduce", plan.reduce, parts)
     if kind == "two-step":
-        length = slice_length(flat.numel(), world, plan)
-        found[1] = residual_of(memory, "gather", flat[rank * length : (rank + 1) * length])
-    return [each for each in found if each is not None]
+        memories(memory, "gather", plan.gather, [flat[rank * length : (rank + 1) * length]])
+    return [flat[:0] if each is None else each for each in (memory.reduce, memory.gather)]
 
 
 def _slices(flat: Tensor, length: int, link: Link) -> list[Tensor]:

@@ -178,7 +178,7 @@ def _fused(
         announce.unexpected(f"transport {config.transport} does not serve {kind}; the process group does.", config)
     if made is None:
         return None
-    lost = [] if residuals is None else algorithms.memories(kind, x, group.rank(), group.size(), plan, residuals)
+    lost = [] if residuals is None else algorithms.fused_memories(kind, x, group.rank(), group.size(), plan, residuals)
     return _in_one_step(made, kind, x, out, plan, lost)
 
 

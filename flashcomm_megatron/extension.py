@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum Dtype in csrc/api.h
-INTERFACE = 5  # kInterface in csrc/api.h
+INTERFACE = 6  # kInterface in csrc/api.h
 BYTES = (torch.uint8,)
 
 
@@ -30,6 +30,13 @@ class Codec(Protocol):
 
     def wire_bytes(self, numel: int) -> int:
         """Length in bytes of the payload of ``numel`` values."""
+
+
+class Remembering(Codec, Protocol):
+    """What is asked of a codec that is handed a memory."""
+
+    def memory_numel(self, numel: int) -> int:
+        """Numbers that the memory of a tensor of ``numel`` values has."""
 
 
 def _load() -> tuple[ModuleType | None, str]:
@@ -92,23 +99,22 @@ def describe() -> str:
 
 def encode(codec: Codec, x: Tensor, out: Tensor) -> bool:
     """Encode x, of a dtype in DTYPES, into out, uint8 of the codec's wire bytes; ValueError names what does not fit."""
+    return _encode(codec, x, 0, out)
+
+
+def encode_memory(codec: Remembering, x: Tensor, memory: Tensor, out: Tensor) -> bool:
+    """Encode x, and what ``memory``, of the dtype of x, says was lost before, which then is what was lost this time."""
+    _check("encode: memory", memory, (x.dtype,), x.device)
+    if memory.numel() != codec.memory_numel(x.numel()):
+        wanted = codec.memory_numel(x.numel())
+        raise ValueError(f"encode: memory has {memory.numel()} numbers; {codec} keeps {wanted} of {x.numel()} values.")
+    return _encode(codec, x, memory.data_ptr(), out)
+
+
+def _encode(codec: Codec, x: Tensor, memory: int, out: Tensor) -> bool:
     _check("encode: x", x, DTYPES, x.device)
     _check("encode: out", out, BYTES, x.device, codec.wire_bytes(x.numel()))
-    residual = (0,) if x.device.type == "cpu" else ()
-    return _call("encode", codec, x, (x.data_ptr(), DTYPES[x.dtype], x.numel()), (out.data_ptr(), *residual))
-
-
-def encode_residual(codec: Codec, x: Tensor, residual: Tensor, out: Tensor) -> bool:
-    """Encode x + residual into out; residual, like x, becomes what the encoding lost. CPU, Rotated only."""
-    _check("encode_residual: x", x, DTYPES, x.device)
-    _check("encode_residual: residual", residual, (x.dtype,), x.device)
-    if residual.numel() != x.numel():
-        raise ValueError(f"encode_residual: residual has {residual.numel()} values; x has {x.numel()}.")
-    _check("encode_residual: out", out, BYTES, x.device, codec.wire_bytes(x.numel()))
-    if x.device.type != "cpu" or not getattr(codec, "native_residual", False):
-        return False
-    before = x.data_ptr(), DTYPES[x.dtype], x.numel()
-    return _call("encode", codec, x, before, (out.data_ptr(), residual.data_ptr()))
+    return _call("encode", codec, x, (x.data_ptr(), DTYPES[x.dtype], x.numel()), (out.data_ptr(), memory))
 
 
 def decode_sum(codec: Codec, payloads: Sequence[Tensor], out: Tensor) -> bool:

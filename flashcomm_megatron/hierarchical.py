@@ -87,12 +87,12 @@ def _hierarchical(flat: Tensor, link: Link, plan: Plan, residuals: Residuals | N
     parts = [flat[span] for span in spans]
     mine = parts[inside.rank]
     total = torch.empty(mine.numel(), dtype=torch.float32, device=flat.device)
-    yield from algorithms.reduce_leg(parts, None, total, inside, exact)
+    yield from algorithms.reduce_leg(parts, [None] * len(parts), total, inside, exact)
     for number in here.held(node, link.rank):
         span, before = here.span(number, number), spans[inside.rank].start
         part = total[span.start - before : span.stop - before]
         between = among(link, [here.owner(each, number) for each in range(len(here.members))])
-        memory = None if residuals is None else residuals.part(number)
+        memory = algorithms.part(residuals, number)
         yield from algorithms.flat(between.world)(part, between, plan, memory)
     mine.copy_(total)
     yield from algorithms.gather_leg(mine, None, parts, inside, exact)

@@ -50,11 +50,7 @@ def reduce_scatter(x: Tensor, out: Tensor, link: Link, plan: Plan, residuals: Re
     slices, mine = x.view(-1).chunk(link.world), out.view(-1)
     yield from pieces.together(
         _reduce_scatter(
-            [each[first:last] for each in slices],
-            mine[first:last],
-            link,
-            plan,
-            None if residuals is None else residuals.part(number),
+            [each[first:last] for each in slices], mine[first:last], link, plan, algorithms.part(residuals, number)
         )
         for number, (first, last) in enumerate(pieces.cuts(mine.numel(), plan.piece))
     )
@@ -66,13 +62,13 @@ def _reduce_scatter(slices: list[Tensor], mine: Tensor, link: Link, plan: Plan, 
     mates, carried = here.members[here.nodes[me]], here.carried(me)
     parts = [torch.cat([slices[rank] for rank in here.carried(mate)]) for mate in mates]
     total = torch.empty(len(carried) * mine.numel(), dtype=torch.float32, device=mine.device)
-    yield from algorithms.reduce_leg(parts, None, total, among(link, mates), Raw(plan.dtype))
+    yield from algorithms.reduce_leg(parts, [None] * len(mates), total, among(link, mates), Raw(plan.dtype))
 
-    lost = algorithms.residual_of(residuals, "reduce", total)
-    losses = [None] * len(carried) if lost is None else lost.chunk(len(carried))
+    sums = total.chunk(len(carried))
+    lost = algorithms.memories(residuals, "reduce", plan.reduce, sums)
     outbox, inbox = _empty(link, mine), _empty(link, mine)
-    for number, (rank, part) in enumerate(zip(carried, total.chunk(len(carried)), strict=True)):
-        outbox[rank] = algorithms.encode(plan.reduce, part, losses[number])
+    for rank, each, memory in zip(carried, sums, lost, strict=True):
+        outbox[rank] = algorithms.encode(plan.reduce, each, memory)
     carriers = [here.carrier(node, me) for node in range(len(here.members))]
     for carrier in carriers:
         inbox[carrier] = torch.empty_like(outbox[me]) if carrier != me else outbox[me]

@@ -311,7 +311,8 @@ static void run_blocks(int64_t count, const std::function<void()>& body) {
 }
 
 // The codec kernels; `blocks` is the grid. False where the block has no whole tile.
-bool encode(const void* x, int dtype, int64_t numel, const Setting* with, int64_t blocks, uint8_t* payload) {
+bool encode(const void* x, int dtype, int64_t numel, const Setting* with, int64_t blocks, uint8_t* payload,
+            void* memory) {
     bool found = false;
     if (with->format == kUniformFormat) with_dtype(dtype, [&](auto type) {
         using T = typename decltype(type)::type;
@@ -322,11 +323,13 @@ bool encode(const void* x, int dtype, int64_t numel, const Setting* with, int64_
             run_blocks(blocks, [&] { codec.encode((const typename T::Word*)x, payload); });
         });
     });
-    with_direct(with->format, dtype, [&](auto tile, auto type) {
+    with_direct(with->format, dtype, memory, [&](auto tile, auto type) {
         using T = typename decltype(type)::type;
         const DirectCodec<typename decltype(tile)::type, T> codec(*with, numel, blocks);
         found = codec.tile != 0;
-        if (found) run_blocks(blocks, [&] { codec.encode((const typename T::Word*)x, payload); });
+        if (found) run_blocks(blocks, [&] {
+            codec.encode((const typename T::Word*)x, payload, (typename T::Word*)memory);
+        });
     });
     return found;
 }
@@ -345,7 +348,7 @@ bool decode_sum(const uint8_t* const* payloads, int count, int dtype, int64_t nu
             run_blocks(blocks, [&] { codec.decode_sum(all, count, (typename T::Word*)out); });
         });
     });
-    with_direct(with->format, dtype, [&](auto tile, auto type) {
+    with_direct(with->format, dtype, false, [&](auto tile, auto type) {
         using T = typename decltype(type)::type;
         const DirectCodec<typename decltype(tile)::type, T> codec(*with, numel, blocks);
         found = codec.tile != 0;

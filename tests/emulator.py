@@ -128,12 +128,13 @@ class World:
         return library().world_epoch(self, rank)
 
 
-def encode(codec: Any, x: Tensor, blocks: int = 2) -> Tensor | None:
+def encode(codec: Any, x: Tensor, memory: Tensor | None = None, blocks: int = 2) -> Tensor | None:
     """The payload of the codec kernel run with a grid of ``blocks``; None where the block has no whole tile."""
     payload = torch.full((codec.wire_bytes(x.numel()),), 0xEE, dtype=torch.uint8)
     size, grid, setting = ctypes.c_int64(x.numel()), ctypes.c_int64(blocks), Setting(*codec.native)
-    pointers = ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(payload.data_ptr())
-    done = library().encode(pointers[0], DTYPES[x.dtype], size, ctypes.byref(setting), grid, pointers[1])
+    before = ctypes.c_void_p(x.data_ptr()), DTYPES[x.dtype], size, ctypes.byref(setting), grid
+    after = ctypes.c_void_p(payload.data_ptr()), ctypes.c_void_p(0 if memory is None else memory.data_ptr())
+    done = library().encode(*before, *after)
     return payload if done else None
 
 

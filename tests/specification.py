@@ -86,7 +86,7 @@ def carried(kind: str, legs: Sequence[Any], calls: Sequence[Sequence[Tensor]], w
             return algorithm(x[link.rank], link, plan, memory)
 
         results = lockstep.run(start, world)
-        kept = memories if kind == "reduce_scatter" else [memory.part(0) for memory in memories]
+        kept = [memory.parts[0] for memory in memories]
         losses = [[getattr(each, leg) for each in kept] for leg in ("reduce", "gather")]
         found.append((results, [[None if loss is None else loss.clone() for loss in leg] for leg in losses]))
     return found

@@ -128,7 +128,9 @@ def test_what_a_rounding_lost_is_carried_on(ranks, kind):
     for dtype in DTYPES:
         calls = [[strange(30_000, dtype, 10 * call + r) for r in range(ranks.world)] for call in range(3)]
         plan = plan_of(kind, AUTO, dtype)
-        lost = [algorithms.memories(kind, x.cuda(), r, ranks.world, plan, Residuals()) for r, x in enumerate(calls[0])]
+        lost = [
+            algorithms.fused_memories(kind, x.cuda(), r, ranks.world, plan, Residuals()) for r, x in enumerate(calls[0])
+        ]
         by_leg = [each[leg] for leg in (0, 1) for each in lost]
         for parts, (wanted, losses) in zip(calls, carried(kind, AUTO, calls, ranks.world), strict=True):
             x = [part.cuda() for part in parts]

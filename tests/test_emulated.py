@@ -174,7 +174,7 @@ def test_uncompressed_path():
 def check_carried(kind, world, numel, dtype, legs, make):
     calls = [[make(numel, dtype, 10 * call + rank) for rank in range(world)] for call in range(3)]
     plan = plan_of(kind, legs, dtype)
-    each = [algorithms.memories(kind, calls[0][r], r, world, plan, Residuals()) for r in range(world)]
+    each = [algorithms.fused_memories(kind, calls[0][r], r, world, plan, Residuals()) for r in range(world)]
     lost = list(zip(*each, strict=True))
     ranks = emulator.World(world)
     for call, (parts, (wanted, losses)) in enumerate(zip(calls, carried(kind, legs, calls, world), strict=True)):
@@ -199,6 +199,18 @@ def test_what_is_carried_on_of_what_a_codec_must_survive(kind):
 
     for dtype in DTYPES:
         check_carried("two-step", 2, 2500, dtype, AUTO, make)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_codec_kernels_with_a_memory_equal_the_definition(kind):
+    for dtype, codec in product(DTYPES, (Rotated(4.5, 32), Rotated(5, 64), Rotated(8, 16))):
+        lost = torch.zeros(codec.memory_numel(3001), dtype=dtype)
+        defined = lost.clone()
+        for seed in range(3):
+            x = tensor(kind, 3001, dtype, seed)
+            found = emulator.encode(codec, x, lost)
+            assert found is not None and torch.equal(found, codec.encode_ref(x, memory=defined)), (codec, dtype, seed)
+            assert same(lost, defined), (codec, dtype, seed)
 
 
 # ---- many calls, ranks at different ones ----------------------------------------------------------------------

@@ -154,7 +154,7 @@ def test_cuda_without_a_driver_is_one_readable_error(native: ModuleType) -> None
     if torch.cuda.is_available():
         pytest.skip("there is a driver")
     with pytest.raises(RuntimeError, match=r"flash-comm: encode on CUDA failed: .*\(cudaError"):
-        native.encode_cuda(0, 0, 100, 0, 4, 32, 0, 0)
+        native.encode_cuda(0, 0, 100, 0, 4, 32, 0, 0, 0)
     with pytest.raises(RuntimeError, match=r"flash-comm: decode_sum on CUDA failed: .*\(cudaError"):
         native.decode_sum_cuda([0], 100, 0, 4, 32, 0, 0, 0)
 

@@ -1,4 +1,4 @@
-"""The compiled rotated codec equals its definition bit for bit, residuals included, on every instruction set."""
+"""The compiled rotated codec equals its definition bit for bit, memories included, on every instruction set."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from flashcomm_megatron import extension
-from flashcomm_megatron.codec import residual
+from flashcomm_megatron.codec import rotated
 from flashcomm_megatron.codec.rotated import LEVELS, Rotated
 
 pytestmark = pytest.mark.skipif(not extension.available(), reason=f"no compiled extension: {extension.reason()}")
@@ -85,23 +85,33 @@ def test_compiled_equals_definition(bits, block):
                     assert same(found, expected), isa
 
 
+def remembered(codec: Rotated, numel: int, dtype: torch.dtype) -> torch.Tensor:
+    """A memory of normal numbers, some of them the smallest there are; zeros for blocks that are not there."""
+    numbers = torch.randn(math.ceil(numel / codec.block), codec.block) * 0.05
+    numbers[:, 3::17] = 2.0**-126
+    return rotated._grouped(numbers, dtype)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("codec", [Rotated(4.5, 32), Rotated(5, 64), Rotated(8, 16)], ids=str)
-def test_residuals_equal_definition(dtype, codec, monkeypatch):
+@pytest.mark.parametrize("codec", [Rotated(4.5, 32), Rotated(5, 64), Rotated(8, 16), Rotated(2, 32)], ids=str)
+def test_memories_equal_definition(dtype, codec, monkeypatch):
     numel = 2500
     *others, masked = kinds(numel, dtype)
-    for x in (*others, masked):
-        before = (torch.randn(numel) * 0.01).to(dtype)
+    denormal = others[0] * 2.0**-115  # coefficients that are denormal where they are small
+    for x in (*others, masked, denormal):
+        before = remembered(codec, numel, dtype)
         before[numel // 8 : numel - numel // 8] *= 0 if x is masked else 1
+        before *= 2.0**-115 if x is denormal else 1
         defined = before.clone()
         with monkeypatch.context() as patch:
             patch.setattr(extension, "_extension", None)
-            expected = residual.encode(codec, x, defined)
+            expected = [codec.encode(each, memory=defined) for each in (x, x)]
         for isa in ISAS:
             use(isa)
-            compiled, payload = before.clone(), torch.empty_like(expected)
-            assert extension.encode_residual(codec, x, compiled, payload)
-            assert same(payload, expected) and same(compiled, defined), isa
+            compiled = before.clone()
+            for payload in expected:
+                assert same(codec.encode(x, memory=compiled), payload), isa
+            assert same(compiled, defined), isa
 
 
 def test_threads_do_not_change_the_result(monkeypatch):
@@ -114,10 +124,9 @@ def test_threads_do_not_change_the_result(monkeypatch):
         assert same(out, codec.decode_sum_ref([payload, payload], x.numel(), x.dtype))
 
 
-def test_wrong_residuals_are_refused():
+def test_wrong_memories_are_refused():
     codec, x = Rotated(4, 32), torch.randn(64)
-    out = torch.empty(codec.wire_bytes(64), dtype=torch.uint8)
-    with pytest.raises(ValueError, match="residual has 63 values; x has 64"):
-        extension.encode_residual(codec, x, torch.zeros(63), out)
-    with pytest.raises(ValueError, match=r"residual is torch\.float16"):
-        extension.encode_residual(codec, x, torch.zeros(64, dtype=torch.float16), out)
+    with pytest.raises(ValueError, match=r"memory has 64 numbers; .* keeps 128 of 64 values"):
+        codec.encode(x, memory=torch.zeros(64))
+    with pytest.raises(ValueError, match=r"memory is torch\.float16"):
+        codec.encode(x, memory=torch.zeros(128, dtype=torch.float16))

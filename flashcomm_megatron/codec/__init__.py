@@ -19,7 +19,10 @@ from .spike import Spike
 from .stochastic import Stochastic
 from .uniform import Uniform
 
-__all__ = ["Codec", "Microscaling", "Outlier", "Raw", "Rotated", "Spike", "Stochastic", "Uncalibrated", "Uniform"]
+__all__ = [
+    "Codec", "Microscaling", "Outlier", "Raw", "Remembering", "Rotated", "Spike", "Stochastic",
+    "Uncalibrated", "Uniform",
+]  # fmt: skip
 
 
 class Codec(Protocol):
@@ -37,3 +40,13 @@ class Codec(Protocol):
 
     def decode_sum(self, payloads: Sequence[Tensor], out: Tensor) -> Tensor:
         """Write the float32 sum, in order, of the decoded payloads into the 1-D tensor ``out``."""
+
+
+class Remembering(Codec, Protocol):
+    """A codec that can add what one encoding lost to the next one (rotated.py)."""
+
+    def memory_numel(self, numel: int) -> int:
+        """Numbers that the memory of a tensor of ``numel`` values has."""
+
+    def encode(self, x: Tensor, out: Tensor | None = None, memory: Tensor | None = None) -> Tensor:
+        """As Codec.encode; ``memory``, of the dtype of ``x`` and zeros at first, becomes what this encoding loses."""

@@ -42,6 +42,19 @@ fixed order, strides 1, 2, 4, ..., (a, b) -> (a + b, a - b); every product is by
 coefficient is -0, so that all implementations agree bit for bit, also those that rotate one payload's codes as
 integers.
 
+The memory
+----------
+Residual feedback (feedback.py) adds what one encoding lost to the next one. Only the next encoding of a tensor with the
+same codec and shape reads it, so it is kept where rounding happens, among the coefficients, and nothing is rotated
+back. With ``h = H x = block * c``::
+
+    h' = h + memory        q as above, of h'        memory = h' - q * step * block
+
+the product being exact. What is stored is rounded to the tensor's dtype, limited to its finite range, and zero below
+2**-126. A block of NaN, Inf, an exact constant (of ``h'``) or values from 2**100 on leaves zeros; the last ones are
+encoded without a memory. Numbers lie as vectors of 512 bits hold them, always four blocks together: the first four
+coefficients of each, then their next four, to the last.
+
 Error: a coefficient is off by at most ``step / 2``, or by what it lies beyond the first or last code's value. ``step``
 is ``max|c| / zero`` within -1/17 and +1/16, beyond 32 levels within +1/8, unless one of the floors above is larger. A
 value is off by at most the sum of its block's coefficients' errors, and the squared errors of a block sum to ``block``
@@ -57,7 +70,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .blocks import extremes, in_blocks
+from .. import extension
+from .blocks import in_blocks
 from .reference import Reference
 from .stochastic import rounded
 from .wire import from_half_words, half_words, join_planes, join_sections, plane_bytes, split_planes, split_sections
@@ -65,10 +79,12 @@ from .wire import from_half_words, half_words, join_planes, join_sections, plane
 LEVELS = {2: 4, 2.5: 5, 3: 8, 3.5: 11, 4: 16, 4.5: 22, 5: 32, 5.5: 45, 6: 64, 6.5: 90, 7: 128, 7.5: 181, 8: 256}
 BLOCKS = (16, 32, 64, 128, 256, 512, 1024)
 FAMILY = 32  # blocks that share a top
+GROUP = 4  # blocks whose numbers lie together in a memory
 NAN, CONSTANT, LAST = 127, 126, 125  # of the scale byte without its sign; LAST is the largest distance from the top
 KEY_SHIFT = 20  # a key counts float32 bit patterns in units of 2**20: eight steps an octave
 NEAREST = 32  # steps of at most this many levels are rounded to nearest, others up
 LEAST_KEY = (127 - 100) << 3  # 2**-100
+LEAST_KEPT = 2.0**-126  # smaller numbers of a memory are zeros: what a bfloat16 rounding of processors does
 HUGE = 2.0**100  # from here on butterflies could overflow: shrink first
 SHRINK = 2.0**-16
 
@@ -92,11 +108,6 @@ class Rotated(Reference):
         return 1, int(2 * self.bits), self.block
 
     @property
-    def native_residual(self) -> bool:
-        """Whether the compiled extension keeps residuals for this codec."""
-        return True
-
-    @property
     def dithers(self) -> bool:
         """Whether codes may be rounded stochastically (stochastic.py): steps are then made wide enough for it."""
         return True
@@ -118,21 +129,51 @@ class Rotated(Reference):
         planes = [size for width in self._widths for size in plane_bytes(words, width)]
         return [*planes, blocks, 2 * math.ceil(blocks / FAMILY)]
 
-    def encode_ref(self, x: Tensor, dither: Tensor | None = None) -> Tensor:
+    def memory_numel(self, numel: int) -> int:
+        """Numbers that the memory of a tensor of ``numel`` values has."""
+        group = GROUP * self.block
+        return math.ceil(numel / group) * group
+
+    def encode(self, x: Tensor, out: Tensor | None = None, memory: Tensor | None = None) -> Tensor:
+        """Encode a contiguous 1-D floating tensor into a uint8 payload of ``wire_bytes(x.numel())``.
+
+        ``memory`` [memory_numel(x.numel())], of the dtype of ``x`` and zeros at first, holds what the last encoding
+        lost, which is added, and then what this one loses.
+        """
+        if memory is None:
+            return super().encode(x, out)
+        if out is None:
+            out = torch.empty(self.wire_bytes(x.numel()), dtype=torch.uint8, device=x.device)
+        if x.numel() and not extension.encode_memory(self, x, memory, out):
+            out.copy_(self.encode_ref(x, memory=memory))
+        return out
+
+    def encode_ref(self, x: Tensor, dither: Tensor | None = None, memory: Tensor | None = None) -> Tensor:
         """Payload of a contiguous, non-empty 1-D floating tensor; with ``dither`` [blocks, block] rounded
         stochastically, in steps of ``max|c| / (levels - 1 - zero)``, rounded up, that clip nothing on either side."""
         values = in_blocks(x, self.block).float()
-        low, high, finite = extremes(values)
-        constant = finite & (low == high)
+        finite = values.isfinite().all(1)
+        values = torch.where(finite[:, None], values, 0.0)
+        shrink = torch.where(values.abs().amax(1) >= HUGE, SHRINK, 1.0)
+        coefficients = butterflies(values * shrink[:, None])
+        if memory is not None:
+            carried = coefficients + _ungrouped(memory, self.block)[: len(values)]
+            coefficients = torch.where((shrink == 1)[:, None], carried, coefficients)
+            finite = finite & coefficients.isfinite().all(1)
+
+        constant = finite & (coefficients[:, 1:] == 0).all(1)
+        value = coefficients[:, 0] / (self.block * shrink)
         regular = finite & ~constant
-        shrink = torch.where(torch.maximum(-low, high) >= HUGE, SHRINK, 1.0)
-        coefficients = butterflies(torch.where(regular[:, None], values, 0.0) * shrink[:, None])
+        coefficients = torch.where(regular[:, None], coefficients, 0.0)
         scales, tops, step = self._scales(coefficients, shrink, regular, clips=dither is None)
         inverse = 1.0 / (step * shrink * self.block)
-        codes = rounded(coefficients * inverse[:, None], dither) + self.zero
-        codes = codes.clamp(0, self.levels - 1).to(torch.uint8)
+        numbers = rounded(coefficients * inverse[:, None], dither).clamp(-self.zero, self.levels - 1 - self.zero)
+        if memory is not None:
+            lost = coefficients - numbers * (step * self.block)[:, None]
+            memory.copy_(_grouped(torch.where((regular & (shrink == 1))[:, None], lost, 0.0), memory.dtype))
 
-        codes = torch.where(constant[:, None], self._constant_codes(low), codes)
+        codes = (numbers + self.zero).to(torch.uint8)
+        codes = torch.where(constant[:, None], self._constant_codes(value), codes)
         codes = torch.where(finite[:, None], codes, 0)
         scales = torch.where(finite, torch.where(constant, CONSTANT, scales), NAN)
         return join_sections([*self._split(codes.flatten()), scales.to(torch.uint8), half_words(tops)])
@@ -258,3 +299,16 @@ def butterflies(x: Tensor) -> Tensor:
         x = torch.stack([first + second, first - second], dim=2).view(rows, length)
         stride *= 2
     return x
+
+
+def _ungrouped(memory: Tensor, block: int) -> Tensor:
+    """Numbers of a memory -> float32 [blocks, block]."""
+    return memory.view(-1, block // 4, GROUP, 4).transpose(1, 2).reshape(-1, block).float()
+
+
+def _grouped(lost: Tensor, dtype: torch.dtype) -> Tensor:
+    """The way back, zeros for blocks that are missing; rounded to ``dtype`` as the module docstring has it."""
+    limit = torch.finfo(dtype).max
+    lost = torch.where(lost.abs() < LEAST_KEPT, lost * 0.0, lost).clamp(-limit, limit).to(dtype)
+    lost = torch.nn.functional.pad(lost, (0, 0, 0, -len(lost) % GROUP))
+    return lost.view(-1, GROUP, lost.size(1) // 4, 4).transpose(1, 2).flatten()

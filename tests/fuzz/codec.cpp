@@ -62,16 +62,17 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     Input input{data, size};
     const Spec spec = spec_of(input);
     const int dtype = input.next() % 3, count = 1 + input.next() % 3;
-    const bool with_residual = spec.format && input.next() & 1;
+    const bool remembers = spec.format && input.next() & 1;
     const int64_t blocks = (spec.numel + spec.block - 1) / spec.block;
     const size_t bytes = spec.numel * (dtype == kFloat32 ? 4 : 2), wire = wire_bytes(spec);
 
     const Block values(bytes, input.data, input.size);
-    Block x(bytes, input.data, input.size), residual(with_residual ? bytes : 0, nullptr, 0), out(bytes, nullptr, 0);
+    const size_t numbers = remembers ? memory_numel(blocks, spec.block) * bytes / spec.numel : 0;
+    Block x(bytes, input.data, input.size), memory(numbers, nullptr, 0), out(bytes, nullptr, 0);
     Block payload(wire, nullptr, 0), again(wire, nullptr, 0), hostile(wire, input.data, input.size);
     const Kernels& codec = kernels[spec.format];
-    codec.encode(x.get(), with_residual ? residual.get() : nullptr, dtype, spec, payload.get(), 0, blocks);
-    if (!with_residual) {
+    codec.encode(x.get(), remembers ? memory.get() : nullptr, dtype, spec, payload.get(), 0, blocks);
+    if (!remembers) {
         codec.encode(x.get(), nullptr, dtype, spec, again.get(), 0, blocks);
         if (std::memcmp(payload.get(), again.get(), wire)) std::abort();  // same input, same bits
     }
