@@ -60,20 +60,34 @@ bool is_constant(const float* x, int64_t block, uint32_t& bits) {
     return true;
 }
 
-// Rotates block b, whose largest value is known, and notes what its step depends on, or which escape it takes.
+// The key of a block's step, from its coefficients and the largest of them.
+uint32_t key_of_block(const float* c, float largest, bool is_negative, float shrink, const Coding& at) {
+    const uint32_t first = key_of(largest * (1.0f / (float)(at.block * at.zero)), rounding_of(at), shrink);
+    if (at.levels > kSearched) return first;
+    const float unit = (is_negative ? -shrink : shrink) * (float)at.block;
+    return best_key(first, at.levels, [&](uint32_t key) {
+        const float eighths = eighths_of(key, unit);
+        uint32_t errors = 0;
+        for (int i = 0; i < at.block; i++) errors += squared_error(c[i], eighths, at.zero, at.levels);
+        return errors;
+    });
+}
+
+// Rotates block b, whose largest value is known, and notes its step's key, or which escape it takes.
 template <class Family> void measure(Family& f, int b, const Coding& at, uint32_t magnitude) {
     float* x = f.coefficients + b * at.block;
     const bool is_nan = magnitude >= Float32::kInfinity;
     f.shrinks[b] = 1;
-    f.largest[b] = 0;
+    f.keys[b] = kLeastKey;
     f.scales[b] = is_nan ? kNanBlock : is_constant(x, at.block, f.constants[b]) ? kConstant : 0;
     if (f.scales[b]) return;
     if (float_of(magnitude) >= kHugeStep) f.shrinks[b] = kShrink;
     for (int64_t i = 0; f.shrinks[b] < 1 && i < at.block; i++) x[i] *= kShrink;
     butterflies(x, (int)at.block);
-    const uint32_t key = largest_key(x, (int)at.block);
-    f.largest[b] = float_of(key >> 1);
-    f.scales[b] = key & 1 ? 0 : 0x80;  // the step is negative where the largest coefficient is positive
+    const uint32_t largest = largest_key(x, (int)at.block);
+    const bool is_negative = !(largest & 1);  // the step is negative where the largest coefficient is positive
+    f.scales[b] = is_negative ? 0x80 : 0;
+    f.keys[b] = key_of_block(x, float_of(largest >> 1), is_negative, f.shrinks[b], at);
 }
 
 void quantize(const float* __restrict x, const Coding& at, float inverse, uint8_t* __restrict codes) {

@@ -27,9 +27,9 @@ template <class T, bool kMemory = false> struct RotatedTile : RotatedCodes {
     struct Meta {  // of a block: first its largest coefficient and what it is, then what its codes depend on
         uint32_t largest;  // bits << 1 | sign, see rotated_plain.h; then the reciprocal of the step, 0 for escapes
         uint32_t constant;
-        uint32_t kind;  // 0, kNanBlock or kConstant; kShrunk beside it
-    };
-    static constexpr uint32_t kShrunk = 256;
+        uint32_t kind;  // 0, kNanBlock or kConstant; kShrunk beside it, and kFiner times the step's eighths of an octave
+    };                  // below that which reaches the largest coefficient
+    static constexpr uint32_t kShrunk = 256, kFiner = 512;
 
     // Coefficients wait in shared memory for their steps: 32 registers held over two barriers made the compiler spill.
     FC_INLINE int scratch_bytes() const {
@@ -195,7 +195,29 @@ private:
             fill(c);
             look_closer(is_finite(octet) || 8 * place >= values, c, meta);
         }
+        if (levels <= kSearched) meta.kind += kFiner * finer(c, meta);
         if (is_first && place < octets) metas[place >> octet_shift] = meta;
+    }
+
+    // How far below the first key that of least error is; all lanes of the warp.
+    FC_DEVICE uint32_t finer(const float (&c)[8], const Meta& meta) const {
+        const uint32_t first = first_key(meta);
+        const float unit = shrink_of(meta) * (meta.largest & 1 ? (float)block() : -(float)block());
+        return first - best_key(first, levels, [&](uint32_t key) {
+            const float eighths = eighths_of(key, unit);
+            uint32_t errors = 0;
+            FC_UNROLL for (int i = 0; i < 8; i++) errors += squared_error(c[i], eighths, zero, levels);
+            for (int apart = 1; apart >> octet_shift == 0; apart *= 2) errors += exchange(errors, apart);
+            return errors;
+        });
+    }
+
+    static FC_DEVICE float shrink_of(const Meta& meta) { return meta.kind & kShrunk ? kShrink : 1.0f; }
+    // The key of the step that reaches the largest coefficient.
+    FC_DEVICE uint32_t first_key(const Meta& meta) const {
+        const float needed = float_of(meta.largest >> 1) * (1.0f / (float)(block() * zero));
+        const uint32_t half = 1u << (kKeyShift - 1);
+        return key_of(needed, levels <= kNearest ? half : 2 * half - 1, shrink_of(meta));
     }
 
     static FC_DEVICE bool is_finite(const Octet<T>& octet) {
@@ -267,10 +289,8 @@ private:
         const int index = family * kFamily + (thread() & (kWarp - 1));
         const bool is_there = index < blocks;
         const Meta meta = is_there ? metas[index] : Meta{0, 0, kConstant};
-        const uint32_t kind = meta.kind & 0x7F, half = 1u << (kKeyShift - 1);
-        const float size = (float)block(), shrink = meta.kind & kShrunk ? kShrink : 1.0f;
-        const float needed = float_of(meta.largest >> 1) * (1.0f / (float)(block() * zero));
-        const uint32_t key = key_of(needed, levels <= kNearest ? half : 2 * half - 1, shrink);
+        const uint32_t kind = meta.kind & 0x7F, key = first_key(meta) - meta.kind / kFiner;
+        const float size = (float)block(), shrink = shrink_of(meta);
         uint32_t top = kind ? kLeastKey : key;
         FC_UNROLL for (int apart = 1; apart < kWarp; apart *= 2) {
             const uint32_t theirs = exchange(top, apart);
