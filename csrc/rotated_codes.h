@@ -4,7 +4,7 @@
 // is a quad of words and half as many bytes: in planes of one bit two lanes share a byte.
 #pragma once
 
-#include "rotated.h"
+#include "rotated_search.h"
 #include "tile.h"
 
 namespace flashcomm::FLASHCOMM_ISA {

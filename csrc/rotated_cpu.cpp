@@ -46,6 +46,19 @@ bool are_zeros(const float* x, int64_t count) {
     return true;
 }
 
+// The key of a block's step, from its coefficients and the largest of them.
+uint32_t key_of_block(const float* c, float largest, bool is_negative, float shrink, const Coding& at) {
+    const uint32_t first = key_of(largest * (1.0f / (float)(at.block * at.zero)), rounding_of(at), shrink);
+    if (at.levels > kSearched) return first;
+    const float unit = (is_negative ? -shrink : shrink) * (float)at.block;
+    return best_key(first, at.levels, [&](uint32_t key) {
+        const float eighths = eighths_of(key, unit);
+        uint32_t errors = 0;
+        for (int i = 0; i < at.block; i++) errors += squared_error(c[i], eighths, at.zero, at.levels);
+        return errors;
+    });
+}
+
 // What a memory holds of a block, or nothing.
 template <class T> void add_memory(const typename T::Word* memory, int64_t index, int64_t block, float* x) {
     for (int64_t i = 0; memory && i < block; i++) {
@@ -54,28 +67,29 @@ template <class T> void add_memory(const typename T::Word* memory, int64_t index
     }
 }
 
-// Rotates block b of the family, which is block `index` of all and whose largest value is known, and notes what its
-// step depends on, or which escape it takes.
+// Rotates block b of the family, which is block `index` of all and whose largest value is known, and notes its
+// step's key, or which escape it takes.
 template <class T, class Family>
 void measure(Family& f, int b, const Coding& at, int64_t index, uint32_t magnitude, const typename T::Word* memory) {
     float* x = f.coefficients + b * at.block;
     f.shrinks[b] = 1;
-    f.largest[b] = 0;
+    f.keys[b] = kLeastKey;
     f.scales[b] = kNanBlock;
     if (magnitude >= Float32::kInfinity) return;
     if (float_of(magnitude) >= kHugeStep) f.shrinks[b] = kShrink;
     for (int64_t i = 0; f.shrinks[b] < 1 && i < at.block; i++) x[i] *= kShrink;
     butterflies(x, (int)at.block);
     if (f.shrinks[b] == 1) add_memory<T>(memory, index, at.block, x);
-    const uint32_t key = largest_key(x, (int)at.block);
-    if (key >> 1 >= Float32::kInfinity) return;
+    const uint32_t largest = largest_key(x, (int)at.block);
+    if (largest >> 1 >= Float32::kInfinity) return;
     if (are_zeros(x + 1, at.block - 1)) {
         f.scales[b] = kConstant;
         f.constants[b] = bits_of(x[0] / (f.shrinks[b] * (float)at.block));
         return;
     }
-    f.largest[b] = float_of(key >> 1);
-    f.scales[b] = key & 1 ? 0 : 0x80;  // the step is negative where the largest coefficient is positive
+    const bool is_negative = !(largest & 1);  // the step is negative where the largest coefficient is positive
+    f.scales[b] = is_negative ? 0x80 : 0;
+    f.keys[b] = key_of_block(x, float_of(largest >> 1), is_negative, f.shrinks[b], at);
 }
 
 void quantize(const float* __restrict x, const Coding& at, float inverse, uint8_t* __restrict codes) {

@@ -3,14 +3,14 @@
 
 #include "api.h"
 #include "planes.h"
-#include "rotated.h"
+#include "rotated_search.h"
 
 namespace flashcomm::FLASHCOMM_ISA {
 namespace {
 
 // What is known of a family's blocks once their largest coefficients are.
 struct alignas(64) Steps {
-    float largest[kFamily], shrinks[kFamily], inverses[kFamily];
+    float shrinks[kFamily], inverses[kFamily];
     uint32_t scales[kFamily], keys[kFamily], top;
 };
 
@@ -44,14 +44,12 @@ inline uint32_t rounding_of(const RotatedLayout& at) {
     return at.levels <= kNearest ? 1u << (kKeyShift - 1) : (1u << kKeyShift) - 1;
 }
 
-// The family's top, and of every block its distance and the reciprocal of its step, from the largest coefficients.
+// The family's top, and of every block its distance and the reciprocal of its step, from the blocks' keys.
 inline void fit(Steps& f, const RotatedLayout& at, int blocks) {
-    const float unit = 1.0f / (float)(at.block * at.zero), size = (float)at.block;
-    const uint32_t rounding = rounding_of(at);
-    for (int b = blocks; b < kFamily; b++) f.largest[b] = 0, f.shrinks[b] = 1, f.scales[b] = kConstant;
+    const float size = (float)at.block;
+    for (int b = blocks; b < kFamily; b++) f.keys[b] = kLeastKey, f.shrinks[b] = 1, f.scales[b] = kConstant;
     uint32_t top = kLeastKey;
     for (int b = 0; b < kFamily; b++) {
-        f.keys[b] = key_of(f.largest[b] * unit, rounding, f.shrinks[b]);
         const uint32_t key = (f.scales[b] & 0x7F) ? kLeastKey : f.keys[b];
         top = key > top ? key : top;
     }

@@ -21,8 +21,8 @@ constexpr int kUnits = kFamily / kTracks;              // a unit: the blocks tha
 // Room for one family while it is coded.
 template <int kBlock> struct Plain : Steps {
     Vector numbers[kUnits][kBlock / 4];  // coefficients
-    Words keys[kUnits];
-    float steps[kFamily];  // of such numbers
+    Words largest[kUnits];
+    float steps[kFamily], eighths[kTried][kFamily];  // of such numbers; what makes eighths of the steps tried of them
     Bytes<kBlock> bytes;
 };
 
@@ -69,37 +69,80 @@ bool rotate_family(const typename T::Word* x, const typename T::Word* memory, in
     for (int u = 0; u < units; u++)
         varies &= rotate_unit<T, kBlock, kCarries>(x + u * kTracks * kBlock,
                                                    kCarries ? memory + memory_of<kBlock>(u) : memory, f.numbers[u],
-                                                   f.keys[u]);
-    for (int u = units; u < kUnits; u++) f.keys[u] = Words{};
+                                                   f.largest[u]);
+    for (int u = units; u < kUnits; u++) f.largest[u] = Words{};
     return varies;
 }
 
-// Of four units the largest key of every block, in the blocks' order.
-FC_INLINE Words largest_keys(const Words (&keys)[kUnits], int first) {
-    const auto both = [](Words x, Words y, auto at) {
-        return larger(shuffled_tracks(x, y, at), shuffled_tracks(x, y, [at](int i) { return at(i) ^ 1; }));
+// The four lanes of every block made one, of four units, in the blocks' order.
+template <class Join> FC_INLINE Words by_block(const Words* units, Join join) {
+    const auto both = [join](Words x, Words y) {
+        const auto pairs = unzipped(Both<Words>{x, y});
+        return join(pairs.first, pairs.second);
     };
-    const auto halves = [](int i) { return i * 2; };
-    const Words early = both(keys[first], keys[first + 1], halves);
-    const Words late = both(keys[first + 2], keys[first + 3], halves), most = both(early, late, halves);
-    return shuffled(most, most, [](int i) { return i % kTracks * 4 + i / kTracks; });
+    const Words all = both(both(units[0], units[1]), both(units[2], units[3]));
+    return shuffled(all, all, [](int i) { return i % kTracks * 4 + i / kTracks; });
+}
+
+constexpr int kVectors = kFamily / kLanes;  // of a number for each block
+
+// Sums of squared_error over every block of a unit, in four lanes each, for every step tried.
+template <int kBlock>
+FC_INLINE void add_errors(const Plain<kBlock>& f, int unit, const Coding& at, Words (&errors)[kTried][kUnits]) {
+    const Shorts least = Shorts{} - (int16_t)at.zero, most = least + (int16_t)at.last;
+    Lanes sums[kTried] = {};
+#pragma GCC unroll 32
+    for (int i = 0; i < kBlock / 4; i += 2)
+#pragma GCC unroll 4
+        for (int n = 0; n < kTried; n++) {
+            const Vector eighths = spread(f.eighths[n] + unit * kTracks), *c = f.numbers[unit] + i;
+            const Shorts fine = joined(Both<Lanes>{nearest(c[0] * eighths), nearest(c[1] * eighths)});
+            const Shorts off = fine - (smaller(larger((Shorts)((fine + 4) >> 3), least), most) << 3);
+            sums[n] += sum_products(off, off);
+        }
+    for (int n = 0; n < kTried; n++) errors[n][unit] = (Words)sums[n];
+}
+
+// best_key for every block: `keys` of the largest coefficients become those of the steps taken.
+template <int kBlock>
+void search(Plain<kBlock>& f, const Coding& at, int units, const Words (&signs)[kVectors], Words (&keys)[kVectors]) {
+    const auto tried = [&at, &keys](int i, int n) { return larger(keys[i] - apart(at.levels) * n, Words{} + kLeastKey); };
+    for (int n = 0; n < kTried; n++)
+        for (int i = 0; i < kVectors; i++) {
+            const Vector step = (Vector)(tried(i, n) << kKeyShift | signs[i]);
+            store(1.0f / (step * (float)kBlock) * 8, f.eighths[n] + i * kLanes);
+        }
+    Words errors[kTried][kUnits] = {};
+    for (int u = 0; u < units; u++) add_errors(f, u, at, errors);
+    for (int i = 0; i < kVectors; i++) {
+        Words least = ~Words{}, best = {};
+        const Words finest = tried(i, kTried - 1) >> 3;
+        for (int n = 0; n < kTried; n++) {
+            const Words key = tried(i, n), eighths = (8 + (key & 7)) << ((key >> 3) - finest);  // as weighed() has it
+            const Words error = by_block(errors[n] + 4 * i, [](Words x, Words y) { return x + y; }) * eighths * eighths;
+            best = error < least ? key : best;
+            least = smaller(error, least);
+        }
+        keys[i] = best;
+    }
 }
 
 // What fit() does, for blocks that are neither constant nor shrunk: the family's top, and of every block the scale byte,
 // the step and its reciprocal. False if a coefficient is huge, or no number.
-template <int kBlock> bool fit(Plain<kBlock>& f, const Coding& at) {
-    constexpr int kVectors = kFamily / kLanes;
+template <int kBlock> bool fit(Plain<kBlock>& f, const Coding& at, int units) {
     const float unit = 1.0f / (float)(kBlock * at.zero);
     Words keys[kVectors], signs[kVectors], huge = {}, top = Words{} + kLeastKey;
 #pragma GCC unroll 8
     for (int i = 0; i < kVectors; i++) {
-        const Words largest = largest_keys(f.keys, 4 * i);
+        const Words largest = by_block(f.largest + 4 * i, larger<Words>);
         huge |= (Words)(largest >= kHugeMagnitude);
         keys[i] = larger(((Words)((Vector)(largest >> 1) * unit) + rounding_of(at)) >> kKeyShift, Words{} + kLeastKey);
         signs[i] = (~largest & 1) << 31;  // the step is negative where the largest coefficient is positive
-        top = larger(top, keys[i]);
     }
     if (nonzero(huge)) return false;
+    if (at.levels <= kSearched) search(f, at, units, signs, keys);
+#pragma GCC unroll 8
+    for (int i = 0; i < kVectors; i++) top = larger(top, keys[i]);
     top = largest_of(top);
     f.top = top[0];
 #pragma GCC unroll 8
@@ -180,7 +223,7 @@ bool encode_plain(const typename T::Word* x, typename T::Word* memory, const Cod
     const int64_t begin = family * kFamily * kBlock;
     if (begin + blocks * kBlock > at.numel || blocks % kTracks) return false;
     x += begin, memory += kCarries ? begin : 0;
-    if (!rotate_family<T, kBlock, kCarries>(x, memory, units, f) || !fit<kBlock>(f, at)) return false;
+    if (!rotate_family<T, kBlock, kCarries>(x, memory, units, f) || !fit(f, at, units)) return false;
     uint8_t* low = low_bytes(payload, at, family, f.bytes.low);
     quantize<T, kBlock, kCarries>(memory, units, at, low, f);
     pack(low, f.bytes.high, at, octet_of(at, family), words_of(at, blocks), payload);

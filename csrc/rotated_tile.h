@@ -27,12 +27,12 @@ template <class T, bool kMemory = false> struct RotatedTile : RotatedCodes {
     struct Meta {  // of a block: first its largest coefficient and what it is, then what its codes depend on
         uint32_t largest;  // bits << 1 | sign, see rotated_plain.h; then the reciprocal of the step, 0 for escapes
         uint32_t value;    // of a constant; then of others the step
-        uint32_t kind;     // 0, kNanBlock or kConstant; kShrunk beside it
-    };
+        uint32_t kind;     // 0, kNanBlock or kConstant; kShrunk beside it, and kFiner times the step's eighths of an octave
+    };                  // below that which reaches the largest coefficient
     struct alignas(4 * sizeof(Word)) Quad {  // of a memory
         uint32_t w[sizeof(Word)];
     };
-    static constexpr uint32_t kShrunk = 256;
+    static constexpr uint32_t kShrunk = 256, kFiner = 512;
 
     // Coefficients wait in shared memory for their steps: 32 registers held over two barriers made the compiler spill.
     FC_INLINE int scratch_bytes() const {
@@ -60,14 +60,14 @@ template <class T, bool kMemory = false> struct RotatedTile : RotatedCodes {
                 __builtin_memcpy(&coefficients[half * kTileOctets<T> + row * kThreads + lane], c + 4 * half, 16);
         }
         sync();
+        if (levels <= kSearched) search(coefficients, octets, metas);
         if (kOwn && lane == kThreads - 1) zero_gaps(place, (Offset)values, payload);
         for (int family = lane / kWarp; family * kFamily < blocks; family += kThreads / kWarp)
             fit(metas, family, blocks, payload + place.scales, payload + place.tops);
         sync();
         for (int octet = lane; (octet & ~(kWarp - 1)) < octets; octet += kThreads) {
             float c[8];
-            FC_UNROLL for (int half = 0; half < 2; half++)
-                __builtin_memcpy(c + 4 * half, &coefficients[half * kTileOctets<T> + octet], 16);
+            fetch(coefficients, octet, c);
             quantize(c, octet, octet < octets, metas, payload, place, memory);
         }
         sync();
@@ -219,6 +219,40 @@ private:
         return {largest_of_block(largest(c)), bits_of(c[0] * (1.0f / (float)block()) * grow), is_constant ? kConstant : 0u};
     }
 
+    static FC_DEVICE void fetch(const Vec16* coefficients, int octet, float (&c)[8]) {
+        FC_UNROLL for (int half = 0; half < 2; half++)
+            __builtin_memcpy(c + 4 * half, &coefficients[half * kTileOctets<T> + octet], 16);
+    }
+
+    // Notes for every block which of the steps tried loses least. A phase of its own: beside rotate() it would spill.
+    FC_DEVICE void search(const Vec16* coefficients, int octets, Meta* metas) const {
+        for (int octet = thread(); (octet & ~(kWarp - 1)) < octets; octet += kThreads) {
+            const Meta meta = octet < octets ? metas[octet >> octet_shift] : Meta{0, 0, kConstant};
+            const uint32_t first = first_key(meta);
+            const float unit = shrink_of(meta) * (meta.largest & 1 ? (float)block() : -(float)block());
+            float c[8];
+            fetch(coefficients, octet, c);
+            const uint32_t best = best_key(first, levels, [&](uint32_t key) {
+                const float eighths = eighths_of(key, unit);
+                uint32_t errors = 0;
+                FC_UNROLL for (int i = 0; i < 8; i++) errors += squared_error(c[i], eighths, zero, levels);
+                for (int apart = 1; apart >> octet_shift == 0; apart *= 2) errors += exchange(errors, apart);
+                return errors;
+            });
+            const bool is_first = (octet & ((1 << octet_shift) - 1)) == 0;
+            if (is_first && octet < octets) metas[octet >> octet_shift].kind = meta.kind + kFiner * (first - best);
+        }
+        sync();
+    }
+
+    static FC_DEVICE float shrink_of(const Meta& meta) { return meta.kind & kShrunk ? kShrink : 1.0f; }
+    // The key of the step that reaches the largest coefficient.
+    FC_DEVICE uint32_t first_key(const Meta& meta) const {
+        const float needed = float_of(meta.largest >> 1) * (1.0f / (float)(block() * zero));
+        const uint32_t half = 1u << (kKeyShift - 1);
+        return key_of(needed, levels <= kNearest ? half : 2 * half - 1, shrink_of(meta));
+    }
+
     static FC_DEVICE bool is_finite(const Octet<T>& octet) {
         constexpr uint32_t above = ordered<T>(T::kInfinity), below = (typename T::Word)~above;
         const Keys<T> keys = extremes<T>(octet);
@@ -245,10 +279,8 @@ private:
         const int index = family * kFamily + (thread() & (kWarp - 1));
         const bool is_there = index < blocks;
         const Meta meta = is_there ? metas[index] : Meta{0, 0, kConstant};
-        const uint32_t kind = meta.kind & 0x7F, half = 1u << (kKeyShift - 1);
-        const float size = (float)block(), shrink = meta.kind & kShrunk ? kShrink : 1.0f;
-        const float needed = float_of(meta.largest >> 1) * (1.0f / (float)(block() * zero));
-        const uint32_t key = key_of(needed, levels <= kNearest ? half : 2 * half - 1, shrink);
+        const uint32_t kind = meta.kind & 0x7F, key = first_key(meta) - meta.kind / kFiner;
+        const float size = (float)block(), shrink = shrink_of(meta);
         uint32_t top = kind ? kLeastKey : key;
         FC_UNROLL for (int apart = 1; apart < kWarp; apart *= 2) {
             const uint32_t theirs = exchange(top, apart);

@@ -50,6 +50,7 @@ def bound(codec: Rotated, x: Tensor) -> Tensor:
     constant = (blocks == blocks[:, :1]).all(1)
     needed = torch.where(finite & ~constant, coefficients.abs().amax(1) / codec.zero, 0.0)
     least, most = (16 / 17, 17 / 16) if codec.levels <= 32 else (1, 9 / 8)
+    least *= 2 / 3 if codec.levels < 8 else 4 / 5 if codec.levels <= 16 else 1  # the finest of the steps tried
     steps = (most * needed * (1 + 2.0**-20)).clamp(min=2.0**-100)
     for first in range(0, len(blocks), 32):
         family = steps[first : first + 32]
@@ -72,6 +73,29 @@ def test_every_error_is_within_the_bound(kind: str, dtype: torch.dtype) -> None:
             rounding = y.double().abs() * STEP[dtype] + torch.finfo(dtype).smallest_normal * STEP[dtype]
             excess = ((y.double() - x.double()).abs() - limit - rounding)[~limit.isnan()]
             assert not excess.numel() or excess.max() <= 0, f"{bits} bits, block {block}: {excess.max():.3g} beyond"
+
+
+@pytest.mark.parametrize(
+    ("bits", "block", "least"), [(2, 32, 1.05), (2.5, 32, 1.2), (3, 64, 1.04), (3.5, 32, 1.05), (4, 64, 1.02)]
+)
+def test_steps_of_few_levels_lose_less_than_those_that_reach_the_largest(bits: float, block: int, least: float) -> None:
+    """Root mean square error of steps max|c| / zero, over the codec's, for normal values."""
+    x = tensor("normal", 2**15, torch.float32)
+    codec = Rotated(bits, block)
+    coefficients = butterflies(x.view(-1, block)) / block
+    largest = coefficients.gather(1, coefficients.abs().argmax(1, keepdim=True))
+    step = -largest / codec.zero
+    reaching = (coefficients / step).round().clamp(-codec.zero, codec.levels - 1 - codec.zero) * step
+    lost = (butterflies(reaching) - x.view(-1, block)).norm()
+    assert lost > least * (through(codec, x) - x).norm()
+
+
+def test_an_outlier_alone_in_its_block_stays_exact() -> None:
+    """All coefficients are alike: a finer step would cut every one of them."""
+    x = torch.zeros(64)
+    x[5], x[40] = 96.0, -7.0
+    for bits in (2.5, 3.5):  # as many codes on either side
+        assert torch.allclose(through(Rotated(bits, 32), x), x, rtol=1 / 16, atol=1e-4), bits
 
 
 def test_the_bound_can_fail() -> None:
