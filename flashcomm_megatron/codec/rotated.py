@@ -30,10 +30,11 @@ of their own. With block 32, metadata are 0.266 bits a value.
 A step is a float32 with three mantissa bits, rounded to nearest (beyond 32 levels up, lest the largest coefficient lose
 many steps), known by ``key = float32 bits >> 20``. Up to 16 levels two smaller keys are tried as well, and the one of
 least squared error is taken: with few codes a finer grid for all is often worth cutting the largest. Errors are
-compared as integers, in eighths of a step, so that the order of summation does not matter. ``top`` is the largest key
-of 32 blocks, ``scale = negative << 7 | d`` the block's own: ``key = top - d``. A block whose step would lie more than 125
-eighths of an octave below the largest takes ``d = 125``. Steps are at least 2**-100: a block far below decodes to
-zeros. ``negative`` says that the largest coefficient is positive. Two values of ``scale`` are escapes:
+compared as integers, in eighths of a step, so that the order of summation does not matter.
+
+``top`` is the largest key of 32 blocks, ``scale = negative << 7 | d`` the block's own: ``key = top - d``. A block whose
+step would lie more than 125 eighths of an octave below the largest takes ``d = 125``. Steps are at least 2**-100: a
+block far below decodes to zeros. ``negative`` says that the largest coefficient is positive. Two values of ``scale`` are escapes:
 
 - 127: the block held a NaN or an Inf and decodes to NaN.
 - 126: the block is a constant, exact at every width: its float32 bits lie in the low bits of the codes, one a code
