@@ -34,7 +34,8 @@ compared as integers, in eighths of a step, so that the order of summation does 
 
 ``top`` is the largest key of 32 blocks, ``scale = negative << 7 | d`` the block's own: ``key = top - d``. A block whose
 step would lie more than 125 eighths of an octave below the largest takes ``d = 125``. Steps are at least 2**-100: a
-block far below decodes to zeros. ``negative`` says that the largest coefficient is positive. Two values of ``scale`` are escapes:
+block far below decodes to zeros. ``negative`` says that the largest coefficient is positive.
+Two values of ``scale`` are escapes:
 
 - 127: the block held a NaN or an Inf and decodes to NaN.
 - 126: the block is a constant, exact at every width: its float32 bits lie in the low bits of the codes, one a code
