@@ -60,8 +60,8 @@ def powers_of_two(c: Tensor, levels: int) -> Tensor:
 
 
 def least_squares(tries: int) -> Grid:
-    """Of ``tries`` steps, each an eighth of an octave below the last (two with fewer than 8 levels), that with the least
-    squared error. Three are what the codec tries up to 16 levels."""
+    """The step of least squared error of ``tries``, each an eighth of an octave below the last (two with fewer than 8
+    levels). Three are what the codec tries up to 16 levels."""
 
     def grid(c: Tensor, levels: int) -> Tensor:
         top, apart = largest(c), 2 if levels < 8 else 1
