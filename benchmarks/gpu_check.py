@@ -29,8 +29,8 @@ BENCH_SECONDS = 150  # kept for the last one
 BUILD = [sys.executable, "setup.py", "-q", "build_ext", "--inplace", "--force"]
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-ra", "--noconftest", "-c", os.devnull, "--rootdir", str(ROOT)]
 BENCH = [sys.executable, "benchmarks/bench_cuda.py", "--out"]
-TESTS = {
-    "tests": ["tests/test_cuda_codec.py", "tests/test_cuda_collectives.py"],
+TESTS = {  # "cuda" is in the names of files and of what else needs a GPU
+    "tests": [f"tests/test_{name}.py" for name in ("cuda_codec", "cuda_collectives", "extension", "metrics")],
     "tests-processes": ["tests/test_cuda_processes.py"],
 }
 
@@ -49,7 +49,7 @@ def main() -> int:
             return 2
         stages["build"] = finish(start("build", BUILD, out, build_tree(out)), ends - BENCH_SECONDS, log)
         if stages["build"]["passed"]:
-            running = {name: start(name, [*PYTEST, *files], out) for name, files in TESTS.items()}
+            running = {name: start(name, [*PYTEST, "-k", "cuda", *files], out) for name, files in TESTS.items()}
             for name, process in running.items():
                 stages[name] = finish(process, ends - BENCH_SECONDS, log)
                 stages[name]["passed"] &= " passed" in stages[name]["summary"]  # all skipped is no pass

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from ranks import spawn
 from specification import carried, expected, same, strange
-from test_cuda_processes import config_of, use_device
+from test_cuda_processes import _collectives, config_of, use_device
 
 from flashcomm_megatron import policy
 from flashcomm_megatron.algorithms import Residuals
@@ -144,6 +144,15 @@ def _carried(rank: int, world: int, transport: str) -> None:
 @pytest.mark.parametrize("world", [2, 3])
 def test_what_roundings_lost_is_carried_on(world):
     spawn(_carried, world, "peer", seconds=60)
+
+
+def _on_two_gpus(rank: int, world: int) -> str:
+    os.environ["FLASHCOMM_STAND_IN_GPUS"] = "2"
+    return _collectives(rank, world, "peer")
+
+
+def test_a_gpu_for_each_rank():
+    assert spawn(_on_two_gpus, 2, seconds=100) == ["PeerInboxes"] * 2
 
 
 # ---- the default path: codec kernels, and messages of the process group -------------------------------------------

@@ -104,40 +104,56 @@ def operate(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     target = torch.device(kwargs["device"]) if kwargs.get("device") is not None else None
     if not ours and (target is None or target.type != "cuda"):
         return func(*args, **kwargs)
-    if ours and func not in CROSSES and any(each.dim() for each in tensors if not isinstance(each, DeviceTensor)):
+    leaves = target is not None and target.type != "cuda"
+    plain = [each for each in tensors if not isinstance(each, DeviceTensor) and (each.dim() or target)]
+    if ours and plain and func not in CROSSES:
         raise RuntimeError(f"{func}: Expected all tensors to be on the same device, found at least two, cuda and cpu")
-    device = target.index if target is not None and target.index is not None else current_device()
-    if target is None and ours:
-        device = ours[0].device.index
+    if leaves or plain or _tells(func):
+        _refuse_to_wait()
+    where = ours[0].device.index if ours else current_device()
+    if target is not None and target.index is not None:
+        where = target.index
     known = {id(each.held): each for each in ours}
 
     def on_device(found: Any) -> Any:
         if not isinstance(found, torch.Tensor):
             return found
-        return known[id(found)] if id(found) in known else DeviceTensor(found, device)
+        return known[id(found)] if id(found) in known else DeviceTensor(found, where)
 
     args, kwargs = tree_map(lambda each: each.held if isinstance(each, DeviceTensor) else each, (args, kwargs))
     if target is not None:
         kwargs["device"] = torch.device("cpu")
-    leaves = target is not None and target.type != "cuda"
-    if is_current_stream_capturing():
-        found = _captured(func, args, kwargs, leaves or len(ours) < len(tensors))
-    else:
-        call("cudaStreamSynchronize", _current)
-        if kept and not busy():
-            kept.clear()
-        found = func(*args, **kwargs)
-        if func in FRESH and found.numel():
-            found.view(-1).view(torch.uint8).fill_(255) if found.is_contiguous() else None
+    found = (_captured if is_current_stream_capturing() else _at_once)(func, args, kwargs)
     return found if leaves else tree_map(on_device, found)
 
 
-def _captured(func: Any, args: Any, kwargs: dict[str, Any], crosses: bool) -> Any:
+def _tells(func: Any) -> bool:
+    """Whether an operator's result is a number: the device must be waited for."""
+    returns = func._schema.returns
+    return bool(returns) and not any("Tensor" in str(each.type) for each in returns)
+
+
+def _refuse_to_wait() -> None:
+    if is_current_stream_capturing():
+        raise RuntimeError(CAPTURING)
+    if _sync_debug_mode == "error":
+        raise RuntimeError("called a synchronizing CUDA operation")
+
+
+def _at_once(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    call("cudaStreamSynchronize", _current)
+    if kept and not busy():
+        kept.clear()
+    found = func(*args, **kwargs)
+    if func in FRESH and found.is_contiguous() and found.numel():
+        found.view(-1).view(torch.uint8).fill_(255)
+    return found
+
+
+def _captured(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Put an operator into the graph. What is new it makes at once, so that later ones may be given it."""
     outputs = None if func._schema.is_mutable else func(*args, **kwargs)
     made = [each for each in tree_leaves(outputs) if isinstance(each, torch.Tensor)]
-    if crosses or (outputs is not None and not made):
-        raise RuntimeError(CAPTURING)
 
     def again(_: Any) -> None:
         found = func(*args, **kwargs)
@@ -290,6 +306,14 @@ def is_current_stream_capturing() -> bool:
     return bool(found.value)
 
 
+_sync_debug_mode: int | str = "default"
+
+
+def set_sync_debug_mode(debug_mode: int | str) -> None:
+    global _sync_debug_mode
+    _sync_debug_mode = debug_mode
+
+
 def device_count() -> int:
     found = ctypes.c_int()
     call("cudaGetDeviceCount", ctypes.byref(found))
@@ -349,7 +373,7 @@ PROPERTIES = SimpleNamespace(
 REPLACED = {
     **{each.__name__: each for each in (Stream, Event, CUDAGraph, graph, set_stream, current_stream, default_stream)},
     **{each.__name__: each for each in (synchronize, is_current_stream_capturing, device_count, current_device)},
-    **{each.__name__: each for each in (set_device, device, mem_get_info)},
+    **{each.__name__: each for each in (set_device, device, mem_get_info, set_sync_debug_mode)},
     "stream": _on,
     "is_available": lambda: device_count() > 0,
     "is_initialized": _always(True),
