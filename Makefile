@@ -35,7 +35,7 @@ if not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")):
 endef
 export PREFLIGHT
 
-.PHONY: help demo test lint bench gpu-check fuzz threads soak mutations coverage audit
+.PHONY: help demo test lint bench gpu-check fuzz threads soak mutations coverage audit emulated
 help:  ## Say what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1: /'
 
@@ -75,6 +75,9 @@ coverage: $(READY)  ## Run every test, slowly, and say which lines of the packag
 
 audit: $(READY)  ## Compare the installed packages with the wheels whose hashes are in hashes.txt
 	$(PY) tests/audit.py
+
+emulated: $(READY)  ## Run everything that needs a GPU on a stand-in for CUDA
+	FLASHCOMM_TEST_ALL_EMULATED=1 $(PY) -m pytest -q tests/test_cuda_emulated.py
 
 gpu-check:  ## On a CUDA machine: build, test and measure with the packages at hand; results go to OUT=
 	$(PYTHON) benchmarks/gpu_check.py $(if $(OUT),--out $(OUT))

@@ -5,8 +5,8 @@ run as:  python benchmarks/bench_cuda.py --out FOLDER        (about a minute and
 Ranks are virtual: blocks of one launch that exchange through inboxes in GPU memory, or in pinned host memory behind
 the PCIe link. What one GPU cannot show is NVLink: over GPU memory, bytes saved cost nothing, so those times show the
 cost of codec and protocol, not a speed-up. Times are medians over CUDA events; each result is checked against the
-definition, or the exact sum, before it is timed. Sections end up in FOLDER/bench_cuda.json one by one, so that a run
-cut short leaves what it had.
+definition, or the exact sum, before it is timed. Rows end up in FOLDER/bench_cuda.json one by one, so that a run cut
+short leaves what it had.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -42,29 +43,31 @@ Row = dict[str, Any]
 def main() -> None:
     options = parse()
     options.out.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = {}
+    results: dict[str, list[Row]] = {}
     for name, section in SECTIONS.items():
-        started = time.monotonic()
-        try:
-            results[name] = list(section())
-        except Exception as error:  # one section that cannot run must not cost the others
-            results[name] = [{"failed": f"{type(error).__name__}: {error}"}]
-        results[name].append({"seconds": round(time.monotonic() - started, 1)})
-        show(name, results[name])
-        (options.out / "bench_cuda.json").write_text(json.dumps(results, indent=1))
+        print(f"\n{name}")
+        results[name] = []
+        for row in rows_of(section):
+            results[name].append(row)
+            print("  " + "  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+            (options.out / "bench_cuda.json").write_text(json.dumps(results, indent=1))
         torch.cuda.empty_cache()
+
+
+def rows_of(section: Callable[[], Iterator[Row]]) -> Iterator[Row]:
+    """What a section measures, why it ended if it failed, how long it took: it must not cost the others."""
+    started = time.monotonic()
+    try:
+        yield from section()
+    except Exception as error:
+        yield {"failed": f"{type(error).__name__}: {str(error)[:500]}"}
+    yield {"seconds": round(time.monotonic() - started, 1)}
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for bench_cuda.json")
     return parser.parse_args()
-
-
-def show(name: str, rows: list[Row]) -> None:
-    print(f"\n{name}")
-    for row in rows:
-        print("  " + "  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
 
 
 def microseconds(run: Callable[[], Any], seconds: float = 0.4, least: int = 10) -> float:
@@ -162,42 +165,44 @@ def codec_compiled() -> Iterator[Row]:
 
 def all_reduce_host() -> Iterator[Row]:
     """2 virtual ranks, inboxes in pinned host memory, over the PCIe link. Bar: 4 bits 3.2x, 8 bits 1.8x."""
-    ranks = OneLaunch(2, region=4 << 20, host_memory=True)
-    for size in (16 * MIB, 64 * MIB, 128 * MIB):
-        yield from against_uncompressed(ranks, "one-step", size)
-    ranks.close()
+    with closing(OneLaunch(2, region=4 << 20, host_memory=True)) as ranks:
+        for size in (16 * MIB, 64 * MIB, 128 * MIB):
+            yield from against_uncompressed(ranks, "one-step", size)
 
 
 def all_reduce_eight() -> Iterator[Row]:
     """8 virtual ranks in GPU memory, two-step; against the time its bytes take at a copy's rate. Bar: 60 %."""
-    ranks = OneLaunch(8, region=4 << 20)
-    size, copy = 64 * MIB, copy_rate(512 * MIB)
-    uniform = {f"{bits} bits": (Uniform(bits, BLOCK), Uniform(bits, BLOCK)) for bits in (4, 8)}
-    for name, legs in {**uniform, **RECIPES}.items():
-        x = [torch.randn(size // 2, device="cuda").bfloat16() for _ in range(8)]
-        out = outputs("two-step", x)
-        verify(ranks, "two-step", legs)
-        us = microseconds(lambda legs=legs, x=x, out=out: ranks.run("two-step", legs, x, out))
-        payloads = sum(leg.wire_bytes(size // 2) for leg in legs)
-        moved = 8 * (2 * size + 2 * payloads)  # per rank: x read, out written, each leg's payloads written and read
-        floor = moved / copy * 1e6
-        yield {"legs": name, "us": round(us, 1), "floor us": round(floor, 1), "share of floor": round(floor / us, 3)}
-    ranks.close()
+    with closing(OneLaunch(8, region=4 << 20)) as ranks:
+        size, copy = 64 * MIB, copy_rate(512 * MIB)
+        uniform = {f"{bits} bits": (Uniform(bits, BLOCK), Uniform(bits, BLOCK)) for bits in (4, 8)}
+        for name, legs in {**uniform, **RECIPES}.items():
+            x = [torch.randn(size // 2, device="cuda").bfloat16() for _ in range(8)]
+            out = outputs("two-step", x)
+            verify(ranks, "two-step", legs)
+            us = microseconds(lambda legs=legs, x=x, out=out: ranks.run("two-step", legs, x, out))
+            payloads = sum(leg.wire_bytes(size // 2) for leg in legs)
+            moved = 8 * (2 * size + 2 * payloads)  # per rank: x read, out written, each leg's payloads written and read
+            floor = moved / copy * 1e6
+            yield {
+                "legs": name,
+                "us": round(us, 1),
+                "floor us": round(floor, 1),
+                "share of floor": round(floor / us, 3),
+            }
 
 
 def latency() -> Iterator[Row]:
     """2 virtual ranks in GPU memory, one-step, in a graph: 4 and 8 bits against 16. Bar at 16 KiB: within 1.3x."""
-    ranks = OneLaunch(2)
-    for size in (4 * KIB, 16 * KIB, 64 * KIB, 256 * KIB, 1024 * KIB, 4096 * KIB):
-        x = [torch.randn(size // 2, device="cuda").bfloat16() for _ in range(2)]
-        out, row = outputs("one-step", x), {"KiB": size // KIB}
-        codecs = {"16 bits": Uncompressed(), "8 bits": Uniform(8, BLOCK), "4 bits": Uniform(4, BLOCK)}
-        for name, codec in {**codecs, **{name: legs.reduce for name, legs in RECIPES.items()}}.items():
-            us = graph_microseconds(lambda codec=codec, x=x, out=out: ranks.run("one-step", (codec, codec), x, out))
-            row[f"{name} us"] = round(us, 2)
-        row["4 bits over 16"] = round(row["4 bits us"] / row["16 bits us"], 3)
-        yield row
-    ranks.close()
+    with closing(OneLaunch(2)) as ranks:
+        for size in (4 * KIB, 16 * KIB, 64 * KIB, 256 * KIB, 1024 * KIB, 4096 * KIB):
+            x = [torch.randn(size // 2, device="cuda").bfloat16() for _ in range(2)]
+            out, row = outputs("one-step", x), {"KiB": size // KIB}
+            codecs = {"16 bits": Uncompressed(), "8 bits": Uniform(8, BLOCK), "4 bits": Uniform(4, BLOCK)}
+            for name, codec in {**codecs, **{name: legs.reduce for name, legs in RECIPES.items()}}.items():
+                us = graph_microseconds(lambda codec=codec, x=x, out=out: ranks.run("one-step", (codec, codec), x, out))
+                row[f"{name} us"] = round(us, 2)
+            row["4 bits over 16"] = round(row["4 bits us"] / row["16 bits us"], 3)
+            yield row
 
 
 def against_uncompressed(ranks: OneLaunch, kind: str, size: int) -> Iterator[Row]:

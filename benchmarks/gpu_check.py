@@ -28,8 +28,9 @@ SECONDS = 460  # of all stages
 BENCH_SECONDS = 150  # kept for the last one
 BUILD = [sys.executable, "setup.py", "-q", "build_ext", "--inplace", "--force"]
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-ra", "--noconftest", "-c", os.devnull, "--rootdir", str(ROOT)]
-TESTS = {
-    "tests": ["tests/test_cuda_codec.py", "tests/test_cuda_collectives.py"],
+BENCH = [sys.executable, "benchmarks/bench_cuda.py", "--out"]
+TESTS = {  # "cuda" is in the names of files and of what else needs a GPU
+    "tests": [f"tests/test_{name}.py" for name in ("cuda_codec", "cuda_collectives", "extension", "metrics")],
     "tests-processes": ["tests/test_cuda_processes.py"],
 }
 
@@ -48,12 +49,11 @@ def main() -> int:
             return 2
         stages["build"] = finish(start("build", BUILD, out, build_tree(out)), ends - BENCH_SECONDS, log)
         if stages["build"]["passed"]:
-            running = {name: start(name, [*PYTEST, *files], out) for name, files in TESTS.items()}
+            running = {name: start(name, [*PYTEST, "-k", "cuda", *files], out) for name, files in TESTS.items()}
             for name, process in running.items():
                 stages[name] = finish(process, ends - BENCH_SECONDS, log)
                 stages[name]["passed"] &= " passed" in stages[name]["summary"]  # all skipped is no pass
-            bench = [sys.executable, "benchmarks/bench_cuda.py", "--out", str(out)]
-            stages["bench"] = finish(start("bench", bench, out), ends, log)
+            stages["bench"] = finish(start("bench", [*BENCH, str(out)], out), ends, log)
         measured = out / "bench_cuda.json"
         report["measured"] = json.loads(measured.read_text()) if measured.exists() else None
         shutil.rmtree(out / "build")
@@ -94,7 +94,8 @@ def build_tree(out: Path) -> Path:
 
 def start(name: str, command: list[str], out: Path, folder: Path = ROOT) -> subprocess.Popen[bytes]:
     """A stage with its output in a file of its own, so that stages may run side by side."""
-    environment = {**os.environ, "FLASHCOMM_CUDA": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "FLASHCOMM_CUDA": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     with open(out / f"{name}.txt", "w") as output:
         process = subprocess.Popen(
             command, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True

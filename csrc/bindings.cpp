@@ -9,11 +9,6 @@ using namespace flashcomm;
 using Address = std::uintptr_t;
 using ReleaseGil = py::call_guard<py::gil_scoped_release>;
 
-static const uint8_t* const* pointers(const std::vector<Address>& payloads) {
-    static_assert(sizeof(Address) == sizeof(uint8_t*), "addresses are pointers");
-    return reinterpret_cast<const uint8_t* const*>(payloads.data());
-}
-
 static py::dict info() {
     std::vector<std::string> isas;
     for (int i = 0; isa_name(i); i++) isas.push_back(isa_name(i));
@@ -43,21 +38,10 @@ PYBIND11_MODULE(_C, m) {
     }, ReleaseGil());
     m.def("decode_sum", [](const std::vector<Address>& payloads, int64_t numel, int format, int bits, int64_t block,
                            Address out, int dtype, int threads) {
-        decode_sum(pointers(payloads), (int)payloads.size(), {format, bits, block, numel}, (void*)out, dtype, threads);
+        const auto* addresses = reinterpret_cast<const uint8_t* const*>(payloads.data());
+        decode_sum(addresses, (int)payloads.size(), {format, bits, block, numel}, (void*)out, dtype, threads);
     }, ReleaseGil());
 #ifdef FLASHCOMM_CUDA_ARCHS
     bind_cuda(m);
-    m.def("has_codec_cuda", [](int dtype, int format, int bits, int64_t block) {
-        return has_codec_cuda(dtype, {format, bits, block, 1});
-    });
-    m.def("encode_cuda", [](Address x, int dtype, int64_t numel, int format, int bits, int64_t block, Address payload,
-                            Address memory, Address stream) {
-        encode_cuda((const void*)x, (void*)memory, dtype, {format, bits, block, numel}, (uint8_t*)payload, (void*)stream);
-    }, ReleaseGil());
-    m.def("decode_sum_cuda", [](const std::vector<Address>& payloads, int64_t numel, int format, int bits,
-                                int64_t block, Address out, int dtype, Address stream) {
-        decode_sum_cuda(pointers(payloads), (int)payloads.size(), {format, bits, block, numel}, (void*)out, dtype,
-                        (void*)stream);
-    }, ReleaseGil());
 #endif
 }

@@ -1,14 +1,34 @@
-// The part of flashcomm_megatron._C that only builds with nvcc have: workspace.h, raw addresses in, nothing checked.
+// The part of flashcomm_megatron._C that only builds with nvcc have: api.h's CUDA codecs and workspace.h.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "api.h"
 #include "workspace.h"
 
 namespace py = pybind11;
 using namespace flashcomm;
+using Address = std::uintptr_t;
 using ReleaseGil = py::call_guard<py::gil_scoped_release>;
 
+static void bind_codecs(py::module_& m) {
+    m.def("has_codec_cuda", [](int dtype, int format, int bits, int64_t block) {
+        return has_codec_cuda(dtype, {format, bits, block, 1});
+    });
+    m.def("encode_cuda", [](Address x, int dtype, int64_t numel, int format, int bits, int64_t block, Address payload,
+                            Address memory, Address stream) {
+        const Spec spec = {format, bits, block, numel};
+        encode_cuda((const void*)x, (void*)memory, dtype, spec, (uint8_t*)payload, (void*)stream);
+    }, ReleaseGil());
+    m.def("decode_sum_cuda", [](const std::vector<Address>& payloads, int64_t numel, int format, int bits,
+                                int64_t block, Address out, int dtype, Address stream) {
+        const auto* addresses = reinterpret_cast<const uint8_t* const*>(payloads.data());
+        decode_sum_cuda(addresses, (int)payloads.size(), {format, bits, block, numel}, (void*)out, dtype,
+                        (void*)stream);
+    }, ReleaseGil());
+}
+
 void bind_cuda(py::module_& m) {
+    bind_codecs(m);
     m.def("device_blocks", device_blocks);
     m.def("device_uuid", [](int device) { return py::bytes(device_uuid(device)); });
     m.def("device_allocate", device_allocate, ReleaseGil());

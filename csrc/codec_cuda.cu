@@ -5,8 +5,8 @@
 #include <algorithm>
 
 #include "api.h"
-#include "cuda_check.h"
 #include "instances.h"
+#include "launch.h"
 
 namespace flashcomm {
 namespace {
@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     codec.decode_sum(payloads, count, out);
 }
 
-__device__ int64_t thread_index() { return (int64_t)blockIdx.x * blockDim.x + threadIdx.x; }
+FC_DEVICE int64_t thread_index() { return block_index() * kThreads + thread(); }
 
 template <class T> __global__ void scalar_encode_kernel(const typename T::Word* x, Layout at, uint8_t* payload) {
     const int64_t index = thread_index();
@@ -59,32 +59,36 @@ __global__ void scalar_decode_sum_kernel(const __grid_constant__ Payloads payloa
     if (octet < at.octets) decode_octet<T>(payloads.at, count, at, octet, out);
 }
 
-unsigned grid(int64_t threads) { return (unsigned)((threads + kThreads - 1) / kThreads); }
-unsigned tiles_grid(int64_t tiles) { return (unsigned)std::min(tiles, kManyBlocks); }
+Grid a_thread_each(int64_t things, void* stream) { return {ceil_div(things, kThreads), kThreads, 0, stream}; }
+Grid a_block_each(int64_t tiles, int shared_bytes, void* stream) {
+    return {std::min(tiles, kManyBlocks), kThreads, shared_bytes, stream};
+}
 
-template <class T> void encode_launch(const void* from, const Spec& spec, uint8_t* payload, cudaStream_t stream) {
+template <class T> void encode_launch(const void* from, const Spec& spec, uint8_t* payload, void* stream) {
     const auto* x = (const typename T::Word*)from;
     const int tile = tensor_tile<T>(spec.numel, spec.block, kEnoughTiles);
     const Layout at(spec.numel, spec.bits, spec.block);
-    if (tile == 0) return scalar_encode_kernel<T><<<grid(at.blocks), kThreads, 0, stream>>>(x, at, payload);
+    if (tile == 0)
+        return launch("encode", scalar_encode_kernel<T>, a_thread_each(at.blocks, stream), x, at, payload);
     with_bits(spec.bits, [&](auto bits) {
         const TensorCodec<bits.value, T> codec(spec.numel, spec.block, tile);
-        encode_kernel<bits.value, T>
-            <<<tiles_grid(codec.tiles()), kThreads, codec.encode_bytes(), stream>>>(codec, x, payload);
+        launch("encode", encode_kernel<bits.value, T>, a_block_each(codec.tiles(), codec.encode_bytes(), stream), codec,
+               x, payload);
     });
 }
 
 template <class T>
-void decode_sum_launch(const Payloads& payloads, int count, const Spec& spec, void* to, cudaStream_t stream) {
+void decode_sum_launch(const Payloads& payloads, int count, const Spec& spec, void* to, void* stream) {
     auto* out = (typename T::Word*)to;
     const int tile = tensor_tile<T>(spec.numel, spec.block, kEnoughTiles);
     const Layout at(spec.numel, spec.bits, spec.block);
     if (tile == 0)
-        return scalar_decode_sum_kernel<T><<<grid(at.octets), kThreads, 0, stream>>>(payloads, count, at, out);
+        return launch("decode_sum", scalar_decode_sum_kernel<T>, a_thread_each(at.octets, stream), payloads, count, at,
+                      out);
     with_bits(spec.bits, [&](auto bits) {
         const TensorCodec<bits.value, T> codec(spec.numel, spec.block, tile);
-        decode_sum_kernel<bits.value, T>
-            <<<tiles_grid(codec.tiles()), kThreads, codec.decode_bytes(), stream>>>(codec, payloads, count, out);
+        launch("decode_sum", decode_sum_kernel<bits.value, T>,
+               a_block_each(codec.tiles(), codec.decode_bytes(), stream), codec, payloads, count, out);
     });
 }
 
@@ -102,17 +106,16 @@ template <class Launch> bool direct(const Spec& spec, int dtype, bool carries, L
 }
 
 template <class Tile, class T>
-void encode_launch(const DirectCodec<Tile, T>& codec, const void* x, uint8_t* payload, void* memory,
-                   cudaStream_t stream) {
-    direct_encode_kernel<Tile, T><<<tiles_grid(codec.tiles()), kThreads, codec.codec.scratch_bytes(), stream>>>(
-        codec, (const typename T::Word*)x, payload, (typename T::Word*)memory);
+void encode_launch(const DirectCodec<Tile, T>& codec, const void* x, uint8_t* payload, void* memory, void* stream) {
+    launch("encode", direct_encode_kernel<Tile, T>, a_block_each(codec.tiles(), codec.codec.scratch_bytes(), stream),
+           codec, (const typename T::Word*)x, payload, (typename T::Word*)memory);
 }
 
 template <class Tile, class T>
 void decode_sum_launch(const DirectCodec<Tile, T>& codec, const Payloads& payloads, int count, void* out,
-                       cudaStream_t stream) {
-    direct_decode_sum_kernel<Tile, T><<<grid(codec.codec.octets(codec.numel)), kThreads, 0, stream>>>(
-        codec, payloads, count, (typename T::Word*)out);
+                       void* stream) {
+    launch("decode_sum", direct_decode_sum_kernel<Tile, T>, a_thread_each(codec.codec.octets(codec.numel), stream),
+           codec, payloads, count, (typename T::Word*)out);
 }
 
 }  // namespace
@@ -123,13 +126,10 @@ bool has_codec_cuda(int dtype, const Spec& spec) {
 
 void encode_cuda(const void* x, void* memory, int dtype, const Spec& spec, uint8_t* payload, void* stream) {
     if (spec.numel == 0) return;
-    direct(spec, dtype, memory, [&](const auto& codec, auto) {
-        encode_launch(codec, x, payload, memory, (cudaStream_t)stream);
-    });
+    direct(spec, dtype, memory, [&](const auto& codec, auto) { encode_launch(codec, x, payload, memory, stream); });
     if (spec.format == kUniformFormat) with_dtype(dtype, [&](auto type) {
-        encode_launch<typename decltype(type)::type>(x, spec, payload, (cudaStream_t)stream);
+        encode_launch<typename decltype(type)::type>(x, spec, payload, stream);
     });
-    check(cudaGetLastError(), "encode");
 }
 
 void decode_sum_cuda(const uint8_t* const* payloads, int count, const Spec& spec, void* out, int dtype, void* stream) {
@@ -138,12 +138,11 @@ void decode_sum_cuda(const uint8_t* const* payloads, int count, const Spec& spec
     Payloads all{};
     std::copy_n(payloads, count, all.at);
     direct(spec, dtype, false, [&](const auto& codec, auto) {
-        decode_sum_launch(codec, all, count, out, (cudaStream_t)stream);
+        decode_sum_launch(codec, all, count, out, stream);
     });
     if (spec.format == kUniformFormat) with_dtype(dtype, [&](auto type) {
-        decode_sum_launch<typename decltype(type)::type>(all, count, spec, out, (cudaStream_t)stream);
+        decode_sum_launch<typename decltype(type)::type>(all, count, spec, out, stream);
     });
-    check(cudaGetLastError(), "decode_sum");
 }
 
 }  // namespace flashcomm

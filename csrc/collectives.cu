@@ -4,8 +4,8 @@
 #include <mutex>
 #include <unordered_map>
 
-#include "cuda_check.h"
 #include "instances.h"
+#include "launch.h"
 #include "workspace.h"
 
 namespace flashcomm {
@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
 
 // What one request needs of the kernel that serves it.
 struct Kernel {
-    const void* function = nullptr;
+    void (*function)(Call) = nullptr;
     Shape shape{};
     int shared_bytes = 0;
 };
@@ -41,7 +41,7 @@ Kernel kernel_for(const Request& request, const Capacity& capacity) {
         using W = Worker<Reduce, Gather, T>;
         kernel.shape = W::shape((Collective)request.kind, request.numel, capacity, reduce, gather);
         kernel.shared_bytes = W::shared_bytes(kernel.shape, reduce, gather);
-        kernel.function = (const void*)collective_kernel<Reduce, Gather, T>;
+        kernel.function = collective_kernel<Reduce, Gather, T>;
     });
     if (!kernel.function || kernel.shape.tile == 0)
         throw std::runtime_error("flash-comm: no fused kernel for legs of " + std::to_string(request.reduce.bits) +
@@ -54,7 +54,7 @@ void check_resident(const Kernel& kernel, int device, int blocks) {
     static std::mutex lock;
     static std::unordered_map<const void*, int> most;
     const std::lock_guard<std::mutex> guard(lock);
-    int& resident = most[kernel.function];
+    int& resident = most[(const void*)kernel.function];
     if (resident == 0) {
         int each = 0, multiprocessors = 0;
         check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel.function, kThreads, 48 * 1024),
@@ -151,9 +151,8 @@ void Workspace::launch(const Request& request) {
         call.own[i] = own_ + i * Inbox{world_, region_}.own_bytes();
     }
     for (int rank = 0; rank < world_; rank++) call.inbox[rank] = (uint8_t*)inboxes_[rank];
-    void* arguments[] = {&call};
-    check(cudaLaunchKernel(kernel.function, dim3(kernel.shape.blocks * ranks_), dim3(kThreads), arguments,
-                           kernel.shared_bytes, (cudaStream_t)request.stream), "launching a collective");
+    const Grid grid = {kernel.shape.blocks * ranks_, kThreads, kernel.shared_bytes, (void*)request.stream};
+    flashcomm::launch("launching a collective", kernel.function, grid, call);
 }
 
 std::vector<int64_t> Workspace::shape(const Request& request) const {

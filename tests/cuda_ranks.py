@@ -7,6 +7,7 @@ csrc/collectives.h over inboxes made here; host_memory=True puts these into pinn
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,9 @@ from torch import Tensor
 from flashcomm_megatron import extension
 from flashcomm_megatron.transport import segment
 from flashcomm_megatron.transport.workspace import KINDS
+
+# Where stand_ins/cuda runs the kernels, tests make fewer calls and wait longer.
+SLOWER = 100 if "FLASHCOMM_CUDA_STAND_IN" in os.environ else 1
 
 Codecs = tuple[Any, Any]  # of the reduce and the gather leg, each with ``native``
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
+SOURCES = ["tests/emulator.cpp", "tests/stand_ins/cuda/fibers.cpp"]
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 KINDS = {"one-step": 0, "two-step": 1, "reduce_scatter": 2, "all_gather": 3}
 MAX_WORLD = 8
@@ -53,7 +54,7 @@ def library() -> Any:
     path = Path(folder.name) / "emulator.so"
     compiler = shutil.which(os.environ.get("CXX", "g++").split()[0]) or "c++"
     flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]
-    subprocess.run([compiler, *flags, "tests/emulator.cpp", "-o", str(path)], cwd=ROOT, check=True)
+    subprocess.run([compiler, *flags, *SOURCES, "-o", str(path)], cwd=ROOT, check=True)
     loaded = ctypes.CDLL(str(path))
     loaded.folder = folder
     for name in ("world_new",):

@@ -160,6 +160,27 @@ MUTATIONS = (
         "tests/test_sanitized.py -k speak[codec]",
     ),
     Mutation(
+        "1 ranks agree: in the fused kernel, the second phase waits for the sums",
+        "csrc/collectives.h",
+        "        announce(kGatherLeg);\n        if (!await(kGatherLeg)) return false;\n        decode();",
+        "        decode();",
+        "tests/test_cuda_emulated.py -k kernels",
+    ),
+    Mutation(
+        "6 every rank takes the same branch: the inboxes that one GPU cannot reach are voted on",
+        f"{PACKAGE}/transport/peer.py",
+        "votes.failure(self._open(handles), group)",
+        "self._open(handles)",
+        "tests/test_cuda_emulated.py -k faults",
+    ),
+    Mutation(
+        "9 nothing hangs: inboxes of GPUs are tried before they are trusted",
+        f"{PACKAGE}/transport/workspace.py",
+        "reason = votes.failure(_trial(made, group), group)",
+        'reason = ""',
+        "tests/test_cuda_emulated.py -k faults",
+    ),
+    Mutation(
         "10 never slower: small tensors are left alone",
         f"{PACKAGE}/policy.py",
         'return f"below {least} bytes" if nbytes < least else None',

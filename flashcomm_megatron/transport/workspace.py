@@ -38,6 +38,7 @@ REGION_BYTES = 4 << 20  # of each (parity, leg, source): messages beyond take se
 FUSED = (0, 1, 2)  # formats of csrc/api.h that have fused kernels, for blocks whose units fit into a tile
 
 deadline = 30.0  # seconds a kernel waits for a peer; set before the calls it shall hold for
+trial_deadline = 10.0  # the same while a workspace is tried out
 
 
 class Workspace:
@@ -259,12 +260,12 @@ def _trial(made: Workspace, group: dist.ProcessGroup) -> str:
     from ..codec import Uniform  # only here: a transport knows no codec
 
     global deadline
-    before, deadline = deadline, 10.0
-    codec = Uniform(8, 32)
+    before, deadline = deadline, trial_deadline
+    codec, device = Uniform(8, 32), torch.device("cuda", made.device)
     try:
         for turn in range(2):
-            parts = [_known(rank, turn, made.device) for rank in range(group.size())]
-            out = torch.full((len(parts) * parts[0].numel(),), torch.nan, dtype=torch.bfloat16, device=made.device)
+            parts = [_known(rank, turn, device) for rank in range(group.size())]
+            out = torch.full((len(parts) * parts[0].numel(),), torch.nan, dtype=torch.bfloat16, device=device)
             made.run("all_gather", (codec, codec), parts[group.rank()], out)
             torch.cuda.synchronize(made.device)
             made.raise_error()
@@ -278,7 +279,7 @@ def _trial(made: Workspace, group: dist.ProcessGroup) -> str:
     return ""
 
 
-def _known(rank: int, turn: int, device: int) -> Tensor:
+def _known(rank: int, turn: int, device: torch.device) -> Tensor:
     """Integers from 0 to 255 that 8-bit blocks hold exactly, different for every rank and turn."""
     x = (torch.arange(1 << 18, device=device) * (2 * rank + 3) + 7 * turn) % 256
     x[::32], x[1::32] = 0, 255

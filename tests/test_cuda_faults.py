@@ -1,0 +1,182 @@
+"""What can go wrong between GPUs and cannot be had from one: on stand_ins/cuda, whose calls fail when they are told to.
+
+Run by tests/test_cuda_emulated.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import io
+import os
+import re
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import spawn
+from specification import carried, expected, same, strange
+from test_cuda_processes import _collectives, config_of, use_device
+
+from flashcomm_megatron import policy
+from flashcomm_megatron.algorithms import Residuals
+from flashcomm_megatron.collectives import all_gather, all_reduce, reduce_scatter
+from flashcomm_megatron.config import Config
+from flashcomm_megatron.transport import votes, workspace
+
+MODULE = os.environ.get("FLASHCOMM_CUDA_STAND_IN")
+pytestmark = pytest.mark.skipif(MODULE is None, reason="needs the stand-in for CUDA: see test_cuda_emulated.py")
+
+# cudaError_t of stand_ins/cuda/cuda_runtime.h; NOBODYS: the call succeeds, but maps memory that no peer writes.
+WORKS, OUT_OF_MEMORY, NO_PEER_ACCESS, NOBODYS = 0, 2, 217, 600
+
+
+def fault(function: str, error: int) -> None:
+    """From now on ``function`` of CUDA's runtime answers ``error`` in this process."""
+    ctypes.CDLL(MODULE).stand_in_fault(function.encode(), error)
+
+
+# ---- making a workspace ------------------------------------------------------------------------------------------
+
+
+def _fall_back(rank: int, world: int, faults: dict[str, int]) -> tuple[str, str]:
+    """What rank 1's faults leave to all ranks: the inboxes of transport peer, and what was printed over two calls."""
+    device, group, config = use_device(rank), dist.group.WORLD, config_of("peer")
+    workspace.trial_deadline = 3.0
+    for function, error in faults.items() if rank == 1 else ():
+        fault(function, error)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        made = workspace.prepare(group, "peer")
+        assert workspace.prepare(group, "peer") is made
+    if made is not None:
+        parts = [strange(5000, torch.bfloat16, r) for r in range(world)]
+        plan = policy.plan("all_reduce", parts[0].to(device), world, config)
+        result = all_reduce(parts[rank].to(device), group, config)
+        assert same(result, expected(plan.algorithm, (plan.reduce, plan.gather), parts)[rank])
+    workspace.close(group)
+    free, total = torch.cuda.mem_get_info()
+    assert free == total, "what failed gave back all it had"
+    return type(getattr(made, "_inboxes", None)).__name__, printed.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("faults", "served", "said"),
+    [
+        ({}, "PeerInboxes", ""),
+        ({"cudaIpcOpenMemHandle": NO_PEER_ACCESS}, "HostInboxes", "peer: rank 1: .*cudaErrorPeerAccessUnsupported"),
+        ({"cudaMalloc": OUT_OF_MEMORY, "cudaHostRegister": 1}, "NoneType", "peer: rank 1: .*; host: rank 1: .*"),
+        ({"cudaIpcOpenMemHandle": NOBODYS}, "HostInboxes", "peer: rank 0: .*rank 1 did not arrive"),
+    ],
+    ids=["none", "no-peer-access", "neither", "not-the-peers"],
+)
+def test_ranks_fall_back_together_and_say_why_once(faults, served, said):
+    found = spawn(_fall_back, 3, faults, seconds=60)
+    assert [inboxes for inboxes, _ in found] == [served] * 3
+    assert [text.count("\n") for _, text in found] == [bool(faults), 0, 0], "rank 0 alone says it, once"
+    transport = {"HostInboxes": "host", "NoneType": "group"}.get(served)
+    if faults:
+        assert re.search(f"transport {transport} .*{said}", found[0][1]), found[0][1]
+
+
+def _untried(rank: int, world: int) -> str:
+    """One call over inboxes that are not the peers', by a workspace that nobody tried."""
+    device, group, config = use_device(rank), dist.group.WORLD, config_of("peer")
+    workspace._trial = lambda made, group: ""
+    fault("cudaIpcOpenMemHandle", NOBODYS)
+    workspace.deadline = 1.0
+    x = torch.ones(1000, device=device)
+    all_reduce(x, group, config)
+    torch.cuda.synchronize()
+    try:
+        all_reduce(x, group, config)
+    except RuntimeError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+def test_negative_control_inboxes_that_are_not_mapped():
+    first, second = spawn(_untried, 2, seconds=60)
+    assert "rank 1 did not arrive in the reduce phase" in first and "rank 0 did not arrive" in second
+
+
+# ---- using one ---------------------------------------------------------------------------------------------------
+
+
+def _rebuilt(rank: int, world: int) -> str:
+    """Rank 1 comes too late; all rebuild, and the next call is right."""
+    device, group, config = use_device(rank), dist.group.WORLD, config_of("peer")
+    x = torch.ones(10_000, device=device)
+    all_reduce(x, group, config)
+    workspace.deadline, said = 0.5, ""
+    if rank != 1:
+        all_reduce(x.clone(), group, config)
+        torch.cuda.synchronize()
+        try:
+            all_reduce(x.clone(), group, config)
+        except RuntimeError as error:
+            said = str(error)
+    workspace.deadline = 30.0
+    workspace.rebuild(group, "peer")
+    result = all_reduce(torch.full_like(x, rank + 1.0), group, config)
+    assert torch.equal(result, torch.full_like(x, world * (world + 1) / 2))
+    workspace.close(group)
+    return said
+
+
+def test_a_workspace_is_rebuilt_after_an_error():
+    first, second, third = spawn(_rebuilt, 3, seconds=60)
+    assert "rank 1 did not arrive" in first and "rank 1 did not arrive" in third and not second
+
+
+def _carried(rank: int, world: int, transport: str) -> None:
+    """Calls with a memory of what roundings lost, by the public functions."""
+    device, group, residuals = use_device(rank), dist.group.WORLD, Residuals()
+    config = Config(bits=4, min_bytes=0, transport=transport)
+    calls = [[strange(9000, torch.bfloat16, 10 * call + r) for r in range(world)] for call in range(3)]
+    plan = policy.plan("all_reduce", calls[0][0].to(device), world, config)
+    legs = plan.reduce, plan.gather
+    for parts, (wanted, _) in zip(calls, carried(plan.algorithm, legs, calls, world), strict=True):
+        result = all_reduce(parts[rank].to(device), group, config, residuals=residuals)
+        assert same(result, wanted[rank])
+    workspace.close(group)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_what_roundings_lost_is_carried_on(world):
+    spawn(_carried, world, "peer", seconds=60)
+
+
+def _on_two_gpus(rank: int, world: int) -> str:
+    os.environ["FLASHCOMM_STAND_IN_GPUS"] = "2"
+    return _collectives(rank, world, "peer")
+
+
+def test_a_gpu_for_each_rank():
+    assert spawn(_on_two_gpus, 2, seconds=100) == ["PeerInboxes"] * 2
+
+
+# ---- the default path: codec kernels, and messages of the process group -------------------------------------------
+
+
+def _over_the_group(rank: int, world: int) -> None:
+    """Gloo in the place of NCCL: it moves what the stand-in's tensors hold."""
+    device, group = use_device(rank), dist.group.WORLD
+    votes.device = lambda group: device
+    for seed, recipe in enumerate(("auto", "flash-v1", "flash-v2")):
+        for algorithm in ("one-step", "two-step"):
+            config = Config(bits=4, recipe=recipe, min_bytes=0, algorithm=algorithm)
+            parts = [strange(30_000, torch.bfloat16, seed * 10 + r) for r in range(world)]
+            x = parts[rank].to(device)
+            plan = policy.plan("all_reduce", x, world, config)
+            codecs = plan.reduce, plan.gather
+            assert same(all_reduce(x, group, config), expected(algorithm, codecs, parts)[rank])
+        gathered = policy.plan("all_gather", parts[rank].to(device), world, config)
+        want = expected("all_gather", (gathered.reduce, gathered.gather), parts)[rank]
+        assert same(all_gather(parts[rank].to(device), group, config), want)
+        scattered = policy.plan("reduce_scatter", parts[rank].to(device), world, config)
+        want = expected("reduce_scatter", (scattered.reduce, scattered.gather), parts)[rank]
+        assert same(reduce_scatter(parts[rank].to(device), group, config), want)
+
+
+def test_codec_kernels_and_messages_of_the_process_group():
+    spawn(_over_the_group, 3, seconds=60)
