@@ -37,18 +37,17 @@ def read(name: str) -> tuple[list[Row], str]:
 
 
 def recipes() -> str:
-    """Accuracy and speed at 4 bits, and auto at its other widths."""
+    """Accuracy and speed of the rows that bench_recipes.py has timed."""
     rows, source = read("accuracy_recipes")
-    speed = {row["recipe"]: row for row in read("recipes")[0]}
-    speed["auto"] = {**speed["auto"], "cost": speed["auto with feedback"]["cost"]}
+    scores = {(row["recipe"], row["bits"], row["tp"]): row for row in rows}
+    costs = {(row["recipe"], row["bits"]): row["cost"] for row in read("recipes")[0]}  # with feedback where there is
     table = [["recipe", "bits", "on the wire, TP2 / TP8", "perplexity, TP2", "TP8", "codec cost"]]
-    for two in (row for row in rows if row["tp"] == 2 and (row["bits"] == 4 or row["recipe"] == "auto")):
-        other = {"recipe": two["recipe"], "bits": two["bits"], "tp": 8}
-        eight = next(row for row in rows if other.items() <= row.items())
-        fast = speed.get(two["recipe"]) if two["bits"] == 4 else None
-        wire = f"{two['wire_bits']:.2f} / {eight['wire_bits']:.2f}"
-        cost = f"{fast['cost']:.1f}x" if fast else ""
-        table.append([two["recipe"], str(two["bits"]), wire, f"{two['rise']:+.2%}", f"{eight['rise']:+.2%}", cost])
+    for recipe, bits in dict.fromkeys((row["recipe"], row["bits"]) for row in rows):
+        if (recipe, bits) in costs:
+            two, eight = (scores[recipe, bits, world] for world in (2, 8))
+            wire = f"{two['wire_bits']:.2f} / {eight['wire_bits']:.2f}"
+            cost = f"{costs[recipe, bits]:.1f}x"
+            table.append([recipe, str(bits), wire, f"{two['rise']:+.2%}", f"{eight['rise']:+.2%}", cost])
     return f"{markdown(table)}\n\n{source} Codec cost: encode and decode on one core against a plain 4-bit codec."
 
 
