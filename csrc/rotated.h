@@ -22,7 +22,6 @@ constexpr int kKeyShift = 20;                          // a key counts float32 b
 constexpr int kNearest = 32;                           // steps of at most this many levels round to nearest, others up
 constexpr uint32_t kLeastKey = (127 - 100) << 3;       // 2**-100
 constexpr int kGroup = 4;                              // blocks whose numbers lie together in a memory
-constexpr uint32_t kLeastKept = 1u << 23;              // bits of 2**-126: a memory holds no smaller numbers
 constexpr float kHugeStep = 0x1p100f;                  // from here on butterflies could overflow: shrink first
 constexpr uint32_t kHugeKey = (127 + 100) << 3;        // its key
 constexpr float kShrink = 0x1p-16f, kGrow = 0x1p16f;
@@ -88,10 +87,9 @@ FC_INLINE int64_t memory_numel(int64_t blocks, int64_t block) {
     return (blocks + kGroup - 1) / kGroup * kGroup * block;
 }
 
-// What a memory of this type keeps of a loss, still to be rounded.
+// What a memory of this type keeps of a loss: its upper half, or what is in range and still to be rounded.
 template <class T> FC_INLINE float kept_number(float loss) {
-    const uint32_t bits = bits_of(loss);
-    if ((bits & 0x7FFFFFFF) < kLeastKept) return float_of(bits & 0x80000000);
+    if (T::kInfinity == BFloat16::kInfinity) return high_half(loss);
     return loss < -T::kMax ? -T::kMax : loss > T::kMax ? T::kMax : loss;
 }
 

@@ -210,7 +210,7 @@ void quantize(typename T::Word* memory, int units, Coding at, uint8_t* low, Plai
                 codes[i] = joined(Both<Lanes>{nearest(numbers[0] * inverse), nearest(numbers[1] * inverse)});
             }
         }
-        const int bytes = u * kTracks * kBlock / at.together;
+        const int bytes = u * kTracks * kBlock >> (at.together - 1);
         store_codes<kBlock, !kCarries>(codes, at, low + bytes, f.bytes.high + bytes);
     }
 }

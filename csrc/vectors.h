@@ -285,8 +285,19 @@ FC_INLINE Words narrowed_half(Vector x) {
 
 FC_INLINE Words rounded_bfloat(Vector x) { return (Words)x + 0x7FFF + ((Words)x >> 16 & 1); }
 
-// Two vectors of finite numbers rounded to a 16-bit type: one behind the other where vectors have four tracks, else in
-// every track. No number is denormal in bfloat16, which the processor's own rounding would make zero: see kLeastKey.
+// The upper halves of two vectors: one behind the other where vectors have four tracks, else in every track.
+FC_INLINE Words upper_halves(Words first, Words second) {
+#if defined(__AVX512F__)
+    return (Words)shuffled((HalfWords)first, (HalfWords)second, [](int i) { return 2 * i + 1; });
+#elif defined(__SSE2__)
+    return (Words)joined(Both<Lanes>{(Lanes)first >> 16, (Lanes)second >> 16});
+#else
+    return (Words)unzipped(Both<HalfWords>{(HalfWords)first, (HalfWords)second}).second;
+#endif
+}
+
+// Two vectors of finite numbers rounded to a 16-bit type, arranged as upper_halves. No number is denormal in bfloat16,
+// which the processor's own rounding would make zero: see kLeastKey.
 template <class T> FC_INLINE Words narrowed(Vector first, Vector second) {
     constexpr bool kHalf = T::kInfinity == Float16::kInfinity;
 #if defined(__AVX512F__)
@@ -296,20 +307,12 @@ template <class T> FC_INLINE Words narrowed(Vector first, Vector second) {
         const __m256i high = _mm512_maskz_cvtps_ph(0xFFFF, (__m512)second, kNearest);
         return (Words)_mm512_maskz_inserti64x4(0xFF, _mm512_castsi256_si512(low), high, 1);
     }
+#endif
 #if defined(__AVX512BF16__)
     return (Words)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
 #else
-    const auto upper = [](int i) { return 2 * i + 1; };
-    return (Words)shuffled((HalfWords)rounded_bfloat(first), (HalfWords)rounded_bfloat(second), upper);
-#endif
-#else
-    const Both<Words> words = kHalf ? Both<Words>{narrowed_half(first) << 16, narrowed_half(second) << 16}
-                                    : Both<Words>{rounded_bfloat(first), rounded_bfloat(second)};
-#if defined(__SSE2__)
-    return (Words)joined(Both<Lanes>{(Lanes)words.first >> 16, (Lanes)words.second >> 16});
-#else
-    return (Words)unzipped(Both<HalfWords>{(HalfWords)words.first, (HalfWords)words.second}).second;
-#endif
+    if constexpr (kHalf) return upper_halves(narrowed_half(first) << 16, narrowed_half(second) << 16);
+    return upper_halves(rounded_bfloat(first), rounded_bfloat(second));
 #endif
 }
 
@@ -337,30 +340,19 @@ template <class T> FC_INLINE Both<Vector> load_numbers(const typename T::Word* f
     return {row(from), row(from + 16)};
 }
 
-// Finite losses, as kept_number() has them.
-template <class T> FC_INLINE Vector kept_numbers(Vector x) {
-    if constexpr (T::kInfinity == Float16::kInfinity) return smaller(larger(x, Vector{} - T::kMax), Vector{} + T::kMax);
-    const Words bits = (Words)x, sign = bits & 0x80000000;
-    return (Vector)((bits & Float32::kInfinity) == 0 ? sign : bits);
-}
-
+// Finite losses, cut or limited and rounded as kept_number() has it.
 template <class T> FC_INLINE void store_numbers(Vector first, Vector second, typename T::Word* to) {
-#if defined(__AVX512BF16__)
-    if constexpr (T::kInfinity == BFloat16::kInfinity) return store(narrowed<T>(first, second), to);
-#endif
-    first = kept_numbers<T>(first), second = kept_numbers<T>(second);
-    if constexpr (sizeof(typename T::Word) == 4) {
-        store(first, to), store(second, to + 16);
-    } else if constexpr (kTracks == 4) {
-        store(narrowed<T>(first, second), to);
-    } else {
-        const auto row = [](Vector x) {
-            typedef uint16_t Row __attribute__((vector_size(2 * kLanes)));
-            return __builtin_convertvector(
-                T::kInfinity == Float16::kInfinity ? narrowed_half(x) : rounded_bfloat(x) >> 16, Row);
-        };
-        store(row(first), to), store(row(second), to + 16);
+    if constexpr (sizeof(typename T::Word) == 4) return store(first, to), store(second, to + 16);
+    Words both = upper_halves((Words)first, (Words)second);
+    if constexpr (T::kInfinity == Float16::kInfinity) {
+        const auto limited = [](Vector x) { return smaller(larger(x, Vector{} - T::kMax), Vector{} + T::kMax); };
+        both = narrowed<T>(limited(first), limited(second));
     }
+    if constexpr (kTracks == 4) return store(both, to);
+    typedef uint64_t Quads __attribute__((vector_size(4 * kLanes)));  // of which every track has one of either vector
+    const Quads rows = shuffled((Quads)both, (Quads)both, [](int i) { return i / kTracks + i % kTracks * 2; });
+    __builtin_memcpy(to, &rows, sizeof(rows) / 2);
+    __builtin_memcpy(to + 16, (const char*)&rows + sizeof(rows) / 2, sizeof(rows) / 2);
 }
 
 }  // namespace

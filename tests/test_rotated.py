@@ -244,7 +244,7 @@ def test_a_memory_is_what_the_codes_lost(codec: Rotated, dtype: torch.dtype) -> 
         wanted = blocks @ matrix + before - decoded.double().view(-1, codec.block) @ matrix
         wanted = torch.where(blocks.isfinite().all(1, keepdim=True), wanted, 0.0)
         found = remembered(codec, memory, len(blocks))
-        assert (found - wanted).abs().max() <= wanted.abs().max() * STEP[dtype] + 1e-4
+        assert (found - wanted).abs().max() <= wanted.abs().max() * 2 * STEP[dtype] + 1e-4  # 2: cut, not rounded
         assert found.isfinite().all() and found.any()
 
 
@@ -270,16 +270,16 @@ def test_what_is_exact_or_strange_leaves_no_memory(dtype: torch.dtype) -> None:
     assert torch.equal(codec.decode_ref(payload, 32), torch.full((32,), 2.0)) and not cancelled.any()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_numbers_of_a_memory_are_finite_and_not_denormal(dtype: torch.dtype) -> None:
-    codec = Rotated(2, 16)
-    tiny, large = torch.randn(64) * 2.0**-128, torch.linspace(-60000, 65504, 64) * 16
-    for x in (tiny, large.clamp(-65504, 65504) if dtype == torch.float16 else large):
-        memory = torch.zeros(64, dtype=dtype)
-        codec.encode_ref(x.to(dtype), memory=memory)
-        assert memory.isfinite().all()
-        assert not ((memory != 0) & (memory.float().abs() < 2.0**-126)).any()
-    assert codec.encode_ref(tiny.to(dtype), memory=memory).any()
+def test_numbers_of_a_memory_are_finite_and_not_rounded_up() -> None:
+    codec, large = Rotated(2, 16), torch.linspace(-60000, 65504, 64)
+    memory = torch.zeros(64, dtype=torch.float16)
+    codec.encode_ref(large.half(), memory=memory)
+    assert memory.abs().max() == 65504
+
+    exact, cut = torch.zeros(64), torch.zeros(64, dtype=torch.bfloat16)
+    codec.encode_ref(large.bfloat16().float(), memory=exact)
+    codec.encode_ref(large.bfloat16(), memory=cut)
+    assert (cut.float().abs() <= exact.abs()).all() and ((exact - cut).abs() <= exact.abs() / 128).all()
 
 
 @pytest.mark.parametrize(("numel", "block"), [(640, 32), (1000, 64), (135, 16)])

@@ -54,10 +54,10 @@ back. With ``h = H x = block * c``::
 
     h' = h + memory        q as above, of h'        memory = h' - q * step * block
 
-the product being exact. What is stored is rounded to the tensor's dtype, limited to its finite range, and zero below
-2**-126. A block of NaN, Inf, an exact constant (of ``h'``) or values from 2**100 on leaves zeros; the last ones are
-encoded without a memory. Numbers lie as vectors of 512 bits hold them, always four blocks together: the first four
-coefficients of each, then their next four, to the last.
+the product being exact. Numbers have the tensor's dtype: float16 is rounded and limited to the finite range, bfloat16
+is cut, the upper half of a float32. A block of NaN, Inf, an exact constant (of ``h'``) or values from 2**100 on leaves
+zeros; the last ones are encoded without a memory. Numbers lie as vectors of 512 bits hold them, always four blocks
+together: the first four coefficients of each, then their next four, to the last.
 
 Error: a coefficient is off by at most ``step / 2``, or by what it lies beyond the first or last code's value. ``step``
 is ``max|c| / zero`` within -1/17 and +1/16, beyond 32 levels within +1/8, unless one of the floors above is larger; up
@@ -75,7 +75,7 @@ import torch
 from torch import Tensor
 
 from .. import extension
-from .blocks import in_blocks
+from .blocks import high_half_value, in_blocks
 from .reference import Reference
 from .stochastic import rounded
 from .wire import from_half_words, half_words, join_planes, join_sections, plane_bytes, split_planes, split_sections
@@ -88,7 +88,6 @@ NAN, CONSTANT, LAST = 127, 126, 125  # of the scale byte without its sign; LAST 
 KEY_SHIFT = 20  # a key counts float32 bit patterns in units of 2**20: eight steps an octave
 NEAREST = 32  # steps of at most this many levels are rounded to nearest, others up
 LEAST_KEY = (127 - 100) << 3  # 2**-100
-LEAST_KEPT = 2.0**-126  # smaller numbers of a memory are zeros: what a bfloat16 rounding of processors does
 SEARCHED = 16  # up to so many levels steps are chosen by their squared error
 TRIED = 3  # steps to choose from
 HUGE = 2.0**100  # from here on butterflies could overflow: shrink first
@@ -336,6 +335,6 @@ def _ungrouped(memory: Tensor, block: int) -> Tensor:
 def _grouped(lost: Tensor, dtype: torch.dtype) -> Tensor:
     """The way back, zeros for blocks that are missing; rounded to ``dtype`` as the module docstring has it."""
     limit = torch.finfo(dtype).max
-    lost = torch.where(lost.abs() < LEAST_KEPT, lost * 0.0, lost).clamp(-limit, limit).to(dtype)
+    lost = (high_half_value(lost) if dtype == torch.bfloat16 else lost.clamp(-limit, limit)).to(dtype)
     lost = torch.nn.functional.pad(lost, (0, 0, 0, -len(lost) % GROUP))
     return lost.view(-1, GROUP, lost.size(1) // 4, 4).transpose(1, 2).flatten()
