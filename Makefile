@@ -77,7 +77,7 @@ audit: $(READY)  ## Compare the installed packages with the wheels whose hashes 
 	$(PY) tests/audit.py
 
 emulated: $(READY)  ## Run everything that needs a GPU on a stand-in for CUDA
-	FLASHCOMM_TEST_ALL_EMULATED=1 $(PY) -m pytest -q tests/test_cuda_emulated.py
+	FLASHCOMM_TEST_ALL_EMULATED=1 $(PY) -m pytest -q -o faulthandler_timeout=3600 tests/test_cuda_emulated.py
 
 gpu-check:  ## On a CUDA machine: build, test and measure with the packages at hand; results go to OUT=
 	$(PYTHON) benchmarks/gpu_check.py $(if $(OUT),--out $(OUT))

@@ -95,9 +95,18 @@ Workspace::Workspace(int device, int world, int first, int ranks, int blocks, in
         region < blocks * kSlotBytes)
         throw std::runtime_error(
             "flash-comm: a workspace has 2 to 8 ranks, an inbox for each, and a slot for each block.");
+    try {
+        allocate();
+    } catch (...) {
+        release();
+        throw;
+    }
+}
+
+void Workspace::allocate() {
     check(cudaSetDevice(device_), "choosing the device");
     check(cudaMalloc(&controls_, sizeof(Control) * ranks_), "allocating control words");
-    check(cudaMalloc((void**)&own_, Inbox{world, region}.own_bytes() * ranks_), "allocating own slots");
+    check(cudaMalloc((void**)&own_, Inbox{world_, region_}.own_bytes() * ranks_), "allocating own slots");
     check(cudaHostAlloc((void**)&host_errors_, sizeof(uint64_t) * ranks_, cudaHostAllocMapped | cudaHostAllocPortable),
           "allocating error words");
     void* seen_by_device = nullptr;
@@ -123,11 +132,15 @@ void Workspace::close() {
     if (!controls_) return;
     check(cudaSetDevice(device_), "choosing the device");
     const cudaError_t waited = cudaDeviceSynchronize();
+    release();
+    check(waited, "waiting for the last collective");
+}
+
+void Workspace::release() {
     cudaFree(controls_);
     cudaFree(own_);
-    cudaFreeHost(host_errors_);
+    if (host_errors_) cudaFreeHost(host_errors_);
     controls_ = nullptr, own_ = nullptr, host_errors_ = nullptr;
-    check(waited, "waiting for the last collective");
 }
 
 void Workspace::launch(const Request& request) {

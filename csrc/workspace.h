@@ -62,6 +62,9 @@ public:
     void close();
 
 private:
+    void allocate();
+    void release();
+
     int device_, world_, first_, ranks_, blocks_;
     int64_t region_;
     std::vector<uintptr_t> inboxes_;

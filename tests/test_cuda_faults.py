@@ -20,7 +20,7 @@ from test_cuda_processes import _collectives, config_of, use_device
 
 from flashcomm_megatron import policy
 from flashcomm_megatron.algorithms import Residuals
-from flashcomm_megatron.collectives import all_gather, all_reduce, reduce_scatter
+from flashcomm_megatron.collectives import all_gather, all_reduce, prepare, reduce_scatter
 from flashcomm_megatron.config import Config
 from flashcomm_megatron.transport import votes, workspace
 
@@ -65,9 +65,11 @@ def _fall_back(rank: int, world: int, faults: dict[str, int]) -> tuple[str, str]
         ({}, "PeerInboxes", ""),
         ({"cudaIpcOpenMemHandle": NO_PEER_ACCESS}, "HostInboxes", "peer: rank 1: .*cudaErrorPeerAccessUnsupported"),
         ({"cudaMalloc": OUT_OF_MEMORY, "cudaHostRegister": 1}, "NoneType", "peer: rank 1: .*; host: rank 1: .*"),
+        ({"cudaHostAlloc": OUT_OF_MEMORY}, "NoneType", "peer: rank 1: .*error words.*; host: rank 1: .*error words"),
+        ({"cudaDeviceGetAttribute": 1}, "NoneType", "peer: rank 1: .*asking for the device"),
         ({"cudaIpcOpenMemHandle": NOBODYS}, "HostInboxes", "peer: rank 0: .*rank 1 did not arrive"),
     ],
-    ids=["none", "no-peer-access", "neither", "not-the-peers"],
+    ids=["none", "no-peer-access", "neither", "late", "no-device", "not-the-peers"],
 )
 def test_ranks_fall_back_together_and_say_why_once(faults, served, said):
     found = spawn(_fall_back, 3, faults, seconds=60)
@@ -131,6 +133,7 @@ def test_a_workspace_is_rebuilt_after_an_error():
 def _carried(rank: int, world: int, transport: str) -> None:
     """Calls with a memory of what roundings lost, by the public functions."""
     device, group, residuals = use_device(rank), dist.group.WORLD, Residuals()
+    votes.device = lambda group: device if transport == "group" else torch.device("cpu")
     config = Config(bits=4, min_bytes=0, transport=transport)
     calls = [[strange(9000, torch.bfloat16, 10 * call + r) for r in range(world)] for call in range(3)]
     plan = policy.plan("all_reduce", calls[0][0].to(device), world, config)
@@ -141,9 +144,9 @@ def _carried(rank: int, world: int, transport: str) -> None:
     workspace.close(group)
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_what_roundings_lost_is_carried_on(world):
-    spawn(_carried, world, "peer", seconds=60)
+@pytest.mark.parametrize(("world", "transport"), [(2, "peer"), (3, "peer"), (3, "group")])
+def test_what_roundings_lost_is_carried_on(world, transport):
+    spawn(_carried, world, transport, seconds=60)
 
 
 def _on_two_gpus(rank: int, world: int) -> str:
@@ -153,6 +156,18 @@ def _on_two_gpus(rank: int, world: int) -> str:
 
 def test_a_gpu_for_each_rank():
     assert spawn(_on_two_gpus, 2, seconds=100) == ["PeerInboxes"] * 2
+
+
+def _on_another_gpu(rank: int, world: int) -> None:
+    os.environ["FLASHCOMM_STAND_IN_GPUS"] = "2"
+    prepare(dist.group.WORLD, config_of("peer"))  # on GPU 0: nobody has chosen another yet
+    with pytest.raises(RuntimeError, match=r"made on GPU 0.*tensor on GPU 1\. Call torch\.cuda\.set_device\(1\)"):
+        all_reduce(torch.ones(1000, device="cuda:1"), dist.group.WORLD, config_of("peer"))
+    workspace.close(dist.group.WORLD)
+
+
+def test_a_tensor_on_another_gpu_than_the_workspace_is_refused():
+    spawn(_on_another_gpu, 2, seconds=60)
 
 
 # ---- the default path: codec kernels, and messages of the process group -------------------------------------------

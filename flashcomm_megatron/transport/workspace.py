@@ -123,7 +123,13 @@ def serving(group: dist.ProcessGroup, x: Tensor, plan: Plan, transport: str, car
         return None
     if group.size() not in WORLDS or not _has_kernel(_native(plan.reduce), _native(plan.gather), x.dtype, carries):
         return None
-    return _of(group, x.device.index, transport)
+    made = _of(group, x.device.index, transport)
+    if made is not None and made.device != x.device.index:
+        raise RuntimeError(
+            f"flash-comm: this group's workspace was made on GPU {made.device}, by prepare() or an earlier call; found "
+            f"a tensor on GPU {x.device.index}. Call torch.cuda.set_device({x.device.index}) before all of them."
+        )
+    return made
 
 
 def _of(group: dist.ProcessGroup, device: int, transport: str) -> Workspace | None:
@@ -207,12 +213,13 @@ def _say(group: dist.ProcessGroup, reasons: list[str], name: str) -> None:
 def _try(name: str, group: dist.ProcessGroup, device: int) -> tuple[Workspace | None, str]:
     """A workspace whose inboxes carried data between all ranks, or None and the reason; the same on every rank."""
     cuda = extension.cuda()
-    everyone = votes.gather(_place(cuda, device), group)
-    machines = {place[20:] for place in everyone}
-    if cuda is None or b"" in everyone:
-        return None, "the extension has no CUDA kernels on every rank"
-    if len(machines) > 1:
-        return None, "ranks on several machines"
+    place, reason = _place(cuda, device)
+    reason = votes.failure(reason, group)
+    everyone = votes.gather(place, group)
+    if not reason and len({place[20:] for place in everyone}) > 1:
+        reason = "ranks on several machines"
+    if cuda is None or reason:
+        return None, reason
     blocks = _blocks([place[:20] for place in everyone])
     region = max(REGION_BYTES, blocks * cuda.slot_bytes())
     inboxes = INBOXES[name](cuda, device, cuda.inbox_bytes(group.size(), region), group)
@@ -242,12 +249,15 @@ def _release(made: Workspace | None, inboxes: Any, group: dist.ProcessGroup) -> 
     inboxes.free()
 
 
-def _place(cuda: ModuleType | None, device: int) -> bytes:
-    """16 bytes that name the GPU, 4 with the blocks it holds, then the machine."""
+def _place(cuda: ModuleType | None, device: int) -> tuple[bytes, str]:
+    """16 bytes that name the GPU, 4 with the blocks it holds, then the machine; or why there are none."""
     if cuda is None:
-        return b""
-    blocks = cuda.device_blocks(device).to_bytes(4, "little")
-    return bytes(cuda.device_uuid(device) + blocks + segment.machine().encode())
+        return b"", f"the extension has no CUDA kernels ({extension.reason()})"
+    try:
+        blocks = int(cuda.device_blocks(device)).to_bytes(4, "little")
+        return bytes(cuda.device_uuid(device) + blocks + segment.machine().encode()), ""
+    except RuntimeError as error:
+        return b"", str(error)
 
 
 def _blocks(places: Sequence[bytes]) -> int:

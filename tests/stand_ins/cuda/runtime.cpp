@@ -281,7 +281,10 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int which) {
     std::snprintf(properties->uuid.bytes, sizeof properties->uuid.bytes, "stand-in GPU %d", which);
     return cudaSuccess;
 }
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *value = kMultiprocessors, cudaSuccess; }
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+    MAY_FAIL();
+    return *value = kMultiprocessors, cudaSuccess;
+}
 cudaError_t cudaDeviceSynchronize() { return wait_until(all_idle); }
 cudaError_t cudaGetLastError() { return std::exchange(last, cudaSuccess); }
 
