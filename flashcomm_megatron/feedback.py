@@ -3,8 +3,8 @@
 A transformer adds the output of every row-parallel layer to one residual stream, so an error made by one collective
 stays in the stream unless a later one takes it out again. With feedback each rank remembers, between the layers of one
 forward pass, what its roundings lost, of its partial sum on the reduce leg and of its finished slice on the gather leg,
-and adds it to what it encodes next on that leg. The stream then carries one rounding error at a time instead of the sum
-of all, at no byte on the wire.
+and adds it to what it encodes next on that leg (the memory of codec/rotated.py). The stream then carries one rounding
+error at a time instead of the sum of all, at no byte on the wire.
 
 That is right only where outputs really are added up unchanged. Feedback is off, and counted with its reason:
 

@@ -42,6 +42,7 @@ PART = {
         f"{CODEC}::test_equals_the_definition[Rotated(bits=4.5, block=32)]",
         f"{CODEC}::test_equals_the_definition[Rotated(bits=8, block=256)]",
         f"{CODEC}::test_equals_the_definition[Spike(bits=4, block=64)]",
+        f"{CODEC}::test_memories_equal_the_definition[Rotated(bits=5, block=64)]",
         f"{CODEC}::test_unaligned_views[Uniform(bits=4, block=32)]",
         f"{COLLECTIVES}::test_any_world_kind_and_numel[2-ranks]",
         f"{COLLECTIVES}::test_inboxes_in_host_memory[2-ranks-host]",

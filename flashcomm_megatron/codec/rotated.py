@@ -62,7 +62,9 @@ together: the first four coefficients of each, then their next four, to the last
 Error: a coefficient is off by at most ``step / 2``, or by what it lies beyond the first or last code's value. ``step``
 is ``max|c| / zero`` within -1/17 and +1/16, beyond 32 levels within +1/8, unless one of the floors above is larger; up
 to 16 levels it may be 4/5 of that, with fewer than 8 levels 2/3. A value is off by at most the sum of its block's
-coefficients' errors, and the squared errors of a block sum to ``block`` times those of its coefficients.
+coefficients' errors, and the squared errors of a block sum to ``block`` times those of its coefficients. With a memory
+all this is the error of ``h'``, so that errors of calls telescope: what the sum of all that was decoded lacks of the
+sum of all values is the last memory, ``H memory / block``, and what cutting and limiting took from those before.
 """
 
 from __future__ import annotations
