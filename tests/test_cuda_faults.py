@@ -31,8 +31,8 @@ MODULE = os.environ.get("FLASHCOMM_CUDA_STAND_IN")
 pytestmark = pytest.mark.skipif(MODULE is None, reason="needs the stand-in for CUDA: see test_cuda_emulated.py")
 
 if MODULE is not None:
-    import cuda_stand_in
     from cuda_ranks import Streams
+    from cuda_stand_in.streams import kept
 
 # cudaError_t of stand_ins/cuda/cuda_runtime.h; NOBODYS: the call succeeds, but maps memory that no peer writes.
 WORKS, OUT_OF_MEMORY, NO_PEER_ACCESS, NOBODYS = 0, 2, 217, 600
@@ -76,12 +76,12 @@ def test_memory_outlives_its_tensor_while_work_is_left():
     ranks = Streams(2)
     codecs = Uniform(4, 32), Uniform(4, 32)
     x, out = torch.ones(1000, device="cuda"), torch.empty(1000, device="cuda")
-    before = len(cuda_stand_in.kept)
+    before = len(kept)
     ranks.run(0, "one-step", codecs, x, out, deadline=0.5)
     del x
-    assert len(cuda_stand_in.kept) == before + 1
+    assert len(kept) == before + 1
     torch.cuda.synchronize()
-    assert not cuda_stand_in.kept
+    assert not kept
     ranks.close()
 
 
