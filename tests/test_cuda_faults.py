@@ -10,6 +10,8 @@ import ctypes
 import io
 import os
 import re
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -20,12 +22,17 @@ from test_cuda_processes import _collectives, config_of, use_device
 
 from flashcomm_megatron import policy
 from flashcomm_megatron.algorithms import Residuals
+from flashcomm_megatron.codec import Uniform
 from flashcomm_megatron.collectives import all_gather, all_reduce, prepare, reduce_scatter
 from flashcomm_megatron.config import Config
 from flashcomm_megatron.transport import votes, workspace
 
 MODULE = os.environ.get("FLASHCOMM_CUDA_STAND_IN")
 pytestmark = pytest.mark.skipif(MODULE is None, reason="needs the stand-in for CUDA: see test_cuda_emulated.py")
+
+if MODULE is not None:
+    from cuda_ranks import Streams
+    from cuda_stand_in.streams import kept
 
 # cudaError_t of stand_ins/cuda/cuda_runtime.h; NOBODYS: the call succeeds, but maps memory that no peer writes.
 WORKS, OUT_OF_MEMORY, NO_PEER_ACCESS, NOBODYS = 0, 2, 217, 600
@@ -34,6 +41,48 @@ WORKS, OUT_OF_MEMORY, NO_PEER_ACCESS, NOBODYS = 0, 2, 217, 600
 def fault(function: str, error: int) -> None:
     """From now on ``function`` of CUDA's runtime answers ``error`` in this process."""
     ctypes.CDLL(MODULE).stand_in_fault(function.encode(), error)
+
+
+# ---- the stand-in ------------------------------------------------------------------------------------------------
+
+
+def _forked(rank: int, world: int) -> None:
+    assert torch.cuda.device_count() == 1
+    if os.fork() == 0:
+        os._exit(0 if _fails(lambda: torch.ones(1, device="cuda"), "InitializationError") else 1)
+    assert os.wait()[1] == 0
+
+
+def _fails(run: Callable[[], Any], how: str) -> bool:
+    try:
+        run()
+    except RuntimeError as error:
+        return how in str(error)
+    return False
+
+
+def test_the_stand_in_refuses_what_a_gpu_would():
+    x, y = torch.ones(10, device="cuda"), torch.ones(10)
+    assert _fails(lambda: x + y, "same device") and torch.equal((x + 1).cpu(), y + y)
+    assert torch.empty(4, device="cuda").isnan().all(), "nobody may count on what new memory holds"
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        assert _fails(x.sum().item, "capturing") and _fails(x.cpu, "capturing")
+        assert _fails(torch.cuda.synchronize, "capturing")
+    spawn(_forked, 1)
+
+
+def test_memory_outlives_its_tensor_while_work_is_left():
+    """A kernel that waits half a second, and a tensor nobody holds any more."""
+    ranks = Streams(2)
+    codecs = Uniform(4, 32), Uniform(4, 32)
+    x, out = torch.ones(1000, device="cuda"), torch.empty(1000, device="cuda")
+    before = len(kept)
+    ranks.run(0, "one-step", codecs, x, out, deadline=0.5)
+    del x
+    assert len(kept) == before + 1
+    torch.cuda.synchronize()
+    assert not kept
+    ranks.close()
 
 
 # ---- making a workspace ------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ constexpr uint8_t kUnused = 0xA5;
 
 Fiber* current;
 jmp_buf scheduler;
-std::vector<std::unique_ptr<Fiber>> idle;  // of blocks that ended, for those to come
+auto& idle = *new std::vector<std::unique_ptr<Fiber>>;  // of blocks that ended, for those to come
 
 [[noreturn]] void stop(const char* what) {
     std::fprintf(stderr, "emulated kernel: %s\n", what);

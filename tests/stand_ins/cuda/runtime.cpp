@@ -11,6 +11,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstdio>
@@ -61,7 +62,8 @@ struct Stream {
     Graph* capture = nullptr;
 };
 struct Event {
-    uint64_t recorded = 0, reached = 0, at = 0;  // times it was recorded, and that was reached; when
+    uint64_t recorded = 0, at = 0;  // how often; when the last was reached
+    std::atomic<uint64_t> reached{0};
 };
 
 namespace {
@@ -86,7 +88,7 @@ struct Device {
     bool has_worker = false;
     Stream legacy;  // stream 0
     std::vector<std::unique_ptr<Stream>> streams;
-    int captures = 0;
+    std::atomic<int> captures{0};
     std::map<void*, Mapping> memory;
     std::map<void*, Pinned> pinned;
     std::map<void*, size_t> host;
@@ -271,7 +273,10 @@ cudaError_t cudaGetDeviceCount(int* count) {
     *count = device_count();
     return is_forked() ? answer(cudaErrorInitializationError) : cudaSuccess;
 }
-cudaError_t cudaGetDevice(int* found) { return *found = current, cudaSuccess; }
+cudaError_t cudaGetDevice(int* found) {
+    *found = current;
+    return is_forked() ? answer(cudaErrorInitializationError) : cudaSuccess;
+}
 cudaError_t cudaSetDevice(int wanted) {
     if (is_forked()) return answer(cudaErrorInitializationError);
     if (wanted < 0 || wanted >= device_count()) return answer(cudaErrorInvalidDevice);
