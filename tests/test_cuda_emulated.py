@@ -94,6 +94,10 @@ def run(command: list[str], environment: dict[str, str], seconds: int) -> str:
     return found.stdout
 
 
+def test_every_cuda_source_builds_on_the_stand_in(gpu):
+    assert Path(gpu["FLASHCOMM_CUDA_STAND_IN"]).exists()
+
+
 @pytest.mark.timeout(3600 if HAS_TIME else 240)
 @pytest.mark.parametrize("part", PART)
 def test_what_needs_a_gpu_passes_on_its_stand_in(gpu, tmp_path, part):
