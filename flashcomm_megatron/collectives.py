@@ -113,7 +113,7 @@ def all_gather(
         return traced.all_gather(x, group, config)
     group, config = calls.resolve(group, config)
     world = group.size()
-    x = x.contiguous().view(x.shape or 1)
+    x = x.contiguous() if x.dim() else x.view(1)
     out = _output(out, x, world * x.size(0))
     if not wants("all_gather", x, group, config, legs):
         return calls.exact(out, dist.all_gather_into_tensor(out, x, group=group, async_op=async_op), async_op)
