@@ -311,7 +311,7 @@ private:
                 const int near = (int)(rounded(c[i] * inverse) - 0x4B400000u) + zero;
                 code[i] = (uint32_t)(near < 0 ? 0 : near > levels - 1 ? levels - 1 : near);
                 if (keeps)
-                    lost[i] = kept_number<T>(fused_multiply_add((float)(zero - (int)code[i]), float_of(meta.value), c[i]));
+                    lost[i] = kept_number<T>(fused_multiply_add((float)((int)code[i] - zero), -float_of(meta.value), c[i]));
             }
         } else {
             const int width = constant_bits(), first = 8 * width * part;

@@ -26,6 +26,12 @@ def strange(numel: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
     return x[:numel].to(dtype)
 
 
+def fading(numel: int) -> list[Tensor]:
+    """float16 tensors of which a memory keeps zeros of both signs: the smallest numbers, then nothing but -0."""
+    smallest = torch.randint(-40, 41, (numel,), generator=torch.Generator().manual_seed(numel)) * 2.0**-24
+    return [smallest.half(), *[torch.full((numel,), -0.0, dtype=torch.float16)] * 3]
+
+
 def same(found: Tensor, expected: Tensor) -> bool:
     """Equal bit patterns, but for the sign and payload of NaN, in which torch's own conversions differ."""
     bits = [torch.where(x.isnan(), torch.nan, x.float()).view(torch.int32) for x in (found.cpu(), expected.cpu())]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from codec_cases import KINDS, tensor
 from protocol_model import AS_BUILT, reached
-from specification import carried, expected, outputs, plan_of, same, strange
+from specification import carried, expected, fading, outputs, plan_of, same, strange
 
 from flashcomm_megatron import algorithms
 from flashcomm_megatron.algorithms import Residuals
@@ -211,6 +211,15 @@ def test_codec_kernels_with_a_memory_equal_the_definition(kind):
             found = emulator.encode(codec, x, lost)
             assert found is not None and torch.equal(found, codec.encode_ref(x, memory=defined)), (codec, dtype, seed)
             assert same(lost, defined), (codec, dtype, seed)
+
+
+def test_signed_zeros_of_a_memory():
+    for codec in (Rotated(3, 16), Rotated(4.5, 32), Rotated(5, 64)):
+        lost, defined = (torch.zeros(codec.memory_numel(3001), dtype=torch.float16) for _ in range(2))
+        for x in fading(3001):
+            found = emulator.encode(codec, x, lost)
+            assert found is not None and torch.equal(found, codec.encode_ref(x, memory=defined)), codec
+            assert same(lost, defined), codec
 
 
 # ---- many calls, ranks at different ones ----------------------------------------------------------------------

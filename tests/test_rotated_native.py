@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from specification import fading
 
 from flashcomm_megatron import extension
 from flashcomm_megatron.codec import rotated
@@ -112,6 +113,18 @@ def test_memories_equal_definition(dtype, codec, monkeypatch):
             for payload in expected:
                 assert same(codec.encode(x, memory=compiled), payload), isa
             assert same(compiled, defined), isa
+
+
+@pytest.mark.parametrize("codec", [Rotated(3, 16), Rotated(4.5, 32), Rotated(5, 64)], ids=str)
+def test_signed_zeros_of_a_memory(codec):
+    defined = torch.zeros(codec.memory_numel(3001), dtype=torch.float16)
+    compiled = {isa: defined.clone() for isa in ISAS}
+    for x in fading(3001):
+        expected = codec.encode_ref(x, memory=defined)
+        for isa, memory in compiled.items():
+            use(isa)
+            assert same(codec.encode(x, memory=memory), expected), isa
+            assert same(memory, defined), isa
 
 
 def test_threads_do_not_change_the_result(monkeypatch):

@@ -175,6 +175,7 @@ class Rotated(Reference):
         scales, tops, step = self._scales(coefficients, shrink, regular, clips=dither is None)
         inverse = 1.0 / (step * shrink * self.block)
         numbers = rounded(coefficients * inverse[:, None], dither).clamp(-self.zero, self.levels - 1 - self.zero)
+        numbers += 0.0  # never -0
         if memory is not None:
             lost = coefficients - numbers * (step * self.block)[:, None]
             memory.copy_(_grouped(torch.where((regular & (shrink == 1))[:, None], lost, 0.0), memory.dtype))
