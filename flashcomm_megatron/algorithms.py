@@ -162,6 +162,11 @@ def memories(residuals: Residuals | None, leg: str, codec: Codec, parts: Sequenc
     if getattr(residuals, leg) is None:
         setattr(residuals, leg, parts[0].new_zeros(sum(sizes)))
     found: Tensor = getattr(residuals, leg)
+    if found.numel() != sum(sizes):
+        raise ValueError(
+            f"residuals: the {leg} leg remembers {found.numel()} numbers, this tensor takes {sum(sizes)}; start with "
+            "new Residuals() where shape, world or codec change."
+        )
     return list(torch.split(found, sizes))
 
 

@@ -227,6 +227,14 @@ def test_a_codec_without_a_memory_is_refused() -> None:
         lockstep.first(lambda link: algorithms.two_step(contribution(0, 0), link, plan, Residuals()), 2)
 
 
+def test_a_memory_of_another_shape_is_refused() -> None:
+    memory = [Residuals() for _ in range(2)]
+    drift(2, "one-step", 1, memory)
+    plan = policy.plan("all_reduce", torch.zeros(4096), 2, AUTO)
+    with pytest.raises(ValueError, match=r"reduce leg remembers \d+ numbers, this tensor takes 4096; start with new"):
+        lockstep.first(lambda link: algorithms.one_step(torch.zeros(4096), link, plan, memory[link.rank]), 2)
+
+
 def _scattered(rank: int, world: int) -> tuple[float, float]:
     """Squared error of a stream of reduce-scattered sums, without and with a memory."""
     errors = []
