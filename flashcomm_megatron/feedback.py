@@ -15,7 +15,7 @@ That is right only where outputs really are added up unchanged. Feedback is off,
 
 A memory begins at the first row-parallel layer of a stack of layers and is forgotten when that layer, or an earlier one
 than the last, comes round again (the next forward pass, the next micro-batch, the next generated token) and whenever
-shape, dtype, device or group change.
+shape, dtype, device, group or configuration change.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class _Stream:
     def __init__(self) -> None:
         self.residuals = Residuals()
         self.last = -1  # place of the layer that contributed last
-        self.kind: Any = None  # shape, dtype, device and group of its contribution
+        self.kind: Any = None  # shape, dtype, device, group and configuration of its contribution
 
 
 class _Place(NamedTuple):
@@ -64,7 +64,7 @@ def residuals(layer: nn.Module, x: Tensor, group: Any, config: Config) -> Residu
         return None
     reason = _reason(layer, x)
     _counts[reason or ON] += 1
-    return None if reason else _recall(_place(layer), (x.shape, x.dtype, x.device, group))
+    return None if reason else _recall(_place(layer), (x.shape, x.dtype, x.device, group, config))
 
 
 def counts() -> dict[str, int]:

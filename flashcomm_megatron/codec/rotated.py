@@ -43,7 +43,7 @@ Two values of ``scale`` are escapes:
 
 Sums are taken over coefficients, in rank order, and rotated back once. The butterflies are float32 additions in one
 fixed order, strides 1, 2, 4, ..., (a, b) -> (a + b, a - b); every product is by a power of two or exact and no
-coefficient is -0, so that all implementations agree bit for bit, also those that rotate one payload's codes as
+decoded coefficient is -0, so that all implementations agree bit for bit, also those that rotate one payload's codes as
 integers.
 
 The memory
@@ -54,7 +54,7 @@ back. With ``h = H x = block * c``::
 
     h' = h + memory        q as above, of h'        memory = h' - q * step * block
 
-the product being exact. Numbers have the tensor's dtype: float16 is rounded and limited to the finite range, bfloat16
+the product being exact and never -0. Numbers have the tensor's dtype: float16 is rounded and limited to the finite range, bfloat16
 is cut, the upper half of a float32. A block of NaN, Inf, an exact constant (of ``h'``) or values from 2**100 on leaves
 zeros; the last ones are encoded without a memory. Numbers lie as vectors of 512 bits hold them, always four blocks
 together: the first four coefficients of each, then their next four, to the last.
