@@ -99,8 +99,12 @@ class Recorder:
 
 def main(argv: list[str]) -> int:
     """Run ``calibrate SCRIPT ... --out FILE``; exit code."""
-    parser = argparse.ArgumentParser(prog="python -m flashcomm_megatron calibrate", allow_abbrev=False, description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="python -m flashcomm_megatron calibrate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("--out", required=True, metavar="FILE", help="Where to write the ranges.")
     parser.add_argument("--batches", type=int, default=BATCHES, metavar="N", help="Calls of each layer to look at.")
     options, command = parser.parse_known_args(argv)

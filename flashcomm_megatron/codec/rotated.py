@@ -54,10 +54,10 @@ back. With ``h = H x = block * c``::
 
     h' = h + memory        q as above, of h'        memory = h' - q * step * block
 
-the product being exact and never -0. Numbers have the tensor's dtype: float16 is rounded and limited to the finite range, bfloat16
-is cut, the upper half of a float32. A block of NaN, Inf, an exact constant (of ``h'``) or values from 2**100 on leaves
-zeros; the last ones are encoded without a memory. Numbers lie as vectors of 512 bits hold them, always four blocks
-together: the first four coefficients of each, then their next four, to the last.
+the product being exact and ``q`` never -0. Numbers have the tensor's dtype and are finite: float16 is rounded and
+limited, bfloat16 is cut, the upper half of a float32. A block of NaN, Inf, an exact constant (of ``h'``) or values from
+2**100 on leaves zeros; the last ones are encoded without a memory. Numbers lie as vectors of 512 bits hold them, always
+four blocks together: the first four coefficients of each, then their next four, to the last.
 
 Error: a coefficient is off by at most ``step / 2``, or by what it lies beyond the first or last code's value. ``step``
 is ``max|c| / zero`` within -1/17 and +1/16, beyond 32 levels within +1/8, unless one of the floors above is larger; up
