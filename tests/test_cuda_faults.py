@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from ranks import spawn
 from specification import carried, expected, same, strange
-from test_cuda_processes import _collectives, config_of, use_device
+from test_cuda_processes import _collectives, config_of, raised_behind, use_device
 
 from flashcomm_megatron import policy
 from flashcomm_megatron.algorithms import Residuals
@@ -135,14 +135,7 @@ def _untried(rank: int, world: int) -> str:
     workspace._trial = lambda made, group: ""
     fault("cudaIpcOpenMemHandle", NOBODYS)
     workspace.deadline = 1.0
-    x = torch.ones(1000, device=device)
-    all_reduce(x, group, config)
-    torch.cuda.synchronize()
-    try:
-        all_reduce(x, group, config)
-    except RuntimeError as error:
-        return str(error)
-    return "nothing was raised"
+    return raised_behind(torch.ones(1000, device=device), group, config)
 
 
 def test_negative_control_inboxes_that_are_not_mapped():
@@ -158,14 +151,8 @@ def _rebuilt(rank: int, world: int) -> str:
     device, group, config = use_device(rank), dist.group.WORLD, config_of("peer")
     x = torch.ones(10_000, device=device)
     all_reduce(x, group, config)
-    workspace.deadline, said = 0.5, ""
-    if rank != 1:
-        all_reduce(x.clone(), group, config)
-        torch.cuda.synchronize()
-        try:
-            all_reduce(x.clone(), group, config)
-        except RuntimeError as error:
-            said = str(error)
+    workspace.deadline = 0.5
+    said = "" if rank == 1 else raised_behind(x.clone(), group, config)
     workspace.deadline = 30.0
     workspace.rebuild(group, "peer")
     result = all_reduce(torch.full_like(x, rank + 1.0), group, config)

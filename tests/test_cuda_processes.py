@@ -66,20 +66,23 @@ def test_collectives_of_processes(transport, world):
     assert spawn(_collectives, world, transport, seconds=100) == [served] * world
 
 
-def _one_rank_leaves(rank: int, world: int, transport: str) -> str:
-    device, group, config = use_device(rank), dist.group.WORLD, config_of(transport)
-    x = torch.randn(10_000, device=device)
+def raised_behind(x: torch.Tensor, group: dist.ProcessGroup, config: Config) -> str:
+    """What a call raises behind one whose kernel gives up."""
     all_reduce(x, group, config)
-    workspace.deadline = 2.0
-    if rank == 1:
-        return "left"
-    all_reduce(x, group, config)  # the kernel gives up, the call behind it raises
     torch.cuda.synchronize()
     try:
         all_reduce(x, group, config)
     except RuntimeError as error:
         return str(error)
     return "nothing was raised"
+
+
+def _one_rank_leaves(rank: int, world: int, transport: str) -> str:
+    device, group, config = use_device(rank), dist.group.WORLD, config_of(transport)
+    x = torch.randn(10_000, device=device)
+    all_reduce(x, group, config)
+    workspace.deadline = 2.0
+    return "left" if rank == 1 else raised_behind(x, group, config)
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
