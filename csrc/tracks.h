@@ -91,28 +91,6 @@ template <class T, int kCount> FC_INLINE void load_values(const typename T::Word
     }
 }
 
-template <class T, int kCount> FC_INLINE void store_values(const Vector (&v)[kCount], typename T::Word* out) {
-    if constexpr (sizeof(typename T::Word) == 4) {
-        Words quads[kCount];
-#pragma GCC unroll 32
-        for (int i = 0; i < kCount; i += 2) {
-            const auto octet = zipped(Both<Vector>{v[i], v[i + 1]});
-            quads[i] = (Words)octet.first, quads[i + 1] = (Words)octet.second;
-        }
-        store_pieces(quads, out);
-    } else {
-        Words octets[kCount / 2];
-#pragma GCC unroll 32
-        for (int i = 0; i < kCount; i += 2) {
-            if constexpr (T::kInfinity == Float16::kInfinity)
-                octets[i / 2] = narrowed_half(v[i]) | narrowed_half(v[i + 1]) << 16;
-            else
-                octets[i / 2] = rounded_bfloat(v[i]) >> 16 | (rounded_bfloat(v[i + 1]) & 0xFFFF0000);
-        }
-        store_pieces(octets, out);
-    }
-}
-
 // v[k]: values 4k .. 4k + 3. Sixteen lanes of a 16-bit type are half a vector, of which every track has 64 bits.
 template <class T, int kCount> FC_INLINE void store_quads(const Vector (&v)[kCount], typename T::Word* out) {
     constexpr bool kNarrows = sizeof(typename T::Word) == 2;
