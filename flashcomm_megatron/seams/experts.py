@@ -7,6 +7,7 @@ probabilities stay exact. Off by default: an expert sees its tokens rounded, whi
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .. import announce
 from ..alltoall import all_to_all
 from ..config import Config, current
 from ..patching import Seam
@@ -24,10 +26,18 @@ Splits = Sequence[int] | None
 
 
 def _all_to_all(original: Function) -> Function:
-    def tokens(group: Any, input_: Tensor, output_split_sizes_: Splits = None, input_split_sizes: Splits = None) -> Any:
+    defaults = {name: each.default for name, each in inspect.signature(original).parameters.items()}
+
+    def tokens(
+        group: Any, input_: Tensor, output_split_sizes_: Splits = None, input_split_sizes: Splits = None, **more: Any
+    ) -> Any:
         config = current()
         if config is None or not config.experts or input_.dim() != 2 or where.observer() is not None:
-            return original(group, input_, output_split_sizes_, input_split_sizes)
+            return original(group, input_, output_split_sizes_, input_split_sizes, **more)
+        asked = [name for name, value in more.items() if value != defaults.get(name, inspect.Parameter.empty)]
+        if asked:  # for example use_nccl_stream, from Megatron 0.18 on: only the original knows what it means
+            announce.deferred(f"argument {asked[0]}", input_.nbytes, config)
+            return original(group, input_, output_split_sizes_, input_split_sizes, **more)
         return _Tokens.apply(input_, group, output_split_sizes_, input_split_sizes, config)  # type: ignore[no-untyped-call]
 
     return tokens
