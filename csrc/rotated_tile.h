@@ -199,7 +199,7 @@ private:
         if (kCarries && T::kMax < 1e30f) is_plain &= is_finite;  // sums may hide it
         if (~votes(is_plain)) {
             fill();
-            const uint32_t magnitude = is_finite ? largest_of_block(largest(c) >> 1) : largest_of_block(~0u);
+            const uint32_t magnitude = largest_of_block(is_finite ? largest(c) >> 1 : ~0u);
             const bool is_nan = magnitude >= Float32::kInfinity, is_huge = magnitude >= bits_of(kHugeStep);
             FC_UNROLL for (int i = 0; i < 8; i++) c[i] = is_nan ? 0.0f : c[i] * (is_huge ? kShrink : 1.0f);
             butterflies(c);
