@@ -37,10 +37,8 @@ class _FirstForward:
     def __init__(self, patched: str, reached: type | tuple[type, ...]) -> None:
         self.patched, self.reached = patched, reached
         self.outermost: Any = None
-        self.hooks = [
-            register_module_forward_pre_hook(self.enter),
-            register_module_forward_hook(self.leave, always_call=True),
-        ]
+        enter, leave = map(torch.compiler.disable, (self.enter, self.leave))  # the first forward may be a compiled one
+        self.hooks = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
 
     def enter(self, module: torch.nn.Module, args: Any) -> None:
         if self.outermost is None:

@@ -5,7 +5,8 @@ the replacement from the original, and why this name reaches its callers. :func:
 compares every row, and only when all of them fit rebinds any. :func:`revert` restores the very objects it found and
 refuses when somebody has patched over us, because undoing ours would then undo theirs.
 
-Nothing here knows a tensor or Megatron; which names are replaced stands in seams/.
+torch.compile breaks its graph at a replaced name. Nothing here knows Megatron; which names are replaced stands in
+seams/.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import inspect
 import logging
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
+
+import torch
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +31,7 @@ class Seam(NamedTuple):
     params: tuple[str, ...]  # leading parameters the replacement relies on: the guard against drift
     replace: Callable[[Callable[..., Any]], Callable[..., Any]]  # original -> replacement
     why: str  # one sentence: who resolves this name, when
+    is_layer: bool = False  # a module's forward: torch.compile breaks its graph here but still compiles the original
 
     @property
     def path(self) -> str:
@@ -114,6 +118,9 @@ def _bind(seam: Seam) -> _Binding:
     _compare(function, seam.params)
     replacement = seam.replace(function)
     if inspect.isfunction(replacement):  # a class that stands in for a class keeps its own name
+        # What replaces a name counts, plans and waits: nothing that torch.compile could trace.
+        outside: Any = functools.partial(torch.compiler.disable, recursive=not seam.is_layer)
+        replacement = outside(replacement)
         functools.update_wrapper(replacement, function)
     return _Binding(owner, attribute, original, staticmethod(replacement) if is_static else replacement)
 

@@ -16,9 +16,11 @@ OLDEST = (0, 16)
 
 ROWS = (
     Seam(LAYERS, "InferenceRowParallelLinear.forward", ("self", "x"), layer_forward,
-         "notes the row site outside of training; in training the parent's forward does"),
+         "notes the row site outside of training; in training the parent's forward does",
+         is_layer=True),
     Seam(LAYERS, "InferenceLayerNormColumnParallelLinear.forward", ("self", "x"), layer_forward,
-         "notes the column site outside of training"),
+         "notes the column site outside of training",
+         is_layer=True),
     Seam(LAYERS, "reduce_scatter_along_first_dim", ("inp", "tp_group", "async_op"), reduce_scatter,
          "row reduce-scatter where no NVLS kernel runs; inference_layers.py's own binding"),
     Seam(LAYERS, "gather_along_first_dim", ("inp", "process_group", "async_op", "quantizer"), gather,
@@ -26,7 +28,8 @@ ROWS = (
 )  # fmt: skip
 SINCE_0_17 = (
     Seam(LAYERS, "InferenceColumnParallelLinear.forward", ("self", "x"), layer_forward,
-         "notes the column site of latent attention and multi-token prediction outside of training"),
+         "notes the column site of latent attention and multi-token prediction outside of training",
+         is_layer=True),
 )  # fmt: skip
 
 

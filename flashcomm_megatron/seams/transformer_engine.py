@@ -193,9 +193,11 @@ def _gradient(collective: Function, x: Tensor, group: Any, site: Site) -> Functi
 REDUCE, GATHER = ("inp", "tp_group", "async_op"), ("inp", "process_group", "async_op", "quantizer")
 ROWS = (
     Seam(EXTENSION, "TELinear.forward", ("self", "x"), layer_forward,
-         "notes the site of TERowParallelLinear and TEColumnParallelLinear, which inherit this forward"),
+         "notes the site of TERowParallelLinear and TEColumnParallelLinear, which inherit this forward",
+         is_layer=True),
     Seam(EXTENSION, "TELayerNormColumnParallelLinear.forward", ("self", "x"), layer_forward,
-         "notes the column site; a method, so subclasses and instances made earlier find it at call time"),
+         "notes the column site; a method, so subclasses and instances made earlier find it at call time",
+         is_layer=True),
     Seam(LINEAR, "_Linear.forward", ("ctx",), where.keep_site,
          "keeps the site for backward; apply() looks forward up on the class at every call"),
     Seam(LINEAR, "_Linear.backward", ("ctx",), where.restore_site,

@@ -137,7 +137,9 @@ def restore_site(original: Function) -> Function:
 
 ROWS = (
     Seam(LAYERS, "RowParallelLinear.forward", ("self", "input_"), _row_forward,
-         "notes the row site; a method, so subclasses and instances made earlier find it at call time"),
+         "notes the row site; a method, so subclasses and instances made earlier find it at call time",
+         is_layer=True),
     Seam(LAYERS, "ColumnParallelLinear.forward", ("self", "input_", "weight"), _column_forward,
-         "notes the column site, and none for the output layer"),
+         "notes the column site, and none for the output layer",
+         is_layer=True),
 )  # fmt: skip

@@ -1,0 +1,86 @@
+"""torch.compile of patched layers: it works wherever it works without us, with the same numbers.
+
+A graph break at a seam is fine, an exception is not. Lengths on both sides of the minimum size, so that compiled code
+meets deferred and compressed calls.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+from ranks import spawn
+from torch import Tensor, nn
+
+import flashcomm_megatron as fc
+from flashcomm_megatron import cpu
+
+pytestmark = pytest.mark.skipif(find_spec("megatron") is None, reason="megatron-core is not installed")
+
+HIDDEN, LENGTHS, LEAST = 64, (4, 32, 48, 8), 2000  # 8 * 64 * 4 bytes are compressed, 4 * 64 * 4 are not
+
+
+def feed_forward(sequence_parallel: bool, world: int) -> nn.Module:
+    """A column-parallel and a row-parallel layer of Megatron-Core."""
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    config = TransformerConfig(
+        num_layers=1, hidden_size=HIDDEN, num_attention_heads=4, tensor_model_parallel_size=world,
+        sequence_parallel=sequence_parallel, use_cpu_initialization=True,
+    )  # fmt: skip
+    how: dict[str, Any] = {"config": config, "init_method": nn.init.xavier_uniform_, "bias": False}
+
+    class FeedForward(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = ColumnParallelLinear(HIDDEN, 2 * HIDDEN, gather_output=False, **how)
+            self.down = RowParallelLinear(2 * HIDDEN, HIDDEN, input_is_parallel=True, skip_bias_add=True, **how)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(torch.relu(self.up(x)[0]))[0] * 2
+
+    return FeedForward()
+
+
+def outputs(layer: Any, train: bool, rank: int) -> list[Tensor]:
+    """Results, and in training the input's gradients, for every length."""
+    found = []
+    for length in LENGTHS:
+        x = torch.randn(length, 1, HIDDEN, generator=torch.Generator().manual_seed(rank)).requires_grad_(train)
+        with torch.set_grad_enabled(train):
+            y = layer(x)
+        found.append(y.detach())
+        if train:
+            y.square().sum().backward()
+            found.append(x.grad)
+    return found
+
+
+def compare(rank: int, world: int, backend: str) -> None:
+    cpu.enable(force=True)
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=world)
+    model_parallel_cuda_manual_seed(1)
+    for sequence_parallel in (False, True):
+        seed = rank if sequence_parallel else 0  # without sequence parallelism ranks hold the same input
+        for train in (False, True):
+            layer = feed_forward(sequence_parallel, world).train(train)
+            torch._dynamo.reset()
+            with fc.flashcomm(bits=8, min_bytes=LEAST):
+                compiled = outputs(torch.compile(layer, backend=backend), train, seed)  # its first forward included
+                fc.reset_stats()
+                eager = outputs(layer, train, seed)
+                counted = fc.stats()
+            assert counted["quantized"] and counted["deferred"]
+            for a, b in zip(compiled, eager, strict=True):
+                assert torch.equal(a, b) if backend == "aot_eager" else torch.allclose(a, b, atol=0, rtol=0.02)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager"])
+def test_a_compiled_layer_gives_the_bits_of_the_layer(backend: str) -> None:
+    spawn(compare, 2, backend, seconds=200)
