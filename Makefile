@@ -57,27 +57,27 @@ bench: $(READY)  ## Measure codec and collectives; CSV and plots go to benchmark
 	$(PY) benchmarks/bench_collectives.py
 
 fuzz: $(READY)  ## Fuzz codec and streams under address and undefined-behaviour sanitizers for an hour; FOR=SECONDS
-	$(PY) tests/sanitized.py fuzz $(or $(FOR),3600)
+	$(PY) tests/stress/sanitized.py fuzz $(or $(FOR),3600)
 
 threads: $(READY)  ## Run streams and codec threads under the thread and leak sanitizers
-	$(PY) tests/sanitized.py threads 1000
+	$(PY) tests/stress/sanitized.py threads 1000
 
 soak: $(READY)  ## 200,000 mixed collectives on 4 ranks, each checked (CALLS=N); 10,000 training steps, resumed
-	$(PY) tests/soak.py --calls $(or $(CALLS),200000) --out benchmarks/results/soak.json
-	$(PY) tests/long_training.py --out benchmarks/results/long_training.json
+	$(PY) tests/stress/soak.py --calls $(or $(CALLS),200000) --out benchmarks/results/soak.json
+	$(PY) tests/stress/long_training.py --out benchmarks/results/long_training.json
 
 mutations: $(READY)  ## Break every invariant once and see its test fail
-	$(PY) tests/mutations.py
+	$(PY) tests/stress/mutations.py
 
 coverage: $(READY)  ## Run every test, slowly, and say which lines of the package and of csrc were run
 	$(INSTALL) --quiet coverage
-	$(PY) tests/covered.py --out benchmarks/results/coverage.json -n $(WORKERS) --maxprocesses 4
+	$(PY) tests/stress/covered.py --out benchmarks/results/coverage.json -n $(WORKERS) --maxprocesses 4
 
 audit: $(READY)  ## Compare the installed packages with the wheels whose hashes are in hashes.txt
-	$(PY) tests/audit.py
+	$(PY) tests/stress/audit.py
 
 emulated: $(READY)  ## Run everything that needs a GPU on a stand-in for CUDA
-	FLASHCOMM_TEST_ALL_EMULATED=1 $(PY) -m pytest -q -o faulthandler_timeout=3600 tests/test_cuda_emulated.py
+	FLASHCOMM_TEST_ALL_EMULATED=1 $(PY) -m pytest -q -o faulthandler_timeout=3600 tests/gpu/test_cuda_emulated.py
 
 gpu-check:  ## On a CUDA machine: build, test and measure with the packages at hand; results go to OUT=
 	$(PYTHON) benchmarks/gpu_check.py $(if $(OUT),--out $(OUT))

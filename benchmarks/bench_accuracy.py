@@ -29,11 +29,11 @@ from typing import Any
 import record
 import torch
 
-from flashcomm_megatron.accuracy import plot, sweep
-from flashcomm_megatron.accuracy.llama import Llama, windows
-from flashcomm_megatron.accuracy.score import Bench, Score
+from flashcomm_megatron.codec.recipes import RECIPES
 from flashcomm_megatron.config import Config
-from flashcomm_megatron.recipes import RECIPES
+from flashcomm_megatron.tools.accuracy import plot, sweep
+from flashcomm_megatron.tools.accuracy.llama import Llama, windows
+from flashcomm_megatron.tools.accuracy.score import Bench, Score
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 BLOCKS = (16, 32, 64, 128, 256, 512, 1024)

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from flashcomm_megatron.accuracy.llama import Cache, Llama, Sum, windows
-from flashcomm_megatron.accuracy.ranks import Compressed, exact
 from flashcomm_megatron.config import Config
+from flashcomm_megatron.tools.accuracy.llama import Cache, Llama, Sum, windows
+from flashcomm_megatron.tools.accuracy.ranks import Compressed, exact
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 PROMPT = 16

@@ -24,7 +24,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import flashcomm_megatron as fc
-from flashcomm_megatron import cpu, sampling
+from flashcomm_megatron import cpu
+from flashcomm_megatron.observe import error_sampling as sampling
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 

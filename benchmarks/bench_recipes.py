@@ -18,8 +18,8 @@ import record
 import torch
 
 from flashcomm_megatron.codec import Codec, Remembering, Uniform
-from flashcomm_megatron.codec.outlier import from_ranges
-from flashcomm_megatron.recipes import RECIPES, Legs
+from flashcomm_megatron.codec.published.outlier import from_ranges
+from flashcomm_megatron.codec.recipes import RECIPES, Legs
 
 VALUES = 2**20
 ROUNDS = 25

@@ -30,7 +30,7 @@ import torch.multiprocessing as mp
 from training_loop import Shape, Training, join
 
 import flashcomm_megatron as fc
-from flashcomm_megatron import policy
+from flashcomm_megatron.collectives import plan as policy
 
 WORLD = 2
 

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from flashcomm_megatron.accuracy.llama import Llama, windows
-from flashcomm_megatron.accuracy.ranks import exact
 from flashcomm_megatron.codec.rotated import LEVELS, Rotated, butterflies
+from flashcomm_megatron.tools.accuracy.llama import Llama, windows
+from flashcomm_megatron.tools.accuracy.ranks import exact
 
 BLOCK = 32
 WIDTHS = (5, 4.5, 3.5, 2.5)

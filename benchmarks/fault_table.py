@@ -1,4 +1,4 @@
-"""How long the others take to hear of every fault of tests/faults.py, and what they hear; for docs/reliability.md.
+"""How long the others take to hear of every fault (tests/support/faults.py), and what; for docs/reliability.md.
 
     python benchmarks/fault_table.py     writes benchmarks/results/faults.csv and .json, and prints the table's rows
 

@@ -31,7 +31,7 @@ PYTEST = [sys.executable, "-m", "pytest", "-q", "-ra", "--noconftest", "-c", os.
 BENCH = [sys.executable, "benchmarks/bench_cuda.py", "--out"]
 TESTS = {  # "cuda" is in the names of files and of what else needs a GPU
     "tests": [f"tests/test_{name}.py" for name in ("cuda_codec", "cuda_collectives", "extension", "metrics")],
-    "tests-processes": ["tests/test_cuda_processes.py"],
+    "tests-processes": ["tests/gpu/test_cuda_processes.py"],
 }
 
 

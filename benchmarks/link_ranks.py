@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 import flashcomm_megatron as fc
-from flashcomm_megatron import policy
+from flashcomm_megatron.collectives import plan as policy
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 

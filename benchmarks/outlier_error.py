@@ -17,9 +17,9 @@ import record
 import torch
 from torch import Tensor
 
-from flashcomm_megatron.accuracy.llama import Llama, windows
-from flashcomm_megatron.accuracy.ranks import Recorder
-from flashcomm_megatron.codec.outlier import LARGEST, from_ranges
+from flashcomm_megatron.codec.published.outlier import LARGEST, from_ranges
+from flashcomm_megatron.tools.accuracy.llama import Llama, windows
+from flashcomm_megatron.tools.accuracy.ranks import Recorder
 
 
 class Errors(NamedTuple):

@@ -15,9 +15,9 @@ import record
 from link_hosts import bits_per_second
 
 import flashcomm_megatron as fc
-from flashcomm_megatron.planner.cost import Codec, Computing, Message, predict
-from flashcomm_megatron.planner.hardware import Link
-from flashcomm_megatron.planner.measured import link
+from flashcomm_megatron.tools.plan.cost import Codec, Computing, Message, predict
+from flashcomm_megatron.tools.plan.hardware import Link
+from flashcomm_megatron.tools.plan.measured import link
 
 GB = 1e9
 LAYERS, HIDDEN, TOKENS = 4, 512, 4 * 256  # of the model in link_ranks.py

@@ -13,11 +13,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from flashcomm_megatron.config import Config  # noqa: E402
-from flashcomm_megatron.planner import nodes, plots, published, sweep, table  # noqa: E402
-from flashcomm_megatron.planner.cost import Codec, assumed_speed  # noqa: E402
-from flashcomm_megatron.planner.hardware import GB, GPUS, LINKS, US, link  # noqa: E402
-from flashcomm_megatron.planner.inference import Job, infer  # noqa: E402
-from flashcomm_megatron.planner.models import model  # noqa: E402
+from flashcomm_megatron.tools.plan import nodes, plots, published, sweep, table  # noqa: E402
+from flashcomm_megatron.tools.plan.cost import Codec, assumed_speed  # noqa: E402
+from flashcomm_megatron.tools.plan.hardware import GB, GPUS, LINKS, US, link  # noqa: E402
+from flashcomm_megatron.tools.plan.inference import Job, infer  # noqa: E402
+from flashcomm_megatron.tools.plan.models import model  # noqa: E402
 
 PAGE = ROOT / "docs" / "planner.md"
 RESULTS = ROOT / "benchmarks" / "results"

@@ -18,7 +18,8 @@ def circumstances() -> dict[str, Any]:
     """Machine, versions and commit of this run."""
     import torch
 
-    from flashcomm_megatron import __version__, extension
+    from flashcomm_megatron import __version__
+    from flashcomm_megatron.codec import extension
 
     return {
         "cpu": _cpu_name(),

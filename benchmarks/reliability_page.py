@@ -3,7 +3,7 @@
 run as:  python benchmarks/reliability_page.py
 
 Faults come from faults.json (fault_table.py), long runs from soak.json, long_training.json, fuzz.json and
-coverage.json, invariants from tests/mutations.py.
+coverage.json, invariants from tests/stress/mutations.py.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def fault_lines() -> Iterator[str]:
         )
         yield f"| {fault} | {told.strip()} | {' | '.join(str(row['seconds']) + ' s' for row in by_transport)} |"
     yield ""
-    yield f"*`tests/test_faults.py`; {found['circumstances']['cpu']}, commit {found['circumstances']['commit']}*"
+    yield f"*`tests/comm/test_faults.py`; {found['circumstances']['cpu']}, commit {found['circumstances']['commit']}*"
 
 
 def evidence() -> Iterator[str]:

@@ -3,7 +3,7 @@
     python benchmarks/version_matrix.py MEGATRON_GIT TRANSFORMER_ENGINE_GIT
 
 Both are clones with their tags, of NVIDIA/Megatron-LM and NVIDIA/TransformerEngine. Nothing of them is imported: the
-signatures are read (flashcomm_megatron/checkout.py). A name that is not in a version's table is shown as a dash.
+signatures are read (flashcomm_megatron/megatron/checkout.py). A name that a version does not have shows as a dash.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from flashcomm_megatron import checkout, seams, training_log
-from flashcomm_megatron.arguments import FLAG
-from flashcomm_megatron.seams import transformer_engine
+from flashcomm_megatron.megatron import checkout, seams, training_log, transformer_engine
+from flashcomm_megatron.megatron.arguments import FLAG
 
 ROOT = Path(__file__).resolve().parent.parent
 # Every supported release of Megatron-LM, with the Transformer Engine that its pyproject.toml names (0.13 names none;

@@ -5,7 +5,7 @@
 
 namespace flashcomm {
 
-constexpr int kInterface = 6;  // raise it with every change of what Python calls; flashcomm_megatron/extension.py checks
+constexpr int kInterface = 6;  // raise it with every change of what Python calls; flashcomm_megatron/codec/extension.py checks
 
 enum Dtype { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 

@@ -1,4 +1,4 @@
-// The Python module flashcomm_megatron._C: raw addresses in, nothing checked. flashcomm_megatron/extension.py checks.
+// The Python module flashcomm_megatron._C: raw addresses in, nothing checked. flashcomm_megatron/codec/extension.py checks.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -27,7 +27,7 @@ void bind_cuda(py::module_& m);  // bindings_cuda.cpp
 #endif
 
 PYBIND11_MODULE(_C, m) {
-    m.doc() = "Compiled codec; see flashcomm_megatron/extension.py.";
+    m.doc() = "Compiled codec; see flashcomm_megatron/codec/extension.py.";
     m.attr("interface") = kInterface;
     m.def("info", info);
     m.def("use_isa", use_isa);

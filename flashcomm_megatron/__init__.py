@@ -9,14 +9,14 @@
 - ``add_arguments`` adds the ``--flash-comm-*`` flags to a parser; importing the package adds them to Megatron's.
 """
 
-from .alltoall import all_to_all
-from .api import decode, disable, enable, encode, flashcomm, wire_bytes
-from .arguments import add_arguments, install
 from .collectives import all_gather, all_reduce, reduce_scatter
+from .collectives.alltoall import all_to_all
 from .config import Config
-from .counters import reset_stats, stats
-from .metrics import log_metrics, metrics
-from .report import report
+from .megatron.arguments import add_arguments, install
+from .megatron.switch import decode, disable, enable, encode, flashcomm, wire_bytes
+from .observe.counters import reset_stats, stats
+from .observe.metrics import log_metrics, metrics
+from .tools.report import report
 from .version import __version__
 
 __all__ = [

@@ -17,14 +17,15 @@ import signal
 import sys
 from collections.abc import Callable
 
-from . import announce, cpu, environment
-from .accuracy import main as accuracy
-from .calibration import main as calibrate
-from .compare.command import main as compare
-from .patching import PatchError
-from .planner.command import main as plan
-from .report import main as report
-from .tuning import main as bench
+from . import cpu, environment
+from .megatron.patching import PatchError
+from .observe import messages as announce
+from .tools.accuracy import main as accuracy
+from .tools.calibrate import main as calibrate
+from .tools.compare.command import main as compare
+from .tools.plan.command import main as plan
+from .tools.report import main as report
+from .tools.tune import main as bench
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "report": report,

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 from .codec import Stochastic
-from .recipes import RECIPES, Legs
+from .codec.recipes import RECIPES, Legs
 
 TRANSPORTS = ("auto", "peer", "host", "group")
 ALGORITHMS = ("auto", "one-step", "two-step", "hierarchical")

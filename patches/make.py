@@ -31,7 +31,7 @@ ADDITIONS = {
     ),
     "megatron/training/initialize.py": (
         re.compile(r"(?<=    args = get_args\(\)\n)    initialize_rerun_state_machine\(\n"),
-        "    from flashcomm_megatron.arguments import enable_from\n    enable_from(args)\n",
+        "    from flashcomm_megatron.megatron.arguments import enable_from\n    enable_from(args)\n",
     ),
 }
 

@@ -11,8 +11,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from .microscaling import Microscaling
-from .outlier import Outlier, Uncalibrated
+from .published.microscaling import Microscaling
+from .published.outlier import Outlier, Uncalibrated
 from .raw import Raw
 from .rotated import Rotated
 from .spike import Spike

@@ -15,8 +15,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from .. import extension
-from .wire import padded
+from . import extension
+from .planes import padded
 
 logger = logging.getLogger("flashcomm_megatron")
 _told: set[str] = set()

@@ -76,11 +76,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import extension
+from . import extension
 from .blocks import high_half_value, in_blocks
+from .planes import from_half_words, half_words, join_planes, join_sections, plane_bytes, split_planes, split_sections
 from .reference import Reference
 from .stochastic import rounded
-from .wire import from_half_words, half_words, join_planes, join_sections, plane_bytes, split_planes, split_sections
 
 LEVELS = {2: 4, 2.5: 5, 3: 8, 3.5: 11, 4: 16, 4.5: 22, 5: 32, 5.5: 45, 6: 64, 6.5: 90, 7: 128, 7.5: 181, 8: 256}
 BLOCKS = (16, 32, 64, 128, 256, 512, 1024)

@@ -51,8 +51,8 @@ from torch import Tensor
 
 from .blocks import BFLOAT16_MAX, NAN_BITS, finite_keys, from_high_half, from_ordered_keys, high_half, in_blocks
 from .blocks import ordered_keys as keys_of
+from .planes import from_half_words, half_words, join_planes, join_sections, plane_bytes, split_planes, split_sections
 from .reference import Reference
-from .wire import from_half_words, half_words, join_planes, join_sections, plane_bytes, split_planes, split_sections
 
 CONSTANT = 255  # span code of a constant block in float32
 LARGEST_SPAN = 254

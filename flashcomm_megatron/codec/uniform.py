@@ -49,19 +49,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import extension
-from .blocks import (
-    NAN_BITS,
-    extremes,
-    from_high_half,
-    high_half,
-    high_half_value,
-    in_blocks,
-    next_up,
-    round_down,
-)
-from .stochastic import rounded
-from .wire import (
+from . import extension
+from .blocks import NAN_BITS, extremes, from_high_half, high_half, high_half_value, in_blocks, next_up, round_down
+from .planes import (
     from_half_words,
     half_words,
     join_planes,
@@ -71,6 +61,7 @@ from .wire import (
     split_planes,
     split_sections,
 )
+from .stochastic import rounded
 
 HUGE = 2.0**118  # scales from here on could overflow float32 in min + q * scale: halve first
 TINY = 2.0**-100  # scales below have a reciprocal beyond float32: scale up first

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from .. import patching
+from ..megatron import patching
 from . import backends, core, cuda, literals, options, triton
 from .cuda import NeedsGPU
 

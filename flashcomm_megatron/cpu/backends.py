@@ -18,7 +18,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 
-from ..patching import Seam
+from ..megatron.patching import Seam
 from .cuda import NeedsGPU, always
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..patching import Seam
+from ..megatron.patching import Seam
 
 
 def _current_device(original: Any) -> Callable[[], torch.device]:

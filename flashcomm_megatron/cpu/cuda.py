@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ..patching import Seam
+from ..megatron.patching import Seam
 
 
 class NeedsGPU(RuntimeError):

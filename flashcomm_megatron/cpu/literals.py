@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ..patching import Seam
+from ..megatron.patching import Seam
 
 CPU = torch.device("cpu")
 

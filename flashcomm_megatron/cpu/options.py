@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from ..patching import Seam
+from ..megatron.patching import Seam
 
 
 class Default(NamedTuple):

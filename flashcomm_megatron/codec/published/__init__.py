@@ -1,0 +1,1 @@
+"""Published formats, kept as baselines: complete, torch only."""

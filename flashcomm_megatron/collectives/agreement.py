@@ -1,0 +1,84 @@
+"""Ranks agree before they compress: no rank encodes in 4 bits what another decodes as 8.
+
+The first use of a group compares version and configuration of all its ranks and refuses any difference on every rank,
+with a table of who holds what. A configuration that is new to the group, because of a later ``enable`` say, is compared
+in the same way; a rank that did not change is by then in another call, and both hear of it (transport/link.py).
+A rank that goes back to a configuration compared earlier is not asked again: every message carries its digest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict
+from functools import lru_cache
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+
+from ..codec.published import ranges
+from ..comm import links, votes
+from ..comm.link import Link
+from ..config import Config
+from ..version import __version__
+from . import thresholds
+
+TEXT_BYTES = 1024  # every rank sends its description as this many bytes, zero padded; its digest comes first
+FIRST = "comparison of configurations at the group's first use (is flash-comm on at every rank?)"
+LATER = "change of configuration"
+
+_agreed: WeakKeyDictionary[dist.ProcessGroup, list[Config]] = WeakKeyDictionary()  # the last one is in force
+
+
+def check(group: dist.ProcessGroup, config: Config) -> None:
+    """Raise RuntimeError on every rank of ``group`` unless all of them hold ``config``; remembered per group."""
+    agreed = _agreed.setdefault(group, [])
+    if agreed and agreed[-1] is config:
+        return
+    if config in agreed:
+        agreed.remove(config)
+    elif group.size() > 1:
+        device = votes.device(group)  # gloo passes messages in main memory only, whatever the tensors' device
+        link = links.aside(group, device, agreed[-1] if agreed else config, LATER if agreed else FIRST)
+        _compare(_gather(_describe(config), link, device), dist.get_process_group_ranks(group))
+    agreed.append(config)
+
+
+@lru_cache
+def digest(config: Config) -> str:
+    """A few characters that stand for everything :func:`check` compares."""
+    return hashlib.sha256(_options(config).encode()).hexdigest()[:8]
+
+
+def _compare(texts: list[str], ranks: list[int]) -> None:
+    if len(set(texts)) == 1:
+        return
+    rows = "\n".join(f"  rank {rank}: {text}" for rank, text in zip(ranks, texts, strict=True))
+    raise RuntimeError(
+        f"flash-comm: the ranks of this group hold different configurations:\n{rows}\n"
+        "Give every rank the same flags and the same version."
+    )
+
+
+def _describe(config: Config) -> str:
+    return f"flashcomm_megatron {__version__} {digest(config)}: {_options(config)}"
+
+
+def _options(config: Config) -> str:
+    """Version, options and files. A file that only this rank cannot use tells it apart from the others."""
+    options = " ".join(f"{name}={value}" for name, value in asdict(config).items() if value is not None)
+    if config.calibration is not None:
+        options += f" (calibration: {ranges.digest(config.calibration)})"
+    if config.thresholds is not None:
+        options += f" (thresholds: {thresholds.problem(config.thresholds) or ranges.digest(config.thresholds)})"
+    return f"{__version__} {options}"
+
+
+def _gather(text: str, link: Link, device: torch.device) -> list[str]:
+    """Every rank's text, in rank order."""
+    mine = torch.tensor(list(text.encode()[:TEXT_BYTES].ljust(TEXT_BYTES, b"\0")), dtype=torch.uint8, device=device)
+    everyone = [torch.empty_like(mine) for _ in range(link.world)]
+    everyone[link.rank] = mine
+    for transfer in link.exchange([mine] * link.world, everyone):
+        transfer.wait()
+    return [bytes(each.tolist()).rstrip(b"\0").decode(errors="replace") for each in everyone]

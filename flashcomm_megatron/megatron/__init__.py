@@ -1,0 +1,1 @@
+"""Where: everything that knows Megatron or Transformer Engine."""

@@ -1,0 +1,158 @@
+"""Gradients: what Megatron-Core's linear layers communicate in backward, with a width of its own.
+
+    column site   TP                     all-reduce of the input's gradient, overlapped with the weight gradient
+                  frozen weight (LoRA)   the same, not overlapped
+                  sequence parallelism   reduce-scatter of the input's gradient, overlapped
+    row site      sequence parallelism   all-gather of the output's gradient
+
+The idea
+--------
+Backward runs on autograd's threads, after every forward has returned, so a column layer's autograd functions carry
+their site from forward to backward. There it serves two ends. The input that is gathered a second time for the weight
+gradient is compressed as the first time, and has the same bits. And gradients are compressed as ``grad_bits`` and
+``grad_rounding`` say; 16 leaves them to the original collectives.
+
+The all-reduce is written inline in both functions' backward, as a call of ``torch.distributed.all_reduce`` with the
+group that the function keeps. torch hands that call on to the group's own ``allreduce``, so for the time of the
+original backward the function is given a group that compresses there (:class:`Compressing`). Nothing global is
+replaced, and the call stays where it was: it starts before the weight gradient is computed and is waited for after.
+
+A gradient that holds a NaN or an Inf decodes to NaN on every rank, so loss scalers skip the step as before. No memory
+of roundings is kept in training (feedback.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from .. import collectives
+from ..codec.recipes import Legs
+from ..collectives import plan as policy
+from ..observe import counters
+from ..observe import messages as announce
+from . import context as where
+from . import modes
+from .context import LAYERS, Function, Site
+from .patching import Seam
+
+EXACT = "gradients exact"  # the reason that counts what grad_bits 16 leaves alone
+NOT_A_SUM = "no sum of one contiguous gradient"
+
+
+class Compressing:
+    """A process group whose ``allreduce`` compresses gradients; everything else is the group's own."""
+
+    def __init__(self, group: Any, site: Site) -> None:
+        self._group, self._site = group, site
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._group, name)
+
+    def allreduce(self, tensors: list[Tensor], *options: Any) -> Any:
+        """Sum the one contiguous tensor over the ranks, in place; returns what is waited for. All else is the group's.
+
+        ``options``: none, torch.distributed's AllreduceOptions, or what is done instead of a sum and a timeout.
+        """
+        x, *others = tensors
+        op = getattr(options[0], "reduceOp", options[0]) if options else dist.ReduceOp.SUM
+        if others or op != dist.ReduceOp.SUM or not x.is_contiguous():
+            exact_bytes = sum(policy.exact_bytes("all_reduce", each.nbytes, self._group.size()) for each in tensors)
+            announce.deferred(NOT_A_SUM, exact_bytes, self._site.config)
+            return self._group.allreduce(tensors, *options)
+        legs = legs_of("all_reduce", x, self._group, self._site)
+        if legs is None:
+            return self._group.allreduce(tensors, *options)
+        return sent(collectives.all_reduce, x, self._group, self._site, legs, async_op=True)
+
+
+def all_gather(gradient: Tensor, group: Any, site: Site) -> Tensor:
+    """Gradients [s, ...] of all ranks one after the other, [N * s, ...]."""
+    legs = legs_of("all_gather", gradient, group, site)
+    if legs is None:
+        return _exactly("_gather_along_first_dim", gradient, group)
+    gathered: Tensor = sent(collectives.all_gather, gradient, group, site, legs)
+    return gathered
+
+
+def reduce_scatter(gradient: Tensor, group: Any, site: Site) -> Tensor:
+    """This rank's slice [s, ...] of the sum of all ranks' gradients [N * s, ...]."""
+    legs = legs_of("reduce_scatter", gradient, group, site)
+    if legs is None:
+        return _exactly("_reduce_scatter_along_first_dim", gradient, group)
+    scattered: Tensor = sent(collectives.reduce_scatter, gradient, group, site, legs)
+    return scattered
+
+
+def legs_of(collective: str, gradient: Tensor, group: Any, site: Site) -> Legs | None:
+    """The codecs for a gradient, or None: left exact, deferred and counted, or only observed."""
+    if where.observer() is not None or modes.forbids(site, collective, gradient, group):
+        return None
+    legs = site.config.gradient_legs
+    if legs is None:
+        counters.count_deferred(EXACT, policy.exact_bytes(collective, gradient.nbytes, group.size()))
+        return None
+    return legs if collectives.wants(collective, gradient, group, site.config, legs) else None
+
+
+def sent(collective: Callable[..., Any], x: Tensor, group: Any, site: Site, legs: Legs, **options: Any) -> Any:
+    """The result of a compressed collective, its samples filed under gradients."""
+    with where.at(site._replace(kind=f"{site.kind}-gradient")):
+        return collective(x, group, site.config, legs=legs, **options)
+
+
+def _exactly(name: str, gradient: Tensor, group: Any) -> Tensor:
+    from megatron.core.tensor_parallel import mappings
+
+    result: Tensor = getattr(mappings, name)(gradient, group)
+    return result
+
+
+# ---- the table ----------------------------------------------------------------------------------------------------
+
+
+def _backward(original: Function) -> Function:
+    def backward(ctx: Any, *grads: Any) -> Any:
+        site, group = getattr(ctx, "flash_comm_site", None), ctx.tp_group
+        if site is not None and ctx.allreduce_dgrad:
+            ctx.tp_group = Compressing(group, site)
+        try:
+            with where.at(site):
+                return original(ctx, *grads)
+        finally:
+            ctx.tp_group = group
+
+    return backward
+
+
+def _reduce_scatter_tensor(original: Function) -> Function:
+    def reduce_scatter_tensor(
+        output: Tensor, input: Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False
+    ) -> Any:
+        site = where.site()
+        at_column = site is not None and site.kind == "column" and group is not None and op == dist.ReduceOp.SUM
+        legs = legs_of("reduce_scatter", input, group, site) if site is not None and at_column else None
+        if site is None or legs is None:
+            return original(output, input, op=op, group=group, async_op=async_op)
+        handle = sent(collectives.reduce_scatter, input, group, site, legs, async_op=async_op, out=output)
+        return handle if async_op else None
+
+    return reduce_scatter_tensor
+
+
+LINEAR, FROZEN = "LinearWithGradAccumulationAndAsyncCommunication", "LinearWithFrozenWeight"
+ROWS = (
+    Seam(LAYERS, f"{LINEAR}.forward", ("ctx", "input", "weight"), where.keep_site,
+         "keeps the site for backward; apply() looks forward up on the class at every call"),
+    Seam(LAYERS, f"{LINEAR}.backward", ("ctx", "grad_output"), _backward,
+         "restores the site, for the second gather of the input and for the gradient; looked up on the class as well"),
+    Seam(LAYERS, f"{FROZEN}.forward", ("ctx", "input", "weight"), where.keep_site,
+         "keeps the site for backward where the weight is frozen"),
+    Seam(LAYERS, f"{FROZEN}.backward", ("ctx", "grad_output"), _backward,
+         "all-reduce of the input's gradient where the weight is frozen"),
+    Seam(LAYERS, "dist_reduce_scatter_func", ("output", "input"), _reduce_scatter_tensor,
+         "reduce-scatter of the input's gradient under sequence parallelism; layers.py's own binding"),
+)  # fmt: skip

@@ -1,0 +1,233 @@
+"""Transformer Engine's layers, Megatron's default: where we are, and what they send.
+
+Megatron's ``TELinear`` and ``TELayerNormColumnParallelLinear`` are classes of Transformer Engine with a ``forward`` of
+Megatron's around theirs; that one notes the site. Communication happens inside, in functions that Transformer Engine's
+modules resolve from their own globals at every call, and those are replaced:
+
+    row site      module/linear.py              allreduce, reduce_scatter_along_first_dim
+    column site   module/linear.py              gather_along_first_dim, forward and again for the weight gradient
+    column site   module/layernorm_linear.py    the same
+
+They run inside an autograd function of Transformer Engine, so no gradient is recorded here; the same functions, called
+in backward, send gradients, which are compressed as gradients.py says:
+
+    column site   both files                    allreduce, reduce_scatter_along_first_dim, asynchronous
+    row site      module/base.py                gather_along_first_dim
+
+Left alone and counted with the reason: what travels in FP8; and what a layer communicates by other means, that is,
+user buffers overlapped with the matrix product and all-reduces over symmetric memory. ``LayerNormMLP`` and the
+operations behind ``--use-transformer-engine-op-fuser`` are no sites.
+"""
+
+from __future__ import annotations
+
+import threading
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import collectives
+from ..collectives import plan as policy
+from ..config import current
+from ..observe import messages as announce
+from . import context as where
+from . import differentiable, gradients
+from .context import Function, Site
+from .patching import Seam
+
+EXTENSION = "megatron.core.extensions.transformer_engine"
+LINEAR = "transformer_engine.pytorch.module.linear"
+BASE = "transformer_engine.pytorch.module.base"
+LAYERNORM_LINEAR = "transformer_engine.pytorch.module.layernorm_linear"
+
+
+class _Visit(threading.local):
+    """The layer forward that is running on this thread."""
+
+    records_gradients = False  # asked outside of the autograd function, in which gradients look switched off
+    was_asked = False  # whether one of the names below came by
+
+
+_visit = _Visit()
+
+
+# ---- where we are -----------------------------------------------------------------------------------------------
+
+
+def layer_forward(original: Function) -> Function:
+    """Wrap the forward of a layer that inherits from Transformer Engine: note its site, count what passes us by."""
+
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        here = where.site()
+        if here is not None and here.module is self:  # the inference layers call their parent's forward in training
+            return original(self, x, *args, **kwargs)
+        site = site_of(self)
+        _visit.was_asked, _visit.records_gradients = False, torch.is_grad_enabled()
+        # Backward may gather by name what forward gathered in user buffers: such a layer is no site in either.
+        with where.at(None if _overlaps(self) else site):
+            output = original(self, x, *args, **kwargs)
+        if site is not None and not _visit.was_asked:
+            _count_unseen(site, x, output[0])
+        return output
+
+    return forward
+
+
+def site_of(module: Any) -> Site | None:
+    """The site that a layer is: none without a parallel dimension (experts, duplicated weights) or as output layer."""
+    config = current()
+    if config is None or module.parallel_mode not in ("row", "column") or where.is_output_layer(module, None):
+        return None
+    return Site(module.parallel_mode, module, config)
+
+
+def _count_unseen(site: Site, x: Tensor, output: Tensor) -> None:
+    """Count the collective of a layer that used none of our names, if it had to communicate at all."""
+    layer: Any = site.module
+    world = layer.tp_group.size() if layer.tp_group is not None else 1
+    if world == 1 or (site.kind == "column" and not layer.sequence_parallel):
+        return
+    if site.kind == "column":
+        collective, nbytes = "all_gather", x.nbytes
+    elif layer.sequence_parallel:
+        collective, nbytes = "reduce_scatter", output.nbytes * world
+    else:
+        collective, nbytes = "all_reduce", output.nbytes
+    announce.deferred(_why_unseen(layer), policy.exact_bytes(collective, nbytes, world), site.config)
+
+
+def _overlaps(layer: Any) -> bool:
+    """Whether the layer's communication runs in user buffers, beside its matrix product."""
+    return any(getattr(layer, name, False) for name in ("ub_overlap_ag_fprop", "ub_overlap_rs_fprop"))
+
+
+def _why_unseen(layer: Any) -> str:
+    if not layer.training and any(kind.__name__.startswith("Inference") for kind in type(layer).__mro__):
+        return "NVLS kernel"
+    if _overlaps(layer):
+        return "user-buffer overlap"
+    if getattr(layer, "symmetric_ar_type", None) is not None:
+        return "symmetric-memory all-reduce"
+    return "inside Transformer Engine"
+
+
+# ---- what is sent -----------------------------------------------------------------------------------------------
+
+
+def all_reduce(original: Function) -> Function:
+    """Row all-reduce, and that of a column layer's gradient."""
+
+    def allreduce(inp: Any, tp_group: Any = None, async_op: bool = False) -> Any:
+        sent = _send(collectives.all_reduce, "row", inp, tp_group, async_op)
+        return sent or original(inp, tp_group, async_op)
+
+    return allreduce
+
+
+def reduce_scatter(original: Function) -> Function:
+    """Row reduce-scatter, and that of a column layer's gradient."""
+
+    def reduce_scatter_along_first_dim(inp: Any, tp_group: Any, async_op: bool = False) -> Any:
+        sent = _send(collectives.reduce_scatter, "row", inp, tp_group, async_op)
+        return sent or original(inp, tp_group, async_op)
+
+    return reduce_scatter_along_first_dim
+
+
+def gather(original: Function) -> Function:
+    """Column all-gather, and that of a row layer's gradient."""
+
+    def gather_along_first_dim(
+        inp: Any, process_group: Any, async_op: bool = False, quantizer: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        sent = _send(collectives.all_gather, "column", inp, process_group, async_op, quantizer)
+        return sent or original(inp, process_group, async_op, quantizer, *args, **kwargs)
+
+    return gather_along_first_dim
+
+
+def _send(
+    collective: Function, kind: str, x: Any, group: Any, async_op: bool, quantizer: Any = None
+) -> tuple[Tensor, Any] | None:
+    """What Transformer Engine's collectives return, result and handle, or None: call the original.
+
+    ``kind`` is the site at which the collective moves activations; at the other one it moves gradients.
+    """
+    site, name = where.site(), collective.__name__
+    if site is None or group is None:
+        return None
+    _visit.was_asked = True
+    if quantizer is not None or type(x) is not Tensor:
+        one_byte_each = torch.Size(x.size()).numel()
+        announce.deferred("FP8", policy.exact_bytes(name, one_byte_each, group.size()), site.config)
+        return None
+    send = _activation(collective, kind, x, group) if site.kind == kind else _gradient(collective, x, group, site)
+    if send is None:
+        return None
+    out = _output(collective, x, group.size())
+    result = send(async_op=async_op, **out)
+    return (out.get("out", x), result) if async_op else (result, None)
+
+
+def _output(collective: Function, x: Tensor, world: int) -> dict[str, Tensor]:
+    """Where the result is written: into ``x`` by an all-reduce, else beside it."""
+    if collective is collectives.all_reduce:
+        return {}
+    rows = x.size(0) * world if collective is collectives.all_gather else x.size(0) // world
+    return {"out": x.new_empty(rows, *x.shape[1:])}
+
+
+def _activation(collective: Function, kind: str, x: Tensor, group: Any) -> Function | None:
+    with torch.set_grad_enabled(_visit.records_gradients):
+        call = differentiable.wanted(kind, collective.__name__, x, group)
+    if call is None:
+        return None
+    memory = {"legs": call.legs, "residuals": call.residuals} if kind == "row" else {}
+    return partial(collective, x, group, call.config, **memory)
+
+
+def _gradient(collective: Function, x: Tensor, group: Any, site: Site) -> Function | None:
+    legs = gradients.legs_of(collective.__name__, x, group, site)
+    return None if legs is None else partial(gradients.sent, collective, x, group, site, legs)
+
+
+REDUCE, GATHER = ("inp", "tp_group", "async_op"), ("inp", "process_group", "async_op", "quantizer")
+ROWS = (
+    Seam(EXTENSION, "TELinear.forward", ("self", "x"), layer_forward,
+         "notes the site of TERowParallelLinear and TEColumnParallelLinear, which inherit this forward",
+         is_layer=True),
+    Seam(EXTENSION, "TELayerNormColumnParallelLinear.forward", ("self", "x"), layer_forward,
+         "notes the column site; a method, so subclasses and instances made earlier find it at call time",
+         is_layer=True),
+    Seam(LINEAR, "_Linear.forward", ("ctx",), where.keep_site,
+         "keeps the site for backward; apply() looks forward up on the class at every call"),
+    Seam(LINEAR, "_Linear.backward", ("ctx",), where.restore_site,
+         "restores the site, so the second gather of the input equals the first; looked up on the class as well"),
+    Seam(LAYERNORM_LINEAR, "_LayerNormLinear.forward", ("ctx",), where.keep_site,
+         "keeps the site for backward, for a norm and its linear layer in one"),
+    Seam(LAYERNORM_LINEAR, "_LayerNormLinear.backward", ("ctx",), where.restore_site,
+         "restores the site, for a norm and its linear layer in one"),
+    Seam(LINEAR, "allreduce", REDUCE, all_reduce,
+         "row all-reduce, and of a column layer's gradient; linear.py's own binding, looked up at every call"),
+    Seam(LINEAR, "reduce_scatter_along_first_dim", REDUCE, reduce_scatter,
+         "row reduce-scatter under sequence parallelism, and of a column layer's gradient; linear.py's own binding"),
+    Seam(LINEAR, "gather_along_first_dim", GATHER, gather,
+         "column all-gather under sequence parallelism, forward and again for the weight gradient"),
+    Seam(LAYERNORM_LINEAR, "allreduce", REDUCE, all_reduce,
+         "all-reduce of the gradient before a norm; layernorm_linear.py's own binding"),
+    Seam(LAYERNORM_LINEAR, "reduce_scatter_along_first_dim", REDUCE, reduce_scatter,
+         "reduce-scatter of the gradient before a norm; layernorm_linear.py's own binding"),
+    Seam(LAYERNORM_LINEAR, "gather_along_first_dim", GATHER, gather,
+         "column all-gather after a norm; layernorm_linear.py's own binding"),
+    Seam(BASE, "gather_along_first_dim", GATHER, gather,
+         "all-gather of a row layer's gradient under sequence parallelism; base.py's own binding"),
+)  # fmt: skip
+
+
+def is_present() -> bool:
+    """Whether Megatron found Transformer Engine; without it the classes of its extension are stand-ins."""
+    from megatron.core.extensions import transformer_engine
+
+    return bool(transformer_engine.HAVE_TE)

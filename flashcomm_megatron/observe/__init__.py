@@ -1,0 +1,1 @@
+"""What is said: counters, error samples, metrics, messages."""

@@ -1,0 +1,124 @@
+"""What the codec costs in accuracy, sampled while the model runs.
+
+Comparing a quantized collective with the exact one would send the exact bytes as well. What a rank can see for free is
+the first rounding of its own contribution: x against decode(encode(x)). One in ``EVERY`` calls of a site is looked at,
+in one window of at most ``WINDOW`` values that moves on through the tensor from sample to sample, so neither time nor
+memory depends on the model. Sums stay on the device; :func:`read` is the only place that waits for it.
+
+A *site* is where a collective stands: the kind of layer that seams/where.py notes, else the collective's own name.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import Counter
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..codec import Codec
+
+EVERY = 100  # calls of a site for one sample
+WINDOW = 2**16  # values of one sample
+
+
+class Error(NamedTuple):
+    """What the samples of one site say."""
+
+    relative: float  # root of (squared error / squared value), over blocks without NaN or Inf
+    nan_blocks: int  # blocks that held NaN or Inf
+
+
+_calls: Counter[str] = Counter()
+_sums: dict[tuple[str, torch.device], Tensor] = {}  # float64 [squared error, squared value, blocks not finite]
+_lock = threading.Lock()
+Where = Callable[[], str | None]
+_where: Where | None = None
+_who: Where | None = None
+
+
+def locate(where: Where | None, who: Where | None = None) -> None:
+    """``where()`` names the site of the collective that is about to run, or None for the collective's own name.
+
+    ``who()`` names the very layer there, for errors; it may take its time.
+    """
+    global _where, _who
+    _where, _who = where, who or _who
+
+
+def site() -> str | None:
+    """The kind of site of the collective that is about to run, None at no site."""
+    return _where() if _where else None
+
+
+def layer() -> str | None:
+    """The layer that is communicating, None outside every layer."""
+    return _who() if _who else None
+
+
+def sample(collective: str, x: Tensor, codec: Codec) -> None:
+    """Note one call that encodes ``x`` (any shape, contiguous); every hundredth is measured."""
+    name = site() or collective
+    call = _calls[name]
+    _calls[name] = call + 1
+    if call % EVERY == 0 and not _is_capturing(x):
+        _add((name, x.device), measure(_window(x, call // EVERY, codec.block), codec))
+
+
+def read() -> dict[str, Error]:
+    """Errors by site of what was sampled since the last read. Waits for the device, once for each site."""
+    with _lock:
+        sums = dict(_sums)
+        _sums.clear()
+    totals: dict[str, list[float]] = {}
+    for (name, _), sum_ in sums.items():
+        totals[name] = [a + b for a, b in zip(totals.get(name, [0.0] * 3), sum_.tolist(), strict=True)]
+    return {name: Error(_ratio(error, value), round(blocks)) for name, (error, value, blocks) in totals.items()}
+
+
+def reset() -> None:
+    """Forget every sample and count."""
+    with _lock:
+        _sums.clear()
+        _calls.clear()
+
+
+@torch.no_grad()
+def measure(x: Tensor, codec: Codec) -> Tensor:
+    """float64 [squared error, squared value, blocks not finite] of a flat ``x`` through ``codec``, on its device."""
+    exact = x.float()
+    found = codec.decode_sum([codec.encode(x)], torch.empty_like(exact))
+    finite = _by_block(found, codec.block).isfinite().all(dim=1, keepdim=True)
+    error = torch.where(finite, _by_block(exact - found, codec.block), 0.0)
+    value = torch.where(finite, _by_block(exact, codec.block), 0.0)
+    return torch.stack([error.double().square().sum(), value.double().square().sum(), (~finite).sum().double()])
+
+
+def _by_block(x: Tensor, block: int) -> Tensor:
+    """[n] as [blocks, block], the last one filled up with zeros."""
+    return torch.nn.functional.pad(x, (0, -x.numel() % block)).view(-1, block)
+
+
+def _window(x: Tensor, turn: int, block: int) -> Tensor:
+    """The ``turn``-th window of ``x``, which begins at a block, starting over at the end."""
+    flat = x.detach().reshape(-1)
+    length = max(1, WINDOW // block) * block
+    start = turn % math.ceil(flat.numel() / length) * length
+    return flat[start : start + length]
+
+
+def _add(key: tuple[str, torch.device], sums: Tensor) -> None:
+    with _lock:
+        _sums[key] = _sums[key].add_(sums) if key in _sums else sums
+
+
+def _ratio(error: float, value: float) -> float:
+    return math.sqrt(error / value) if value else 0.0
+
+
+def _is_capturing(x: Tensor) -> bool:
+    """Whether a CUDA graph is being captured: what it records would run at every replay."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()

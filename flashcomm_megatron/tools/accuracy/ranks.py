@@ -1,0 +1,125 @@
+"""Row-parallel sums of simulated ranks: exact, or through the collectives' own algorithms.
+
+:class:`Compressed` runs what real ranks run (transport/lockstep.py), so its sums are theirs bit for bit. On the way it
+notes, for every site, how much of the sum was lost, and how many bits a value took.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+from ...codec.published.outlier import from_ranges
+from ...codec.recipes import RECIPES, Legs
+from ...collectives import algorithms
+from ...collectives import plan as policy
+from ...collectives.algorithms import Residuals
+from ...comm import simulated as lockstep
+from ...comm.link import Link
+from ...config import Config
+from ..calibrate import GAMMA
+
+Ranges = dict[str, Tensor]  # site -> float32 [2, ranks, features]: minima, maxima
+
+ALGORITHMS = {"one-step": algorithms.one_step, "two-step": algorithms.two_step}
+
+
+def exact(site: str, parts: list[Tensor]) -> Tensor:
+    """The sum in rank order, float32."""
+    return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+
+
+class Recorder:
+    """Exact sums that note what the partial sums range over, by moving averages over batches: the calibration of recipe
+    ``outlier``."""
+
+    def __init__(self) -> None:
+        self.ranges: Ranges = {}
+
+    def __call__(self, site: str, parts: list[Tensor]) -> Tensor:
+        rows = torch.stack(parts).flatten(1, -2)
+        batch = torch.stack([rows.amin(1), rows.amax(1)])
+        self.ranges[site] = self.ranges[site].lerp(batch, GAMMA) if site in self.ranges else batch
+        return exact(site, parts)
+
+
+class Compressed:
+    """Sums of ``world`` simulated ranks under ``config``.
+
+    ``sites`` are the sites to compress, all if None. ``ranges`` serve recipes that are calibrated.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        world: int,
+        ranges: Ranges,
+        has_feedback: bool = True,
+        sites: Collection[str] | None = None,
+    ) -> None:
+        self.config, self.world, self.ranges, self.sites = config, world, ranges, sites
+        self.has_feedback = has_feedback and RECIPES[config.recipe].feedback
+        self.lost: dict[str, float] = defaultdict(float)
+        self.sent: dict[str, float] = defaultdict(float)
+        self.bits, self.values = 0.0, 0
+        self.legs: dict[str, list[Legs]] = {}
+        self.begin()
+
+    def begin(self) -> None:
+        """A new forward pass: what the roundings of the last one lost is forgotten."""
+        self.memory: list[Residuals | None] = [Residuals() if self.has_feedback else None for _ in range(self.world)]
+
+    def __call__(self, site: str, parts: list[Tensor]) -> Tensor:
+        wanted = exact(site, parts)
+        if self.world == 1 or (self.sites is not None and site not in self.sites):
+            return wanted
+        parts = [part.contiguous() for part in parts]
+        plans = [self._plan(site, rank, parts[rank]) for rank in range(self.world)]
+        algorithm = ALGORITHMS[plans[0].algorithm]
+
+        def start(link: Link) -> algorithms.Steps:
+            return algorithm(parts[link.rank], link, plans[link.rank], self.memory[link.rank])
+
+        found = lockstep.first(start, self.world)
+        self.lost[site] += (found - wanted).double().square().sum().item()
+        self.sent[site] += wanted.double().square().sum().item()
+        self.bits += 8 * payload_bytes(wanted.numel(), self.world, plans[0])
+        self.values += wanted.numel()
+        return found
+
+    @property
+    def bits_per_value(self) -> float:
+        """Bits on the wire of one value, all included: 16 is what an uncompressed bfloat16 ring would send."""
+        return self.bits / self.values if self.values else 0.0
+
+    @property
+    def decibels(self) -> dict[str, float]:
+        """Signal to noise of each site's sums. With feedback the noise includes what is given back."""
+        return {site: 10 * math.log10(self.sent[site] / lost) for site, lost in self.lost.items() if lost}
+
+    def _plan(self, site: str, rank: int, x: Tensor) -> policy.Plan:
+        legs = None
+        if RECIPES[self.config.recipe].calibrated:
+            if site not in self.legs:
+                low, high = self.ranges[site]
+                self.legs[site] = [
+                    self.config.legs._replace(reduce=from_ranges(low, high, each)) for each in range(self.world)
+                ]
+            legs = self.legs[site][rank]
+        return policy.plan("all_reduce", x, self.world, self.config, legs)
+
+
+def payload_bytes(numel: int, world: int, plan: policy.Plan) -> float:
+    """Bytes for ``numel`` values: of two-step the mean of both legs, of one-step all it sends instead.
+
+    One-step sends ``world / 2`` times as many values, so that equal numbers here are equal bytes from each rank.
+    """
+    if plan.algorithm == "one-step":
+        return plan.reduce.wire_bytes(numel) * world / 2
+    length = algorithms.slice_length(numel, world, plan)
+    sizes = [min(max(numel - rank * length, 0), length) for rank in range(world)]
+    return sum(leg.wire_bytes(size) for leg in (plan.reduce, plan.gather) for size in sizes) / 2

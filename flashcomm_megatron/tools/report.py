@@ -1,0 +1,140 @@
+"""What is installed, what was found and what is in force: the first thing to look at, and to paste into an issue."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import warnings
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import environment
+from ..codec import extension
+from ..collectives import thresholds
+from ..config import current
+from ..megatron import checkout, feedback, patching, seams, training_log
+from ..megatron.arguments import FLAG
+from ..version import __version__
+
+
+class Report(dict[str, Any]):
+    """Findings by name; printed as a table."""
+
+    def __str__(self) -> str:
+        width = max(map(len, self))
+        rows = [f"{name:{width}}  {value}" for name, value in self.items() if name != "seams"]
+        states = [f"  {state:10}  {path}" for path, state in self["seams"]]
+        return "\n".join([*rows, "seams", *(states or ["  none without Megatron"])])
+
+    __repr__ = __str__
+
+
+def report() -> Report:
+    """Versions, compiled extension or why not, transports, environment, state, and how every seam fits.
+
+    Imports Megatron if it is installed, which takes seconds; changes nothing.
+    """
+    try:
+        with warnings.catch_warnings():  # Megatron's, about optimizers and the like
+            warnings.simplefilter("ignore")
+            megatron, rows = seams.megatron_version(), patching.status(seams.rows()) + _training_seams()
+    except patching.PatchError as error:
+        megatron, rows = f"none ({error.__cause__})", []
+    return Report(
+        {
+            "flashcomm_megatron": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "megatron-core": megatron,
+            "codec": extension.describe(),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            "transports": ", ".join(_transports()),
+            "environment": ", ".join(f"{name}={os.environ[name]}" for name in environment.KNOWN if name in os.environ)
+            or "no FLASH_COMM_* variable set",
+            "least bytes": _least(),
+            "state": _state(),
+            "feedback": ", ".join(f"{n} x {what}" for what, n in feedback.counts().items()) or "no sum so far",
+            "seams": rows,
+        }
+    )
+
+
+def report_on(megatron: Path, transformer_engine: Path | None = None) -> Report:
+    """How every seam fits a Megatron-LM checkout, or a folder of packages, that is read and not imported.
+
+    Transformer Engine is looked for in a folder of its own, beside Megatron, and where it is installed; without it the
+    seams in its layers are left out. PatchError if there is no Megatron.
+    """
+    version, folders = checkout.version(megatron), [transformer_engine or megatron, megatron]
+    installed = find_spec("transformer_engine")
+    if installed is not None and installed.origin is not None:
+        folders.append(Path(installed.origin).parent.parent)
+    found = checkout.has("transformer_engine.pytorch", *folders)
+    rows = [*seams.rows_of(version, found)]
+    if checkout.has(FLAG.module, *folders):
+        rows += [FLAG, training_log.SEAM]
+    return Report(
+        {
+            "flashcomm_megatron": __version__,
+            "megatron-core": f"{version} in {megatron}",
+            "transformer-engine": "found" if found else "none, so the seams in its layers are left out",
+            "seams": checkout.status(rows, *folders),
+        }
+    )
+
+
+def main(argv: list[str]) -> int:
+    """``python -m flashcomm_megatron report``: print a report; 1 if a checkout's seams do not all fit."""
+    parser = argparse.ArgumentParser(prog="python -m flashcomm_megatron report", description=__doc__)
+    parser.add_argument("--megatron", type=Path, metavar="DIR", help="a checkout to read instead of what is installed")
+    parser.add_argument("--transformer-engine", type=Path, metavar="DIR", help="Transformer Engine's sources for it")
+    options = parser.parse_args(argv)
+    if options.megatron is None:
+        print(report())
+        return 0
+    try:
+        found = report_on(options.megatron, options.transformer_engine)
+    except patching.PatchError as error:
+        parser.exit(2, f"{parser.prog}: error: {error}.\n")
+    print(found)
+    return int(any(state != "fits" for _, state in found["seams"]))
+
+
+def _state() -> str:
+    if environment.is_disabled():
+        return "off, FLASH_COMM_DISABLE is set"
+    config = current()
+    return f"on, {config}" if config else "off"
+
+
+def _least() -> str:
+    """From how many bytes on tensors are compressed."""
+    config = current()
+    if config and config.min_bytes is not None:
+        return str(config.min_bytes)
+    defaults = ", ".join(f"{wire} {nbytes}" for wire, nbytes in thresholds.DEFAULTS.items())
+    defaults += "".join(f"; {name} at least {nbytes} from each rank" for name, nbytes in thresholds.AT_LEAST.items())
+    if not config or not config.thresholds:
+        return defaults
+    if reason := thresholds.problem(config.thresholds):
+        return reason
+    rows = [
+        f"\n  {where}: {', '.join(map(str, case))}: {'never' if nbytes == thresholds.NEVER else nbytes}"
+        for where, table in thresholds.read(config.thresholds).items()
+        for case, nbytes in table.items()
+    ]
+    return f"{config.thresholds}{''.join(rows)}\n  all others: {defaults}"
+
+
+def _transports() -> list[str]:
+    """What this build can use: kernels between GPUs, memory that ranks share, the process group."""
+    return ["peer"] * (extension.cuda() is not None) + ["host"] * extension.available() + ["group"]
+
+
+def _training_seams() -> list[tuple[str, str]]:
+    """The rows of parser and log, where they exist: the megatron-core wheel comes without megatron.training."""
+    return patching.status([FLAG, training_log.SEAM]) if find_spec("megatron.training") else []

@@ -1,0 +1,68 @@
+"""Whatever one rank does wrong, the others end in time with an error that names it and the call."""
+
+from __future__ import annotations
+
+import os
+
+import faults
+import pytest
+import torch
+from ranks import spawn
+
+from flashcomm_megatron.codec import extension
+from flashcomm_megatron.collectives.handle import Handle
+from flashcomm_megatron.comm import segment
+from flashcomm_megatron.config import Config
+from flashcomm_megatron.megatron import context as where
+
+pytestmark = pytest.mark.skipif(extension.module() is None, reason="the extension is not built")
+
+
+@pytest.mark.parametrize("transport", faults.TRANSPORTS)
+def test_a_rank_that_does_something_else(transport: str) -> None:
+    heard = spawn(faults.alive, 3, transport)
+    for fault in faults.LIVES:
+        texts = [each[fault.name].text for each in heard]
+        survivors = [text for rank, text in enumerate(texts) if rank != faults.VICTIM]
+        assert all(survivors), f"{fault.name}: {texts}"
+        told = fault.told[faults.TRANSPORTS.index(transport)]
+        assert any(told in text for text in survivors), f"{fault.name}: {texts}"
+
+
+@pytest.mark.parametrize("transport", faults.TRANSPORTS)
+def test_a_rank_whose_process_ends(transport: str) -> None:
+    world = 2 * len(faults.ENDS)
+    heard = spawn(faults.ending, world, transport, lost=range(1, world, 2))
+    for i, fault in enumerate(faults.ENDS):
+        told = fault.told[faults.TRANSPORTS.index(transport)].format(victim=2 * i + 1)
+        assert told in heard[2 * i].text, f"{fault.name}: {heard[2 * i].text}"
+    assert not list(segment.FOLDER.glob(f"flash-comm-{os.getpid()}-*"))
+
+
+class Broken:
+    """A message that does not arrive."""
+
+    def wait(self) -> None:
+        raise RuntimeError("flash-comm: #7/beaf all_reduce [8] float32: rank 1 has given up.")
+
+
+class Model(torch.nn.Module):
+    """Communicates in the layer named first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = torch.nn.Linear(1, 1)
+
+    def forward(self, inside: bool) -> None:
+        def steps():  # as an algorithm of algorithms.py
+            yield [Broken()]
+
+        with where.at(where.Site("row", self.first, Config(bits=4)) if inside else None):
+            Handle(steps(), 0, 0).wait()
+
+
+def test_an_error_inside_a_layer_names_it() -> None:
+    with pytest.raises(RuntimeError, match=r"#7/beaf .*rank 1 has given up\. \(This rank was in first\.\)$"):
+        Model()(True)
+    with pytest.raises(RuntimeError, match=r"given up\.$"):
+        Model()(False)

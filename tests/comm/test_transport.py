@@ -1,0 +1,185 @@
+"""What of the transports runs without a GPU: votes, host segments, and which calls they leave to the process group."""
+
+from __future__ import annotations
+
+import os
+from itertools import product
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import spawn
+
+from flashcomm_megatron.codec import extension
+from flashcomm_megatron.collectives import all_reduce, prepare
+from flashcomm_megatron.collectives import plan as policy
+from flashcomm_megatron.comm import host, segment, votes, workspace
+from flashcomm_megatron.config import Config
+
+
+def _votes(rank: int, world: int) -> str:
+    group = dist.group.WORLD
+    assert votes.gather(bytes([rank]) * 64, group) == [bytes([r]) * 64 for r in range(world)]
+    assert votes.gather(b"\0\0", group) == [b"\0\0"] * world, "zeros at the end belong to the message"
+    assert votes.failure("", group) == ""
+    return votes.failure("no room" if rank > 0 else "", group)
+
+
+def test_one_rank_that_fails_makes_all_fall_back():
+    assert spawn(_votes, 3) == ["rank 1: no room"] * 3
+
+
+class FakeCuda:
+    """Stands for the extension: host memory is addressed as it is."""
+
+    @staticmethod
+    def host_register(device: int, start: int, size: int) -> int:
+        return start
+
+    @staticmethod
+    def host_unregister(start: int) -> None:
+        pass
+
+
+def _host_inboxes(rank: int, world: int) -> None:
+    """What one rank writes into another's inbox is there, and no name is left."""
+    inboxes = host.HostInboxes(FakeCuda(), 0, 8192, dist.group.WORLD)
+    assert inboxes.reason == "" and len(inboxes.addresses) == world
+    assert not list(segment.FOLDER.glob(f"flash-comm-{os.getpid()}-*")), "the name is gone"
+    for peer, pinned in enumerate(inboxes._pinned):
+        pinned.mapping[100 * rank] = 10 + rank + peer
+    dist.barrier()
+    mine = inboxes._pinned[rank].mapping
+    assert [mine[100 * peer] for peer in range(world)] == [10 + rank + peer for peer in range(world)]
+    assert mine[8191] == 0
+    dist.barrier()
+    inboxes.unmap()
+    inboxes.free()
+
+
+def test_inboxes_in_host_memory_are_shared():
+    spawn(_host_inboxes, 3)
+
+
+def _pins_no_more_than_one(rank: int, world: int) -> tuple[str, bool]:
+    before = len(os.listdir("/proc/self/fd"))
+    fake, pinned = FakeCuda(), []
+
+    def register(device: int, start: int, size: int) -> int:
+        if rank == 1 and pinned:
+            raise RuntimeError("no more to pin")
+        pinned.append(start)
+        return start
+
+    fake.host_register, fake.host_unregister = register, pinned.remove
+    inboxes = host.HostInboxes(fake, 0, 8192, dist.group.WORLD)
+    inboxes.unmap()  # as workspace.py does with what failed
+    assert not pinned
+    return inboxes.reason, len(os.listdir("/proc/self/fd")) == before
+
+
+def test_inboxes_that_one_rank_cannot_pin_leave_nothing_open():
+    assert spawn(_pins_no_more_than_one, 3) == [("rank 1: no more to pin", True)] * 3
+
+
+def test_a_segment_is_for_its_user_alone():
+    made = segment.create(4096)
+    try:
+        assert (segment.FOLDER / made.name).stat().st_mode & 0o777 == 0o600
+        again = segment.attach(made.name, 4096)
+        again.mapping[7] = 42
+        assert made.mapping[7] == 42
+    finally:
+        segment.remove(made.name)
+    with pytest.raises(OSError):
+        segment.attach(made.name, 4096)
+
+
+def test_a_segment_that_does_not_fit_is_an_error_now_and_leaves_nothing():
+    with pytest.raises(OSError):
+        segment.create(1 << 60)
+    assert not list(segment.FOLDER.glob(f"flash-comm-{os.getpid()}-*"))
+
+
+def serving(device: str, **options) -> object:
+    """What serves a call on a tensor that claims to be on ``device``; the group knows its size and nothing else."""
+    config = Config(bits=4, min_bytes=0, **options)
+    x = torch.zeros(64)
+    plan = policy.plan("all_reduce", x, 2, config)
+    claimed = SimpleNamespace(device=torch.device(device), dtype=x.dtype)
+    return workspace.serving(SimpleNamespace(size=lambda: 2), claimed, plan, config.transport)  # type: ignore[arg-type]
+
+
+def test_calls_that_are_left_to_the_process_group():
+    assert serving("cpu") is None
+    assert serving("cuda", transport="group") is None
+    assert serving("cuda", recipe="mx") is None, "no fused kernel for this format"
+
+
+@pytest.mark.skipif(extension.cuda() is None or torch.cuda.is_available(), reason="needs CUDA kernels and no GPU")
+def test_a_fused_kernel_is_asked_for_its_legs():
+    cuda = extension.cuda()
+    assert cuda is not None
+    served = workspace._has_kernel
+    for dtype, bits in product((torch.float32, torch.float16, torch.bfloat16), range(2, 9)):
+        assert served((0, bits, 32), (0, bits, 32), dtype)
+        for recipe in ("auto", "flash-v2"):
+            assert served(*(leg.native for leg in Config(bits=bits, recipe=recipe).legs), dtype)
+    assert served((0, 4, 32), (0, 8, 32), torch.bfloat16) and not served((0, 3, 32), (0, 8, 32), torch.bfloat16)
+    assert not served((0, 4, 32), (1, 8, 32), torch.bfloat16), "legs of two formats"
+    assert not served((0, 4, 16384), (0, 4, 32), torch.bfloat16), "a block of more than a tile"
+    assert served((1, 9, 128), (1, 10, 256), torch.bfloat16), "families of 8192 values"
+    assert not served((1, 9, 128), (1, 10, 256), torch.float32), "whose tiles are half as long"
+    assert not served((1, 9, 512), (1, 10, 1024), torch.bfloat16)
+
+
+@pytest.mark.skipif(extension.cuda() is None, reason="needs CUDA kernels")
+def test_a_memory_of_roundings_is_kept_by_rotated_codecs_alone():
+    legs = [leg.native for leg in Config(bits=4).legs]
+    assert workspace._has_kernel(*legs, torch.bfloat16, True)
+    assert not workspace._has_kernel((0, 4, 32), (0, 4, 32), torch.bfloat16, True)
+
+
+def test_a_group_has_a_workspace_for_each_transport(monkeypatch):
+    made: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(workspace, "_make", lambda group, device, transport: made.append(transport))
+    monkeypatch.setattr(workspace, "_made", {})
+    for transport in ("peer", "host", "peer"):
+        assert workspace._of("group", 0, transport) is None  # type: ignore[arg-type]
+    assert made == ["peer", "host"]
+
+
+def test_nothing_is_prepared_during_a_capture(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(workspace, "_made", {})
+    with pytest.raises(RuntimeError, match="before the capture"):
+        workspace.prepare("group", "peer")  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match=r"collectives\.prepare\(group, config\) before the capture"):
+        workspace._of("group", 0, "peer")  # type: ignore[arg-type]
+
+
+def _prepare(rank: int, world: int) -> list[float]:
+    config = Config(bits=8, min_bytes=0)
+    prepare(None, config)
+    return all_reduce(torch.ones(64), None, config).tolist()
+
+
+def test_prepare_is_collective_and_leaves_collectives_right():
+    assert spawn(_prepare, 2) == [[2.0] * 64] * 2
+
+
+def _cpu_ignores_transport(rank: int, world: int) -> torch.Tensor:
+    results = [
+        all_reduce(torch.arange(100.0) * (rank + 1), None, Config(bits=8, min_bytes=0, transport=transport))
+        for transport in ("auto", "peer", "host", "group")
+    ]
+    assert all(torch.equal(each, results[0]) for each in results)
+    return results[0]
+
+
+def test_on_the_cpu_every_transport_is_the_process_group():
+    first, second = spawn(_cpu_ignores_transport, 2)
+    assert torch.equal(first, second)

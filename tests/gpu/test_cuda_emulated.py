@@ -1,0 +1,155 @@
+"""The CUDA path's host code, its tests and its harness, without a GPU: on the stand-in of ``stand_ins/cuda``.
+
+That is the code of csrc/*.cu as it is, above a runtime on the host, with fibers for threads and shared memory for that
+of devices; and torch.cuda above the same. What this cannot show: the memory model and PTX, real peer access, time.
+
+A part of the tests that need a GPU runs here, in a minute; FLASHCOMM_TEST_ALL_EMULATED=1 (make emulated) runs them all.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from flashcomm_megatron.codec import extension
+
+HERE = Path(__file__).resolve().parent
+STAND_IN = HERE / "stand_ins" / "cuda"
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs these tests itself, or its stand-in does"),
+    pytest.mark.skipif(not extension.available(), reason=f"no extension to give a CUDA half to: {extension.reason()}"),
+]
+
+CODEC, COLLECTIVES, PROCESSES, FAULTS = (
+    f"tests/test_cuda_{name}.py" for name in ("codec", "collectives", "processes", "faults")
+)
+ALL = {
+    "kernels": [CODEC, COLLECTIVES, "tests/codec/test_extension.py", "tests/observe/test_metrics.py"],
+    "processes": [PROCESSES],
+    "faults": [FAULTS],
+}
+PART = {
+    "kernels": [
+        f"{CODEC}::test_equals_the_definition[Uniform(bits=3, block=1000)]",
+        f"{CODEC}::test_equals_the_definition[Rotated(bits=4.5, block=32)]",
+        f"{CODEC}::test_equals_the_definition[Rotated(bits=8, block=256)]",
+        f"{CODEC}::test_equals_the_definition[Spike(bits=4, block=64)]",
+        f"{CODEC}::test_memories_equal_the_definition[Rotated(bits=5, block=64)]",
+        f"{CODEC}::test_unaligned_views[Uniform(bits=4, block=32)]",
+        f"{COLLECTIVES}::test_any_world_kind_and_numel[2-ranks]",
+        f"{COLLECTIVES}::test_inboxes_in_host_memory[2-ranks-host]",
+        f"{COLLECTIVES}::test_what_a_rounding_lost_is_carried_on[3-ranks-two-step]",
+        f"{COLLECTIVES}::test_the_counter_wraps[2-ranks]",
+        f"{COLLECTIVES}::test_negative_control_without_the_second_buffer[streams]",
+        f"{COLLECTIVES}::test_a_missing_rank_is_named_at_the_deadline[streams]",
+        f"{COLLECTIVES}::test_graphs_of_different_sizes_replayed_in_turns[2-ranks]",
+        "tests/observe/test_metrics.py::test_cuda_sees_no_wait",
+    ],
+    "processes": [
+        f"{PROCESSES}::test_collectives_of_processes[2-peer]",
+        f"{PROCESSES}::test_ranks_that_stay_name_the_one_that_left[host]",
+        f"{PROCESSES}::test_a_second_stream_is_refused",
+        f"{PROCESSES}::test_a_captured_call",
+        f"{PROCESSES}::test_made_twenty_times_nothing_leaks[peer]",
+    ],
+    "faults": [
+        f"{FAULTS}::test_ranks_fall_back_together_and_say_why_once[no-peer-access]",
+        f"{FAULTS}::test_ranks_fall_back_together_and_say_why_once[neither]",
+        f"{FAULTS}::test_ranks_fall_back_together_and_say_why_once[not-the-peers]",
+        f"{FAULTS}::test_negative_control_inboxes_that_are_not_mapped",
+        f"{FAULTS}::test_a_workspace_is_rebuilt_after_an_error",
+        f"{FAULTS}::test_codec_kernels_and_messages_of_the_process_group",
+    ],
+}
+HAS_TIME = os.environ.get("FLASHCOMM_TEST_ALL_EMULATED") == "1"
+
+
+@pytest.fixture(scope="session")
+def gpu(tmp_path_factory) -> dict[str, str]:
+    """The environment of a process that has the stand-in; built once, whichever worker comes first."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cuda_stand_in"
+    folder.mkdir(exist_ok=True)
+    module = folder / "cuda_half.so"
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not module.exists():
+            subprocess.run([sys.executable, STAND_IN / "build.py", folder], check=True)
+    path = os.pathsep.join(map(str, (STAND_IN, HERE.parent)))
+    return {**os.environ, "FLASHCOMM_CUDA_STAND_IN": str(module), "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+
+
+def run(command: list[str], environment: dict[str, str], seconds: int) -> str:
+    """What a command prints; it must end with 0."""
+    found = subprocess.run(command, env=environment, cwd=HERE.parent, capture_output=True, text=True, timeout=seconds)
+    assert found.returncode == 0, found.stdout[-8000:] + found.stderr[-4000:]
+    return found.stdout
+
+
+def test_every_cuda_source_builds_on_the_stand_in(gpu):
+    assert Path(gpu["FLASHCOMM_CUDA_STAND_IN"]).exists()
+
+
+@pytest.mark.timeout(3600 if HAS_TIME else 240)
+@pytest.mark.parametrize("part", PART)
+def test_what_needs_a_gpu_passes_on_its_stand_in(gpu, tmp_path, part):
+    names = ["-k", "cuda", *ALL[part]] if HAS_TIME else PART[part]
+    environment = {**gpu, "PATH": with_command(tmp_path, "compute-sanitizer", 'shift 4; exec "$@"', gpu)}
+    seconds = 3600 if HAS_TIME else 230
+    said = run([sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", *names], environment, seconds)
+    assert HAS_TIME or f"{len(names)} passed" in said, said
+
+
+def with_command(folder: Path, name: str, script: str, environment: dict[str, str]) -> str:
+    """PATH with a command that the stand-in does not have, and need not."""
+    (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+    (folder / name).chmod(0o755)
+    return f"{folder}{os.pathsep}{environment['PATH']}"
+
+
+SMALL = """
+import sys
+from functools import partial
+sys.path[:0] = ["benchmarks"]
+import bench_cuda
+bench_cuda.KIB, bench_cuda.MIB = 2**5, 2**7
+bench_cuda.microseconds.__defaults__ = 0.0, 2
+bench_cuda.graph_microseconds.__defaults__ = (3,)
+made = bench_cuda.OneLaunch
+bench_cuda.OneLaunch = lambda world, region=0, **options: made(world, region=2**18, **options)
+del bench_cuda.SECTIONS["symmetric_memory"], bench_cuda.SECTIONS["codec_compiled"], bench_cuda.SECTIONS["deepspeed"]
+bench_cuda.main()
+"""
+
+
+def test_the_harness_runs(gpu, tmp_path):
+    """gpu_check without its build, on three tests and on the benchmark with tiny tensors."""
+    script = f"""
+import sys
+sys.path[:0] = ["benchmarks"]
+import gpu_check
+gpu_check.BUILD = [sys.executable, "-c", "pass"]
+gpu_check.BENCH = [sys.executable, "-c", {SMALL!r}, "--out"]
+gpu_check.TESTS = {{"tests": ["tests/gpu/test_cuda_codec.py::test_unaligned_views"],
+                   "tests-processes": ["tests/gpu/test_cuda_processes.py::test_a_captured_call"]}}
+sys.exit(gpu_check.main())
+"""
+    environment = {**gpu, "PATH": with_command(tmp_path, "nvcc", "exit 0", gpu)}
+    run([sys.executable, "-c", script, "--out", str(tmp_path / "out")], environment, 200)
+    report = json.loads((tmp_path / "out" / "gpu_check.json").read_text())
+    assert all(stage["passed"] for stage in report["stages"].values()), report["stages"]
+    assert len(report["stages"]) == 4 and report["machine"]["gpu"] == "stand-in for a GPU"
+    for name, rows in report["measured"].items():
+        assert len(rows) > 1 and not any("failed" in row for row in rows), (name, rows)
+
+
+def test_nobody_has_the_stand_in_unasked():
+    assert importlib.util.find_spec("cuda_stand_in") is None and "stand-in" not in extension.describe()

@@ -1,0 +1,300 @@
+"""The CUDA kernels, run on the host: bit for bit the codec's definition and the collectives' specification."""
+
+from __future__ import annotations
+
+import math
+from itertools import product
+
+import emulator
+import pytest
+import torch
+from codec_cases import KINDS, tensor
+from protocol_model import AS_BUILT, reached
+from specification import carried, expected, fading, outputs, plan_of, same, strange
+
+from flashcomm_megatron.codec import Rotated, Spike, Uniform
+from flashcomm_megatron.codec.rotated import LEVELS
+from flashcomm_megatron.collectives import algorithms
+from flashcomm_megatron.collectives.algorithms import Residuals
+from flashcomm_megatron.config import Config
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+# ---- codec kernels --------------------------------------------------------------------------------------------
+
+
+def equals_the_definition(codec, numel, dtype, make=strange):
+    parts = [make(numel, dtype, seed) for seed in range(3)]
+    payloads = [codec.encode_ref(x) for x in parts]
+    found = emulator.encode(codec, parts[0])
+    assert found is not None and torch.equal(found, payloads[0]), (codec, dtype, numel)
+    for count in (1, 3):
+        expected = codec.decode_sum_ref(payloads[:count], numel, dtype)
+        assert same(emulator.decode_sum(codec, payloads[:count], numel, dtype), expected), (codec, dtype, numel, count)
+
+
+UNIFORM = [(Uniform, bits, [(32, 9000), (8, 2049), (128, 1), (24, 4100), (256, 515)]) for bits in range(2, 9)]
+ROTATED = [(Rotated, bits, [(32, 9000), (16, 2049), (64, 1), (128, 4100), (32, 3000)]) for bits in LEVELS]
+SPIKE = [(Spike, bits, [(32, 9000), (8, 2049), (64, 1), (64, 66), (24, 4100), (256, 3515)]) for bits in range(2, 9)]
+
+
+@pytest.mark.parametrize(("make", "bits", "cases"), UNIFORM + ROTATED + SPIKE)
+def test_codec_kernels_equal_the_definition(make, bits, cases):
+    for dtype, (block, numel) in product(DTYPES, cases):
+        equals_the_definition(make(bits, block), numel, dtype)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_codec_kernels_on_what_a_codec_must_survive(kind):
+    for dtype, codec in product(
+        DTYPES, (Uniform(3, 32), Rotated(4, 32), Rotated(2.5, 16), Rotated(7.5, 64), Spike(2, 64))
+    ):
+        equals_the_definition(codec, 3001, dtype, lambda numel, dtype, seed: tensor(kind, numel, dtype, seed))
+    for dtype in (torch.float16, torch.bfloat16):
+        equals_the_definition(Rotated(5, 256), 9001, dtype, lambda numel, dtype, seed: tensor(kind, numel, dtype, seed))
+
+
+def test_steps_far_below_the_largest_of_their_family():
+    """Blocks of a family whose magnitudes are up to 2**30 apart: the distance of a step ends at 125."""
+    for codec, dtype in product((Rotated(4.5, 32), Rotated(8, 64)), (torch.float32, torch.bfloat16)):
+
+        def make(numel, dtype, seed, block=codec.block):
+            scales = torch.arange(math.ceil(numel / block)).repeat_interleave(block)[:numel] % 31
+            return torch.ldexp(torch.randn(numel, generator=torch.Generator().manual_seed(seed)), -scales).to(dtype)
+
+        equals_the_definition(codec, 6000, dtype, make)
+
+
+def test_blocks_without_a_whole_tile_are_left_to_the_scalar_kernel_or_to_torch():
+    assert emulator.encode(Uniform(4, 1000), torch.zeros(8000)) is None
+    assert emulator.encode(Rotated(4, 256), torch.zeros(8000)) is None, "a family of 8192 values of float32"
+    assert emulator.encode(Rotated(4, 512), torch.zeros(8000).bfloat16()) is None
+
+
+@pytest.mark.parametrize("codec", [Uniform(4, 32), Rotated(4.5, 32), Spike(4, 64)])
+def test_unaligned_tensors(codec):
+    x = strange(4001, torch.bfloat16)[1:]
+    found = emulator.encode(codec, x)
+    assert found is not None and torch.equal(found, codec.encode_ref(x.clone()))
+
+
+# ---- collectives ----------------------------------------------------------------------------------------------
+
+
+def check(kind, world, numel, dtype, codecs, seed=0, in_place=False, setting=None):
+    if kind == "reduce_scatter":
+        numel = math.ceil(numel / world) * world
+    parts = [strange(numel, dtype, seed * 10 + rank).clone() for rank in range(world)]
+    want = expected(kind, codecs, parts)
+    ranks = setting or emulator.World(world)
+    out = parts if in_place else outputs(kind, parts)
+    ranks.run([ranks.job(kind, codecs, parts, out)], seed)
+    for rank in range(world):
+        assert same(out[rank], want[rank]), (kind, world, numel, dtype, codecs, rank)
+
+
+BLOCK32 = (Uniform(4, 32), Uniform(4, 32))
+AUTO, FLASH_V2 = Config(bits=4).legs, Config(bits=3, recipe="flash-v2").legs
+
+
+@pytest.mark.parametrize("kind", emulator.KINDS)
+def test_any_numel(kind):
+    for numel, codecs in product((1, 7, 65, 2048, 2049, 6000), (BLOCK32, AUTO, FLASH_V2)):
+        check(kind, 3, numel, torch.bfloat16, codecs)
+
+
+@pytest.mark.parametrize("world", range(2, 9))
+def test_any_world(world):
+    for kind, codecs in product(emulator.KINDS, ((Uniform(5, 64), Uniform(5, 64)), AUTO, FLASH_V2)):
+        check(kind, world, 3000, torch.float16, codecs)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_any_width_dtype_and_block(bits):
+    for dtype, block in product(DTYPES, (8, 32, 40, 128)):
+        check("two-step", 2, 2500, dtype, (Uniform(bits, block), Uniform(bits, block)))
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_any_width_and_dtype_of_the_recipes(bits):
+    for dtype, recipe in product(DTYPES, ("auto", "flash-v2")):
+        check("two-step", 2, 5000, dtype, Config(bits=bits, recipe=recipe).legs)
+    for block, dtype in product((8, 40, 256), DTYPES):
+        check("two-step", 2, 2500, dtype, (Spike(bits, block), Spike(bits, block)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sums_of_what_a_codec_must_survive(kind):
+    """Among it blocks so large that their coefficients must be shrunk before they are added."""
+    for algorithm, dtype in product(("one-step", "two-step"), DTYPES):
+        parts = [tensor(kind, 2500, dtype, rank) for rank in range(3)]
+        for codecs in (AUTO, FLASH_V2):
+            ranks, out = emulator.World(3), outputs(algorithm, parts)
+            ranks.run([ranks.job(algorithm, codecs, parts, out)])
+            wanted = expected(algorithm, codecs, parts)
+            assert all(same(found, want) for found, want in zip(out, wanted, strict=True)), (algorithm, dtype, codecs)
+
+
+def test_legs_of_different_widths():
+    check("two-step", 3, 5000, torch.bfloat16, Config(bits=6, recipe="flash-v1").legs)
+
+
+@pytest.mark.parametrize("kind", emulator.KINDS)
+def test_messages_of_many_rounds(kind):
+    """An inbox that holds one tile for each block: 40,000 values take several rounds."""
+    ranks = emulator.World(2, blocks=2, region=2 * 16384)
+    numel = 150_000 if kind == "two-step" else 80_000
+    x = [torch.zeros(numel, dtype=torch.bfloat16)] * 2
+    for codecs in ((Uniform(8, 8), Uniform(8, 8)), Config(bits=8).legs):
+        assert ranks.shape(ranks.job(kind, codecs, x, outputs(kind, x))).rounds > 1
+        check(kind, 2, numel, torch.bfloat16, codecs, setting=ranks)
+
+
+def test_in_place():
+    for kind, codecs in product(("one-step", "two-step"), (BLOCK32, AUTO)):
+        check(kind, 2, 40_000, torch.float32, codecs, in_place=True)
+
+
+def test_uncompressed_path():
+    parts = [torch.randint(-8, 8, (50_001,)).to(torch.float16) for _ in range(3)]
+
+    class Exact:
+        native = 0, 16, 8
+
+    for kind in ("one-step", "two-step"):
+        ranks, out = emulator.World(3), outputs("one-step", parts)
+        ranks.run([ranks.job(kind, (Exact, Exact), parts, out)])
+        assert all(same(each, sum(parts)) for each in out)
+
+
+# ---- feedback ------------------------------------------------------------------------------------------------
+
+
+def check_carried(kind, world, numel, dtype, legs, make):
+    calls = [[make(numel, dtype, 10 * call + rank) for rank in range(world)] for call in range(3)]
+    plan = plan_of(kind, legs, dtype)
+    each = [algorithms.fused_memories(kind, calls[0][r], r, world, plan, Residuals()) for r in range(world)]
+    lost = list(zip(*each, strict=True))
+    ranks = emulator.World(world)
+    for call, (parts, (wanted, losses)) in enumerate(zip(calls, carried(kind, legs, calls, world), strict=True)):
+        out = outputs(kind, parts)
+        ranks.run([ranks.job(kind, legs, parts, out, lost)], call)
+        assert all(same(each, want) for each, want in zip(out, wanted, strict=True)), (kind, dtype, call)
+        for leg, kept in zip(losses, lost, strict=True):
+            assert all(want is None or same(each, want) for each, want in zip(kept, leg, strict=True)), (kind, call)
+
+
+@pytest.mark.parametrize("kind", ["one-step", "two-step", "reduce_scatter"])
+def test_what_a_rounding_lost_is_carried_on(kind):
+    for world, dtype, bits in ((2, torch.bfloat16, 4), (3, torch.float16, 3), (3, torch.float32, 8)):
+        check_carried(kind, world, 3000, dtype, Config(bits=bits).legs, strange)
+    check_carried(kind, 2, 2, torch.bfloat16, AUTO, strange)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_carried_on_of_what_a_codec_must_survive(kind):
+    def make(numel, dtype, seed):
+        return tensor(kind, numel, dtype, seed)
+
+    for dtype in DTYPES:
+        check_carried("two-step", 2, 2500, dtype, AUTO, make)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_codec_kernels_with_a_memory_equal_the_definition(kind):
+    for dtype, codec in product(DTYPES, (Rotated(4.5, 32), Rotated(5, 64), Rotated(8, 16))):
+        lost = torch.zeros(codec.memory_numel(3001), dtype=dtype)
+        defined = lost.clone()
+        for seed in range(3):
+            x = tensor(kind, 3001, dtype, seed)
+            found = emulator.encode(codec, x, lost)
+            assert found is not None and torch.equal(found, codec.encode_ref(x, memory=defined)), (codec, dtype, seed)
+            assert same(lost, defined), (codec, dtype, seed)
+
+
+def test_signed_zeros_of_a_memory():
+    for codec in (Rotated(3, 16), Rotated(4.5, 32), Rotated(5, 64)):
+        lost, defined = (torch.zeros(codec.memory_numel(3001), dtype=torch.float16) for _ in range(2))
+        for x in fading(3001):
+            found = emulator.encode(codec, x, lost)
+            assert found is not None and torch.equal(found, codec.encode_ref(x, memory=defined)), codec
+            assert same(lost, defined), codec
+
+
+# ---- many calls, ranks at different ones ----------------------------------------------------------------------
+
+
+def mixed_jobs(ranks, count, seed, **tests):
+    """Calls of all kinds and several sizes with their expected results."""
+    jobs, keep = [], []
+    for i in range(count):
+        kind = list(emulator.KINDS)[(i * 7 + seed) % 4]
+        numel = (1, 5000, 300, 20_000)[(i + seed) % 4] // ranks.world * ranks.world
+        parts = [torch.randn(numel).bfloat16() for _ in range(ranks.world)]
+        out = outputs(kind, parts)
+        keep.append((parts, out, expected(kind, BLOCK32, parts) if numel else out))
+        jobs.append(ranks.job(kind, BLOCK32, parts, out, **tests))
+    return jobs, keep
+
+
+def right(keep) -> bool:
+    return all(same(each, want) for _, out, wants in keep for each, want in zip(out, wants, strict=True))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_consecutive_calls_of_all_kinds_sizes_and_grids(seed):
+    """Also calls of no values: their ranks exchange flags like all others."""
+    ranks = emulator.World(2 + seed % 2, blocks=3, region=3 * 16384)
+    jobs, keep = mixed_jobs(ranks, 8, seed)
+    ranks.run(jobs, seed)
+    assert right(keep)
+    assert len({ranks.epoch(rank) for rank in range(ranks.world)}) == 1
+
+
+def test_the_counter_wraps():
+    ranks = emulator.World(2, epoch=2**64 - 3)
+    jobs, keep = mixed_jobs(ranks, 8, 1)
+    ranks.run(jobs)
+    assert right(keep)
+    assert 0 < ranks.epoch(0) < 100
+
+
+def stalled(single_buffer: int) -> bool:
+    """Rank 1 reads late in a reduce-scatter of many rounds."""
+    ranks = emulator.World(2, blocks=1, region=16384)
+    codecs = (Uniform(8, 8), Uniform(8, 8))
+    parts = [torch.randn(80_000).bfloat16() for _ in range(2)]
+    out = outputs("reduce_scatter", parts)
+    job = ranks.job("reduce_scatter", codecs, parts, out, stalled_rank=1, stall=30_000, single_buffer=single_buffer)
+    assert ranks.shape(job).rounds > 3
+    ranks.run([job])
+    return right([(parts, out, expected("reduce_scatter", codecs, parts))])
+
+
+def test_a_stalled_reader_is_not_overtaken():
+    assert stalled(single_buffer=0)
+    assert not stalled(single_buffer=1), "negative control: without the second buffer it must be"
+
+
+def test_an_absent_rank_is_named():
+    ranks = emulator.World(3)
+    jobs, _ = mixed_jobs(ranks, 3, 2, deadline=10**6)
+    ranks.run(jobs, absent=0b100)
+    for rank in (0, 1):
+        word = ranks.error(rank)
+        assert word >> 63 == 1 and (word >> 58) & 15 == 2, "rank 2 is missing"
+        assert ranks.epoch(rank) == ranks.epoch(0)
+    assert ranks.error(2) == 0
+
+
+# ---- the rules ------------------------------------------------------------------------------------------------
+
+
+def test_the_model_has_the_rules_of_the_kernel():
+    for round in (0, 1, 2, 2**63, 2**64 - 1):
+        assert emulator.library().rule_parity(emulator.ctypes.c_uint64(round)) == AS_BUILT.parity(round)
+        for ahead in (-2, -1, 0, 1, 2, 2**62):
+            seen = (round + ahead) % 2**64
+            words = emulator.ctypes.c_uint64(seen), emulator.ctypes.c_uint64(round)
+            assert emulator.library().rule_reached(*words) == reached(seen, round, AS_BUILT.modulus)

@@ -1,0 +1,317 @@
+"""The flags: what they store, when they switch on, what they refuse, and how they get into Megatron's parser."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+
+import flashcomm_megatron as fc
+from flashcomm_megatron import config
+from flashcomm_megatron.megatron import seams
+from flashcomm_megatron.megatron.arguments import config_from
+from flashcomm_megatron.megatron.patching import PatchError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def off(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No configuration before and after, and none from the environment."""
+    for name in [name for name in os.environ if name.startswith("FLASH_COMM_")]:
+        monkeypatch.delenv(name)
+    config.set_current(None)
+    yield
+    config.set_current(None)
+
+
+@pytest.fixture
+def installs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """One entry for every time the flag patched Megatron; nothing is patched."""
+    calls: list[str] = []
+    monkeypatch.setattr(seams, "install", lambda: calls.append("install"))
+    return calls
+
+
+def parser(**options: object) -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="train.py", **options)  # type: ignore[arg-type]
+    made.add_argument("--lr", type=float)
+    return fc.add_arguments(made)
+
+
+def refused(capsys: pytest.CaptureFixture[str], line: str) -> str:
+    """What is printed when a command line is refused with exit code 2."""
+    with pytest.raises(SystemExit) as exit:
+        parser().parse_args(line.split())
+    assert exit.value.code == 2
+    return capsys.readouterr().err
+
+
+# ---- on and off -----------------------------------------------------------------------------------------------------
+
+
+def test_without_the_flag_nothing_changes(installs: list[str]) -> None:
+    namespace = parser().parse_args(["--lr", "0.1"])
+    assert {name: value for name, value in vars(namespace).items() if value is not None} == {"lr": 0.1}
+    assert config.current() is None and installs == []
+
+
+def test_bits_alone_switch_on(installs: list[str]) -> None:
+    namespace = parser().parse_args(["--flash-comm-bits", "4"])
+    assert namespace.flash_comm_bits == 4 and namespace.flash_comm_recipe is None
+    assert config.current() == fc.Config(bits=4) and installs == ["install"]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_order_does_not_matter(installs: list[str], first: bool) -> None:
+    bits, rest = ["--flash-comm-bits", "8"], ["--flash-comm-recipe", "flash-v1", "--flash-comm-block", "64"]
+    parser().parse_args([*bits, *rest] if first else [*rest, *bits])
+    assert config.current() == fc.Config(bits=8, recipe="flash-v1", block=64)
+
+
+def test_every_field_has_its_flag_and_help(installs: list[str]) -> None:
+    text = " ".join(parser().format_help().split())
+    for field in fields(fc.Config):
+        assert f"--flash-comm-{field.name.replace('_', '-')}" in text
+        assert " ".join(field.metadata["help"].split()) in text
+
+
+def test_values_arrive_at_their_fields(installs: list[str]) -> None:
+    line = """--flash-comm-bits 5 --flash-comm-recipe auto --flash-comm-block 128 --flash-comm-min-bytes 0
+        --flash-comm-transport group --flash-comm-algorithm two-step --flash-comm-strict"""
+    parser().parse_args(line.split())
+    assert config.current() == fc.Config(
+        bits=5, recipe="auto", block=128, min_bytes=0, transport="group", algorithm="two-step", strict=True
+    )
+
+
+def test_parsing_again_replaces_the_configuration(installs: list[str]) -> None:
+    one = parser()
+    one.parse_args(["--flash-comm-bits", "4"])
+    one.parse_args(["--flash-comm-bits", "6"])
+    assert config.current() == fc.Config(bits=6)
+
+
+def test_known_args_subparsers_and_parents_switch_on_too(installs: list[str]) -> None:
+    parser().parse_known_args(["--flash-comm-bits", "4", "--unknown"])
+    assert config.current() == fc.Config(bits=4)
+    outer = argparse.ArgumentParser()
+    fc.add_arguments(outer.add_subparsers().add_parser("generate"))
+    outer.parse_args(["generate", "--flash-comm-bits", "5"])
+    assert config.current() == fc.Config(bits=5)
+    child = argparse.ArgumentParser(parents=[parser(add_help=False)])
+    child.parse_args(["--flash-comm-block", "64", "--flash-comm-bits", "6"])
+    assert config.current() == fc.Config(bits=6, block=64)
+
+
+def test_adding_twice_is_harmless(installs: list[str]) -> None:
+    one = parser()
+    assert fc.add_arguments(one) is one
+    one.parse_args(["--flash-comm-bits", "4"])
+    assert installs == ["install"]
+
+
+# ---- refusals -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("--flash-comm-bits 9", "--flash-comm-bits 9: choose 2 to 8."),
+        ("--flash-comm-bits 1", "--flash-comm-bits 1: choose 2 to 8."),
+        ("--flash-comm-bits 4 --flash-comm-recipe best", "--flash-comm-recipe best: choose auto, flash-v1"),
+        ("--flash-comm-recipe flash-v1 --flash-comm-bits 5", "choose 4, 6 or 8 with recipe flash-v1."),
+        ("--flash-comm-block 7 --flash-comm-bits 4", "--flash-comm-block 7: choose a multiple of 8."),
+        ("--flash-comm-bits 4 --flash-comm-transport pigeon", "--flash-comm-transport pigeon: choose"),
+        ("--flash-comm-recipe auto", "--flash-comm-recipe does nothing without --flash-comm-bits: add"),
+        ("--flash-comm-strict", "--flash-comm-strict does nothing without --flash-comm-bits: add"),
+    ],
+)
+def test_a_wrong_combination_is_one_sentence(
+    installs: list[str], capsys: pytest.CaptureFixture[str], line: str, sentence: str
+) -> None:
+    printed = refused(capsys, line)
+    assert printed.startswith("train.py: error: ") and printed.count("\n") == 1
+    assert sentence in printed
+
+
+def test_a_width_that_is_no_number_is_argparses_error(installs: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert "argument --flash-comm-bits: invalid int value: 'four'" in refused(capsys, "--flash-comm-bits four")
+    assert installs == []
+
+
+@pytest.mark.parametrize("line", ["--flash-comm-bits 4", "--lr 0.1"])
+def test_an_unknown_variable_is_refused_with_the_known_ones(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], line: str
+) -> None:
+    monkeypatch.setenv("FLASH_COMM_BITS", "4")
+    printed = refused(capsys, line)
+    assert "FLASH_COMM_BITS is no variable of flash-comm: choose FLASH_COMM_DISABLE or" in printed
+
+
+def test_a_megatron_that_does_not_fit_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def install() -> None:
+        raise PatchError("flash-comm cannot patch x: it does not exist.")
+
+    monkeypatch.setattr(seams, "install", install)
+    assert refused(capsys, "--flash-comm-bits 4") == "train.py: error: flash-comm cannot patch x: it does not exist.\n"
+
+
+@pytest.mark.parametrize(
+    ("version", "sentence"),
+    [
+        ("0.11.0", r"flash-comm needs megatron-core >= 0.13 \(found 0.11.0\): before 0.13 .* takes no group"),
+        ("0.12.3rc1", r"flash-comm needs megatron-core >= 0.13 \(found 0.12.3rc1\)"),
+    ],
+)
+def test_a_megatron_too_old_is_refused(monkeypatch: pytest.MonkeyPatch, version: str, sentence: str) -> None:
+    monkeypatch.setattr(seams, "megatron_version", lambda: version)
+    with pytest.raises(PatchError, match=sentence):
+        seams.install()
+
+
+def test_a_missing_megatron_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "megatron.core", None)
+    with pytest.raises(PatchError, match="which cannot be imported: "):
+        seams.install()
+
+
+def test_the_kill_switch_leaves_megatron_untouched(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FLASH_COMM_DISABLE", "1")
+    monkeypatch.setattr(seams.patching, "apply", lambda table: pytest.fail("patched in spite of the kill switch"))
+    parser().parse_args(["--flash-comm-bits", "4"])
+    assert "flash-comm: off, because FLASH_COMM_DISABLE is set." in capsys.readouterr().out
+
+
+# ---- Megatron's parser ----------------------------------------------------------------------------------------------
+
+ARGUMENTS = """
+import argparse
+
+def add_megatron_arguments(parser: argparse.ArgumentParser):
+    parser.add_argument("--num-layers", type=int)
+    return parser
+
+def parse_args(extra_args_provider=None, ignore_unknown_args=False):
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser = add_megatron_arguments(parser)
+    if extra_args_provider is not None:
+        parser = extra_args_provider(parser)
+    return parser.parse_args()
+"""
+INITIALIZE = "from megatron.training.arguments import parse_args\n"
+EARLY = "import flashcomm_megatron as fc\nfrom megatron.training.initialize import parse_args\n"
+LATE = "from megatron.training.initialize import parse_args\nimport flashcomm_megatron as fc\n"
+PROVIDER = LATE + "parse_args = __import__('functools').partial(parse_args, fc.add_arguments)\n"
+DUMP = """
+from flashcomm_megatron import seams
+seams.install = lambda: print("installed")
+print({name: value for name, value in vars(parse_args()).items() if value is not None})
+"""
+
+
+@pytest.fixture(scope="module")
+def stub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with a megatron.training whose scripts import parse_args by name, as pretrain scripts do."""
+    folder = tmp_path_factory.mktemp("stub")
+    (folder / "megatron" / "training").mkdir(parents=True)
+    for name, source in {"__init__": "", "arguments": ARGUMENTS, "initialize": INITIALIZE}.items():
+        (folder / "megatron" / "training" / f"{name}.py").write_text(source)
+    return folder
+
+
+def python(source: str, *args: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run ``source`` in a fresh interpreter that finds this package and, before all else, ``path``."""
+    folders = [str(folder) for folder in (path, ROOT, os.environ.get("PYTHONPATH")) if folder]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(folders), "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, "-c", source, *args]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
+
+
+@pytest.mark.parametrize("order", [EARLY, LATE, PROVIDER], ids=["early", "late", "provider"])
+def test_the_flag_is_in_megatrons_parser_whatever_was_imported_first(stub: Path, order: str) -> None:
+    ran = python(order + DUMP, "--num-layers", "2", "--flash-comm-bits", "4", path=stub)
+    assert ran.stdout.splitlines() == ["installed", "{'num_layers': 2, 'flash_comm_bits': 4}"], ran.stderr
+
+
+def test_without_the_import_the_flag_is_refused(stub: Path) -> None:
+    ran = python(INITIALIZE + "parse_args()", "--flash-comm-bits", "4", path=stub)
+    assert ran.returncode == 2 and "unrecognized arguments: --flash-comm-bits 4" in ran.stderr
+
+
+def test_a_megatron_without_the_function_says_what_to_do(stub: Path, tmp_path: Path) -> None:
+    (tmp_path / "megatron" / "training").mkdir(parents=True)
+    (tmp_path / "megatron" / "training" / "arguments.py").write_text("def parse_args(): pass\n")
+    ran = python("import flashcomm_megatron, megatron.training.arguments", path=tmp_path)
+    assert ran.returncode == 0
+    assert "cannot patch megatron.training.arguments.add_megatron_arguments: it does not exist" in ran.stderr
+    assert "extra_args_provider=flashcomm_megatron.add_arguments" in ran.stderr
+
+
+def test_megatrons_own_parser_has_the_flag() -> None:
+    checkout = os.environ.get("MEGATRON_LM")
+    if not checkout:
+        pytest.skip("MEGATRON_LM names no Megatron-LM checkout")
+    source = EARLY.replace("initialize", "arguments") + "parse_args()"
+    help = python(source, "--help", path=Path(checkout))
+    if "ModuleNotFoundError" in help.stderr:
+        pytest.skip(f"the checkout's own dependencies are missing: {help.stderr.splitlines()[-1]}")
+    assert "flash-comm:" in help.stdout and "--flash-comm-bits N" in help.stdout, help.stderr
+    wrong = python(source, "--flash-comm-bits", "9", path=Path(checkout))
+    assert wrong.returncode == 2 and "--flash-comm-bits 9: choose 2 to 8." in wrong.stderr
+
+
+def test_importing_the_package_imports_neither_megatron_nor_wandb() -> None:
+    source = (
+        "import sys, torch; before = set(sys.modules); import flashcomm_megatron\n"
+        "print(sorted({name.partition('.')[0] for name in set(sys.modules) - before}))"
+    )
+    new = python(source).stdout
+    assert "flashcomm_megatron" in new
+    assert not any(f"'{name}'" in new for name in ("megatron", "wandb", "matplotlib", "transformer_engine")), new
+
+
+# ---- types ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_option_keeps_its_type_on_the_command_line(installs: list[str]) -> None:
+    line = "--flash-comm-bits 4 --flash-comm-timeout 2.5 --flash-comm-block 64 --flash-comm-strict"
+    made = config_from(parser().parse_args(line.split()))
+    assert made == fc.Config(bits=4, timeout=2.5, block=64, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"bits": "4"}, r"--flash-comm-bits '4': choose int, not str\."),
+        ({"bits": True}, r"--flash-comm-bits True: choose int, not bool\."),
+        ({"block": "64"}, r"--flash-comm-block '64': choose int or None, not str\."),
+        ({"block": 64.0}, r"--flash-comm-block 64.0: choose int or None, not float\."),
+        ({"min_bytes": 1e6}, r"--flash-comm-min-bytes 1000000.0: choose int or None"),
+        ({"strict": 1}, r"--flash-comm-strict 1: choose bool, not int\."),
+        ({"timeout": "2"}, r"--flash-comm-timeout '2': choose float or None, not str\."),
+        ({"calibration": Path("x")}, r"--flash-comm-calibration .*: choose str or None, not PosixPath\."),
+    ],
+)
+def test_a_value_of_another_type_is_refused_at_once(options: dict[str, object], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        fc.Config(**({"bits": 4} | options))  # type: ignore[arg-type]
+
+
+def test_what_is_no_configuration_is_refused(installs: list[str]) -> None:
+    with pytest.raises(ValueError, match=r"enable\(4\): expected a Config, or options by name as in enable\(bits=4\)"):
+        fc.enable(4)  # type: ignore[arg-type]
+    assert config.current() is None and installs == []
+    with pytest.raises(ValueError, match=r"config=4: expected a Config"):
+        fc.all_reduce(torch.ones(8), None, 4)  # type: ignore[arg-type]

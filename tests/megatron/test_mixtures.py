@@ -1,0 +1,232 @@
+"""Mixtures of experts, token prediction and parallel groups together: what is compressed, and that the rest is exact.
+
+Real Megatron-Core models on four ranks over gloo, always TP=2. Every tensor is above the threshold, so whatever were
+reached by mistake would be compressed and seen. A module that must stay exact is run again with flash-comm off, on the
+input it was given while it was on, and has to return the same bits. Latent attention and Mamba need Transformer Engine
+in Megatron 0.16 and are in test_transformer_engine.py.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import mixtures
+import pytest
+import torch
+from mixtures import ATTENTION, DENSE, EXPERTS, TOKENS, Recorder, calls, recorded
+from ranks import spawn
+from torch import Tensor
+
+import flashcomm_megatron as fc
+from flashcomm_megatron.collectives import plan as policy
+from flashcomm_megatron.megatron import modes, patching, seams
+
+# Not imported here: the ranks import this file before they switch CPU mode on.
+pytestmark = pytest.mark.skipif(find_spec("megatron") is None, reason="megatron-core is not installed")
+
+WORLD = 4
+CONFIG = fc.Config(bits=4, min_bytes=0)
+EXACT = ("embedding", "decoder.final_layernorm", "output_layer")
+MOE = ("decoder.layers.1.mlp.router", "decoder.layers.1.mlp.experts")
+# name: (parallel groups beside TP, builder, its options, modules that must be exact)
+MODELS: dict[str, Any] = {
+    "alltoall": ({}, mixtures.gpt, EXPERTS | {"moe_token_dispatcher_type": "alltoall"}, "decoder.layers.1.mlp"),
+    "allgather": ({}, mixtures.gpt, EXPERTS | {"moe_token_dispatcher_type": "allgather"}, "decoder.layers.1.mlp"),
+    "shared experts": ({}, mixtures.gpt, EXPERTS | {"moe_shared_expert_intermediate_size": 32}, None),
+    "context and expert parallel": (
+        {"context_parallel_size": 2, "expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1},
+        mixtures.gpt,
+        EXPERTS | {"moe_token_dispatcher_type": "alltoall", "attention": mixtures.Attention},
+        "decoder.layers.1.mlp",
+    ),
+    "token prediction": ({}, mixtures.token_prediction, {}, None),
+}
+
+
+def everything(rank: int, world: int) -> dict[str, Any]:
+    """What one rank sees of every model."""
+    from flashcomm_megatron import cpu
+
+    cpu.enable(force=True, scripts=True)
+    from megatron.core.transformer.moe import token_dispatcher
+
+    # On a CPU the counts stay tensors, which gloo's all-to-all does not take.
+    token_dispatcher.maybe_move_tensor_to_cpu = lambda x, as_numpy=False, **_: x.numpy() if as_numpy else x
+    before, seen = bound(), {name: one_model(*row) for name, row in MODELS.items()}
+    seen |= {"pipeline": pipeline(), "batch-invariant": batch_invariant()}
+    return seen | {"restored": all(a is b for a, b in zip(before, bound(), strict=True))}
+
+
+@pytest.fixture(scope="module")
+def seen() -> list[dict[str, Any]]:
+    """What each rank saw."""
+    return spawn(everything, WORLD, seconds=230)
+
+
+def bound() -> list[Any]:
+    """The objects bound to every name of the tables."""
+    return [vars(owner)[attribute] for owner, attribute in map(patching._owner, seams.rows())]
+
+
+def groups(**sizes: int) -> Any:
+    """Parallel groups anew: TP=2 and these."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=2, **sizes)
+    model_parallel_cuda_manual_seed(1)
+    return parallel_state
+
+
+def tokens(parts: int = 1, part: int = 0) -> Tensor:
+    return torch.arange(TOKENS).view(1, TOKENS).chunk(parts, dim=1)[part]
+
+
+# ---- one model after the other --------------------------------------------------------------------------------------
+
+
+def one_model(sizes: dict[str, int], build: Any, options: dict[str, Any], whole: str | None) -> dict[str, Any]:
+    """A training step of one model in groups of these sizes."""
+    state = groups(**sizes)
+    ids = tokens(sizes.get("context_parallel_size", 1), state.get_context_parallel_rank())
+    names = [*EXACT, *(MOE if "num_moe_experts" in options else ()), *([whole] if whole else [])]
+    return mixtures.step(build(**options | sizes), ids, CONFIG, names)
+
+
+SHARED = ("mlp.shared_experts.linear_fc1", "mlp.shared_experts.linear_fc2")
+FIRST = [("0.", *ATTENTION), ("0.", *DENSE)]
+PREDICTOR = "mtp.layers.0.transformer_layer."
+# The column and row layers of each model, in the order in which they run; None: there is none.
+SITES: dict[str, list[tuple[str, str, str | None]]] = {
+    "alltoall": [*FIRST, ("1.", *ATTENTION)],
+    "allgather": [*FIRST, ("1.", *ATTENTION)],
+    "shared experts": [*FIRST, ("1.", *ATTENTION), ("1.", *SHARED)],
+    "context and expert parallel": [*FIRST, ("1.", *ATTENTION)],
+    "token prediction": [
+        *FIRST,
+        ("1.", *ATTENTION),
+        ("1.", *DENSE),
+        ("mtp.layers.0.", "eh_proj", None),
+        (PREDICTOR, *ATTENTION),
+        (PREDICTOR, *DENSE),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_linear_layers_are_compressed_and_nothing_else(seen: list[dict[str, Any]], name: str) -> None:
+    sites = SITES[name]
+    for rank in (each[name] for each in seen):
+        assert rank["forward"] == calls(sites, "all_gather", "reduce_scatter")
+        assert sorted(rank["again"]) == sorted(calls(sites, "all_gather", None))
+        assert sorted(rank["gradients"]) == sorted(calls(sites, "reduce_scatter", "all_gather"))
+        assert rank["dtypes"] == {torch.float32} and rank["finite"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_embedding_router_experts_dispatch_and_logits_are_exact(seen: list[dict[str, Any]], name: str) -> None:
+    for rank in (each[name] for each in seen):
+        assert all(rank["exact"].values()), rank["exact"]
+        assert len(rank["exact"]) == (3 if name == "token prediction" else 5 if name == "shared experts" else 6)
+
+
+def test_disable_restores_every_object(seen: list[dict[str, Any]]) -> None:
+    assert all(rank["restored"] for rank in seen)
+
+
+# ---- pipeline -------------------------------------------------------------------------------------------------------
+
+
+def pipeline() -> dict[str, Any]:
+    """Two micro-batches through two stages: what this stage sent, was given and compressed."""
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    state = groups(pipeline_model_parallel_size=2)
+    last = state.is_pipeline_last_stage()
+    ends = {"pre_process": state.is_pipeline_first_stage(), "post_process": last}
+    model = mixtures.gpt(pipeline_model_parallel_size=2, pipeline_dtype=torch.float32, **ends)
+    received, sent, recorder, receive = [], [], Recorder(model), model.set_input_tensor
+
+    def step(data: Any, model: Any) -> Any:
+        out = model(tokens(), tokens(), None, labels=tokens() if last else None)
+        sent.append(out.detach().clone())
+        return out, lambda out: (out.mean(), {"loss": out.mean().detach()})
+
+    def noted(given: Any) -> None:
+        received.extend(mixtures.copies(given))
+        receive(given)
+
+    model.set_input_tensor = noted
+    with recorded(recorder, CONFIG):
+        get_forward_backward_func()(
+            forward_step_func=step, data_iterator=None, model=model, num_microbatches=2, seq_length=TOKENS,
+            micro_batch_size=1, forward_only=False,
+        )  # fmt: skip
+    return {"received": received, "sent": sent, "forward": recorder.forward, "gradients": recorder.backward}
+
+
+def test_stages_pass_exact_tensors_on(seen: list[dict[str, Any]]) -> None:
+    for first, second in ((0, 2), (1, 3)):  # the ranks of a stage are neighbours
+        sent, received = seen[first]["pipeline"]["sent"], seen[second]["pipeline"]["received"]
+        assert len(sent) == len(received) == 2
+        assert all(torch.equal(a, b) for a, b in zip(sent, received, strict=True))
+
+
+def test_every_stage_compresses_its_own_layers(seen: list[dict[str, Any]]) -> None:
+    once = [*calls(FIRST, "all_gather", "reduce_scatter"), *calls(FIRST, "all_gather", None)]
+    for rank in (each["pipeline"] for each in seen):
+        assert sorted(rank["forward"]) == sorted(2 * once)
+        assert sorted(rank["gradients"]) == sorted(2 * calls(FIRST, "reduce_scatter", "all_gather"))
+
+
+# ---- modes ----------------------------------------------------------------------------------------------------------
+
+
+def batch_invariant() -> dict[str, Any]:
+    """A training step in batch-invariant mode, with flash-comm off and on."""
+    groups()
+    model = mixtures.gpt()
+    model.config.batch_invariant_mode = True  # its own checks ask for kernels of a GPU
+    exact = training_step(model)
+    fc.reset_stats()
+    with fc.flashcomm(CONFIG):
+        found = training_step(model)
+    return {"equal": all(map(torch.equal, found, exact)), "stats": fc.stats()}
+
+
+def training_step(model: Any) -> list[Tensor]:
+    """The loss and all gradients."""
+    model.zero_grad()
+    loss = model(tokens(), tokens(), None, labels=tokens())
+    loss.mean().backward()
+    return [loss.detach(), *(each.grad.clone() for each in model.parameters() if each.grad is not None)]
+
+
+def test_batch_invariant_mode_leaves_everything_exact(seen: list[dict[str, Any]]) -> None:
+    for rank in (each["batch-invariant"] for each in seen):
+        assert rank["equal"] and rank["stats"]["quantized"] == 0
+        # Four pairs of layers: two collectives forward, the second gather, and the column layer's gradient; that of a
+        # row layer goes the way its sum went.
+        assert rank["stats"]["deferred"] == {modes.BATCH_INVARIANT: 4 * 4}
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])  # meta: what is no CPU has the thresholds of a GPU
+@pytest.mark.parametrize("least", [None, 4096])
+def test_capture_and_replay_decide_alike(monkeypatch: pytest.MonkeyPatch, device: str, least: int | None) -> None:
+    """A plan is the same whether a graph is captured, gradients are recorded, or other calls came before."""
+    config, sizes = fc.Config(bits=4, min_bytes=least), [2**power for power in range(24)]
+    values = [torch.empty(size, dtype=torch.bfloat16, device=device) for size in sizes]
+
+    def plans() -> list[Any]:
+        policy._plan.cache_clear()
+        return [policy.plan("all_reduce", x, 2, config) for x in values]
+
+    eager = plans()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with torch.inference_mode():
+        captured = plans()
+    assert captured == eager
+    deferred = [plan.reason is not None for plan in eager]
+    assert deferred == sorted(deferred, reverse=True) and deferred[0] and not deferred[-1]  # both, by size alone

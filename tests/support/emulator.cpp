@@ -1,0 +1,199 @@
+// Runs the CUDA kernels of csrc/ without a GPU: fibers for threads, blocks of all ranks in random order.
+//
+// Which block goes on is drawn from a seed, so ranks overtake each other by whole rounds and calls; fibers.h has the rest
+// and what this cannot show. tests/support/emulator.py builds this and calls the functions at the end.
+#include "stand_ins/cuda/fibers.h"
+
+#include <deque>
+#include <random>
+
+#include "../csrc/codec_kernels.h"
+#include "../csrc/collectives.h"
+#include "../csrc/instances.h"
+
+using namespace flashcomm;
+using namespace flashcomm::emulated;
+
+namespace {
+
+using fibers::Block, fibers::kSharedBytes;
+
+uint64_t clock_now;  // passes with every step
+const bool clock_set = (fibers::nanoseconds = [] { return clock_now; }, true);
+
+struct World {
+    Capacity capacity;
+    std::vector<std::vector<uint8_t>> inboxes, own;
+    std::vector<Control> controls;
+    std::vector<uint64_t> host_errors;
+};
+
+void step(Block& block) {
+    block.step();
+    clock_now += 100;
+}
+
+}  // namespace
+
+extern "C" {
+
+// One collective as tests/support/emulator.py passes it.
+struct Job {
+    int kind;
+    Setting reduce, gather;
+    int dtype;
+    int64_t numel;
+    void* x[kMaxWorld];
+    void* out[kMaxWorld];
+    void* lost[kLegs][kMaxWorld];
+    int stalled_rank, single_buffer;
+    uint64_t stall, deadline;
+};
+
+World* world_new(int world, int blocks, int64_t region, uint64_t epoch) {
+    World* made = new World{{world, blocks, region}, {}, {}, {}, std::vector<uint64_t>(world)};
+    const Inbox inbox{world, region};
+    for (int rank = 0; rank < world; rank++) {
+        made->inboxes.emplace_back(inbox.bytes(), 0);
+        made->own.emplace_back(inbox.own_bytes(), 0);
+        uint64_t* flags = (uint64_t*)made->inboxes.back().data();
+        for (int64_t i = 0; i < Inbox::kFlagBytes / 8; i++) flags[i] = epoch;
+        made->controls.push_back({epoch, 0, &made->host_errors[rank], 0});
+    }
+    return made;
+}
+void world_free(World* world) { delete world; }
+uint64_t world_error(const World* world, int rank) { return world->host_errors[rank]; }
+uint64_t world_epoch(const World* world, int rank) { return world->controls[rank].epoch; }
+
+// How a job is cut; false: no kernel for these legs, or too little shared memory for it.
+bool shape(const World* world, const Job* job, Shape* shape) {
+    bool fits = false;
+    with_legs(job->reduce, job->gather, job->dtype, job->lost[0][0], [&](auto reduce, auto gather, auto type) {
+        using T = typename decltype(type)::type;
+        using W = Worker<typename decltype(reduce)::type, typename decltype(gather)::type, T>;
+        *shape = W::shape((Collective)job->kind, job->numel, world->capacity, job->reduce, job->gather);
+        fits = shape->tile && W::shared_bytes(*shape, job->reduce, job->gather) <= kSharedBytes;
+    });
+    return fits;
+}
+
+// Runs `count` jobs on every rank, each rank's in order, ranks and blocks in an order drawn from the seed. A rank in
+// `absent` (a bit mask) never starts. 0, or -1 where a job has no kernel.
+int run(World* world, const Job* jobs, int count, unsigned seed, unsigned absent) {
+    struct Rank {
+        int job = -1;
+        std::deque<Block> blocks;
+        Call call;
+    };
+    std::vector<Rank> ranks(world->capacity.world);
+    std::mt19937 random(seed);
+
+    auto begin = [&](int r) {
+        Rank& rank = ranks[r];
+        const Job& job = jobs[rank.job];
+        Call& call = rank.call;
+        call = {};
+        if (!shape(world, &job, &call.shape)) return false;
+        call.kind = (Collective)job.kind;
+        call.world = world->capacity.world, call.first = r, call.ranks = 1;
+        call.reduce = job.reduce, call.gather = job.gather;
+        call.region = world->capacity.region, call.deadline = job.deadline;
+        call.x[0] = job.x[r], call.out[0] = job.out[r], call.control[0] = &world->controls[r];
+        call.own[0] = world->own[r].data();
+        for (int leg = 0; leg < kLegs; leg++) call.lost[leg][0] = job.lost[leg][r];
+        for (int peer = 0; peer < call.world; peer++) call.inbox[peer] = world->inboxes[peer].data();
+        call.stalled_rank = job.stalled_rank, call.stall = job.stall, call.single_buffer = job.single_buffer;
+        rank.blocks.clear();
+        for (int b = 0; b < call.shape.blocks; b++) {
+            with_legs(job.reduce, job.gather, job.dtype, job.lost[0][0], [&](auto reduce, auto gather, auto type) {
+                using W = Worker<typename decltype(reduce)::type, typename decltype(gather)::type,
+                                 typename decltype(type)::type>;
+                rank.blocks.emplace_back([&call] { W::hire(call).run(); }, b, call.shape.blocks, kThreads);
+            });
+        }
+        return true;
+    };
+
+    for (;;) {
+        std::vector<std::pair<int, int>> ready;
+        for (int r = 0; r < (int)ranks.size(); r++) {
+            Rank& rank = ranks[r];
+            if (absent >> r & 1) continue;
+            bool ended = true;
+            for (Block& block : rank.blocks) ended &= block.ended();
+            if (ended && rank.job + 1 < count) {
+                rank.job++;
+                if (!begin(r)) return -1;
+                ended = false;
+            }
+            for (int b = 0; b < (int)rank.blocks.size() && !ended; b++)
+                if (!rank.blocks[b].ended()) ready.push_back({r, b});
+        }
+        if (ready.empty()) return 0;
+        const auto [r, b] = ready[random() % ready.size()];
+        Block& block = ranks[r].blocks[b];
+        for (int steps = 1 + (int)(random() % 40); steps && !block.ended(); steps--) step(block);
+    }
+}
+
+static void run_blocks(int64_t count, const std::function<void()>& body) {
+    for (int64_t index = 0; index < count; index++) {
+        Block block(body, index, count, kThreads);
+        while (!block.ended()) step(block);
+    }
+}
+
+// The codec kernels; `blocks` is the grid. False where the block has no whole tile.
+bool encode(const void* x, int dtype, int64_t numel, const Setting* with, int64_t blocks, uint8_t* payload,
+            void* memory) {
+    bool found = false;
+    if (with->format == kUniformFormat) with_dtype(dtype, [&](auto type) {
+        using T = typename decltype(type)::type;
+        const int tile = tensor_tile<T>(numel, with->block, blocks);
+        found = tile != 0;
+        if (found) with_bits(with->bits, [&](auto width) {
+            const TensorCodec<width.value, T> codec(numel, with->block, tile);
+            run_blocks(blocks, [&] { codec.encode((const typename T::Word*)x, payload); });
+        });
+    });
+    with_direct(with->format, dtype, memory, [&](auto tile, auto type) {
+        using T = typename decltype(type)::type;
+        const DirectCodec<typename decltype(tile)::type, T> codec(*with, numel, blocks);
+        found = codec.tile != 0;
+        if (found) run_blocks(blocks, [&] {
+            codec.encode((const typename T::Word*)x, payload, (typename T::Word*)memory);
+        });
+    });
+    return found;
+}
+
+bool decode_sum(const uint8_t* const* payloads, int count, int dtype, int64_t numel, const Setting* with,
+                int64_t blocks, void* out) {
+    bool found = false;
+    Payloads all{};
+    for (int p = 0; p < count; p++) all.at[p] = payloads[p];
+    if (with->format == kUniformFormat) with_dtype(dtype, [&](auto type) {
+        using T = typename decltype(type)::type;
+        const int tile = tensor_tile<T>(numel, with->block, blocks);
+        found = tile != 0;
+        if (found) with_bits(with->bits, [&](auto width) {
+            const TensorCodec<width.value, T> codec(numel, with->block, tile);
+            run_blocks(blocks, [&] { codec.decode_sum(all, count, (typename T::Word*)out); });
+        });
+    });
+    with_direct(with->format, dtype, false, [&](auto tile, auto type) {
+        using T = typename decltype(type)::type;
+        const DirectCodec<typename decltype(tile)::type, T> codec(*with, numel, blocks);
+        found = codec.tile != 0;
+        if (found) run_blocks(ceil_div(numel, kLeastTile), [&] {
+            codec.decode_sum(all, count, (typename T::Word*)out);
+        });
+    });
+    return found;
+}
+
+// The rules by name, for the model to compare itself with.
+int rule_parity(uint64_t round) { return parity(round); }
+bool rule_reached(uint64_t seen, uint64_t wanted) { return reached(seen, wanted); }
+}

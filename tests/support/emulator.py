@@ -1,0 +1,149 @@
+"""The CUDA kernels run on the host (emulator.cpp): built once with the system's compiler and called through ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = ["tests/support/emulator.cpp", "tests/support/stand_ins/cuda/fibers.cpp"]
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+KINDS = {"one-step": 0, "two-step": 1, "reduce_scatter": 2, "all_gather": 3}
+MAX_WORLD = 8
+
+
+class Setting(ctypes.Structure):
+    """A codec as the kernels know it: csrc/tile.h."""
+
+    _fields_ = [(name, ctypes.c_int) for name in ("format", "bits", "block")]
+
+
+class Job(ctypes.Structure):
+    """One collective on all ranks: emulator.cpp's Job."""
+
+    _fields_ = [
+        ("kind", ctypes.c_int),
+        ("reduce", Setting),
+        ("gather", Setting),
+        ("dtype", ctypes.c_int),
+        ("numel", ctypes.c_int64),
+        ("x", ctypes.c_void_p * MAX_WORLD),
+        ("out", ctypes.c_void_p * MAX_WORLD),
+        ("lost", ctypes.c_void_p * (2 * MAX_WORLD)),
+        ("stalled_rank", ctypes.c_int),
+        ("single_buffer", ctypes.c_int),
+        ("stall", ctypes.c_uint64),
+        ("deadline", ctypes.c_uint64),
+    ]
+
+
+@lru_cache
+def library() -> Any:
+    """The emulator, compiled into a folder that goes with this process."""
+    folder = tempfile.TemporaryDirectory()
+    path = Path(folder.name) / "emulator.so"
+    compiler = shutil.which(os.environ.get("CXX", "g++").split()[0]) or "c++"
+    flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]
+    subprocess.run([compiler, *flags, *SOURCES, "-o", str(path)], cwd=ROOT, check=True)
+    loaded = ctypes.CDLL(str(path))
+    loaded.folder = folder
+    for name in ("world_new",):
+        getattr(loaded, name).restype = ctypes.c_void_p
+    for name in ("world_error", "world_epoch"):
+        getattr(loaded, name).restype = ctypes.c_uint64
+    for name in ("shape", "encode", "decode_sum", "rule_reached"):
+        getattr(loaded, name).restype = ctypes.c_bool
+    return loaded
+
+
+class Shape(ctypes.Structure):
+    """How the kernel cuts a call: csrc/shape.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("numel", "slice", "rounds")),
+        *((name, ctypes.c_int) for name in ("tile", "blocks", "depth", "stride")),
+    ]
+
+
+class World:
+    """``world`` ranks with their inboxes; at most ``blocks`` thread blocks a rank, ``region`` bytes an inbox region."""
+
+    def __init__(self, world: int, blocks: int = 2, region: int = 2 * 16384, epoch: int = 0) -> None:
+        self.world = world
+        self._as_parameter_ = ctypes.c_void_p(
+            library().world_new(world, blocks, ctypes.c_int64(region), ctypes.c_uint64(epoch))
+        )
+
+    def __del__(self) -> None:
+        library().world_free(self)
+
+    def job(
+        self,
+        kind: str,
+        codecs: Any,
+        x: Sequence[Tensor],
+        out: Sequence[Tensor],
+        lost: Sequence[Sequence[Tensor]] = (),
+        **tests: int,
+    ) -> Job:
+        """``codecs``: (reduce, gather), each with ``native``; ``lost``: residuals by leg and rank, or none."""
+        reduce, gather = (Setting(*codec.native) for codec in codecs)
+        numel = (out if kind == "all_gather" else x)[0].numel()
+        job = Job(KINDS[kind], reduce, gather, DTYPES[x[0].dtype], numel)
+        job.deadline = 10**12
+        for rank in range(self.world):
+            job.x[rank], job.out[rank] = x[rank].data_ptr(), out[rank].data_ptr()
+        for leg, residuals in enumerate(lost):
+            for rank, residual in enumerate(residuals):
+                job.lost[leg * MAX_WORLD + rank] = residual.data_ptr()
+        for name, value in tests.items():
+            setattr(job, name, value)
+        return job
+
+    def shape(self, job: Job) -> Shape:
+        """How the kernel cuts ``job``."""
+        found = Shape()
+        assert library().shape(self, ctypes.byref(job), ctypes.byref(found)), "no kernel for these legs"
+        return found
+
+    def run(self, jobs: Sequence[Job], seed: int = 0, absent: int = 0) -> None:
+        """Every rank runs all jobs in order; ranks in the bit mask ``absent`` never start."""
+        assert library().run(self, (Job * len(jobs))(*jobs), len(jobs), seed, absent) == 0
+
+    def error(self, rank: int) -> int:
+        """The packed word of the flag that rank missed, or 0."""
+        return library().world_error(self, rank)
+
+    def epoch(self, rank: int) -> int:
+        """Rounds this rank has ended."""
+        return library().world_epoch(self, rank)
+
+
+def encode(codec: Any, x: Tensor, memory: Tensor | None = None, blocks: int = 2) -> Tensor | None:
+    """The payload of the codec kernel run with a grid of ``blocks``; None where the block has no whole tile."""
+    payload = torch.full((codec.wire_bytes(x.numel()),), 0xEE, dtype=torch.uint8)
+    size, grid, setting = ctypes.c_int64(x.numel()), ctypes.c_int64(blocks), Setting(*codec.native)
+    before = ctypes.c_void_p(x.data_ptr()), DTYPES[x.dtype], size, ctypes.byref(setting), grid
+    after = ctypes.c_void_p(payload.data_ptr()), ctypes.c_void_p(0 if memory is None else memory.data_ptr())
+    done = library().encode(*before, *after)
+    return payload if done else None
+
+
+def decode_sum(codec: Any, payloads: Sequence[Tensor], numel: int, dtype: torch.dtype, blocks: int = 2) -> Tensor:
+    """What the decode kernel writes, run with a grid of ``blocks``."""
+    out = torch.full((numel,), torch.nan, dtype=dtype)
+    addresses = (ctypes.c_void_p * len(payloads))(*(payload.data_ptr() for payload in payloads))
+    size, grid, setting = ctypes.c_int64(numel), ctypes.c_int64(blocks), Setting(*codec.native)
+    target = ctypes.c_void_p(out.data_ptr())
+    assert library().decode_sum(addresses, len(payloads), DTYPES[dtype], size, ctypes.byref(setting), grid, target)
+    return out

@@ -1,0 +1,284 @@
+"""The accuracy lab: simulated ranks are real ranks, numbers are what they say, a stopped run goes on."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import spawn
+from torch import Tensor
+
+from flashcomm_megatron.collectives import all_reduce
+from flashcomm_megatron.collectives.algorithms import Residuals
+from flashcomm_megatron.config import Config
+from flashcomm_megatron.tools import accuracy
+from flashcomm_megatron.tools.accuracy import plot, sweep
+from flashcomm_megatron.tools.accuracy.llama import Llama, windows
+from flashcomm_megatron.tools.accuracy.ranks import Compressed, exact, payload_bytes
+from flashcomm_megatron.tools.accuracy.score import Bench, Score
+
+save_file = pytest.importorskip("safetensors.torch", reason="safetensors is not installed").save_file
+tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
+
+DATA = Path(os.environ.get("FLASHCOMM_TEST_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
+HIDDEN, INNER, VOCABULARY, LAYERS, CONTEXT = 64, 96, 50, 3, 48
+CONFIG = {
+    "model_type": "llama", "hidden_size": HIDDEN, "intermediate_size": INNER, "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": VOCABULARY, "rms_norm_eps": 1e-5,
+    "max_position_embeddings": CONTEXT, "bos_token_id": 1, "rope_theta": 10000.0,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of random weights, and a text whose every word is a token."""
+    path = tmp_path_factory.mktemp("model")
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+
+    weights = {"model.embed_tokens.weight": 2 * random(VOCABULARY, HIDDEN), "model.norm.weight": torch.ones(HIDDEN)}
+    for layer in range(LAYERS):
+        name = f"model.layers.{layer}"
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            weights[f"{name}.{norm}.weight"] = torch.ones(HIDDEN)
+        for each, out in (("q", HIDDEN), ("k", HIDDEN // 2), ("v", HIDDEN // 2), ("o", HIDDEN)):
+            weights[f"{name}.self_attn.{each}_proj.weight"] = random(out, HIDDEN)
+        weights[f"{name}.mlp.gate_proj.weight"] = random(INNER, HIDDEN)
+        weights[f"{name}.mlp.up_proj.weight"] = random(INNER, HIDDEN)
+        weights[f"{name}.mlp.down_proj.weight"] = random(HIDDEN, INNER)
+    save_file(weights, path / "model.safetensors")
+    (path / "config.json").write_text(json.dumps(CONFIG))
+    words = {f"w{i}": i for i in range(VOCABULARY)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(path / "tokenizer.json"))
+    picks = torch.randint(2, VOCABULARY, (400,), generator=generator).tolist()
+    (path / "text.txt").write_text(" ".join(f"w{i}" for i in picks))
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Llama:
+    return Llama(str(folder))
+
+
+def tokens(rows: int = 2, length: int = 20) -> Tensor:
+    return torch.randint(2, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+def arguments(folder: Path, *more: str) -> list[str]:
+    paths = ["--model", str(folder), "--text", str(folder / "text.txt"), "--out", str(folder / "out")]
+    sizes = ["--sequences", "4", "--length", "24", "--prompts", "2", "--generate", "6"]
+    return [*paths, *sizes, *more]
+
+
+# ---- simulated ranks ---------------------------------------------------------------------------------------------
+
+
+def _real(rank: int, world: int, folder: str, config: Config) -> Tensor:
+    """Logits of a rank that holds its own partial sums only and adds them up with its peers, with feedback."""
+    memory = Residuals()
+
+    def add(site: str, parts: list[Tensor]) -> Tensor:
+        return all_reduce(parts[rank].contiguous(), None, config, residuals=memory)
+
+    with torch.no_grad():
+        return Llama(folder)(tokens(), world, add)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_the_simulation_is_the_real_run_bit_for_bit(folder: Path, model: Llama, world: int) -> None:
+    config = Config(bits=4, min_bytes=0)
+    simulated = model(tokens(), world, Compressed(config, world, {}))
+    assert not torch.equal(simulated, model(tokens(), world, exact))
+    for logits in spawn(_real, world, str(folder), config):
+        assert torch.equal(logits, simulated)
+
+
+def test_without_compression_ranks_change_nothing_but_the_order_of_additions(model: Llama) -> None:
+    for world in (2, 4):
+        assert torch.allclose(model(tokens(), world, exact), model(tokens(), 1, exact), atol=1e-4)
+
+
+def test_a_cache_continues(model: Llama) -> None:
+    whole, cache = model(tokens(), 1, exact), {}
+    pieces = [model(part, 1, exact, cache) for part in (tokens()[:, :7], tokens()[:, 7:8], tokens()[:, 8:9])]
+    assert torch.allclose(torch.cat(pieces, 1), whole[:, :9], atol=1e-4)
+
+
+def test_bits_are_those_of_the_payloads(model: Llama) -> None:
+    for config, world in ((Config(bits=4, min_bytes=0), 2), (Config(bits=6, recipe="flash-v1", min_bytes=0), 4)):
+        ranks = Compressed(config, world, {})
+        model(tokens(), world, ranks)
+        numel = tokens().numel() * HIDDEN
+        legs = config.legs
+        lengths = [numel] if world == 2 else [numel // world] * world
+        per_leg = [sum(leg.wire_bytes(n) for n in lengths) for leg in legs][: 1 if world == 2 else 2]
+        assert ranks.bits_per_value == pytest.approx(8 * sum(per_leg) / len(per_leg) / numel)
+
+
+def test_payloads_of_any_length_are_counted() -> None:
+    from flashcomm_megatron.collectives import plan as policy
+
+    config = Config(bits=4, recipe="flash-v1", min_bytes=0)
+    plan = policy.plan("all_reduce", torch.empty(1000), 3, config)
+    sizes = (384, 384, 232)  # thirds, rounded up to blocks
+    assert payload_bytes(1000, 3, plan) == sum(plan.reduce.wire_bytes(n) for n in sizes)
+
+
+def test_equal_bits_are_equal_bytes_sent() -> None:
+    """Against the bytes that collectives count: (world - 1) / world of the tensor on each of two legs."""
+    from flashcomm_megatron.collectives import algorithms
+    from flashcomm_megatron.collectives import plan as policy
+
+    for name, sent in (("one-step", algorithms.one_step_bytes), ("two-step", algorithms.two_step_bytes)):
+        config = Config(bits=4, recipe="flash-v1", min_bytes=0, algorithm=name)
+        for world in (2, 4, 8):
+            plan = policy.plan("all_reduce", torch.empty(8192), world, config)
+            assert sent(8192, 0, world, plan) == 2 * (world - 1) / world * payload_bytes(8192, world, plan)
+
+
+# ---- scores ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bench(folder: Path, model: Llama) -> Bench:
+    return Bench(model, windows(str(folder), str(folder / "text.txt"), model, 24, 4), 2, 8, 12)
+
+
+def test_one_rank_loses_nothing(bench: Bench) -> None:
+    score = bench.score(Config(bits=2, min_bytes=0), 1, with_sites=True)
+    assert score.rise == 0 and score.kl == 0 and score.agreement == 1 and score.wire_bits == 0
+    assert score.diverged_after == 12 and set(score.agreement_by_quarter) == {1.0}
+
+
+def test_scores_say_what_they_say(bench: Bench, model: Llama) -> None:
+    score = bench.score(Config(bits=3, min_bytes=0), 2, with_sites=True)
+    reference = model(bench.windows, 1, exact)[:, :-1].log_softmax(-1)
+    found = model(bench.windows, 2, Compressed(Config(bits=3, min_bytes=0), 2, {}))[:, :-1].log_softmax(-1)
+    labels = bench.windows[:, 1:, None]
+    perplexity, wanted = (math.exp(-each.gather(-1, labels).mean().item()) for each in (found, reference))
+    assert score.perplexity == pytest.approx(perplexity, rel=1e-6)
+    assert score.rise == pytest.approx(perplexity / wanted - 1, abs=1e-6)
+    divergence = torch.nn.functional.kl_div(found, reference, log_target=True, reduction="sum")
+    assert score.kl == pytest.approx(divergence.item() / labels.numel(), rel=1e-4)
+    assert score.agreement == (found.argmax(-1) == reference.argmax(-1)).double().mean().item()
+    assert list(score.decibels) == list(score.rise_by_site) == model.sites
+
+
+def test_generation_diverges_where_the_text_does(bench: Bench, model: Llama) -> None:
+    """Following the exact path tells how long free generation would have been on it."""
+    config = Config(bits=2, recipe="flash-v2", min_bytes=0)
+    ranks, cache, out = Compressed(config, 2, {}), {}, []
+    step = bench.prompts
+    for _ in range(12):
+        ranks.begin()
+        step = model(step, 2, ranks, cache)[:, -1:].argmax(-1)
+        out.append(step)
+    same = (torch.cat(out, 1) == bench.continuation).long().cumprod(1).sum(1).float().mean().item()
+    assert same < 12, "two bits change this text"
+    assert bench.score(config, 2, with_sites=False).diverged_after == same
+
+
+def test_wider_is_better(bench: Bench) -> None:
+    for recipe in ("auto", "flash-v1", "flash-v2", "mx-int"):
+        losses = [bench.score(Config(bits=bits, recipe=recipe, min_bytes=0), 2, False).kl for bits in (4, 8)]
+        assert losses[1] < 0.2 * losses[0], recipe
+
+
+# ---- the command -------------------------------------------------------------------------------------------------
+
+
+def test_the_command_writes_and_resumes(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = ["--tp", "1,2", "--bits", "4,3", "--recipe"]
+    assert accuracy.main(arguments(folder, *few, "auto,flash-v1,outlier")) == 0
+    lines = (folder / "out" / "accuracy.csv").read_text().splitlines()
+    assert len(lines) == 1 + 2 * (2 + 1 + 1)  # auto has both widths, the others 4 alone
+    assert lines[0].startswith("recipe,bits,tp,block,wire_bits,perplexity,rise")
+    assert "flash-v1" in capsys.readouterr().out
+
+    scored: list[Config] = []
+    original = Bench.score
+    monkeypatch.setattr(Bench, "score", lambda self, config, *a: scored.append(config) or original(self, config, *a))
+    assert accuracy.main(arguments(folder, *few, "auto,flash-v1,outlier,mx")) == 0
+    assert {config.recipe for config in scored} == {"mx"}, "what was scored is not scored again"
+
+    assert accuracy.main([*arguments(folder, *few, "auto"), "--length", "30"]) == 2
+    assert "was made with other length" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["--recipe", "best"], "choose all or some of auto"),
+        (["--length", "60"], "must fit the model's context of 48"),
+        (["--sequences", "99"], "99 wanted; lower --sequences"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], sentence: str
+) -> None:
+    assert accuracy.main([*arguments(folder), "--out", str(tmp_path), *more]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_another_architecture_is_refused(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"model_type": "mamba"}))
+    with pytest.raises(ValueError, match="expected a plain LLaMA, found model_type mamba"):
+        Llama(str(tmp_path))
+
+
+def test_documents_give_their_beginnings(folder: Path, model: Llama, tmp_path: Path) -> None:
+    text = tmp_path / "documents.txt"
+    text.write_text("w5 w6 w7 w8 <|endoftext|> w9 <|endoftext|> w10 w11 w12")
+    assert windows(str(folder), str(text), model, 4, 2).tolist() == [[1, 5, 6, 7], [1, 10, 11, 12]]
+
+
+def test_all_means_every_recipe_at_every_width_it_has() -> None:
+    from flashcomm_megatron.codec.recipes import RECIPES
+
+    rows = sweep.combinations(RECIPES, range(2, 9), [2, 8], [None], "auto")
+    assert len(rows) == 2 * sum(len(row.widths) for row in RECIPES.values())
+    assert len({sweep.name(*each) for each in rows}) == len(rows)
+
+
+def row(bits: float, rise: float) -> Score:
+    return Score("auto", 4, 2, 32, bits, 3.0, rise, 1.0, 0.0, [], 0.0, [])
+
+
+def test_the_front_is_what_nothing_beats() -> None:
+    rows = [row(4, 0.5), row(5, 0.1), row(5, 0.2), row(6, 0.3), row(8, 0.01)]
+    assert [each.wire_bits for each in plot.front(rows)] == [4, 5, 8]
+
+
+# ---- a real model ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stories() -> Bench:
+    folder = DATA / "stories3M"
+    if not folder.exists():
+        pytest.skip(f"{folder} is not there; set FLASHCOMM_TEST_DATA")
+    model = Llama(str(folder))
+    return Bench(model, windows(str(folder), str(DATA / "tinystories.txt"), model, 192, 8), 1, 16, 0)
+
+
+def test_auto_loses_a_tenth_of_what_flash_v1_loses(stories: Bench) -> None:
+    for world in (2, 8):
+        ours = stories.score(Config(bits=4, min_bytes=0), world, False)
+        theirs = stories.score(Config(bits=4, recipe="flash-v1", min_bytes=0), world, False)
+        assert ours.wire_bits <= 5.0
+        assert ours.rise <= theirs.rise / 10, f"TP{world}: {ours.rise:.2%} against {theirs.rise:.2%}"
+
+
+def test_wide_auto_is_nearly_exact(stories: Bench) -> None:
+    assert stories.score(Config(bits=8, min_bytes=0), 8, False).rise <= 0.001
+    assert stories.score(Config(bits=6, min_bytes=0), 8, False).rise <= 0.005

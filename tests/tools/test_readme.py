@@ -1,0 +1,140 @@
+"""README and docs say what is true: their paths, links, flags, variables, make targets and commands exist.
+
+A document is read as its links and its code (fenced blocks and backticks); prose is left alone. Words with
+placeholders (``DIR``, ``<x>``, ``...``) never look like a path of ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+
+import flashcomm_megatron as fc
+from flashcomm_megatron.__main__ import COMMANDS
+
+ROOT = Path(__file__).resolve().parents[2]
+README = ROOT / "README.md"
+DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+HISTORY = ROOT / "docs" / "log.md"  # dated entries: what they name may have gone since
+CURRENT = [path for path in DOCUMENTS if path != HISTORY]
+
+FOLDERS = r"(?:flashcomm_megatron|csrc|examples|benchmarks|docs|tests|patches|\.ci)"
+PATH = re.compile(
+    rf"(?<![\w./-]){FOLDERS}/[\w./*-]*[\w/*]|(?<![\w./-])(?:[A-Z]+\.md|Makefile|[a-z]+\.(?:txt|toml|py))(?![\w/])"
+)
+PUBLIC = (
+    *("Config", "enable", "disable", "flashcomm", "add_arguments", "stats", "reset_stats", "report"),
+    *("all_reduce", "reduce_scatter", "all_gather", "encode", "decode", "wire_bytes"),
+)
+
+
+def code(path: Path) -> str:
+    """The fenced blocks and backticks of a document, with shell line continuations joined."""
+    text = path.read_text()
+    fences = re.findall(r"^```.*?\n(.*?)^```", text, re.S | re.M)
+    spans = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.S | re.M))
+    return re.sub(r"\\\n\s*", " ", "\n".join([*fences, *spans]))
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def slug(heading: str) -> str:
+    """The anchor that renders for a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+@lru_cache
+def our_flags() -> set[str]:
+    parser = argparse.ArgumentParser()
+    fc.add_arguments(parser)
+    return set(parser._option_string_actions)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name)
+def test_links_resolve(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+        if re.match(r"[a-z]+:", target):
+            continue
+        file, _, anchor = target.partition("#")
+        page = path.parent / file if file else path
+        assert page.exists(), f"{name(path)} links to {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.*)", page.read_text(), re.M)
+            assert anchor in map(slug, headings), f"{name(path)} links to {target}; no such heading"
+
+
+@pytest.mark.parametrize("path", CURRENT, ids=name)
+def test_paths_exist(path: Path) -> None:
+    for word in set(PATH.findall(code(path))):
+        assert any(ROOT.glob(word.rstrip("/"))), f"{name(path)} names {word}"
+
+
+@pytest.mark.parametrize("path", CURRENT, ids=name)
+def test_flags_exist(path: Path) -> None:
+    unknown = set(re.findall(r"--flash-comm(?:-[a-z]+)+", path.read_text())) - our_flags()
+    assert not unknown, f"{name(path)}: {sorted(unknown)} not among {sorted(our_flags())}"
+
+
+@pytest.mark.parametrize("path", CURRENT, ids=name)
+def test_script_options_exist(path: Path) -> None:
+    """In a command that runs one of our scripts, every option is one that the script defines."""
+    for script, rest in re.findall(r"((?:examples|benchmarks)/\w+\.py)(.*)", code(path)):
+        source = (ROOT / script).read_text()
+        for option in re.findall(r"(?<!\S)--[a-z][a-z-]*", rest.split("#")[0]):
+            assert f'"{option}"' in source or option in our_flags(), f"{name(path)}: {script} has no {option}"
+
+
+@pytest.mark.parametrize("path", CURRENT, ids=name)
+def test_variables_exist(path: Path) -> None:
+    folders = ("flashcomm_megatron", "csrc", "tests")
+    files = [ROOT / "setup.py", *(file for folder in folders for file in (ROOT / folder).rglob("*.[pch]*"))]
+    known = "".join(file.read_text() for file in files if file.suffix in (".py", ".h", ".cpp", ".cu"))
+    for variable in set(re.findall(r"FLASH_?COMM_[A-Z_]+", path.read_text())):
+        assert variable in known, f"{name(path)} names the variable {variable}, which nothing reads"
+
+
+@pytest.mark.parametrize("path", CURRENT, ids=name)
+def test_make_targets_exist(path: Path) -> None:
+    targets = set(re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(), re.M))
+    for target in re.findall(r"(?:^|[ ;&])make ((?!\w+=)[a-z-]+)", code(path), re.M):
+        assert target in targets, f"{name(path)}: make {target} is not among {sorted(targets)}"
+
+
+@pytest.mark.parametrize("path", CURRENT, ids=name)
+def test_commands_exist(path: Path) -> None:
+    for command in re.findall(r"-m flashcomm_megatron ([a-z]+)(?![\w./])", code(path)):
+        assert command in COMMANDS, f"{name(path)}: flashcomm_megatron {command} is not among {sorted(COMMANDS)}"
+
+
+def test_readme_opens_with_the_command() -> None:
+    """The command and what it prints come within the first 30 lines."""
+    opening = "\n".join(README.read_text().splitlines()[:30])
+    assert "-m flashcomm_megatron" in opening and "--flash-comm-bits" in opening
+    assert "flash-comm:" in opening
+
+
+def test_public_names_are_exported() -> None:
+    assert set(PUBLIC) <= set(fc.__all__), sorted(set(PUBLIC) - set(fc.__all__))
+    assert all(hasattr(fc, public) for public in fc.__all__)
+    undocumented = [public for public in PUBLIC if not re.search(rf"``[^`]*\b{public}\b", fc.__doc__ or "")]
+    assert not undocumented, f"the package's docstring leaves out {undocumented}"
+
+
+def test_the_example_runs_on_two_ranks(tmp_path: Path) -> None:
+    found = re.search(r"```python\n(.*?)```", README.read_text(), re.S)
+    assert found and "fc.all_reduce" in found[1]
+    script = tmp_path / "example.py"
+    script.write_text(found[1] + "assert x2.shape == x.shape and fc.stats()['quantized'] == 1\n")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    ran = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=180)
+    assert ran.returncode == 0, ran.stderr

@@ -1,0 +1,81 @@
+"""The report: readable with and without Megatron, and true about what is in force."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import flashcomm_megatron as fc
+from flashcomm_megatron import config
+from flashcomm_megatron.__main__ import main
+from flashcomm_megatron.codec import extension
+from flashcomm_megatron.megatron import feedback, seams
+
+
+def test_without_megatron(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "megatron.core", None)
+    found = fc.report()
+    assert found["megatron-core"].startswith("none (") and found["seams"] == []
+    assert "none without Megatron" in str(found)
+    assert str(found).splitlines()[0].split() == ["flashcomm_megatron", fc.__version__]
+
+
+def test_state_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "megatron.core", None)
+    monkeypatch.delenv("FLASH_COMM_DISABLE", raising=False)
+    assert fc.report()["state"] == "off"
+    config.set_current(fc.Config(bits=4))
+    assert fc.report()["state"].startswith("on, Config(bits=4")
+    config.set_current(None)
+    monkeypatch.setenv("FLASH_COMM_DISABLE", "1")
+    found = fc.report()
+    assert found["state"] == "off, FLASH_COMM_DISABLE is set"
+    assert "FLASH_COMM_DISABLE=1" in found["environment"]
+
+
+def test_it_says_where_feedback_was_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "megatron.core", None)
+    feedback.reset_counts()
+    assert fc.report()["feedback"] == "no sum so far"
+    layer = torch.nn.Linear(2, 2).train()
+    assert feedback.residuals(layer, torch.zeros(1, 2), None, fc.Config(bits=4)) is None
+    (reason,) = feedback.counts()
+    assert fc.report()["feedback"] == f"1 x {reason}"
+    feedback.reset_counts()
+
+
+def test_transports_are_those_of_the_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "megatron.core", None)
+    for cuda, available, named in ((object(), True, "peer, host, group"), (None, True, "host, group"),
+                                   (None, False, "group")):  # fmt: skip
+        monkeypatch.setattr(extension, "cuda", lambda cuda=cuda: cuda)
+        monkeypatch.setattr(extension, "available", lambda available=available: available)
+        assert fc.report()["transports"] == named
+
+
+def test_it_prints_no_warnings_of_megatrons(root: Path) -> None:
+    pytest.importorskip("megatron.core", reason="megatron-core is not installed")
+    command = [sys.executable, "-c", "import flashcomm_megatron as fc; fc.report()"]
+    ran = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0 and "Warning" not in ran.stderr, ran.stderr
+
+
+def test_every_seam_fits_the_installed_megatron() -> None:
+    pytest.importorskip("megatron.core", reason="megatron-core is not installed")
+    found = fc.report()
+    states = dict(found["seams"])
+    assert [states[seam.path] for seam in seams.SEAMS] == ["fits"] * len(seams.SEAMS)
+    assert all(seam.path in str(found) and seam.why for seam in seams.SEAMS)
+
+
+def test_the_command_prints_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "megatron.core", None)
+    assert main(["report"]) == 0
+    assert capsys.readouterr().out == f"{fc.report()}\n"
+    with pytest.raises(SystemExit) as ended:
+        main(["report", "--verbose"])
+    assert ended.value.code == 2 and "unrecognized arguments: --verbose" in capsys.readouterr().err
