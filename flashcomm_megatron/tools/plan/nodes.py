@@ -23,7 +23,7 @@ NET_EFFICIENCY = 0.96  # NCCL src/graph/topo.h, NET_BW: 12 GB/s of 100 Gbit/s
 NET_LATENCY = 9.6 * US  # NCCL src/graph/tuning.cc, hwLat of NET, ring, simple protocol: each step
 MESSAGE = 1 * US  # assumed: a rank posts one message
 TREE_EFFICIENCY = 0.9  # NCCL src/graph/tuning.cc: trees reach 0.9 of the rings' rate
-INBOXES = 4  # two parities of two legs: csrc/protocol.h
+INBOXES = 4  # two parities of two legs: csrc/cuda/protocol.h
 
 
 class Cluster(NamedTuple):
