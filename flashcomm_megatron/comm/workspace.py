@@ -149,7 +149,8 @@ Native = tuple[int, int, int]  # format, bits, block: extension.py
 
 
 def _native(codec: Any) -> Native | None:
-    return getattr(codec, "native", None)
+    found: Native | None = codec.native
+    return found
 
 
 @lru_cache

@@ -116,10 +116,10 @@ def test_memories_equal_definition(dtype, codec, monkeypatch):
 
 @pytest.mark.parametrize("codec", [Rotated(3, 16), Rotated(4.5, 32), Rotated(5, 64)], ids=str)
 def test_signed_zeros_of_a_memory(codec):
-    defined = torch.zeros(codec.memory_numel(3001), dtype=torch.float16)
+    defined = torch.zeros(codec.residual_numel(3001), dtype=torch.float16)
     compiled = {isa: defined.clone() for isa in ISAS}
     for x in fading(3001):
-        expected = codec.encode_ref(x, memory=defined)
+        expected = codec.encode_residual_ref(x, defined)
         for isa, memory in compiled.items():
             use(isa)
             assert same(codec.encode(x, memory=memory), expected), isa

@@ -203,7 +203,7 @@ def test_simulated_ranks_are_real_ranks(algorithm: str) -> None:
 
 def lacking(codec: Rotated, memory: Tensor, length: int) -> Tensor:
     """The values that a leg's memory of slices of ``length`` stands for."""
-    slices = memory.split(codec.memory_numel(length))
+    slices = memory.split(codec.residual_numel(length))
     numbers = [rotated._ungrouped(each, codec.block) / codec.block for each in slices]
     return torch.cat([rotated.butterflies(each).flatten()[:length] for each in numbers])
 
