@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from patience import patient
 
 from flashcomm_megatron.codec import extension
 
@@ -90,7 +91,7 @@ def gpu(tmp_path_factory) -> dict[str, str]:
 
 def run(command: list[str], environment: dict[str, str], seconds: int) -> str:
     """What a command prints; it must end with 0."""
-    found = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
+    found = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=patient(seconds))
     assert found.returncode == 0, found.stdout[-8000:] + found.stderr[-4000:]
     return found.stdout
 
