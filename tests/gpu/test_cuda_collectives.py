@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from patience import patient
 from specification import carried, expected, outputs, plan_of, same, strange
 
 from flashcomm_megatron.codec import Uniform, extension
@@ -287,7 +288,7 @@ def test_memory_checker_finds_nothing(tool):
     script = SHORT_RUN.format(folders=folders)
     command = [checker, "--tool", tool, "--error-exitcode", "7", sys.executable, "-c", script]
     try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=150)
+        found = subprocess.run(command, capture_output=True, text=True, timeout=patient(150))
     except subprocess.TimeoutExpired:
         pytest.skip(f"compute-sanitizer {tool} did not end within 150 s")
     if "not supported" in found.stdout + found.stderr:

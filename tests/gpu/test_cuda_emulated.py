@@ -18,11 +18,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from patience import patient
 
 from flashcomm_megatron.codec import extension
 
 ROOT = Path(__file__).resolve().parents[2]
-STAND_IN = ROOT / "tests" / "support" / "stand_ins" / "cuda"
+SUPPORT = ROOT / "tests" / "support"
+STAND_IN = SUPPORT / "stand_ins" / "cuda"
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs these tests itself, or its stand-in does"),
     pytest.mark.skipif(not extension.available(), reason=f"no extension to give a CUDA half to: {extension.reason()}"),
@@ -91,7 +93,7 @@ def gpu(tmp_path_factory) -> dict[str, str]:
 
 def run(command: list[str], environment: dict[str, str], seconds: int) -> str:
     """What a command prints; it must end with 0."""
-    found = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
+    found = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=patient(seconds))
     assert found.returncode == 0, found.stdout[-8000:] + found.stderr[-4000:]
     return found.stdout
 
