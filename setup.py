@@ -30,7 +30,7 @@ COMMON = [INCLUDE, "-std=c++17", "-O2", "-g0", "-fPIC", "-fvisibility=hidden", "
 CUDA = [INCLUDE, "-std=c++17", "-O3", "-fmad=false", "-DFLASHCOMM_ISA=cuda"]
 CUDA_SOURCES = ["cuda/collectives.cu", "cuda/codec_cuda.cu", "cuda/shared_memory.cu"]
 # Compiled once for every part of csrc/cuda/instances.h, so that many cores share the work; the longest first.
-CUDA_IN_PARTS = ["cuda/collective_part.cu", "cuda/codec_part.cu"]
+CUDA_IN_PARTS = [(dtype, uniform) for uniform in (1, 0) for dtype in ("BFloat16", "Float16", "Float32")]
 PARTS = [f"{dtype},{uniform}" for uniform in ("true", "false") for dtype in ("BFloat16", "Float16", "Float32")]
 CPU_SOURCES = ("cpu/codec_cpu.cpp", "cpu/rotated_cpu.cpp", "cpu/spike_cpu.cpp")  # once for every instruction set
 HOST_SOURCES = ("cpu/streams.cpp", "cpu/ring.cpp", "cpu/sockets.cpp", "cpu/codec_threads.cpp")
@@ -112,9 +112,14 @@ class Build(build_ext):
         if nvcc:
             kernels = [nvcc, *CUDA, "-Xcompiler=-fPIC,-fvisibility=hidden", *gencode]
             cuda_jobs = {
-                f"{Path(name).stem}-{part.replace(',', '-')}": [*kernels, f"-DFLASHCOMM_PART={part}", str(CSRC / name)]
+                f"{Path(name).stem}_{dtype}_{uniform}": [
+                    *kernels,
+                    f"-DFLASHCOMM_PART_TYPE={dtype}",  # no comma in a value: nvcc would split it
+                    f"-DFLASHCOMM_PART_UNIFORM={uniform}",
+                    str(CSRC / name),
+                ]
                 for name in CUDA_IN_PARTS
-                for part in PARTS
+                for dtype, uniform in PARTS
             }
             cuda_jobs |= {Path(name).stem: [*kernels, str(CSRC / name)] for name in CUDA_SOURCES}
             jobs = cuda_jobs | jobs

@@ -57,7 +57,7 @@ struct RotatedCodes {
         zero_gap<Offset>(payload + place.tops, 2 * ((blocks + kFamily - 1) / kFamily));
     }
 
-    // ---- constants: their bits are spread over the first codes of a block --------------------------------------------
+    // ---- constants: their bits are spread over the first codes of a block ---------------------------------------
 
     FC_INLINE int constant_bits() const { return octet_shift == 1 ? 2 : 1; }
     FC_INLINE int constant_octets() const { return octet_shift == 1 ? 2 : 4; }

@@ -8,8 +8,8 @@
 //     decode   codes -> coefficients, which are added up -> finish: rotate back
 //
 // Nearly all blocks are plain or constant. NaN, Inf and huge values are noticed by their coefficients, as in
-// rotated_plain.h, and are then looked at closer by their whole warp. Width and block are runtime values: the planes are
-// a few uniform branches beside the butterflies, and one kernel serves all legs.
+// rotated_plain.h, and are then looked at closer by their whole warp. Width and block are runtime values: the planes
+// are a few uniform branches beside the butterflies, and one kernel serves all legs.
 #pragma once
 
 #include "cuda/rotated_codes.h"
