@@ -30,6 +30,7 @@ def known_architectures() -> list[str]:
     return subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(nvcc is None, reason="nvcc is not on PATH")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("source", ["codec_cuda", "collectives", "shared_memory"])

@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SUPPORT = ROOT / "tests" / "support"
 STAND_IN = SUPPORT / "stand_ins" / "cuda"
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs these tests itself, or its stand-in does"),
     pytest.mark.skipif(not extension.available(), reason=f"no extension to give a CUDA half to: {extension.reason()}"),
 ]

@@ -19,6 +19,7 @@ from flashcomm_megatron.collectives.algorithms import Residuals
 from flashcomm_megatron.config import Config
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+pytestmark = pytest.mark.slow  # a minute of compiling
 
 
 # ---- codec kernels --------------------------------------------------------------------------------------------

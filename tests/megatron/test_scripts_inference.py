@@ -24,6 +24,8 @@ PROMPT, TOKENS = "Tim and Sue went to the", 40
 STATIC = try_scripts.SCRIPTS[1]
 SENTENCE = "flashcomm_megatron: error: Dynamic batching needs flash-attention, which needs a GPU: "
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def model(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
