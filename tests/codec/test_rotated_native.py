@@ -94,7 +94,7 @@ def remembered(codec: Rotated, numel: int, dtype: torch.dtype) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("codec", [Rotated(4.5, 32), Rotated(5, 64), Rotated(8, 16), Rotated(2, 32)], ids=str)
-def test_memories_equal_definition(dtype, codec, monkeypatch):
+def test_residuals_equal_definition(dtype, codec, monkeypatch):
     numel = 2500
     *others, masked = kinds(numel, dtype)
     denormal = others[0] * 2.0**-115  # coefficients that are denormal where they are small
@@ -115,7 +115,7 @@ def test_memories_equal_definition(dtype, codec, monkeypatch):
 
 
 @pytest.mark.parametrize("codec", [Rotated(3, 16), Rotated(4.5, 32), Rotated(5, 64)], ids=str)
-def test_signed_zeros_of_a_memory(codec):
+def test_residuals_keep_the_sign_of_zero(codec):
     defined = torch.zeros(codec.residual_numel(3001), dtype=torch.float16)
     compiled = {isa: defined.clone() for isa in ISAS}
     for x in fading(3001):
@@ -136,7 +136,7 @@ def test_threads_do_not_change_the_result(monkeypatch):
         assert same(out, codec.decode_sum_ref([payload, payload], x.numel(), x.dtype))
 
 
-def test_wrong_memories_are_refused():
+def test_residuals_of_a_wrong_size_are_refused():
     codec, x = Rotated(4, 32), torch.randn(64)
     with pytest.raises(ValueError, match=r"memory has 64 numbers; .* keeps 128 of 64 values"):
         codec.encode(x, memory=torch.zeros(64))

@@ -81,7 +81,7 @@ def test_a_damaged_chunk_ends_the_reading(offline: Path, tmp_path: Path) -> None
     assert [end for _, end in wandb_file.records(bytes(content))] == ends[:-1]
 
 
-def test_records_across_blocks() -> None:
+def test_records_that_cross_blocks_are_read() -> None:
     def chunk(kind: int, data: bytes) -> bytes:
         return struct.pack("<IHB", zlib.crc32(bytes([kind]) + data), len(data), kind) + data
 
@@ -101,7 +101,7 @@ def test_an_empty_wandb_file_is_said(tmp_path: Path) -> None:
         read(str(tmp_path))
 
 
-def test_a_run_of_the_service(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_of_wandbs_service_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     history = [{"_step": 1, "_timestamp": 5.0, "lm loss": 2.0, "flash-comm/wire-bytes": 7, "note": "x", "bad": "NaN"}]
     found = SimpleNamespace(name="nice-name", config={"flash-comm": {"bits": 4}}, scan_history=lambda: history)
     fake = ModuleType("wandb")

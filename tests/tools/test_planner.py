@@ -84,7 +84,7 @@ def test_bytes_are_those_that_travel(collective: str, recipe: str, bits: int, wo
 
 
 @pytest.mark.parametrize(("numel", "kept"), [(MIB // 2 - 1, True), (MIB // 2, False)])
-def test_the_real_policy_decides(numel: int, kept: bool) -> None:
+def test_the_planner_asks_the_packages_own_policy(numel: int, kept: bool) -> None:
     """A GPU's threshold is 1 MiB; below it the exact collective's time is predicted."""
     message = Message("all_reduce", numel, 4)
     default = codec(min_bytes=None)
@@ -96,7 +96,7 @@ def test_the_real_policy_decides(numel: int, kept: bool) -> None:
 # ---- arithmetic ------------------------------------------------------------------------------------------------------
 
 
-def test_predict_by_hand() -> None:
+def test_a_prediction_equals_one_by_hand() -> None:
     """1 GB/s, 1 ms an exchange: 4 Mi values to 2 ranks, 8 MiB exact, 4.25 bits a value compressed."""
     message, what = Message("all_reduce", 4 * MIB, 2, times=3), codec(recipe="flash-v1", algorithm="two-step")
     assert predict(LINK, 2.0, [message]) == pytest.approx(2 + 3 * (2e-3 + 8 * MIB / 1e9))
@@ -106,7 +106,7 @@ def test_predict_by_hand() -> None:
     assert predict(LINK, 2.0, [message], one) == pytest.approx(2 + 3 * (1e-3 + wire / 1e9))
 
 
-def test_codec_work_by_hand() -> None:
+def test_the_codecs_work_equals_that_by_hand() -> None:
     """Two-step on 4 ranks: encode a tensor and a slice; decode as many values twice. CPUs count values, GPUs bytes."""
     message, what = Message("all_reduce", MIB, 4), codec(recipe="flash-v1")
     found, wire, nbytes = work(message, plan_of(message, what), what), MIB * 4.25 / 8, 2 * MIB
@@ -118,7 +118,7 @@ def test_codec_work_by_hand() -> None:
     assert Streaming(1e9, 2e9).seconds(found) == found.encode_moved / 1e9 + found.decode_moved / 2e9
 
 
-def test_pieces_overlap() -> None:
+def test_pieces_hide_all_coding_but_one_piece() -> None:
     """Where sending takes longer than coding, only one piece of the coding is waited for."""
     message, what = Message("all_reduce", MIB, 2), codec(recipe="flash-v1", algorithm="one-step", wire="connections")
     plan = plan_of(message, what)
@@ -222,7 +222,7 @@ def test_decoding_is_left_alone_and_prefill_is_not() -> None:
 
 
 @pytest.mark.parametrize("figure", FIGURES, ids=lambda figure: figure.what)
-def test_published_figures(figure: published.Figure) -> None:
+def test_published_figures_hold_or_are_listed_as_misses(figure: published.Figure) -> None:
     """Within 20 %, or listed as a miss: a miss that got better has to leave the list."""
     assert figure.holds == (figure.what not in published.MISSES), f"{figure.predict():.4g}, off by {figure.error:+.0%}"
 
@@ -259,7 +259,7 @@ def test_the_page_lists_what_misses_and_no_more(root: Path) -> None:
 # ---- many nodes ------------------------------------------------------------------------------------------------------
 
 
-def test_volume_through_a_card() -> None:
+def test_bytes_through_a_network_card_equal_those_by_hand() -> None:
     """4.25 of 16 bits: flat sends 8 times what hierarchical does, which sends 4.25 / 16 of what the rings do."""
     cluster = nodes.Cluster(16, 8, link("nvlink4"), nodes.card_rate(400))
     found = {way.name: way for way in nodes.ways(cluster, 64 * MIB, codec(recipe="flash-v1"))}
@@ -279,7 +279,7 @@ def test_volume_through_a_card() -> None:
         ("L40", 25, 1024, "hierarchical, compressed inside"),
     ],
 )
-def test_where_hierarchical_wins(name: str, gbits: float, count: int, fastest: str) -> None:
+def test_the_fastest_way_is_the_one_the_docs_name(name: str, gbits: float, count: int, fastest: str) -> None:
     """What docs/planner.md says of 128 MiB in 4 bits."""
     row = gpu(name)
     cluster = nodes.Cluster(count, 8, link(row.link), nodes.card_rate(gbits))
@@ -287,12 +287,12 @@ def test_where_hierarchical_wins(name: str, gbits: float, count: int, fastest: s
     assert min(found, key=lambda way: way.seconds).name == fastest
 
 
-def test_doublings_end_where_asked() -> None:
+def test_a_sweep_doubles_up_to_what_was_asked() -> None:
     assert sweep.doublings(1) == [1]
     assert sweep.doublings(6) == [1, 2, 4, 6]
 
 
-def test_pays_from() -> None:
+def test_a_line_pays_from_where_it_stays_above_one() -> None:
     assert sweep.Line("", [1, 2, 4], [0.5, 2.0, 3.0]).pays_from == 2
     assert sweep.Line("", [1, 2, 4], [2.0, 0.9, 3.0]).pays_from == 4
     assert sweep.Line("", [1, 2], [2.0, 1.0]).pays_from is None
