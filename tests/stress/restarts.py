@@ -22,6 +22,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
+
 from patience import patient
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,14 +31,14 @@ RANK = ROOT / "tests" / "support" / "restarted_rank.py"
 FRESH_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
-def names() -> set[str]:
-    """What lies in /dev/shm of ours."""
-    return {name for name in os.listdir("/dev/shm") if name.startswith("flash-comm")}
+def left_behind() -> list[str]:
+    """What processes that have ended left in /dev/shm: names are flash-comm-PROCESS-RANDOM."""
+    ours = [name for name in os.listdir("/dev/shm") if name.startswith("flash-comm-")]
+    return [name for name in ours if not Path("/proc", name.split("-")[2]).exists()]
 
 
 def run(restarts: int, transport: str, ranks: int, seconds: float) -> dict[str, Any]:
     """Restart a job ``restarts`` times; seconds between its attempts' starts. AssertionError where it went wrong."""
-    before = names()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--monitor-interval", "0.1"]
@@ -48,12 +50,12 @@ def run(restarts: int, transport: str, ranks: int, seconds: float) -> dict[str, 
         log_text = (folder / "log").read_text()
         assert ended.returncode == 0, log_text[-8000:]
         lines = [json.loads(line) for line in (folder / "attempts-0.jsonl").read_text().splitlines()]
-        steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     starts = [line["started"] for line in lines if "started" in line]
     assert len(starts) == restarts + 1, f"{len(starts)} attempts"
     assert all(line["right"] for line in lines if "right" in line), "a sum is wrong"
-    assert names() <= before, f"left in /dev/shm: {names() - before}"
-    return {"apart": [round(b - a, 1) for a, b in pairwise(starts)], "steps": steps}
+    assert not left_behind()
+    return {"apart": [round(b - a, 1) for a, b in pairwise(starts)], "steps": [line["step"] for line in logged if "step" in line]}
 
 
 def main(words: list[str]) -> int:
