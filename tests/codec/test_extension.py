@@ -75,6 +75,8 @@ def test_decode_sum_refuses_wrong_tensors(payloads: list[Tensor], out: Tensor, m
 def test_unknown_devices_and_codecs_are_left_to_the_reference() -> None:
     @dataclass
     class Stranger:
+        native = None
+
         def wire_bytes(self, numel: int) -> int:
             return numel
 

@@ -55,7 +55,8 @@ def run(restarts: int, transport: str, ranks: int, seconds: float) -> dict[str, 
     assert len(starts) == restarts + 1, f"{len(starts)} attempts"
     assert all(line["right"] for line in lines if "right" in line), "a sum is wrong"
     assert not left_behind()
-    return {"apart": [round(b - a, 1) for a, b in pairwise(starts)], "steps": [line["step"] for line in logged if "step" in line]}
+    steps = [line["step"] for line in logged if "step" in line]
+    return {"apart": [round(b - a, 1) for a, b in pairwise(starts)], "steps": steps}
 
 
 def main(words: list[str]) -> int:
