@@ -222,7 +222,7 @@ def test_any_bits_encode_and_decode(bits: float, block: int, numel: int, seed: i
 
 
 def coefficients_of(codec: Rotated, residual: Tensor, blocks: int) -> Tensor:
-    """A residual as float64 [blocks, block]: of every four blocks the first four numbers of each, then the next four."""
+    """A residual as float64 [blocks, block]; it holds, of every four blocks, four numbers of each in turns."""
     found = torch.zeros(blocks, codec.block, dtype=torch.float64)
     for index in range(blocks):
         for i in range(codec.block):
