@@ -79,7 +79,7 @@ emulated: $(READY)  ## Run everything that needs a GPU on a stand-in for CUDA
 gpu-check:  ## On a CUDA machine: build, test and measure with the packages at hand; results go to OUT=
 	$(PYTHON) benchmarks/gpu_check.py $(if $(OUT),--out $(OUT))
 
-$(READY): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
+$(READY): pyproject.toml constraints.txt setup.py $(shell find csrc -type f)
 	@command -v $(PYTHON) >/dev/null || { echo "flashcomm_megatron: $(PYTHON) not found: name one with make PYTHON=..." >&2; exit 1; }
 	@$(PYTHON) -c "$$PREFLIGHT"
 	@echo "== environment: $(VENV) with $$($(PYTHON) -V)"

@@ -23,10 +23,12 @@ from setuptools.command.build_ext import build_ext
 
 CSRC = Path("csrc")
 EXACT = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]  # never -ffast-math: NaN must survive
-COMMON = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-pthread"]
-CUDA = ["-std=c++17", "-O3", "-fmad=false", "-DFLASHCOMM_ISA=cuda", "--threads=2"]
-CUDA_SOURCES = ["collectives.cu", "codec_cuda.cu", "shared_memory.cu"]  # the longest first
-CPU_SOURCES = ("codec_cpu.cpp", "rotated_cpu.cpp", "spike_cpu.cpp")  # once for every instruction set
+INCLUDE = f"-I{CSRC}"  # sources name headers from there: "format/codec.h"
+COMMON = [INCLUDE, "-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-pthread"]
+CUDA = [INCLUDE, "-std=c++17", "-O3", "-fmad=false", "-DFLASHCOMM_ISA=cuda", "--threads=2"]
+CUDA_SOURCES = ["cuda/collectives.cu", "cuda/codec_cuda.cu", "cuda/shared_memory.cu"]  # the longest first
+CPU_SOURCES = ("cpu/codec_cpu.cpp", "cpu/rotated_cpu.cpp", "cpu/spike_cpu.cpp")  # once for every instruction set
+HOST_SOURCES = ("cpu/streams.cpp", "cpu/ring.cpp", "cpu/sockets.cpp", "cpu/codec_threads.cpp")
 INSTRUCTION_SETS = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
     AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c", "-mprefer-vector-width=512"]
@@ -97,7 +99,7 @@ class Build(build_ext):
         jobs = self.cpu_jobs(say)
         if nvcc:
             kernels = [nvcc, *CUDA, "-Xcompiler=-fPIC,-fvisibility=hidden", *gencode]
-            jobs = {name: [*kernels, str(CSRC / name)] for name in CUDA_SOURCES} | jobs
+            jobs = {Path(name).stem: [*kernels, str(CSRC / name)] for name in CUDA_SOURCES} | jobs
         folder = Path(self.build_temp)
         folder.mkdir(parents=True, exist_ok=True)
         objects = [str(folder / f"{name}.o") for name in jobs]
@@ -119,8 +121,7 @@ class Build(build_ext):
         jobs = {
             "bindings": [*compiler, *includes, say, str(CSRC / "bindings.cpp")],
             "bindings_streams": [*compiler, *includes, str(CSRC / "bindings_streams.cpp")],
-            **{name: [*compiler, str(CSRC / f"{name}.cpp")] for name in ("streams", "ring", "sockets")},
-            "codec_threads": [*compiler, str(CSRC / "codec_threads.cpp")],
+            **{Path(name).stem: [*compiler, str(CSRC / name)] for name in HOST_SOURCES},
         }
         if "CUDA_ARCHS" in say:
             jobs["bindings_cuda"] = [*compiler, *includes, str(CSRC / "bindings_cuda.cpp")]
@@ -131,8 +132,8 @@ class Build(build_ext):
         return jobs
 
 
-sources = sorted(map(str, CSRC.glob("*.c*")))
+sources = sorted(map(str, CSRC.rglob("*.c*")))
 setup(
-    ext_modules=[Extension("flashcomm_megatron._C", sources, depends=sorted(map(str, CSRC.glob("*.h"))))],
+    ext_modules=[Extension("flashcomm_megatron._C", sources, depends=sorted(map(str, CSRC.rglob("*.h"))))],
     cmdclass={"build_ext": Build},
 )

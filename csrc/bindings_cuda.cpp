@@ -3,7 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "api.h"
-#include "workspace.h"
+#include "cuda/workspace.h"
 
 namespace py = pybind11;
 using namespace flashcomm;

@@ -28,7 +28,7 @@ from .host import HostInboxes
 from .peer import PeerInboxes
 from .topology import nodes
 
-KINDS = {"one-step": 0, "two-step": 1, "reduce_scatter": 2, "all_gather": 3}  # enum Collective in csrc/shape.h
+KINDS = {"one-step": 0, "two-step": 1, "reduce_scatter": 2, "all_gather": 3}  # enum Collective in csrc/cuda/shape.h
 WORLDS = range(2, 9)
 INBOXES: dict[str, type[PeerInboxes] | type[HostInboxes]] = {"peer": PeerInboxes, "host": HostInboxes}
 # What is tried in turn before the process group. auto: nothing, until the kernels have passed make gpu-check.
@@ -149,7 +149,8 @@ Native = tuple[int, int, int]  # format, bits, block: extension.py
 
 
 def _native(codec: Any) -> Native | None:
-    return getattr(codec, "native", None)
+    found: Native | None = codec.native
+    return found
 
 
 @lru_cache

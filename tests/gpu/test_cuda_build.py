@@ -19,7 +19,7 @@ import torch
 from flashcomm_megatron.codec import extension
 
 ARCHITECTURES = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"]
-FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-DFLASHCOMM_ISA=cuda", "-Xptxas=-v", "-c"]
+FLAGS = ["-Icsrc", "-std=c++17", "-O3", "-fmad=false", "-DFLASHCOMM_ISA=cuda", "-Xptxas=-v", "-c"]
 nvcc = shutil.which("nvcc")
 
 
@@ -41,7 +41,7 @@ def test_compiles_and_spills_nothing(root, tmp_path, source, architecture):
         pytest.skip("two minutes each: FLASHCOMM_TEST_ALL_KERNELS=1 compiles the architectures between as well")
     few = [] if has_time else ["-DFLASHCOMM_FEW_COLLECTIVES"]
     target = f"-gencode=arch={architecture.replace('sm', 'compute')},code={architecture}"
-    command = [nvcc, *FLAGS, *few, target, f"csrc/{source}.cu", "-o", str(tmp_path / "out.o")]
+    command = [nvcc, *FLAGS, *few, target, f"csrc/cuda/{source}.cu", "-o", str(tmp_path / "out.o")]
     compiled = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert compiled.returncode == 0, compiled.stderr[-4000:]
     report = compiled.stdout + compiled.stderr
@@ -69,6 +69,6 @@ def test_without_a_driver_a_cuda_call_says_what_is_wrong():
 
 def test_sources_ship(root):
     """Every file of csrc that the build names exists, and an sdist takes headers along."""
-    named = re.findall(r'"(\w+\.(?:cu|cpp))"', (root / "setup.py").read_text())
+    named = re.findall(r'"((?:\w+/)?\w+\.(?:cu|cpp))"', (root / "setup.py").read_text())
     assert named and all((root / "csrc" / name).exists() for name in named)
     assert "csrc" in (Path(root) / "MANIFEST.in").read_text()

@@ -204,21 +204,21 @@ def test_what_is_carried_on_of_what_a_codec_must_survive(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_codec_kernels_with_a_memory_equal_the_definition(kind):
     for dtype, codec in product(DTYPES, (Rotated(4.5, 32), Rotated(5, 64), Rotated(8, 16))):
-        lost = torch.zeros(codec.memory_numel(3001), dtype=dtype)
+        lost = torch.zeros(codec.residual_numel(3001), dtype=dtype)
         defined = lost.clone()
         for seed in range(3):
             x = tensor(kind, 3001, dtype, seed)
             found = emulator.encode(codec, x, lost)
-            assert found is not None and torch.equal(found, codec.encode_ref(x, memory=defined)), (codec, dtype, seed)
+            assert found is not None and torch.equal(found, codec.encode_residual_ref(x, defined)), (codec, dtype, seed)
             assert same(lost, defined), (codec, dtype, seed)
 
 
 def test_signed_zeros_of_a_memory():
     for codec in (Rotated(3, 16), Rotated(4.5, 32), Rotated(5, 64)):
-        lost, defined = (torch.zeros(codec.memory_numel(3001), dtype=torch.float16) for _ in range(2))
+        lost, defined = (torch.zeros(codec.residual_numel(3001), dtype=torch.float16) for _ in range(2))
         for x in fading(3001):
             found = emulator.encode(codec, x, lost)
-            assert found is not None and torch.equal(found, codec.encode_ref(x, memory=defined)), codec
+            assert found is not None and torch.equal(found, codec.encode_residual_ref(x, defined)), codec
             assert same(lost, defined), codec
 
 

@@ -11,14 +11,22 @@ import pytest
 import sanitized
 
 ROOT = Path(__file__).resolve().parents[2]
-HOST = sorted((ROOT / "csrc").glob("*.cpp"))
+HOST = sorted((ROOT / "csrc").rglob("*.cpp"))
 WITH_PYTHON = "bindings"  # these need headers that are not ours
 
 
 @pytest.mark.skipif(sanitized.compiler() is None, reason="no C++ compiler")
 @pytest.mark.parametrize("source", [path for path in HOST if WITH_PYTHON not in path.name], ids=lambda path: path.name)
 def test_compilers_warn_of_nothing(source: Path) -> None:
-    flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-fsyntax-only", "-DFLASHCOMM_ISA=baseline"]
+    flags = [
+        "-std=c++17",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-fsyntax-only",
+        f"-I{ROOT / 'csrc'}",
+        "-DFLASHCOMM_ISA=baseline",
+    ]
     done = subprocess.run([sanitized.compiler() or "", *flags, str(source)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

@@ -2,7 +2,8 @@
 
 One launch: all ranks are blocks of one grid, so a call is all or nothing and can be timed and captured. Streams: each
 rank launches its own kernels, which overtake each other as those of separate GPUs do. Both run the kernel of
-csrc/collectives.h over inboxes made here; host_memory=True puts these into pinned host memory, behind the PCIe link.
+csrc/cuda/collectives.h over inboxes made here; host_memory=True puts these into pinned host memory, behind the PCIe
+link.
 """
 
 from __future__ import annotations

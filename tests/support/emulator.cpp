@@ -7,9 +7,9 @@
 #include <deque>
 #include <random>
 
-#include "../csrc/codec_kernels.h"
-#include "../csrc/collectives.h"
-#include "../csrc/instances.h"
+#include "cuda/codec_kernels.h"
+#include "cuda/collectives.h"
+#include "cuda/instances.h"
 
 using namespace flashcomm;
 using namespace flashcomm::emulated;

@@ -11,6 +11,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from patience import patient
 
 from flashcomm_megatron.tools.compare import table, workspace
 from flashcomm_megatron.tools.compare.runs import CannotRead, Run, read
@@ -38,7 +39,7 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a real offline run, four lines long, logged by log_metrics."""
     pytest.importorskip("wandb", reason="wandb is not installed")
     folder = tmp_path_factory.mktemp("offline")
-    subprocess.run([sys.executable, "-c", OFFLINE, str(folder)], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", OFFLINE, str(folder)], check=True, timeout=patient(120))
     [file] = folder.glob("wandb/offline-run-*/*.wandb")
     return file.parent
 

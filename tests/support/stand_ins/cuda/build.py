@@ -17,12 +17,14 @@ import pybind11
 import torch
 
 HERE = Path(__file__).resolve().parent
-CSRC = HERE.parents[2] / "csrc"
-SOURCES = [CSRC / name for name in ("collectives.cu", "codec_cuda.cu", "bindings_cuda.cpp", "shared_memory.cu")]
+CSRC = HERE.parents[3] / "csrc"
+SOURCES = [
+    CSRC / name for name in ("cuda/collectives.cu", "cuda/codec_cuda.cu", "cuda/shared_memory.cu", "bindings_cuda.cpp")
+]
 SOURCES += [HERE / name for name in ("module.cpp", "runtime.cpp", "fibers.cpp")]
 # Names of its own, lest its types meet those of an extension that was built with nvcc.
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-pthread", "-Wall", "-Wextra"]
-FLAGS += ["-Werror", "-Dflashcomm=flashcomm_stand_in", "-DFLASHCOMM_ISA=emulated", f"-I{HERE}"]
+FLAGS += ["-Werror", "-Dflashcomm=flashcomm_stand_in", "-DFLASHCOMM_ISA=emulated", f"-I{HERE}", f"-I{CSRC}"]
 TORCH = Path(torch.__file__).parent
 HEADERS = [f"-isystem{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"), TORCH / "include")]
 

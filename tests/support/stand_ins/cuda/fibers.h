@@ -13,7 +13,7 @@
 #include <vector>
 
 #define FLASHCOMM_ISA emulated
-#include "../../../csrc/device.h"
+#include "cuda/device.h"
 
 namespace fibers {
 

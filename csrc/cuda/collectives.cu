@@ -1,0 +1,197 @@
+// The fused collectives on CUDA: one kernel for each pair of legs and number type; the idea is in collectives.h.
+#include "cuda/collectives.h"
+
+#include <mutex>
+#include <unordered_map>
+
+#include "cuda/instances.h"
+#include "cuda/launch.h"
+#include "cuda/workspace.h"
+
+namespace flashcomm {
+
+using namespace FLASHCOMM_ISA;
+
+namespace {
+
+constexpr int kBlocksPerMultiprocessor = 2;  // resident at once: bounds the registers, and with them the grid
+
+template <class Reduce, class Gather, class T>
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+    collective_kernel(const __grid_constant__ Call call) {
+    Worker<Reduce, Gather, T>::hire(call).run();
+}
+
+// What one request needs of the kernel that serves it.
+struct Kernel {
+    void (*function)(Call) = nullptr;
+    Shape shape{};
+    int shared_bytes = 0;
+};
+
+Setting setting(const flashcomm::Leg& leg) { return {leg.format, leg.bits, leg.block}; }
+
+Kernel kernel_for(const Request& request, const Capacity& capacity) {
+    Kernel kernel;
+    const Setting reduce = setting(request.reduce), gather = setting(request.gather);
+    with_legs(reduce, gather, request.dtype, !request.lost.empty(), [&](auto first, auto second, auto type) {
+        using Reduce = typename decltype(first)::type;
+        using Gather = typename decltype(second)::type;
+        using T = typename decltype(type)::type;
+        using W = Worker<Reduce, Gather, T>;
+        kernel.shape = W::shape((Collective)request.kind, request.numel, capacity, reduce, gather);
+        kernel.shared_bytes = W::shared_bytes(kernel.shape, reduce, gather);
+        kernel.function = collective_kernel<Reduce, Gather, T>;
+    });
+    if (!kernel.function || kernel.shape.tile == 0)
+        throw std::runtime_error("flash-comm: no fused kernel for legs of " + std::to_string(request.reduce.bits) +
+                                 " and " + std::to_string(request.gather.bits) + " bits in such blocks.");
+    return kernel;
+}
+
+// Blocks that wait for each other must all be resident; asked once for each kernel.
+void check_resident(const Kernel& kernel, int device, int blocks) {
+    static std::mutex lock;
+    static std::unordered_map<const void*, int> most;
+    const std::lock_guard<std::mutex> guard(lock);
+    int& resident = most[(const void*)kernel.function];
+    if (resident == 0) {
+        int each = 0, multiprocessors = 0;
+        check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel.function, kThreads, 48 * 1024),
+              "asking for occupancy");
+        check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
+              "asking for the device");
+        resident = each * multiprocessors;
+    }
+    if (blocks > resident)
+        throw std::runtime_error("flash-comm: " + std::to_string(blocks) +
+                                 " thread blocks that wait for each other, but only " + std::to_string(resident) +
+                                 " fit on the device at once.");
+}
+
+Capacity capacity_of(int world, int blocks, int64_t region) { return {world, blocks, region}; }
+
+}  // namespace
+
+bool has_collective(const flashcomm::Leg& reduce, const flashcomm::Leg& gather, int dtype, bool carries) {
+    return serves(setting(reduce), setting(gather), dtype, carries);
+}
+
+int64_t inbox_bytes(int world, int64_t region) { return Inbox{world, region}.bytes(); }
+int64_t slot_bytes() { return kSlotBytes; }
+
+int device_blocks(int device) {
+    int multiprocessors = 0;
+    check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "asking for the device");
+    const int blocks = multiprocessors * kBlocksPerMultiprocessor;
+    return blocks < kMaxBlocks ? blocks : kMaxBlocks;
+}
+
+Workspace::Workspace(int device, int world, int first, int ranks, int blocks, int64_t region,
+                     std::vector<uintptr_t> inboxes)
+    : device_(device), world_(world), first_(first), ranks_(ranks), blocks_(blocks), region_(region),
+      inboxes_(std::move(inboxes)) {
+    if (world < 2 || world > kMaxWorld || (int)inboxes_.size() != world || blocks < 1 || blocks > kMaxBlocks ||
+        region < blocks * kSlotBytes)
+        throw std::runtime_error(
+            "flash-comm: a workspace has 2 to 8 ranks, an inbox for each, and a slot for each block.");
+    try {
+        allocate();
+    } catch (...) {
+        release();
+        throw;
+    }
+}
+
+void Workspace::allocate() {
+    check(cudaSetDevice(device_), "choosing the device");
+    check(cudaMalloc(&controls_, sizeof(Control) * ranks_), "allocating control words");
+    check(cudaMalloc((void**)&own_, Inbox{world_, region_}.own_bytes() * ranks_), "allocating own slots");
+    check(cudaHostAlloc((void**)&host_errors_, sizeof(uint64_t) * ranks_, cudaHostAllocMapped | cudaHostAllocPortable),
+          "allocating error words");
+    void* seen_by_device = nullptr;
+    check(cudaHostGetDevicePointer(&seen_by_device, host_errors_, 0), "mapping error words");
+    std::vector<Control> controls(ranks_);
+    for (int i = 0; i < ranks_; i++) {
+        host_errors_[i] = 0;
+        controls[i] = {0, 0, (uint64_t*)seen_by_device + i, 0};
+    }
+    check(cudaMemcpy(controls_, controls.data(), sizeof(Control) * ranks_, cudaMemcpyHostToDevice),
+          "writing control words");
+    check(cudaDeviceSynchronize(), "writing control words");
+}
+
+Workspace::~Workspace() {
+    try {
+        close();
+    } catch (const std::exception&) {  // the device is gone, and the memory with it
+    }
+}
+
+void Workspace::close() {
+    if (!controls_) return;
+    check(cudaSetDevice(device_), "choosing the device");
+    const cudaError_t waited = cudaDeviceSynchronize();
+    release();
+    check(waited, "waiting for the last collective");
+}
+
+void Workspace::release() {
+    cudaFree(controls_);
+    cudaFree(own_);
+    if (host_errors_) cudaFreeHost(host_errors_);
+    controls_ = nullptr, own_ = nullptr, host_errors_ = nullptr;
+}
+
+void Workspace::launch(const Request& request) {
+    if (!controls_) throw std::runtime_error("flash-comm: the workspace is closed.");
+    check(cudaSetDevice(device_), "choosing the device");
+    const Kernel kernel = kernel_for(request, capacity_of(world_, blocks_, region_));
+    check_resident(kernel, device_, kernel.shape.blocks * ranks_);
+    Call call{};
+    call.kind = (Collective)request.kind, call.shape = kernel.shape;
+    call.world = world_, call.first = first_, call.ranks = ranks_;
+    call.reduce = setting(request.reduce), call.gather = setting(request.gather);
+    call.region = region_, call.deadline = (uint64_t)(request.deadline * 1e9);
+    call.stalled_rank = request.stalled_rank, call.stall = (uint64_t)(request.stall * 1e9);
+    call.single_buffer = request.single_buffer;
+    for (int i = 0; i < ranks_; i++) {
+        call.x[i] = (const void*)request.x.at(i);
+        call.out[i] = (void*)request.out.at(i);
+        for (int leg = 0; leg < kLegs && !request.lost.empty(); leg++)
+            call.lost[leg][i] = (void*)request.lost.at(leg * ranks_ + i);
+        call.control[i] = (Control*)controls_ + i;
+        call.own[i] = own_ + i * Inbox{world_, region_}.own_bytes();
+    }
+    for (int rank = 0; rank < world_; rank++) call.inbox[rank] = (uint8_t*)inboxes_[rank];
+    const Grid grid = {kernel.shape.blocks * ranks_, kThreads, kernel.shared_bytes, (void*)request.stream};
+    flashcomm::launch("launching a collective", kernel.function, grid, call);
+}
+
+std::vector<int64_t> Workspace::shape(const Request& request) const {
+    const Shape shape = kernel_for(request, capacity_of(world_, blocks_, region_)).shape;
+    return {shape.rounds, shape.tile, shape.blocks, shape.depth, shape.stride};
+}
+
+std::vector<int64_t> Workspace::error() const {
+    for (int i = 0; host_errors_ && i < ranks_; i++) {
+        const uint64_t word = ((const volatile uint64_t*)host_errors_)[i];
+        if (!word) continue;
+        const Overdue overdue = Overdue::of(word);
+        return {overdue.leg, overdue.rank, overdue.block, (int64_t)overdue.round};
+    }
+    return {};
+}
+
+void Workspace::preset(uint64_t epoch) {
+    check(cudaSetDevice(device_), "choosing the device");
+    const std::vector<uint64_t> flags(Inbox::kFlagBytes / sizeof(uint64_t), epoch);
+    for (int i = 0; i < ranks_; i++) {
+        void* inbox = (void*)inboxes_[first_ + i];
+        check(cudaMemcpy((Control*)controls_ + i, &epoch, sizeof epoch, cudaMemcpyHostToDevice), "presetting an epoch");
+        check(cudaMemcpy(inbox, flags.data(), Inbox::kFlagBytes, cudaMemcpyDefault), "presetting flags");
+    }
+    check(cudaDeviceSynchronize(), "presetting the epoch");
+}
+
+}  // namespace flashcomm
