@@ -28,6 +28,7 @@ pytestmark = [
     pytest.mark.skipif(not extension.available(), reason=f"no extension to give a CUDA half to: {extension.reason()}"),
 ]
 
+LEGS = "(Rotated(bits=4.5, block=32), Rotated(bits=5, block=64))"
 CODEC, COLLECTIVES, PROCESSES, FAULTS = (
     f"tests/test_cuda_{name}.py" for name in ("codec", "collectives", "processes", "faults")
 )
@@ -42,7 +43,13 @@ PART = {
         f"{CODEC}::test_equals_the_definition[Rotated(bits=4.5, block=32)]",
         f"{CODEC}::test_equals_the_definition[Rotated(bits=8, block=256)]",
         f"{CODEC}::test_equals_the_definition[Spike(bits=4, block=64)]",
-        f"{CODEC}::test_memories_equal_the_definition[Rotated(bits=5, block=64)]",
+        f"{CODEC}::test_residuals_equal_the_definition[Rotated(bits=5, block=64)]",
+        f"{CODEC}::test_what_a_codec_must_survive[{KINDS[0]}]",
+        f"{CODEC}::test_slices_are_encoded_and_decoded_as_one_by_one[Uniform(bits=4, block=32)]",
+        f"{CODEC}::test_slices_are_encoded_and_decoded_as_one_by_one[Uniform(bits=3, block=1000)]",
+        f"{CODEC}::test_slices_are_encoded_and_decoded_as_one_by_one[Rotated(bits=4.5, block=32)]",
+        f"{CODEC}::test_slices_have_residuals_of_their_own[Rotated(bits=4.5, block=32)]",
+        f"{CODEC}::test_sums_are_encoded_as_out_holds_them[{LEGS}]",
         f"{CODEC}::test_unaligned_views[Uniform(bits=4, block=32)]",
         f"{COLLECTIVES}::test_any_world_kind_and_numel[2-ranks]",
         f"{COLLECTIVES}::test_inboxes_in_host_memory[2-ranks-host]",
