@@ -59,7 +59,9 @@ PART = {
     "processes": [
         f"{PROCESSES}::test_collectives_of_processes_equal_their_specification[2-peer]",
         f"{PROCESSES}::test_ranks_that_stay_name_the_one_that_left[host]",
-        f"{PROCESSES}::test_a_second_stream_is_refused",
+        f"{PROCESSES}::test_a_second_stream_waits_for_the_first",
+        f"{PROCESSES}::test_two_groups_launched_in_opposite_orders",
+        f"{PROCESSES}::test_the_current_device_stays",
         f"{PROCESSES}::test_a_captured_call_counts_on_at_every_replay",
         f"{PROCESSES}::test_a_workspace_made_twenty_times_leaks_nothing[peer]",
     ],
