@@ -49,6 +49,7 @@ def compiled(root: Path, folder: Path, source: str, architecture: str, *flags: s
     return done.stdout + done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(nvcc is None, reason="nvcc is not on PATH")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(("dtype", "uniform"), PARTS)
@@ -65,6 +66,7 @@ def test_compiles_and_spills_nothing(root, tmp_path, source, dtype, uniform, arc
     assert not spilling, "a kernel spills registers or keeps an array in local memory"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(nvcc is None, reason="nvcc is not on PATH")
 @pytest.mark.parametrize("source", ["codec_cuda", "collectives", "shared_memory"])
 def test_host_code_compiles(root, tmp_path, source):
@@ -85,7 +87,7 @@ def test_without_a_driver_a_cuda_call_says_what_is_wrong():
             call()
 
 
-def test_sources_ship(root):
+def test_sources_that_the_build_names_exist(root):
     """Every file of csrc that the build names exists, and an sdist takes headers along."""
     named = re.findall(r'"((?:\w+/)?\w+\.(?:cu|cpp))"', (root / "setup.py").read_text())
     assert named and all((root / "csrc" / name).exists() for name in named)

@@ -28,7 +28,7 @@ SPIKE = [Spike(bits, block) for bits, block in product(range(2, 9), (8, 24, 32, 
 
 
 @pytest.mark.parametrize("codec", UNIFORM + ROTATED + SPIKE, ids=str)
-def test_equals_the_definition(codec):
+def test_codec_kernels_equal_the_definition(codec):
     assert type(codec) is Uniform or extension.has_cuda_kernel(codec.native, torch.bfloat16)
     for dtype, numel in product(DTYPES, (1, 7, 2049, 100_003)):
         parts = [strange(numel, dtype, seed) for seed in range(3)]
@@ -187,7 +187,7 @@ def test_sums_are_encoded_as_out_holds_them(legs):
 
 
 @pytest.mark.parametrize("codec", [Rotated(4.5, 32), Rotated(5, 64), Rotated(8, 16)], ids=str)
-def test_residuals_equal_the_definition(codec):
+def test_codec_kernels_with_residuals_equal_the_definition(codec):
     for dtype, numel in product(DTYPES, (1, 2049, 30_003)):
         defined = torch.zeros(codec.residual_numel(numel), dtype=dtype)
         residual = defined.cuda()
@@ -219,7 +219,7 @@ def check_residuals(codec, calls):
         assert same(residual, defined), codec
 
 
-def test_every_16_bit_pattern():
+def test_every_16_bit_pattern_decodes_as_defined():
     """All numbers of both half types, each beside its neighbours and beside zeros of both signs."""
     for dtype, block in product((torch.float16, torch.bfloat16), (8, 32)):
         patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
@@ -234,7 +234,7 @@ def test_every_16_bit_pattern():
 
 
 @pytest.mark.parametrize("codec", [Uniform(4, 32), Rotated(4.5, 32), Spike(4, 64)], ids=str)
-def test_unaligned_views(codec):
+def test_unaligned_views_give_the_same_bits(codec):
     base = strange(50_001, torch.bfloat16).cuda()
     for start in range(1, 8):
         x = base[start:]
@@ -245,7 +245,7 @@ def test_unaligned_views(codec):
 
 
 @pytest.mark.parametrize("codec", [Uniform(4, 32), Rotated(4.5, 32), Spike(4, 64)], ids=str)
-def test_more_than_two_to_the_31_values(codec):
+def test_more_than_two_to_the_31_values_are_encoded(codec):
     numel = 2**31 + 4096 + 5
     if torch.cuda.mem_get_info()[0] < 16 * 2**30:
         pytest.skip("needs 16 GiB of free GPU memory")

@@ -184,6 +184,7 @@ def run(folder: Path, right: bool) -> subprocess.CompletedProcess[str]:
     return subprocess.run([str(program)], capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_the_stand_in_stops_lanes_that_exchange_at_different_places(tmp_path: Path) -> None:
     for name, right in (("right", True), ("wrong", False)):
         (tmp_path / name).mkdir()
