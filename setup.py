@@ -28,7 +28,7 @@ COMMON = [INCLUDE, "-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "
 CUDA = [INCLUDE, "-std=c++17", "-O3", "-fmad=false", "-DFLASHCOMM_ISA=cuda", "--threads=2"]
 CUDA_SOURCES = ["cuda/collectives.cu", "cuda/codec_cuda.cu", "cuda/shared_memory.cu"]  # the longest first
 CPU_SOURCES = ("cpu/codec_cpu.cpp", "cpu/rotated_cpu.cpp", "cpu/spike_cpu.cpp")  # once for every instruction set
-HOST_SOURCES = ("cpu/streams.cpp", "cpu/ring.cpp", "cpu/sockets.cpp", "cpu/codec_threads.cpp")
+HOST_SOURCES = ("cpu/streams.cpp", "cpu/ring.cpp", "cpu/codec_threads.cpp")
 INSTRUCTION_SETS = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
     AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c", "-mprefer-vector-width=512"]

@@ -57,7 +57,7 @@ def wire(lab: list[Row], row: Row) -> Link:
 
 def compared(row: Row, over: Link, speed: Computing) -> Row:
     """Predicted over measured time, exact and quantized."""
-    codec = Codec(fc.Config(bits=4), speed, "connections")
+    codec = Codec(fc.Config(bits=4), speed, "cpu")
     if row["what"] == "first token":
         compute = row["compute_ms"] / 1e3
         messages = [Message("all_reduce", TOKENS * HIDDEN, row["world"], 2 * LAYERS)]

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from .codec.recipes import RECIPES, Legs
 
-TRANSPORTS = ("auto", "peer", "host", "group")
+TRANSPORTS = ("auto", "group", "shared-memory", "peer", "host")
 ALGORITHMS = ("auto", "one-step", "two-step", "hierarchical")
 EXACT = 16  # grad_bits that leave gradients to the original collectives
 TYPES = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,), "None": (type(None),)}  # a field's words
@@ -42,8 +42,8 @@ class Config:
     thresholds: str | None = _option(None, "File of measured thresholds, made by bench --tune, for the same purpose.")
     transport: str = _option(
         "auto",
-        "How bytes move: peer (GPUs) or host memory shared by the ranks of a machine (CPUs elsewhere: connections), or "
-        "the process group.",
+        "How bytes move: group (the process group: NCCL, gloo); between ranks of one machine also shared-memory (CPUs), "
+        "peer (GPU memory) or host (pinned memory of GPUs).",
     )
     algorithm: str = _option(
         "auto",

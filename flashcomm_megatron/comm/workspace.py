@@ -22,17 +22,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..codec import extension
-from ..collectives.plan import Plan
-from . import segment, votes
+from . import shared_memory, votes
 from .host import HostInboxes
 from .peer import PeerInboxes
-from .topology import nodes
 
 KINDS = {"one-step": 0, "two-step": 1, "reduce_scatter": 2, "all_gather": 3}  # enum Collective in csrc/cuda/shape.h
 WORLDS = range(2, 9)
 INBOXES: dict[str, type[PeerInboxes] | type[HostInboxes]] = {"peer": PeerInboxes, "host": HostInboxes}
 # What is tried in turn before the process group. auto: nothing, until the kernels have passed make gpu-check.
-CHAINS = {"auto": (), "peer": ("peer", "host"), "host": ("host",), "group": ()}
+CHAINS = {"auto": (), "peer": ("peer", "host"), "host": ("host",), "group": (), "shared-memory": ()}
 REGION_BYTES = 4 << 20  # of each (parity, leg, source): messages beyond take several rounds of one kernel
 
 FUSED = (0, 1, 2)  # formats of csrc/api.h that have fused kernels, for blocks whose units fit into a tile
@@ -114,7 +112,7 @@ class Workspace:
 _made: WeakKeyDictionary[dist.ProcessGroup, dict[str, Workspace | None]] = WeakKeyDictionary()  # by transport
 
 
-def serving(group: dist.ProcessGroup, x: Tensor, plan: Plan, transport: str, carries: bool = False) -> Workspace | None:
+def serving(group: dist.ProcessGroup, x: Tensor, plan: Any, transport: str, carries: bool = False) -> Workspace | None:
     """The workspace that runs this call whole, made with the group's first such call; None: use the process group.
 
     ``carries``: with a memory of what roundings lost.
@@ -165,7 +163,6 @@ def _has_kernel(reduce: Native | None, gather: Native | None, dtype: torch.dtype
 def prepare(group: dist.ProcessGroup, transport: str) -> Workspace | None:
     """Make the group's workspace now, before a capture, and let it belong to the current stream. On every rank."""
     refuse_capture()
-    nodes(group)
     made = _of(group, torch.cuda.current_device(), transport)
     if made is not None:
         made.adopt_stream()
@@ -256,7 +253,7 @@ def _place(cuda: ModuleType | None, device: int) -> tuple[bytes, str]:
         return b"", f"the extension has no CUDA kernels ({extension.reason()})"
     try:
         blocks = int(cuda.device_blocks(device)).to_bytes(4, "little")
-        return bytes(cuda.device_uuid(device) + blocks + segment.machine().encode()), ""
+        return bytes(cuda.device_uuid(device) + blocks + shared_memory.machine().encode()), ""
     except RuntimeError as error:
         return b"", str(error)
 

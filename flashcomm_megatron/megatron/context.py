@@ -27,7 +27,6 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from ..config import Config, current
-from ..observe import error_sampling as sampling
 from . import sites
 from .patching import Seam
 
@@ -42,6 +41,10 @@ class Site(NamedTuple):
     kind: str  # "row" or "column"
     module: nn.Module
     config: Config
+
+    def name(self) -> str:
+        """The layer's name inside its model."""
+        return sites.name(self.module)
 
 
 Observer = Callable[[nn.Module, Tensor, Any], None]  # (row layer, partial sum, group)
@@ -58,12 +61,6 @@ _observer: Observer | None = None
 def site() -> Site | None:
     """The site this thread is at."""
     return _here.site
-
-
-sampling.locate(
-    lambda: _here.site.kind if _here.site else None,
-    lambda: sites.name(_here.site.module) if _here.site else None,
-)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """The compressed collectives as autograd functions, and the one question every seam asks: compress here?
 
-:func:`wanted` answers with a :class:`Call` inside a site of the right kind, None everywhere else and where the policy
-defers. Gradients travel as gradients.py says.
+:func:`planned` answers with a plan inside a site of the right kind, None everywhere else and where the call is
+deferred. Gradients travel as gradients.py says.
 """
 
 from __future__ import annotations
@@ -12,11 +12,8 @@ import torch
 from torch import Tensor
 
 from .. import collectives
-from ..codec.recipes import Legs
-from ..collectives import agreement
-from ..collectives import plan as policy
 from ..collectives.algorithms import Residuals
-from ..config import Config
+from ..collectives.plan import Plan, exact_bytes
 from ..observe import messages as announce
 from . import context as where
 from . import feedback, gradients, modes, sites
@@ -24,15 +21,14 @@ from . import feedback, gradients, modes, sites
 UNFIT = "uneven splits or a buffer of the caller's"
 
 
-class Call(NamedTuple):
-    """How a collective at a site is compressed: by the configuration, or by the site's own codecs."""
+class Planned(NamedTuple):
+    """A collective at a site that is to be compressed."""
 
-    config: Config
-    legs: Legs | None = None
+    plan: Plan
     residuals: Residuals | None = None  # what this rank's roundings lost at the layers before
 
 
-def wanted(kind: str, collective: str, x: Tensor, group: Any) -> Call | None:
+def planned(kind: str, collective: str, x: Tensor, group: Any) -> Planned | None:
     """How to compress, or None: not inside a site of this kind, deferred and counted, or only observed."""
     site = where.site()
     if site is None or site.kind != kind or group is None:
@@ -44,32 +40,39 @@ def wanted(kind: str, collective: str, x: Tensor, group: Any) -> Call | None:
         return None
     if modes.forbids(site, collective, x, group):
         return None
-    agreement.check(group, site.config)  # before a file is read, which may fail on this rank alone
+    collectives.agree(group, site.config)  # before a file is read, which may fail on this rank alone
     legs = sites.legs(site.config, site.module, group) if kind == "row" else None
-    if not collectives.wants(collective, x, group, site.config, legs):
+    plan = collectives.decide(collective, x, group, site.config, site, legs)
+    if plan.deferred:
+        collectives.count_deferred(plan)
         return None
     row = kind == "row"  # asked here: inside an autograd function gradients look switched off
-    return Call(site.config, legs, feedback.residuals(site.module, x, group, site.config) if row else None)
+    return Planned(plan, feedback.residuals(site.module, x, group, site.config) if row else None)
 
 
 def unfit(kind: str, collective: str, x: Tensor, group: Any) -> None:
     """Count a collective whose place ours cannot take."""
     site = where.site()
     if site is not None and site.kind == kind and group is not None and where.observer() is None:
-        announce.deferred(UNFIT, policy.exact_bytes(collective, x.nbytes, group.size()), site.config)
+        announce.deferred(UNFIT, exact_bytes(collective, x.nbytes, group.size()), site.config)
 
 
-def run(function: type[torch.autograd.Function], x: Tensor, group: Any, call: Call) -> Any:
+def run(function: type[torch.autograd.Function], x: Tensor, group: Any, call: Planned) -> Any:
     """One of the functions below, recorded for backward."""
     return function.apply(x, group, call)  # type: ignore[no-untyped-call]
+
+
+def send(call: Planned, x: Tensor, site: Any = None, out: Tensor | None = None, async_op: bool = False) -> Any:
+    """The result of a planned collective, or its handle."""
+    return collectives.run(call.plan, x, out, async_op, call.residuals, site)
 
 
 class AllReduce(torch.autograd.Function):
     """Sum over ranks; the gradient of a sum that every rank holds is the gradient itself."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any, call: Call) -> Any:
-        return collectives.all_reduce(x, group, call.config, legs=call.legs, residuals=call.residuals)
+    def forward(ctx: Any, x: Tensor, group: Any, call: Planned) -> Any:
+        return send(call, x, site=where.site())
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -80,9 +83,9 @@ class ReduceScatter(torch.autograd.Function):
     """Sum over ranks, cut along the first dimension; the gradient is gathered."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any, call: Call) -> Any:
+    def forward(ctx: Any, x: Tensor, group: Any, call: Planned) -> Any:
         ctx.group, ctx.site = group, where.site()
-        return collectives.reduce_scatter(x, group, call.config, legs=call.legs, residuals=call.residuals)
+        return send(call, x, site=ctx.site)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -93,9 +96,9 @@ class AllGather(torch.autograd.Function):
     """Concatenate along the first dimension; the gradients are summed and cut."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any, call: Call) -> Any:
+    def forward(ctx: Any, x: Tensor, group: Any, call: Planned) -> Any:
         ctx.group, ctx.site = group, where.site()
-        return collectives.all_gather(x, group, call.config)
+        return send(call, x, site=ctx.site)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import collectives
+from . import context as where
 from . import differentiable
 from .context import LAYERS, Function
 from .patching import Seam
@@ -17,7 +17,7 @@ from .patching import Seam
 
 def _reduce(original: Function) -> Function:
     def reduce_from_tensor_model_parallel_region(input_: Tensor, group: Any = None) -> Any:
-        call = differentiable.wanted("row", "all_reduce", input_, group)
+        call = differentiable.planned("row", "all_reduce", input_, group)
         return differentiable.run(differentiable.AllReduce, input_, group, call) if call else original(input_, group)
 
     return reduce_from_tensor_model_parallel_region
@@ -26,7 +26,7 @@ def _reduce(original: Function) -> Function:
 def _reduce_scatter(original: Function) -> Function:
     def reduce_scatter_to_sequence_parallel_region(input_: Tensor, group: Any = None, *args: Any, **kwargs: Any) -> Any:
         plain = not args and not kwargs  # neither uneven splits nor a shared output buffer
-        ask = differentiable.wanted if plain else differentiable.unfit
+        ask = differentiable.planned if plain else differentiable.unfit
         call = ask("row", "reduce_scatter", input_, group)
         if call:
             return differentiable.run(differentiable.ReduceScatter, input_, group, call)
@@ -40,7 +40,7 @@ def _gather(original: Function) -> Function:
         input_: Tensor, tensor_parallel_output_grad: bool = True, group: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
         plain = tensor_parallel_output_grad and not args and not kwargs
-        ask = differentiable.wanted if plain else differentiable.unfit
+        ask = differentiable.planned if plain else differentiable.unfit
         call = ask("column", "all_gather", input_, group)
         if call:
             return differentiable.run(differentiable.AllGather, input_, group, call)
@@ -53,10 +53,10 @@ def _gather_tensor(original: Function) -> Function:
     def all_gather_into_tensor(
         output_tensor: Tensor, input_tensor: Tensor, group: Any = None, async_op: bool = False
     ) -> Any:
-        call = differentiable.wanted("column", "all_gather", input_tensor, group)
+        call = differentiable.planned("column", "all_gather", input_tensor, group)
         if not call:
             return original(output_tensor, input_tensor, group=group, async_op=async_op)
-        handle = collectives.all_gather(input_tensor, group, call.config, async_op=async_op, out=output_tensor)
+        handle = differentiable.send(call, input_tensor, where.site(), output_tensor, async_op)
         return handle if async_op else None
 
     return all_gather_into_tensor

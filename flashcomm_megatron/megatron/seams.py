@@ -22,10 +22,9 @@ from ..observe import messages as announce
 from . import context as where
 from . import experts, forward, gradients, inference, patching, training_log, transformer_engine
 from .context import observe
-from .differentiable import Call
 from .patching import PatchError, Seam
 
-__all__ = ["SEAMS", "TABLES", "Call", "install", "megatron_version", "observe", "rows", "rows_of", "uninstall"]
+__all__ = ["SEAMS", "TABLES", "install", "megatron_version", "observe", "rows", "rows_of", "uninstall"]
 
 OLDEST = (0, 13)  # megatron-core; the first whose layers hand their process group to every collective
 TABLES = (where.ROWS, forward.ROWS, gradients.ROWS, experts.ROWS)

@@ -14,6 +14,7 @@ import logging
 import os
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -165,6 +166,18 @@ def unexpected(what: str, config: Config) -> None:
     if what not in _said:
         _said.add(what)
         complain(what, fatal=False)
+
+
+def fell_back(what: str, ranks: Sequence[int], reason: str) -> None:
+    """Say that the group of ``ranks``, whose first one calls this, does without ``what``: for one group of a process."""
+    if what not in _said:
+        _said.add(what)
+        print(f"flash-comm: no {what} between ranks {_span(ranks)}, and maybe others: {reason}", flush=True)
+
+
+def _span(ranks: Sequence[int]) -> str:
+    is_dense = list(ranks) == list(range(ranks[0], ranks[-1] + 1)) and len(ranks) > 2
+    return f"{ranks[0]} to {ranks[-1]}" if is_dense else " and ".join(map(str, ranks))
 
 
 def say(line: str) -> None:

@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import spawn
+from specification import planned
 
 from flashcomm_megatron.collectives import all_gather, all_reduce, reduce_scatter
-from flashcomm_megatron.collectives import handle as calls
-from flashcomm_megatron.collectives import plan as policy
+from flashcomm_megatron.comm.communicator import Communicator
 from flashcomm_megatron.config import Config
 from flashcomm_megatron.observe import counters
 
@@ -40,11 +40,12 @@ def expected_sum(codec, parts: list[torch.Tensor]) -> torch.Tensor:
 
 
 def expected_all_reduce(config: Config, parts: list[torch.Tensor]) -> torch.Tensor:
-    world, plan = len(parts), policy.plan("all_reduce", parts[0], len(parts), config)
+    world, plan, x = len(parts), planned("all_reduce", parts[0], len(parts), config), parts[0]
     if plan.algorithm == "one-step":
         return expected_sum(plan.reduce, parts)
-    unit = math.lcm(plan.reduce.block, plan.gather.block)
-    length = math.ceil(math.ceil(parts[0].numel() / world) / unit) * unit
+    has_rows = x.dim() > 1 and x.numel() > x.size(-1)  # else cut where both codecs' units end
+    grain = x.size(-1) if has_rows else math.lcm(plan.reduce.unit, plan.gather.unit)
+    length = math.ceil(math.ceil(x.numel() / grain) / world) * grain
     slices = zip(*(x.reshape(-1).split(length) for x in parts), strict=True)
     sums = [expected_sum(plan.reduce, list(pieces)) for pieces in slices]
     return torch.cat([through(plan.gather, piece, piece.dtype) for piece in sums]).view(parts[0].shape)
@@ -61,7 +62,7 @@ def _every_collective(rank: int, world: int, configs: list[Config]) -> int:
                 assert torch.equal(all_reduce(x, None, config), expected_all_reduce(config, parts))
                 assert torch.equal(x, expected_all_reduce(config, parts)), "a contiguous input is reduced in place"
 
-                plan = policy.plan("all_reduce", x, world, config)
+                plan = planned("all_reduce", x, world, config)
                 gathered = torch.cat([through(plan.gather, each, dtype) for each in parts])
                 assert torch.equal(all_gather(parts[rank], None, config), gathered)
 
@@ -192,20 +193,25 @@ def test_what_is_deferred_is_exact_and_counted_with_its_reason():
 
 def _bytes(rank: int, world: int, algorithm: str) -> tuple[int, int]:
     """wire_bytes as counted, against the sizes of the tensors really handed to the process group."""
-    from flashcomm_megatron.comm import process_group as transport
+    sent = []
 
-    sent, original = [], dist.isend
+    class Counting:
+        """The process group, whose messages are noted."""
 
-    def recording(tensor, *args, **kwargs):
-        sent.append(tensor.numel())
-        return original(tensor, *args, **kwargs)
+        def __getattr__(self, name):
+            return getattr(dist.group.WORLD, name)
+
+        def send(self, tensors, *args):
+            sent.append(tensors[0].numel())
+            return dist.group.WORLD.send(tensors, *args)
 
     config = Config(bits=5, min_bytes=0, algorithm=algorithm, transport="group")
     all_reduce(torch.empty(0), None, config)  # the ranks compare configurations
-    transport.dist.isend = recording
-    dist.distributed_c10d.isend = recording
+    counting = Counting()
+    Communicator.of(dist.group.WORLD)._over_group._group = lambda: counting
     counters.reset_stats()
     all_reduce(part(rank, (1111,), torch.bfloat16), None, config)
+    all_reduce(part(rank, (10, 111), torch.bfloat16), None, config)
     reduce_scatter(part(rank, (world * 3, 111), torch.bfloat16), None, config)
     all_gather(part(rank, (7, 111), torch.bfloat16), None, config)
     return counters.stats()["wire_bytes"], sum(sent)
@@ -239,15 +245,25 @@ def test_two_groups_at_once():
     spawn(_subgroups, 4)
 
 
-def test_an_error_is_raised_again_by_a_second_wait() -> None:
-    def steps():  # type: ignore[no-untyped-def]
-        yield []
-        raise ValueError("broken")
+def _broken_handle(rank: int, world: int) -> list[str]:
+    from flashcomm_megatron.collectives import ALGORITHMS
 
-    handle = calls.Handle(steps(), 0, 0)
+    def steps(*args: object) -> object:
+        raise ValueError("broken")
+        yield
+
+    ALGORITHMS["one-step"] = steps
+    handle = all_reduce(torch.ones(5000), None, Config(bits=4), async_op=True)
+    said = []
     for _ in range(2):
-        with pytest.raises(ValueError, match="broken"):
+        with pytest.raises(ValueError) as error:
             handle.wait()
+        said.append(str(error.value))
+    return said
+
+
+def test_an_error_is_raised_again_by_a_second_wait() -> None:
+    assert spawn(_broken_handle, 2) == [["broken", "broken"]] * 2
 
 
 def _single_values(rank: int, world: int) -> list[torch.Tensor]:

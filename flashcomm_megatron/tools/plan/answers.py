@@ -224,7 +224,7 @@ def _measured(options: argparse.Namespace) -> Answer:
     numel = options.batch * options.seq * shape.hidden
     message = Message("all_reduce", numel, options.tp, shape.sums)
     rows, exact = [], predict(lab.link, lab.compute_seconds, [message])
-    for codec in (None, *(Codec(config, lab.speed, "connections") for config in _configs(options))):
+    for codec in (None, *(Codec(config, lab.speed, "cpu") for config in _configs(options))):
         one, step = seconds(lab.link, message, codec), predict(lab.link, lab.compute_seconds, [message], codec)
         row: Row = {"bits": 16 if codec is None else codec.config.bits, "sent": _sent(message, codec)}
         gain = seconds(lab.link, message, None) / one

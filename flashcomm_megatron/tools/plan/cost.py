@@ -1,23 +1,22 @@
 """The cost of one collective, and of one step of a model: what the planner and the link lab both reckon with.
 
 A collective costs the latency of its exchanges, the bytes it sends over the link's rate, and the codec's work over the
-codec's speed; the latter two one after the other, unless the policy cuts the tensor into pieces, which overlap. Bytes
-are those of the real codecs and algorithms, decisions the real policy's. :func:`predict` is the whole model.
+codec's speed; the latter two one after the other, unless the plan cuts the tensor into pieces, which overlap. Bytes
+are those of the real codecs and algorithms, decisions the real plan's. :func:`predict` is the whole model.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 import torch
 
 from ...codec.recipes import RECIPES
-from ...collectives import algorithms
-from ...collectives import plan as policy
-from ...comm.wire import Wire
+from ...collectives.plan import Plan, exact_bytes, plan
+from ...comm.simulated import Simulated
 from ...config import Config
 from .hardware import MEMORY_EFFICIENCY, Gpu, Link
 
@@ -76,7 +75,7 @@ class Computing:
 
 @dataclass(frozen=True)
 class Codec:
-    """What compresses: a configuration, how fast its codecs run, and what joins the ranks (wire.py)."""
+    """What compresses: a configuration, how fast its codecs run, and what joins the ranks (comm/communicator.py)."""
 
     config: Config
     speed: Speed
@@ -90,7 +89,7 @@ def assumed_speed(gpu: Gpu) -> Streaming:
 
 
 def predict(link: Link, compute_seconds: float, messages: Iterable[Message], codec: Codec | None = None) -> float:
-    """Seconds of one step: its compute, then each of its collectives, by ``codec`` where the policy says so.
+    """Seconds of one step: its compute, then each of its collectives, by ``codec`` where the plan says so.
 
     ``codec`` None: all exact.
     """
@@ -100,7 +99,7 @@ def predict(link: Link, compute_seconds: float, messages: Iterable[Message], cod
 def seconds(link: Link, message: Message, codec: Codec | None) -> float:
     """Seconds of one collective."""
     plan = None if codec is None else plan_of(message, codec)
-    if codec is None or plan is None or plan.reason is not None:
+    if codec is None or plan is None or plan.deferred:
         return _exact(link, message)
     sent, exchanges = wire_bytes(message, plan), _exchanges(message, plan)
     waits = link.latency + link.codec_latency + exchanges * (link.step + (message.world - 1) * link.message)
@@ -109,31 +108,28 @@ def seconds(link: Link, message: Message, codec: Codec | None) -> float:
     return waits + drained + max(wire, coding) + min(wire, coding) / pieces(message, plan)
 
 
-def pieces(message: Message, plan: policy.Plan) -> int:
+def pieces(message: Message, plan: Plan) -> int:
     """How many pieces are under way together; 1 where nothing overlaps."""
-    piece: int = plan.piece
-    values = message.numel // message.world if message.collective == "reduce_scatter" else message.numel
-    return math.ceil(values / piece) if piece else 1
+    return len(plan.pieces)
 
 
-def plan_of(message: Message, codec: Codec) -> policy.Plan:
-    """The policy's plan for a tensor like this; ``reason`` says why it stays exact."""
-    x = torch.empty(1, dtype=message.dtype, device="meta").expand(message.numel)
-    return policy.plan(message.collective, x, message.world, codec.config, wire=Wire(codec.wire))
+def plan_of(message: Message, codec: Codec) -> Plan:
+    """The collectives' plan for a tensor like this; ``deferred`` says why it stays exact."""
+    return _plan_of(message, codec.config, codec.wire)
 
 
-def wire_bytes(message: Message, plan: policy.Plan) -> int:
+@lru_cache(maxsize=4096)
+def _plan_of(message: Message, config: Config, kind: str) -> Plan:
+    comm = Simulated(0, message.world, kind=kind)
+    return plan(message.collective, (message.numel,), message.dtype, torch.device("cpu"), comm, config)
+
+
+def wire_bytes(message: Message, plan: Plan) -> int:
     """Bytes that one rank sends."""
-    _, numel, world, *_ = message
-    if message.collective == "reduce_scatter":
-        return (world - 1) * plan.reduce.wire_bytes(numel // world)
-    if message.collective == "all_gather":
-        return (world - 1) * plan.gather.wire_bytes(numel)
-    count = algorithms.one_step_bytes if plan.algorithm == "one-step" else algorithms.two_step_bytes
-    return count(numel, 0, world, plan)
+    return plan.wire_bytes
 
 
-def work(message: Message, plan: policy.Plan, codec: Codec) -> Work:
+def work(message: Message, plan: Plan, codec: Codec) -> Work:
     """What the codec of one rank has to do."""
     _, numel, world, *_ = message
     if message.collective == "all_gather":
@@ -164,12 +160,12 @@ def _gather(nbytes: float, wire: float, world: int) -> list[float]:
 def _exact(link: Link, message: Message) -> float:
     """The better of a ring and, where there is one, the switch that adds."""
     steps = (message.world - 1) * (2 if message.collective == "all_reduce" else 1)
-    sent = policy.exact_bytes(message.collective, message.nbytes, message.world)
+    sent = exact_bytes(message.collective, message.nbytes, message.world)
     ring = link.latency + steps * (link.step + link.message) + sent / link.send_rate(message.world)
     if link.multicast is None or message.collective != "all_reduce":
         return ring
     return min(ring, link.latency + message.nbytes / link.multicast)
 
 
-def _exchanges(message: Message, plan: policy.Plan) -> int:
+def _exchanges(message: Message, plan: Plan) -> int:
     return 2 if message.collective == "all_reduce" and plan.algorithm == "two-step" else 1
