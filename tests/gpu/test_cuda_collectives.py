@@ -126,9 +126,9 @@ def test_what_a_rounding_lost_is_carried_on(ranks, kind):
     """Three calls with a memory: results and memories of the algorithms over any process group."""
     for dtype in DTYPES:
         calls = [[strange(30_000, dtype, 10 * call + r) for r in range(ranks.world)] for call in range(3)]
-        plan = plan_of(kind, AUTO, dtype)
+        plans = [plan_of(kind, AUTO, dtype, 30_000, ranks.world, r) for r in range(ranks.world)]
         lost = [
-            algorithms.fused_memories(kind, x.cuda(), r, ranks.world, plan, Residuals()) for r, x in enumerate(calls[0])
+            algorithms.fused_residuals(x.cuda(), plan, Residuals()) for x, plan in zip(calls[0], plans, strict=True)
         ]
         by_leg = [each[leg] for leg in (0, 1) for each in lost]
         for parts, (wanted, losses) in zip(calls, carried(kind, AUTO, calls, ranks.world), strict=True):

@@ -11,11 +11,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import spawn
-from specification import expected, same, strange
+from specification import expected, planned, same, strange
 
 from flashcomm_megatron.codec import extension
 from flashcomm_megatron.collectives import all_gather, all_reduce, prepare, reduce_scatter
-from flashcomm_megatron.collectives import plan as policy
 from flashcomm_megatron.comm import workspace
 from flashcomm_megatron.config import Config
 
@@ -45,7 +44,7 @@ def _collectives(rank: int, world: int, transport: str) -> str:
             config = config_of(transport, 4 + 4 * (seed % 2), algorithm)
             parts = [strange(numel, torch.bfloat16, seed * 10 + r) for r in range(world)]
             x = parts[rank].to(device)
-            plan = policy.plan("all_reduce", x, world, config)
+            plan = planned("all_reduce", x, world, config)
             codecs = (plan.reduce, plan.gather)
             result = all_reduce(x, group, config)
             assert result is x and same(x, expected(algorithm, codecs, parts)[rank])
@@ -121,7 +120,7 @@ def _graph(rank: int, world: int) -> None:
         parts = [strange(5000, torch.bfloat16, replay * 10 + r) for r in range(world)]
         x.copy_(parts[rank])
         graph.replay()
-        plan = policy.plan("all_reduce", x, world, config)
+        plan = planned("all_reduce", x, world, config)
         assert same(x, expected(plan.algorithm, (plan.reduce, plan.gather), parts)[rank])
     workspace.close(group)
 

@@ -7,13 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from ranks import spawn
+from specification import planned, simulate
 from torch import Tensor, nn
 
 from flashcomm_megatron.codec import Rotated, rotated
 from flashcomm_megatron.collectives import algorithms, all_reduce, reduce_scatter
-from flashcomm_megatron.collectives import plan as policy
+from flashcomm_megatron.collectives.plan import Plan
 from flashcomm_megatron.collectives.algorithms import Residuals
-from flashcomm_megatron.comm import simulated as lockstep
 from flashcomm_megatron.config import Config
 from flashcomm_megatron.megatron import feedback
 
@@ -155,17 +155,16 @@ def contribution(rank: int, step: int, shape: tuple[int, ...] = (6, 160)) -> Ten
     return torch.randn(shape, generator=torch.Generator().manual_seed(100 * step + rank))
 
 
-def drift(world: int, algorithm: str, steps: int, memory: list[Residuals | None]) -> tuple[Tensor, Tensor, policy.Plan]:
+def drift(world: int, algorithm: str, steps: int, memory: list[Residuals | None]) -> tuple[Tensor, Tensor, Plan]:
     """Sum of ``steps`` simulated all-reduces, the exact one, and the plan."""
     config = Config(bits=4, min_bytes=0, algorithm=algorithm)
-    plan = policy.plan("all_reduce", contribution(0, 0), world, config)
-    start = {"one-step": algorithms.one_step, "two-step": algorithms.two_step}[algorithm]
+    plans = [planned("all_reduce", contribution(0, 0), world, config, rank) for rank in range(world)]
     stream = exact = torch.zeros(6, 160)
     for step in range(steps):
         parts = [contribution(rank, step) for rank in range(world)]
         exact = exact + sum(parts)
-        stream = stream + lockstep.first(lambda link: start(parts[link.rank], link, plan, memory[link.rank]), world)  # noqa: B023
-    return stream, exact, plan
+        stream = stream + simulate(plans, parts, parts, memory)[0]
+    return stream, exact, plans[0]
 
 
 def drifted(world: int, algorithm: str, steps: int, has_memory: bool) -> float:
@@ -213,27 +212,28 @@ def test_what_the_stream_lacks_is_what_the_ranks_remember(world: int, algorithm:
     """Of the reduce leg the memories of all ranks, of the gather leg that of each slice's owner."""
     memory = [Residuals() for _ in range(world)]
     stream, exact, plan = drift(world, algorithm, 8, memory)
-    length = stream.numel() if algorithm == "one-step" else algorithms.slice_length(stream.numel(), world, plan)
-    legs = [each.parts[0] for each in memory]
-    missing = sum(lacking(plan.reduce, each.reduce, length)[: stream.numel()] for each in legs)
+    length = plan.pieces[0].slices.length
+    missing = sum(lacking(plan.reduce, each.kept[0, "reduce"], length)[: stream.numel()] for each in memory)
     if algorithm == "two-step":
-        missing += torch.cat([lacking(plan.gather, each.gather, length) for each in legs])[: stream.numel()]
+        missing += torch.cat([lacking(plan.gather, each.kept[0, "gather"], length) for each in memory])[: stream.numel()]
     assert missing.abs().max() > 0.1
     assert torch.allclose(stream + missing.view_as(stream), exact, atol=1e-4)
 
 
 def test_a_codec_without_a_memory_is_refused() -> None:
-    plan = policy.plan("all_reduce", contribution(0, 0), 2, Config(bits=4, min_bytes=0, recipe="flash-v1"))
+    plan = planned("all_reduce", contribution(0, 0), 2, Config(bits=4, min_bytes=0, recipe="flash-v1"))
+    parts = [contribution(0, 0) for _ in range(2)]
     with pytest.raises(ValueError, match="only codecs of recipe auto"):
-        lockstep.first(lambda link: algorithms.two_step(contribution(0, 0), link, plan, Residuals()), 2)
+        simulate([plan] * 2, parts, parts, [Residuals(), Residuals()])
 
 
 def test_a_memory_of_another_shape_is_refused() -> None:
     memory = [Residuals() for _ in range(2)]
     drift(2, "one-step", 1, memory)
-    plan = policy.plan("all_reduce", torch.zeros(4096), 2, AUTO)
+    parts = [torch.zeros(4096), torch.zeros(4096)]
+    plan = planned("all_reduce", parts[0], 2, AUTO)
     with pytest.raises(ValueError, match=r"reduce leg remembers \d+ numbers, this tensor takes 4096; start with new"):
-        lockstep.first(lambda link: algorithms.one_step(torch.zeros(4096), link, plan, memory[link.rank]), 2)
+        simulate([plan] * 2, parts, parts, memory)
 
 
 def _scattered(rank: int, world: int) -> tuple[float, float]:

@@ -16,10 +16,10 @@ import pytest
 import torch
 from mixtures import ATTENTION, DENSE, EXPERTS, TOKENS, Recorder, calls, recorded
 from ranks import spawn
+from specification import planned
 from torch import Tensor
 
 import flashcomm_megatron as fc
-from flashcomm_megatron.collectives import plan as policy
 from flashcomm_megatron.megatron import modes, patching, seams
 
 # Not imported here: the ranks import this file before they switch CPU mode on.
@@ -220,13 +220,12 @@ def test_capture_and_replay_decide_alike(monkeypatch: pytest.MonkeyPatch, device
     values = [torch.empty(size, dtype=torch.bfloat16, device=device) for size in sizes]
 
     def plans() -> list[Any]:
-        policy._plan.cache_clear()
-        return [policy.plan("all_reduce", x, 2, config) for x in values]
+        return [planned("all_reduce", x, 2, config)._replace(comm=None, transport=None) for x in values]
 
     eager = plans()
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with torch.inference_mode():
         captured = plans()
     assert captured == eager
-    deferred = [plan.reason is not None for plan in eager]
+    deferred = [plan.deferred is not None for plan in eager]
     assert deferred == sorted(deferred, reverse=True) and deferred[0] and not deferred[-1]  # both, by size alone

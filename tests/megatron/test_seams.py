@@ -220,7 +220,7 @@ class Recorder:
         self.widths: set[int] = set()
         self.passed: list[str] = []  # collectives that reached a seam outside of every site
         self.io: dict[str, tuple[Any, Any]] = {}
-        self.wanted = differentiable.wanted
+        self.planned = differentiable.planned
         for name, module in model.named_modules():
             module.register_forward_hook(partial(self.keep, name))
 
@@ -230,7 +230,7 @@ class Recorder:
         self.io[name] = args, tuple(each.clone() if isinstance(each, Tensor) else each for each in outputs)
 
     def __call__(self, kind: str, collective: str, x: Tensor, group: Any) -> Any:
-        config, site = self.wanted(kind, collective, x, group), where.site()
+        config, site = self.planned(kind, collective, x, group), where.site()
         if config is None:
             self.passed.append(collective)
         else:
@@ -247,13 +247,13 @@ def mixture(sequence_parallel: bool) -> dict[str, Any]:
     inputs = tokens, tokens, None
     embedded = model.embedding(tokens, tokens)
     recorder = Recorder(model)
-    differentiable.wanted, wanted = recorder, differentiable.wanted
+    differentiable.planned, planned = recorder, differentiable.planned
     with fc.flashcomm(CONFIG):
         loss = model(*inputs, labels=tokens)
         forward = list(recorder.compressed)
         if sequence_parallel:
             loss.mean().backward()
-    differentiable.wanted = wanted
+    differentiable.planned = planned
     found = {"forward": forward, "backward": recorder.compressed[len(forward) :], "passed": recorder.passed}
     found |= {"dtypes": recorder.dtypes, "widths": recorder.widths, "finite": bool(loss.isfinite().all())}
     return found | exactness(model, recorder, embedded, loss, tokens)

@@ -159,16 +159,6 @@ def test_cuda_sees_no_wait() -> None:
     assert sampling.read()["all_reduce"] == (0.0, 0)
 
 
-def test_site_of_the_caller_names_the_sample() -> None:
-    before = sampling._where
-    sampling.locate(lambda: "row")
-    try:
-        sampling.sample("all_reduce", values(64), CODEC)
-    finally:
-        sampling.locate(before)
-    assert list(sampling.read()) == ["row"]
-
-
 # ---- destinations ---------------------------------------------------------------------------------------------------
 
 

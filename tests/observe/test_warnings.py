@@ -35,7 +35,6 @@ SCRIPT = """
 import torch, torch.distributed as dist
 import flashcomm_megatron as fc
 from flashcomm_megatron import collectives
-from flashcomm_megatron.transport import links
 
 store = dist.HashStore()
 dist.init_process_group("gloo", store=store, rank=0, world_size=1)
@@ -43,13 +42,16 @@ config = fc.Config(bits=4, min_bytes=0)
 x = torch.randn(1000)
 assert fc.decode(fc.encode(x, config), x.shape, x.dtype, config).shape == x.shape
 collectives.all_reduce(x, None, config)
-link = links.link(dist.group.WORLD, x.device, fc.Config(bits=4, transport="host"), "opens")
-links.close(dist.group.WORLD)
+from flashcomm_megatron.comm.communicator import Communicator
+from flashcomm_megatron.comm.shared_memory import SharedMemory
+SharedMemory(dist.group.WORLD)
+Communicator.of(dist.group.WORLD).close()
 dist.destroy_process_group()
 
 from pathlib import Path
-from flashcomm_megatron import agreement, ranges, thresholds
-thresholds.write(Path("thresholds.json"), "here", {})
+from flashcomm_megatron.codec.published import ranges
+from flashcomm_megatron.collectives import agreement, minimum_size
+minimum_size.write(Path("thresholds.json"), "here", {})
 ranges.save("ranges", {"layer": torch.zeros(2, 2, 8)}, batches=1)
 ranges.load("ranges")
 agreement.digest(fc.Config(bits=4, recipe="outlier", calibration="ranges", thresholds="thresholds.json"))

@@ -55,17 +55,18 @@ def total(codec: Any, parts: Sequence[Tensor]) -> Tensor:
 
 
 def expected(kind: str, codecs: tuple[Any, Any], parts: Sequence[Tensor]) -> list[Tensor]:
-    """What every rank holds after the collective ``kind``: algorithms.py in a few lines. Tensors 1-D, on the CPU."""
+    """What every rank holds after the collective ``kind``, flat: algorithms.py in a few lines. On the CPU."""
     reduce, gather = codecs
-    world, numel = len(parts), parts[0].numel()
+    world, numel, width = len(parts), parts[0].numel(), parts[0].size(-1) if parts[0].dim() > 1 else parts[0].numel()
+    parts = [part.reshape(-1) for part in parts]
     if kind == "one-step":
         return [total(reduce, parts)] * world
     if kind == "all_gather":
         return [torch.cat([through(gather, x, x.dtype) for x in parts])] * world
     if kind == "reduce_scatter":
         return [total(reduce, [x.chunk(world)[rank] for x in parts]) for rank in range(world)]
-    unit = math.lcm(reduce.block, gather.block)
-    length = math.ceil(math.ceil(numel / world) / unit) * unit
+    grain = width if numel > width else math.lcm(reduce.unit, gather.unit)
+    length = math.ceil(math.ceil(numel / grain) / world) * grain
     slices = zip(*(x.split(length) for x in parts), strict=True)
     return [torch.cat([through(gather, total(reduce, s), s[0].dtype) for s in slices])] * world
 

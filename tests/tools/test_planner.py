@@ -14,10 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+from specification import CALL
 
+from flashcomm_megatron import collectives
 from flashcomm_megatron.collectives import algorithms
-from flashcomm_megatron.collectives import plan as policy
-from flashcomm_megatron.comm import simulated as lockstep
+from flashcomm_megatron.collectives.plan import Plan, plan
+from flashcomm_megatron.comm import simulated
+from flashcomm_megatron.comm.simulated import Simulated
 from flashcomm_megatron.config import Config
 from flashcomm_megatron.tools.plan import command as plan_command
 from flashcomm_megatron.tools.plan import nodes, published, sweep
@@ -51,26 +54,29 @@ def codec(bits: int = 4, speed: Any = FREE, wire: str = "cuda", **options: Any) 
 # ---- bytes -----------------------------------------------------------------------------------------------------------
 
 
-def counted(message: Message, plan: policy.Plan) -> int:
+def counted(message: Message, made: Plan) -> int:
     """Bytes that rank 0 hands to its peers when the collective really runs."""
     sent = []
 
-    def start(end: Any) -> algorithms.Steps:
-        def exchange(sends: Any, receives: Any, *more: Any) -> Any:
-            if end.rank == 0:
-                sent.extend(part.numel() for peer, part in enumerate(sends) if peer != 0)
-            return end.exchange(sends, receives, *more)
+    class Counting(Simulated):
+        """Notes the messages of rank 0."""
 
+        def exchange(self, outbox: Any, out_sizes: Any, *more: Any) -> Any:
+            sent.extend(size for peer, size in enumerate(out_sizes) if peer != 0 == self.rank)
+            return super().exchange(outbox, out_sizes, *more)
+
+        def gather(self, inbox: Any, size: int, call: Any) -> Any:
+            sent.extend([size] * (self.world - 1) * (self.rank == 0))
+            return super().gather(inbox, size, call)
+
+    def start(end: Simulated) -> algorithms.Steps:
+        comm = Counting(end.rank, end.world, kind="cuda", mailbox=end._mailbox)
         x = torch.randn(message.numel).bfloat16()
-        here = end._replace(exchange=exchange)
-        if message.collective == "all_gather":
-            return algorithms.all_gather(x, x.new_empty(message.world * x.numel()), here, plan)
-        if message.collective == "reduce_scatter":
-            return algorithms.reduce_scatter(x, x.new_empty(x.numel() // message.world), here, plan)
-        run = algorithms.one_step if plan.algorithm == "one-step" else algorithms.two_step
-        return run(x, here, plan)
+        here = plan(message.collective, x.shape, x.dtype, x.device, comm, made.config)
+        out = x if message.collective == "all_reduce" else collectives.output(message.collective, x, message.world)
+        return collectives.ALGORITHMS[here.algorithm](x, out, here, CALL)
 
-    lockstep.run(start, message.world)
+    simulated.run(start, message.world)
     return sum(sent)
 
 
@@ -88,9 +94,9 @@ def test_the_real_policy_decides(numel: int, kept: bool) -> None:
     """A GPU's threshold is 1 MiB; below it the exact collective's time is predicted."""
     message = Message("all_reduce", numel, 4)
     default = codec(min_bytes=None)
-    assert (plan_of(message, default).reason is not None) == kept
+    assert (plan_of(message, default).deferred is not None) == kept
     assert (seconds(LINK, message, default) == seconds(LINK, message, None)) == kept
-    assert plan_of(message, codec(min_bytes=None, wire="connections")).reason is None  # 1 KiB
+    assert plan_of(message, codec(min_bytes=None, wire="shared memory")).deferred is None  # 1 KiB
 
 
 # ---- arithmetic ------------------------------------------------------------------------------------------------------
@@ -120,11 +126,11 @@ def test_codec_work_by_hand() -> None:
 
 def test_pieces_overlap() -> None:
     """Where sending takes longer than coding, only one piece of the coding is waited for."""
-    message, what = Message("all_reduce", MIB, 2), codec(recipe="flash-v1", algorithm="one-step", wire="connections")
+    message, what = Message("all_reduce", MIB, 2), codec(recipe="flash-v1", algorithm="one-step", wire="cpu")
     plan = plan_of(message, what)
     wire = wire_bytes(message, plan) / LINK.rate
     speed = Computing(6 * MIB / (wire / 2), 3 * 2 * MIB / (wire / 2))
-    found = seconds(LINK, message, Codec(what.config, speed, "connections"))
+    found = seconds(LINK, message, Codec(what.config, speed, "cpu"))
     coding = 2 * MIB / speed.encode + 4 * MIB / speed.decode
     assert found == pytest.approx(1e-3 + wire + coding / pieces(message, plan))
 

@@ -27,8 +27,8 @@ def test_a_measured_link(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     path.write_text(json.dumps(LAB))
     lab = measured.lab(path)
     message = Message("all_reduce", 128 * 4096, 2, 64)
-    expected = predict(lab.link, lab.compute_seconds, [message], Codec(Config(bits=4), lab.speed, "connections"))
-    plain = Codec(Config(bits=4, recipe="flash-v1", algorithm="one-step"), lab.speed, "connections")
+    expected = predict(lab.link, lab.compute_seconds, [message], Codec(Config(bits=4), lab.speed, "cpu"))
+    plain = Codec(Config(bits=4, recipe="flash-v1", algorithm="one-step"), lab.speed, "cpu")
     wire, coding = 128 * 4096 * 4.25 / 8 / 1e9, MIB / 10e9 + 2 * MIB / 20e9
     by_hand = 1e-3 + wire + coding / 2  # in two pieces, of which one is not hidden behind the wire
     assert seconds(lab.link, message, plain) == pytest.approx(by_hand)
