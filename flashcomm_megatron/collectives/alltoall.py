@@ -55,7 +55,9 @@ def all_to_all(
     outgoing, incoming = (
         [part.view(-1) for part in torch.split(each, splits)] for each, splits in ((x, ins), (out, outs))
     )
-    sizes = tuple([_size(part, plan) if r != rank else 0 for r, part in enumerate(each)] for each in (outgoing, incoming))
+    sizes = tuple(
+        [_size(part, plan) if r != rank else 0 for r, part in enumerate(each)] for each in (outgoing, incoming)
+    )
     plan = plan._replace(wire_bytes=sum(sizes[0]))
     handle = Handle(_steps(out, outgoing, incoming, sizes, plan, plan.call()), out, plan, None)
     return handle.start() if async_op else handle.finish()

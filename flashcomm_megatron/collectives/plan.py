@@ -165,7 +165,11 @@ def plan(
         minimum=minimum,
         exact_bytes=exact_bytes(kind, numel * dtype.itemsize, comm.world),
     )
-    return made if deferred or kind == "all_to_all" else _cut(made, shape, device, 0 if recipe.calibrated else PIECE.get(joined, 0))
+    return (
+        made
+        if deferred or kind == "all_to_all"
+        else _cut(made, shape, device, 0 if recipe.calibrated else PIECE.get(joined, 0))
+    )
 
 
 def message_codec(x: Tensor, plan: Plan) -> Codec:

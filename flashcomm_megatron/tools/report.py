@@ -132,7 +132,12 @@ def _least() -> str:
 
 def _transports() -> list[str]:
     """What this build can use: kernels between GPUs, memory that CPU ranks share, the process group."""
-    return ["peer"] * (extension.cuda() is not None) + ["host"] * (extension.cuda() is not None) + ["shared-memory"] * extension.available() + ["group"]
+    return (
+        ["peer"] * (extension.cuda() is not None)
+        + ["host"] * (extension.cuda() is not None)
+        + ["shared-memory"] * extension.available()
+        + ["group"]
+    )
 
 
 def _training_seams() -> list[tuple[str, str]]:

@@ -56,7 +56,9 @@ def test_the_sum_is_that_of_the_machines_exact_sums(nodes: tuple[int, ...], shap
         mine = [slices.of(each.reshape(-1))[number].clone() for each in sums]
         if mine[0].numel():
             rows = mine[0].numel() // shape[-1] if len(shape) > 1 else 1
-            flat = [planned("all_reduce", mine[0].view(rows, -1), len(mine), made[0].config, r) for r in range(len(mine))]
+            flat = [
+                planned("all_reduce", mine[0].view(rows, -1), len(mine), made[0].config, r) for r in range(len(mine))
+            ]
             expected = simulate(flat, mine, mine)[0].to(parts[0].dtype)
             assert torch.equal(slices.of(results[0].reshape(-1))[number], expected)
 

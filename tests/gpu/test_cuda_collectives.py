@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from patience import patient
 from specification import carried, expected, outputs, plan_of, same, strange
 
 from flashcomm_megatron.codec import Uniform, extension
@@ -262,7 +263,7 @@ def test_graphs_of_different_sizes_replayed_in_turns(ranks):
 # ---- memory checker -------------------------------------------------------------------------------------------
 
 SHORT_RUN = """
-import sys; sys.path[:0] = [{tests!r}, {root!r}]
+import sys; sys.path[:0] = {folders!r}
 from test_cuda_collectives import *
 made = OneLaunch(2, 4)
 for kind in KINDS:
@@ -277,11 +278,11 @@ def test_memory_checker_finds_nothing(tool):
     checker = shutil.which("compute-sanitizer")
     if checker is None:
         pytest.skip("compute-sanitizer is not installed")
-    tests = Path(__file__).resolve().parent
-    script = SHORT_RUN.format(tests=str(tests), root=str(tests.parent))
+    here, tests, root = Path(__file__).resolve().parents[:3]
+    script = SHORT_RUN.format(folders=[str(here), str(tests / "support"), str(root)])
     command = [checker, "--tool", tool, "--error-exitcode", "7", sys.executable, "-c", script]
     try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=150)
+        found = subprocess.run(command, capture_output=True, text=True, timeout=patient(150))
     except subprocess.TimeoutExpired:
         pytest.skip(f"compute-sanitizer {tool} did not end within 150 s")
     if "not supported" in found.stdout + found.stderr:

@@ -56,7 +56,9 @@ def fallback(rank: int, world: int, strict: bool) -> str:
     if rank == 1:
         shared_memory.create = full
     try:
-        collectives.all_reduce(torch.ones(100), None, Config(bits=4, min_bytes=0, transport="shared-memory", strict=strict))
+        collectives.all_reduce(
+            torch.ones(100), None, Config(bits=4, min_bytes=0, transport="shared-memory", strict=strict)
+        )
     except RuntimeError as error:
         return str(error)
     return ""

@@ -210,7 +210,9 @@ def _place(group: dist.ProcessGroup, transport: str, is_victim: bool) -> Here:
     mine = torch.tensor([os.getpid()])
     everyone = [torch.empty_like(mine) for _ in range(group.size())]
     dist.all_gather(everyone, mine, group=group)
-    config = Config(bits=4, transport="group" if transport == "process group" else "shared-memory", min_bytes=0, timeout=WAIT)
+    config = Config(
+        bits=4, transport="group" if transport == "process group" else "shared-memory", min_bytes=0, timeout=WAIT
+    )
     return Here(group, config, is_victim, [int(each) for each in everyone])
 
 

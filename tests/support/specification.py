@@ -105,7 +105,9 @@ def plan_of(kind: str, legs: Sequence[Any], dtype: torch.dtype, numel: int, worl
     return planned(kind if is_half else "all_reduce", x, world, config, rank, joined="cuda", legs=Legs(*legs))
 
 
-def simulate(plans: Sequence[Plan], inputs: Sequence[Tensor], outs: Sequence[Tensor], residuals: Any = None) -> list[Tensor]:
+def simulate(
+    plans: Sequence[Plan], inputs: Sequence[Tensor], outs: Sequence[Tensor], residuals: Any = None
+) -> list[Tensor]:
     """Results by rank of a planned collective."""
 
     def start(comm: Simulated) -> Any:
