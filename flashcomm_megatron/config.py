@@ -42,7 +42,7 @@ class Config:
     thresholds: str | None = _option(None, "File of measured thresholds, made by bench --tune, for the same purpose.")
     transport: str = _option(
         "auto",
-        "How bytes move: group (the process group: NCCL, gloo); between ranks of one machine also shared-memory (CPUs), "
+        "How bytes move: group (the process group: NCCL, gloo); inside a machine also shared-memory (CPUs), "
         "peer (GPU memory) or host (pinned memory of GPUs).",
     )
     algorithm: str = _option(

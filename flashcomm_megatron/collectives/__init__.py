@@ -4,7 +4,7 @@ One call is one decision (plan.py) and one run of an algorithm (algorithms.py):
 
     plan = decide(kind, x, group, config, site)     communicator, codecs, algorithm, sizes: found by one lookup
     if plan.deferred: ...                           left to torch.distributed, counted with the reason
-    run(plan, x, ...)                               a fused kernel where one does it all, else ALGORITHMS[plan.algorithm]
+    run(plan, x, ...)                               one fused kernel, or ALGORITHMS[plan.algorithm]
 
 Ranks end with identical bits: each rank's own part passes through the codec as well, sums run in rank order, and the
 payload everybody decodes is the same bytes. Results are what ``sum(decode(encode(part)) for part in rank order)`` says.
@@ -29,6 +29,8 @@ from .algorithms import Residuals
 from .handle import Handle, Launched
 from .hierarchical import hierarchical
 from .plan import Plan, Site, decide
+
+__all__ = ["agree", "all_gather", "all_reduce", "count_deferred", "decide", "prepare", "reduce_scatter", "run"]
 
 ALGORITHMS = {
     "one-step": algorithms.one_step,
@@ -190,7 +192,7 @@ def _exact(result: Tensor, work: dist.Work | None, async_op: bool) -> Any:
 
 def _launch_fused(plan: Plan, x: Tensor, out: Tensor, residuals: Residuals | None) -> bool:
     """Whether one kernel does the collective, with the same results: where there is a transport and a kernel for it."""
-    if plan.algorithm not in workspace.KINDS:
+    if plan.algorithm not in workspace.KINDS or not isinstance(plan.comm, Communicator):
         return False
     transport = plan.config.transport
     made = workspace.serving(plan.comm.group, x, plan, transport, residuals is not None)

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..codec.base import padded
+from ..codec.planes import padded
 from ..codec.recipes import Legs
 from ..comm.communicator import Call
 from ..config import Config
@@ -78,13 +78,13 @@ def _steps(
 ) -> Steps:
     """Send ``outgoing[r]`` to rank r and fill ``incoming[r]``, a view of ``out``, from it; 1-D, of any length."""
     outbox, inbox = (torch.empty(sum(each), dtype=torch.uint8, device=out.device) for each in sizes)
-    for part, box in zip(outgoing, outbox.split(list(sizes[0])), strict=True):
+    for part, box in zip(outgoing, torch.split(outbox, list(sizes[0])), strict=True):
         if box.numel():
             codec = message_codec(part, plan)
             codec.encode(part, box[: codec.wire_bytes(part.numel())])
     yield plan.transport.exchange(outbox, sizes[0], inbox, sizes[1], call)
     incoming[plan.comm.rank].copy_(outgoing[plan.comm.rank])
-    for part, box in zip(incoming, inbox.split(list(sizes[1])), strict=True):
+    for part, box in zip(incoming, torch.split(inbox, list(sizes[1])), strict=True):
         if box.numel():
             codec = message_codec(part, plan)
             codec.decode_sum([box[: codec.wire_bytes(part.numel())]], part)

@@ -1,6 +1,6 @@
 """Running a collective's algorithm: to its end, or in the background behind a handle.
 
-An asynchronous collective is at work from its start: on CPUs the communicator's thread finishes it, on GPUs all of it is
+An asynchronous collective is at work from its start: on CPUs the communicator's thread finishes it, on GPUs it is
 launched on a stream of its own. Work is begun in the order of the calls, which is the same on every rank.
 """
 
@@ -111,5 +111,5 @@ _side_streams: dict[torch.device, Any] = {}
 def side_stream(device: torch.device) -> Any:
     """The stream of this process on which asynchronous collectives run."""
     if device not in _side_streams:
-        _side_streams[device] = torch.cuda.Stream(device)
+        _side_streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     return _side_streams[device]

@@ -24,8 +24,8 @@ from ..version import __version__
 NEVER = 2**62  # bytes: no size measured was worth it
 
 # By what joins the ranks. CPUs of one machine: benchmarks/bench_collectives.py; CPUs over the process group:
-# benchmarks/link_lab.py. GPUs: not measured by us; the smallest size at which published kernels of this kind win on fp16
-# (AMD QuickReduce's table, 1 to 16 MiB by number of ranks).
+# benchmarks/link_lab.py. GPUs: not measured by us; the smallest size at which published kernels of this kind win on
+# fp16 (AMD QuickReduce's table, 1 to 16 MiB by number of ranks).
 DEFAULTS = {"shared memory": 1024, "cpu": 256 * 1024, "cuda": 1024 * 1024}
 AT_LEAST = {"all_gather": 32 * 1024}  # of a rank's share: torch.distributed's own is quick while it is small
 

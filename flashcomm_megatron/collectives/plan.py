@@ -46,7 +46,9 @@ ONE_STEP_WORLD = 2
 class Site(Protocol):
     """A place in the model where a collective runs."""
 
-    kind: str  # of place; samples and errors are filed under it
+    @property
+    def kind(self) -> str:
+        """The kind of place; samples are filed under it."""
 
     def name(self) -> str:
         """The layer there, for errors."""
@@ -109,11 +111,12 @@ def decide(
     comm = Communicator.of(group)
     if not comm.agreed or comm.agreed[-1] is not config:
         agreement.check(comm, config)
+    at = site.kind if site is not None else None
     shape = x.shape if kind != "all_to_all" else x.shape[1:]  # where every rank has as many rows as it happens to have
-    key = kind, shape, x.dtype, x.device, config.text, site and site.kind, legs
+    key = kind, shape, x.dtype, x.device, config.text, at, legs
     found: Plan | None = comm.plans.get(key)
     if found is None:
-        found = plan(kind, shape, x.dtype, x.device, comm, config, site and site.kind, legs)
+        found = plan(kind, shape, x.dtype, x.device, comm, config, at, legs)
         if len(comm.plans) >= PLANS:
             comm.plans.clear()
         comm.plans[key] = found
@@ -165,11 +168,9 @@ def plan(
         minimum=minimum,
         exact_bytes=exact_bytes(kind, numel * dtype.itemsize, comm.world),
     )
-    return (
-        made
-        if deferred or kind == "all_to_all"
-        else _cut(made, shape, device, 0 if recipe.calibrated else PIECE.get(joined, 0))
-    )
+    if deferred or kind == "all_to_all":
+        return made
+    return _cut(made, shape, device, 0 if recipe.calibrated else PIECE.get(joined, 0))
 
 
 def message_codec(x: Tensor, plan: Plan) -> Codec:

@@ -11,8 +11,9 @@ import weakref
 from collections import deque
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -64,19 +65,20 @@ class ProcessGroup:
         """Send each rank its part of ``outbox`` and receive from each its part of ``inbox``."""
         if outbox.device.type != "cpu":
             splits = list(in_sizes), list(out_sizes)
-            work: Any = dist.all_to_all_single(inbox, outbox, *splits, group=self._group(), async_op=True)
-            return work
-        return self._post(_parts(outbox, out_sizes), _parts(inbox, in_sizes), outbox, inbox, call)
+            return cast("Transfer", dist.all_to_all_single(inbox, outbox, *splits, group=self._group(), async_op=True))
+        sends, receives = torch.split(outbox, list(out_sizes)), torch.split(inbox, list(in_sizes))
+        return self._post(sends, receives, outbox, inbox, call)
 
     def gather(self, inbox: Tensor, size: int, call: Call) -> Transfer:
         """Send every rank the ``size`` bytes at this rank's place in ``inbox``, and receive theirs."""
         own = inbox[self.rank * size : (self.rank + 1) * size]
         if inbox.device.type != "cpu":
-            work: Any = dist.all_gather_into_tensor(inbox, own, group=self._group(), async_op=True)
-            return work
-        return self._post([own] * self.world, list(inbox.view(self.world, size).unbind()), inbox, inbox, call)
+            return cast("Transfer", dist.all_gather_into_tensor(inbox, own, group=self._group(), async_op=True))
+        return self._post([own] * self.world, inbox.view(self.world, size).unbind(), inbox, inbox, call)
 
-    def _post(self, sends: list[Tensor], receives: list[Tensor], outbox: Tensor, inbox: Tensor, call: Call) -> Messages:
+    def _post(
+        self, sends: Sequence[Tensor], receives: Sequence[Tensor], outbox: Tensor, inbox: Tensor, call: Call
+    ) -> Messages:
         """Messages in main memory. An empty one is neither sent nor awaited.
 
         Gloo ends the process when a message's length is not the one awaited, so the tag is the call's and the length's
@@ -99,7 +101,3 @@ class ProcessGroup:
         except RuntimeError as error:
             raise posted.lost(peer, error) from error
         return posted
-
-
-def _parts(box: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-    return list(box.split(list(sizes)))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..config import Config
 from .communicator import Call
+from .progress import Progress
 
 
 class Posted:
@@ -66,6 +67,7 @@ class Simulated:
         self, rank: int, world: int, nodes: Sequence[int] = (), kind: str | None = None, mailbox: Mailbox | None = None
     ) -> None:
         self.rank, self.world, self.nodes = rank, world, tuple(nodes) or (0,) * world
+        self.calls, self.progress = 0, Progress()
         self._kind, self._mailbox = kind, mailbox
 
     def joined(self, device: torch.device, config: Config) -> str:
@@ -86,12 +88,12 @@ class Simulated:
     ) -> Posted:
         """Send each rank its part of ``outbox`` and receive from each its part of ``inbox``."""
         assert self._mailbox is not None, "made without a mailbox: for plans alone"
-        return self._mailbox.post(self.rank, outbox.split(list(out_sizes)), inbox.split(list(in_sizes)))
+        return self._mailbox.post(self.rank, torch.split(outbox, list(out_sizes)), torch.split(inbox, list(in_sizes)))
 
     def gather(self, inbox: Tensor, size: int, call: Call) -> Posted:
         """Send every rank the ``size`` bytes at this rank's place in ``inbox``, and receive theirs."""
         assert self._mailbox is not None, "made without a mailbox: for plans alone"
-        parts = inbox.split(size)
+        parts = torch.split(inbox, size)
         return self._mailbox.post(self.rank, [parts[self.rank]] * self.world, parts)
 
 

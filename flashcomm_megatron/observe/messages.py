@@ -169,7 +169,7 @@ def unexpected(what: str, config: Config) -> None:
 
 
 def fell_back(what: str, ranks: Sequence[int], reason: str) -> None:
-    """Say that the group of ``ranks``, whose first one calls this, does without ``what``: for one group of a process."""
+    """Say that the group of ``ranks``, whose first one calls this, does without ``what``; once a process."""
     if what not in _said:
         _said.add(what)
         print(f"flash-comm: no {what} between ranks {_span(ranks)}, and maybe others: {reason}", flush=True)

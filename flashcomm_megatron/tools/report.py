@@ -132,12 +132,8 @@ def _least() -> str:
 
 def _transports() -> list[str]:
     """What this build can use: kernels between GPUs, memory that CPU ranks share, the process group."""
-    return (
-        ["peer"] * (extension.cuda() is not None)
-        + ["host"] * (extension.cuda() is not None)
-        + ["shared-memory"] * extension.available()
-        + ["group"]
-    )
+    kernels = ["peer", "host"] if extension.cuda() is not None else []
+    return kernels + ["shared-memory"] * extension.available() + ["group"]
 
 
 def _training_seams() -> list[tuple[str, str]]:

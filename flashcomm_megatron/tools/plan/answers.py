@@ -92,9 +92,9 @@ def _plan(job: Job, codecs: list[Codec], heading: list[str]) -> Answer:
     exact = infer(job, None)
     rows = [_row(job, message[0], codec, exact) for codec in (None, *codecs)]
     notes = [
-        f"{what}: {table.size(each.nbytes)} stay exact ({plan.reason})"
+        f"{what}: {table.size(each.nbytes)} stay exact ({plan.deferred})"
         for what, each in (("prefill", message[0]), ("decoding", small[0]))
-        if (plan := plan_of(each, codecs[0])).reason is not None
+        if (plan := plan_of(each, codecs[0])).deferred is not None
     ]
     text = "\n".join([*heading, "", _tabulate(rows), *notes])
     return Answer(text, {"projection": PROJECTION, "setup": heading, "rows": rows, "notes": notes})
@@ -117,7 +117,7 @@ def _row(job: Job, message: Message, codec: Codec | None, exact: Inference) -> R
 
 def _sent(message: Message, codec: Codec | None) -> int:
     plan = plan_of(message, codec or Codec(Config(bits=8, min_bytes=0), Computing(1, 1)))
-    return plan.exact_bytes if codec is None or plan.reason is not None else wire_bytes(message, plan)
+    return plan.exact_bytes if codec is None or plan.deferred is not None else wire_bytes(message, plan)
 
 
 FORMATS: dict[str, tuple[str, Callable[[Any], str]]] = {
