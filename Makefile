@@ -13,6 +13,7 @@ SHELL   := /bin/bash
 
 PY      := $(VENV)/bin/python
 READY   := $(VENV)/ready-$(subst /,-,$(PYTHON))
+PYTEST  := $(PY) -m pytest -q -n $(WORKERS) --maxprocesses 4 --durations 25
 INSTALL := $(PY) -m pip install --disable-pip-version-check --no-build-isolation --constraint constraints.txt
 # Multi-rank runs share the cores: one thread a rank, unless the user says otherwise.
 export OMP_NUM_THREADS ?= 1
@@ -35,7 +36,7 @@ if not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")):
 endef
 export PREFLIGHT
 
-.PHONY: help demo test lint bench gpu-check fuzz threads soak mutations coverage emulated
+.PHONY: help demo test test-slow test-all lint bench gpu-check fuzz threads soak mutations coverage emulated
 help:  ## Say what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1: /'
 
@@ -44,8 +45,14 @@ demo: $(READY)  ## Generate text with a small model over two ranks, at 16 bits a
 	  $(if $(MODEL),--model $(MODEL),--perplexity examples/models/python-stdlib-3M/held-out.txt) \
 	  --flash-comm-bits 4 --flash-comm-min-bytes 0 --compare 16,8,4 --dtype bfloat16
 
-test: $(READY)  ## Run every test
-	$(PY) -m pytest -q -n $(WORKERS) --maxprocesses 4
+# A file's tests run on one worker: what they share is made once. Slow ones share nothing that costs.
+test: $(READY)  ## Run the tests of a developer: no compiler, no sanitizer, minutes
+	$(PYTEST) -m 'not slow' --dist loadfile --no-loadscope-reorder
+
+test-slow: $(READY)  ## Run the other tests: compilers, sanitizers, stand-ins, restarts, soak, fuzz, mutations
+	$(PYTEST) -m slow --dist worksteal
+
+test-all: test test-slow  ## Run every test
 
 lint: $(READY)  ## Check style and types
 	$(PY) -m ruff check .
@@ -87,5 +94,5 @@ $(READY): pyproject.toml constraints.txt setup.py $(shell find csrc -type f)
 	@echo "== packages of constraints.txt, then the package with its extension (a minute or more)"
 	$(INSTALL) --quiet setuptools pybind11
 	$(INSTALL) --editable '.[examples,plots,test,wandb]'
-	@$(PY) -c 'from flashcomm_megatron import extension; print("== ready:", extension.describe())'
+	@$(PY) -c 'from flashcomm_megatron.codec import extension; print("== ready:", extension.describe())'
 	@touch $@

@@ -30,7 +30,7 @@ from .handle import Handle, Launched
 from .hierarchical import hierarchical
 from .plan import Plan, Site, decide
 
-__all__ = ["agree", "all_gather", "all_reduce", "count_deferred", "decide", "prepare", "reduce_scatter", "run"]
+__all__ = ["agree", "all_gather", "all_reduce", "count_deferred", "decide", "prepare", "reduce_scatter", "run", "stats"]
 
 ALGORITHMS = {
     "one-step": algorithms.one_step,
@@ -113,6 +113,14 @@ def all_gather(
         count_deferred(plan)
         return _exact(out, dist.all_gather_into_tensor(out, x, group=group, async_op=async_op), async_op)
     return run(plan, x, out, async_op)
+
+
+def stats() -> dict[str, Any]:
+    """Totals since the last reset: calls, quantized, deferred {reason: n}, {exact,wire,remote}_bytes, seconds.
+
+    gpu_errors: which ranks a fused kernel waited for in vain, a sentence each; results since then are NaN.
+    """
+    return {**counters.stats(), "gpu_errors": workspace.errors()}
 
 
 def prepare(group: dist.ProcessGroup | None = None, config: Config | None = None) -> None:
@@ -202,6 +210,6 @@ def _launch_fused(plan: Plan, x: Tensor, out: Tensor, residuals: Residuals | Non
         return False
     started = time.perf_counter()
     lost = algorithms.fused_residuals(x, plan, residuals)
-    made.run(plan.algorithm, (plan.reduce, plan.gather), x, out, lost)
+    made.run(plan.algorithm, (plan.reduce, plan.gather), x, out, lost, seconds=plan.seconds)
     counters.count_quantized(plan, time.perf_counter() - started)
     return True

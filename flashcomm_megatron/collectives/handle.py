@@ -86,7 +86,7 @@ class Handle:
         """The error with the layer's name, where there is one."""
         if self._site is None or not isinstance(error, RuntimeError) or not str(error).startswith("flash-comm: #"):
             return error
-        named = RuntimeError(f"{error} (This rank was in {self._site.name()}.)")
+        named = RuntimeError(f"{error} (This rank was in {self._site.name}.)")
         named.__cause__ = error
         self._error, self._site = named, None
         return named

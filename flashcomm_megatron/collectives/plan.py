@@ -26,6 +26,7 @@ from torch import Tensor
 from ..codec import Codec, Raw
 from ..codec.base import Slices
 from ..codec.recipes import RECIPES, Legs
+from ..comm import workspace
 from ..comm.communicator import Call, Communicator, Transport
 from ..comm.simulated import Simulated
 from ..config import Config
@@ -44,14 +45,15 @@ ONE_STEP_WORLD = 2
 
 
 class Site(Protocol):
-    """A place in the model where a collective runs."""
+    """A place in a model where a collective runs."""
 
     @property
     def kind(self) -> str:
         """The kind of place; samples are filed under it."""
 
+    @property
     def name(self) -> str:
-        """The layer there, for errors."""
+        """The very layer, for errors; finding it may take its time."""
 
 
 class Piece(NamedTuple):
@@ -109,6 +111,8 @@ def decide(
     compares the ranks' configurations, deferred or not (agreement.py).
     """
     comm = Communicator.of(group)
+    if x.is_cuda:
+        workspace.raise_errors(group)
     if not comm.agreed or comm.agreed[-1] is not config:
         agreement.check(comm, config)
     at = site.kind if site is not None else None

@@ -13,12 +13,9 @@ from torch import Tensor
 
 from .. import collectives
 from ..collectives.algorithms import Residuals
-from ..collectives.plan import Plan, exact_bytes
-from ..observe import messages as announce
+from ..collectives.plan import Plan
+from . import calibrated, feedback, gradients, modes
 from . import context as where
-from . import feedback, gradients, modes, sites
-
-UNFIT = "uneven splits or a buffer of the caller's"
 
 
 class Planned(NamedTuple):
@@ -28,8 +25,11 @@ class Planned(NamedTuple):
     residuals: Residuals | None = None  # what this rank's roundings lost at the layers before
 
 
-def planned(kind: str, collective: str, x: Tensor, group: Any) -> Planned | None:
-    """How to compress, or None: not inside a site of this kind, deferred and counted, or only observed."""
+def planned(kind: str, collective: str, x: Tensor, group: Any, reason: str | None = None) -> Planned | None:
+    """How to compress, or None: not inside a site of this kind, deferred and counted, or only observed.
+
+    ``reason``: why the caller must have the original, if it must.
+    """
     site = where.site()
     if site is None or site.kind != kind or group is None:
         return None
@@ -38,10 +38,10 @@ def planned(kind: str, collective: str, x: Tensor, group: Any) -> Planned | None
         if kind == "row":
             observer(site.module, x, group)
         return None
-    if modes.forbids(site, collective, x, group):
+    if modes.forbids(site, collective, x, group, reason):
         return None
     collectives.agree(group, site.config)  # before a file is read, which may fail on this rank alone
-    legs = sites.legs(site.config, site.module, group) if kind == "row" else None
+    legs = calibrated.legs(site.config, site.module, group) if kind == "row" else None
     plan = collectives.decide(collective, x, group, site.config, site, legs)
     if plan.deferred:
         collectives.count_deferred(plan)
@@ -50,11 +50,14 @@ def planned(kind: str, collective: str, x: Tensor, group: Any) -> Planned | None
     return Planned(plan, feedback.residuals(site.module, x, group, site.config) if row else None)
 
 
-def unfit(kind: str, collective: str, x: Tensor, group: Any) -> None:
-    """Count a collective whose place ours cannot take."""
+def as_original_wants(kind: str, x: Tensor) -> Tensor:
+    """``x`` as the original collective is handed it at a site: contiguous.
+
+    Megatron's own sum leaves a tensor that is not contiguous unsummed. Compressed sums do not, so a call that is
+    deferred must not either, or a layer would be right at one length and wrong at another.
+    """
     site = where.site()
-    if site is not None and site.kind == kind and group is not None and where.observer() is None:
-        announce.deferred(UNFIT, exact_bytes(collective, x.nbytes, group.size()), site.config)
+    return x.contiguous() if site is not None and site.kind == kind else x
 
 
 def run(function: type[torch.autograd.Function], x: Tensor, group: Any, call: Planned) -> Any:
@@ -62,7 +65,7 @@ def run(function: type[torch.autograd.Function], x: Tensor, group: Any, call: Pl
     return function.apply(x, group, call)  # type: ignore[no-untyped-call]
 
 
-def send(call: Planned, x: Tensor, site: Any = None, out: Tensor | None = None, async_op: bool = False) -> Any:
+def send(call: Planned, x: Tensor, site: Any, out: Tensor | None = None, async_op: bool = False) -> Any:
     """The result of a planned collective, or its handle."""
     return collectives.run(call.plan, x, out, async_op, call.residuals, site)
 
@@ -72,7 +75,7 @@ class AllReduce(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any, call: Planned) -> Any:
-        return send(call, x, site=where.site())
+        return send(call, x, where.site())
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -85,7 +88,7 @@ class ReduceScatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any, call: Planned) -> Any:
         ctx.group, ctx.site = group, where.site()
-        return send(call, x, site=ctx.site)
+        return send(call, x, ctx.site)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -98,7 +101,7 @@ class AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any, call: Planned) -> Any:
         ctx.group, ctx.site = group, where.site()
-        return send(call, x, site=ctx.site)
+        return send(call, x, ctx.site)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:

@@ -64,7 +64,7 @@ def test_the_sum_is_that_of_the_machines_exact_sums(nodes: tuple[int, ...], shap
 
 
 @pytest.mark.parametrize("nodes", LAYOUTS)
-def test_bytes_are_those_sent(nodes: tuple[int, ...]) -> None:
+def test_counted_bytes_are_those_sent(nodes: tuple[int, ...]) -> None:
     shape, sent = (50, 100), {}
     made = plans(shape, nodes)
 

@@ -30,6 +30,7 @@ def known_architectures() -> list[str]:
     return subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(nvcc is None, reason="nvcc is not on PATH")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("source", ["codec_cuda", "collectives", "shared_memory"])
@@ -67,7 +68,7 @@ def test_without_a_driver_a_cuda_call_says_what_is_wrong():
             call()
 
 
-def test_sources_ship(root):
+def test_sources_that_the_build_names_exist(root):
     """Every file of csrc that the build names exists, and an sdist takes headers along."""
     named = re.findall(r'"((?:\w+/)?\w+\.(?:cu|cpp))"', (root / "setup.py").read_text())
     assert named and all((root / "csrc" / name).exists() for name in named)

@@ -25,7 +25,7 @@ SPIKE = [Spike(bits, block) for bits, block in product(range(2, 9), (8, 24, 32, 
 
 
 @pytest.mark.parametrize("codec", UNIFORM + ROTATED + SPIKE, ids=str)
-def test_equals_the_definition(codec):
+def test_codec_kernels_equal_the_definition(codec):
     assert type(codec) is Uniform or extension.has_cuda_kernel(codec.native, torch.bfloat16)
     for dtype, numel in product(DTYPES, (1, 7, 2049, 100_003)):
         parts = [strange(numel, dtype, seed) for seed in range(3)]
@@ -40,19 +40,18 @@ def test_equals_the_definition(codec):
 
 
 @pytest.mark.parametrize("codec", [Rotated(4.5, 32), Rotated(5, 64), Rotated(8, 16)], ids=str)
-def test_memories_equal_the_definition(codec):
+def test_codec_kernels_with_residuals_equal_the_definition(codec):
     for dtype, numel in product(DTYPES, (1, 2049, 30_003)):
         defined = torch.zeros(codec.residual_numel(numel), dtype=dtype)
         memory = defined.cuda()
         for seed in range(3):
             x = strange(numel, dtype, seed)
-            assert torch.equal(codec.encode(x.cuda(), memory=memory).cpu(), codec.encode_residual_ref(x, defined)), (
-                dtype
-            )
+            found = codec.encode(x.cuda(), residual=memory)
+            assert torch.equal(found.cpu(), codec.encode_residual_ref(x, defined)), dtype
             assert same(memory, defined), (dtype, numel, seed)
 
 
-def test_every_16_bit_pattern():
+def test_every_16_bit_pattern_decodes_as_defined():
     """All numbers of both half types, each beside its neighbours and beside zeros of both signs."""
     for dtype, block in product((torch.float16, torch.bfloat16), (8, 32)):
         patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
@@ -67,7 +66,7 @@ def test_every_16_bit_pattern():
 
 
 @pytest.mark.parametrize("codec", [Uniform(4, 32), Rotated(4.5, 32), Spike(4, 64)], ids=str)
-def test_unaligned_views(codec):
+def test_unaligned_views_give_the_same_bits(codec):
     base = strange(50_001, torch.bfloat16).cuda()
     for start in range(1, 8):
         x = base[start:]
@@ -78,7 +77,7 @@ def test_unaligned_views(codec):
 
 
 @pytest.mark.parametrize("codec", [Uniform(4, 32), Rotated(4.5, 32), Spike(4, 64)], ids=str)
-def test_more_than_two_to_the_31_values(codec):
+def test_more_than_two_to_the_31_values_are_encoded(codec):
     numel = 2**31 + 4096 + 5
     if torch.cuda.mem_get_info()[0] < 16 * 2**30:
         pytest.skip("needs 16 GiB of free GPU memory")
