@@ -15,7 +15,7 @@ collective; on a thread or stream of its own an asynchronous one; N of them in t
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from functools import lru_cache
 
@@ -59,11 +59,7 @@ class Residuals:
 
 def one_step(x: Tensor, out: Tensor, plan: Plan, call: Call, residuals: Residuals | None = None) -> Steps:
     """All-reduce of ``x`` in place."""
-    flat = x.view(-1)
-    yield from pipelined(
-        _one_step(flat[piece.first : piece.last], piece, number, plan, call, residuals)
-        for number, piece in enumerate(plan.pieces)
-    )
+    yield from pipelined(_one_step, x.view(-1), plan, call, residuals)
     return x
 
 
@@ -78,11 +74,7 @@ def _one_step(x: Tensor, piece: Piece, number: int, plan: Plan, call: Call, resi
 
 def two_step(x: Tensor, out: Tensor, plan: Plan, call: Call, residuals: Residuals | None = None) -> Steps:
     """All-reduce of ``x`` in place."""
-    flat = x.view(-1)
-    yield from pipelined(
-        _two_step(flat[piece.first : piece.last], piece, number, plan, call, residuals)
-        for number, piece in enumerate(plan.pieces)
-    )
+    yield from pipelined(_two_step, x.view(-1), plan, call, residuals)
     return x
 
 
@@ -96,8 +88,8 @@ def _two_step(x: Tensor, piece: Piece, number: int, plan: Plan, call: Call, resi
     payloads, size = _received(inbox, outbox, piece, plan), piece.gather_size
 
     gathered = outbox.new_empty(world * size)
-    mine = x[rank * slices.length : rank * slices.length + slices.size(rank)]
-    own = gathered[rank * size : rank * size + plan.gather.wire_bytes(mine.numel())]
+    mine = x[piece.start : piece.end]
+    own = gathered[rank * size : rank * size + piece.own_size]
     if residuals is not None:
         numel = plan.gather.residual_numel(mine.numel())
         lost = residuals.of(number, "gather", numel, x)
@@ -136,18 +128,23 @@ def all_gather(x: Tensor, out: Tensor, plan: Plan, call: Call, residuals: Residu
 # ---- pieces -----------------------------------------------------------------------------------------------------
 
 
-def pipelined(pieces: Iterable[Legs]) -> Legs:
-    """Run the legs of several pieces at once.
+def pipelined(algorithm: Callable[..., Legs], x: Tensor, plan: Plan, call: Call, residuals: Residuals | None) -> Legs:
+    """Run ``algorithm`` on every piece of flat ``x``, all at once.
 
     All pieces are started first, so that the link is busy from the first piece's encoding to the last one's decoding;
     then each goes on in turn, as its messages arrive.
     """
-    under_way = deque((piece, next(piece)) for piece in pieces)
+    if len(plan.pieces) == 1:
+        return (yield from algorithm(x, plan.pieces[0], 0, plan, call, residuals))
+    under_way: deque[tuple[Legs, Transfer]] = deque()
+    for number, piece in enumerate(plan.pieces):
+        legs = algorithm(x[piece.first : piece.last], piece, number, plan, call, residuals)
+        under_way.append((legs, next(legs)))
     while under_way:
-        piece, transfer = under_way.popleft()
+        legs, transfer = under_way.popleft()
         yield transfer
         with suppress(StopIteration):
-            under_way.append((piece, next(piece)))
+            under_way.append((legs, next(legs)))
 
 
 def _received(inbox: Tensor, outbox: Tensor, piece: Piece, plan: Plan) -> Sequence[Tensor]:

@@ -3,7 +3,7 @@
 Every machine sums its ranks' tensors, each of its ranks a slice of them; the ranks that hold the same slice on
 different machines all-reduce it quantized; then each machine spreads the results. All machines hold equally many ranks.
 
-The sum is ``sum(decode(encode(exact sum of a machine)) for machines in order)``: fewer roundings than one per rank,
+The sum is ``sum(decode(encode(exact sum of a machine)) for machines in order of these ranks)``: fewer roundings than one per rank,
 and the same bits everywhere, because every machine adds the same payloads in the same order.
 """
 
@@ -22,7 +22,7 @@ from .plan import Plan
 
 
 class Part:
-    """Some of a communicator's ranks, this one among them, numbered in their order; and what carries their messages."""
+    """Some of a communicator's ranks in ascending order, this one among them; and what carries their messages."""
 
     def __init__(self, comm: Communicator | Simulated, transport: Transport, ranks: Sequence[int]) -> None:
         self.rank, self.world = ranks.index(comm.rank), len(ranks)
@@ -64,9 +64,8 @@ def hierarchical(x: Tensor, out: Tensor, plan: Plan, call: Call, residuals: Resi
     payloads = list(inbox.view(inside.world, sizes[inside.rank]).unbind())
     payloads[inside.rank] = mine.view(torch.uint8)
     total = torch.empty(mine.numel(), dtype=torch.float32, device=x.device)
-    exact.decode_sum(payloads, total)
-
-    if plan.across is not None:  # quantized all-reduce
+    if plan.across is not None:  # quantized all-reduce, where this rank has a slice
+        exact.decode_sum(payloads, total)
         algorithm = one_step if plan.across.algorithm == "one-step" else two_step
         yield from algorithm(total, total, plan.across, call, residuals)
 

@@ -64,7 +64,10 @@ class Piece(NamedTuple):
     slices: Slices
     sizes: tuple[int, ...]  # payload of each rank's slice on the reduce leg
     incoming: tuple[int, ...]  # payloads of this rank's slice, from each rank
-    gather_size: int  # payload on the gather leg, of the longest slice: all ranks send as much
+    start: int  # this rank's slice of the piece
+    end: int
+    own_size: int  # its payload on the gather leg
+    gather_size: int  # the longest slice's: all ranks send as much
 
 
 class Plan(NamedTuple):
@@ -262,8 +265,10 @@ def _piece(plan: Plan, first: int, slices: Slices) -> Piece:
         sizes = (plan.reduce.wire_bytes(slices.numel),) * world
     else:
         sizes = tuple(plan.reduce.wire_bytes(slices.size(each)) for each in range(world))
-    gathered = plan.gather.wire_bytes(slices.length)
-    return Piece(first, first + slices.numel, slices, sizes, (sizes[rank],) * world, gathered)
+    start, length = min(rank * slices.length, slices.numel), slices.size(rank)
+    gather = plan.gather.wire_bytes(length), plan.gather.wire_bytes(slices.length)
+    incoming = (sizes[rank],) * world
+    return Piece(first, first + slices.numel, slices, sizes, incoming, start, start + length, *gather)
 
 
 def _sent(plan: Plan, piece: Piece) -> int:
@@ -279,7 +284,7 @@ def _cut_hierarchical(plan: Plan, numel: int, width: int, unit: int, device: tor
     comm, nodes = plan.comm, plan.comm.nodes
     mates = [rank for rank, node in enumerate(nodes) if node == nodes[comm.rank]]
     place = mates.index(comm.rank)
-    peers = [[rank for rank, each in enumerate(nodes) if each == node][place] for node in sorted(set(nodes))]
+    peers = sorted([rank for rank, each in enumerate(nodes) if each == node][place] for node in set(nodes))
     inside = cut(numel, width, len(mates), unit)
     mine = inside.size(place)
     shape = (mine // width, width) if mine > width else (mine,)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import spawn
-from specification import CALL, planned, simulate
+from specification import CALL, on, planned, simulate
 from torch import Tensor
 
 from flashcomm_megatron.collectives import ALGORITHMS, algorithms, all_reduce, plan
@@ -34,7 +34,10 @@ def reduced(made: list[plan.Plan], parts: list[Tensor]) -> list[Tensor]:
 
     def start(comm: simulated.Simulated):  # type: ignore[no-untyped-def]
         mine, x = made[comm.rank], copies[comm.rank]
-        mine = plan.plan("all_reduce", x.shape, x.dtype, x.device, comm, mine.config)
+        if mine.inside is None:
+            mine = on(mine, comm)
+        else:  # holds parts of its communicator
+            mine = plan.plan("all_reduce", x.shape, x.dtype, x.device, comm, mine.config)
         return ALGORITHMS[mine.algorithm](x, x, mine, CALL)
 
     return simulated.run(start, len(parts), made[0].comm.nodes)
@@ -48,12 +51,12 @@ def test_the_sum_is_that_of_the_machines_exact_sums(nodes: tuple[int, ...], shap
     parts = [part(rank, shape) for rank in range(len(nodes))]
     results = reduced(made, parts)
     assert all(torch.equal(each, results[0]) for each in results), "all ranks hold the same bits"
-    machines = sorted(set(nodes))
-    sums = [sum(p.float() for p, n in zip(parts, nodes, strict=True) if n == each) for each in machines]
+    sums = {each: sum(p.float() for p, n in zip(parts, nodes, strict=True) if n == each) for each in nodes}
     slices = made[0].inside
-    assert slices is not None and slices.world == len(nodes) // len(machines)
+    assert slices is not None and slices.world == len(nodes) // len(sums)
     for number in range(slices.world):
-        mine = [slices.of(each.reshape(-1))[number].clone() for each in sums]
+        ranks = sorted([rank for rank, node in enumerate(nodes) if node == each][number] for each in sums)
+        mine = [slices.of(each.reshape(-1))[number].clone() for each in (sums[nodes[rank]] for rank in ranks)]
         if mine[0].numel():
             rows = mine[0].numel() // shape[-1] if len(shape) > 1 else 1
             flat = [
@@ -122,12 +125,13 @@ def test_pieces_are_the_all_reduce_of_each(kind: str, shape: tuple[int, ...], mo
 def test_all_pieces_are_posted_before_the_first_is_awaited() -> None:
     events: list[str] = []
 
-    def piece(number: int) -> algorithms.Legs:
+    def algorithm(x: Tensor, piece: plan.Piece, number: int, *more: object) -> algorithms.Legs:
         events.append(f"post {number}")
         yield simulated.Posted()
         events.append(f"decode {number}")
 
-    list(algorithms.pipelined(piece(number) for number in range(3)))
+    made = plans((5000,), (0, 0))[0]
+    list(algorithms.pipelined(algorithm, torch.ones(5000), made._replace(pieces=made.pieces * 3), CALL, None))
     assert events == ["post 0", "post 1", "post 2", "decode 0", "decode 1", "decode 2"]
 
 
