@@ -15,7 +15,7 @@ import torch
 
 import flashcomm_megatron as fc
 from flashcomm_megatron import config
-from flashcomm_megatron.megatron import seams
+from flashcomm_megatron.megatron import installation
 from flashcomm_megatron.megatron.arguments import config_from
 from flashcomm_megatron.megatron.patching import PatchError
 
@@ -36,7 +36,7 @@ def off(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def installs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """One entry for every time the flag patched Megatron; nothing is patched."""
     calls: list[str] = []
-    monkeypatch.setattr(seams, "install", lambda: calls.append("install"))
+    monkeypatch.setattr(installation, "install", lambda *options: calls.append("install"))
     return calls
 
 
@@ -151,18 +151,18 @@ def test_a_width_that_is_no_number_is_argparses_error(installs: list[str], capsy
 def test_an_unknown_variable_is_refused_with_the_known_ones(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], line: str
 ) -> None:
-    monkeypatch.setenv("FLASH_COMM_BITS", "4")
+    monkeypatch.setenv("FLASH_COMM_BIT", "4")
     printed = refused(capsys, line)
-    assert "FLASH_COMM_BITS is no variable of flash-comm: choose FLASH_COMM_DISABLE or" in printed
+    assert "FLASH_COMM_BIT is no variable of flash-comm: choose FLASH_COMM_BITS or FLASH_COMM_DISABLE or" in printed
 
 
 def test_a_megatron_that_does_not_fit_is_one_sentence(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def install() -> None:
+    def install(*options: object) -> None:
         raise PatchError("flash-comm cannot patch x: it does not exist.")
 
-    monkeypatch.setattr(seams, "install", install)
+    monkeypatch.setattr(installation, "install", install)
     assert refused(capsys, "--flash-comm-bits 4") == "train.py: error: flash-comm cannot patch x: it does not exist.\n"
 
 
@@ -174,22 +174,24 @@ def test_a_megatron_that_does_not_fit_is_one_sentence(
     ],
 )
 def test_a_megatron_too_old_is_refused(monkeypatch: pytest.MonkeyPatch, version: str, sentence: str) -> None:
-    monkeypatch.setattr(seams, "megatron_version", lambda: version)
+    monkeypatch.setattr(installation, "megatron_version", lambda: version)
     with pytest.raises(PatchError, match=sentence):
-        seams.install()
+        installation.install()
 
 
 def test_a_missing_megatron_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "megatron.core", None)
     with pytest.raises(PatchError, match="which cannot be imported: "):
-        seams.install()
+        installation.install()
 
 
 def test_the_kill_switch_leaves_megatron_untouched(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("FLASH_COMM_DISABLE", "1")
-    monkeypatch.setattr(seams.patching, "apply", lambda table: pytest.fail("patched in spite of the kill switch"))
+    monkeypatch.setattr(
+        installation.patching, "apply", lambda table: pytest.fail("patched in spite of the kill switch")
+    )
     parser().parse_args(["--flash-comm-bits", "4"])
     assert "flash-comm: off, because FLASH_COMM_DISABLE is set." in capsys.readouterr().out
 
@@ -215,8 +217,8 @@ EARLY = "import flashcomm_megatron as fc\nfrom megatron.training.initialize impo
 LATE = "from megatron.training.initialize import parse_args\nimport flashcomm_megatron as fc\n"
 PROVIDER = LATE + "parse_args = __import__('functools').partial(parse_args, fc.add_arguments)\n"
 DUMP = """
-from flashcomm_megatron import seams
-seams.install = lambda: print("installed")
+from flashcomm_megatron.megatron import installation
+installation.install = lambda *options: print("installed")
 print({name: value for name, value in vars(parse_args()).items() if value is not None})
 """
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import flashcomm_megatron as fc
 from flashcomm_megatron.collectives import plan as policy
-from flashcomm_megatron.megatron import modes, patching, seams
+from flashcomm_megatron.megatron import installation, modes, patching
 
 # Not imported here: the ranks import this file before they switch CPU mode on.
 pytestmark = pytest.mark.skipif(find_spec("megatron") is None, reason="megatron-core is not installed")
@@ -66,7 +66,7 @@ def seen() -> list[dict[str, Any]]:
 
 def bound() -> list[Any]:
     """The objects bound to every name of the tables."""
-    return [vars(owner)[attribute] for owner, attribute in map(patching._owner, seams.rows())]
+    return [vars(owner)[attribute] for owner, attribute in map(patching._owner, installation.rows())]
 
 
 def groups(**sizes: int) -> Any:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 import flashcomm_megatron as fc
 from flashcomm_megatron import collectives
-from flashcomm_megatron.megatron import patching, seams
+from flashcomm_megatron.megatron import installation, patching, seams
 
 # Not imported here: the ranks import this file before they put the stand-in where Megatron finds it.
 pytestmark = pytest.mark.skipif(find_spec("megatron") is None, reason="megatron-core is not installed")
@@ -65,7 +65,7 @@ def everything(rank: int, world: int) -> dict[str, Any]:
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=world)
     model_parallel_cuda_manual_seed(1)
     names = bound()
-    seen: dict[str, Any] = {"states": patching.status(seams.rows())}
+    seen: dict[str, Any] = {"states": patching.status(installation.rows())}
     seen |= {name: one_linear(rank, *row) for name, row in LINEARS.items()}
     seen |= {name: left_alone(rank, *row) for name, row in ALONE.items()}
     seen |= {"no site": no_site(), "row feedback": feedback()} | models()
@@ -82,7 +82,7 @@ def seen() -> list[dict[str, Any]]:
 
 def bound() -> list[Any]:
     """The objects bound to every name of the tables."""
-    return [vars(owner)[attribute] for owner, attribute in map(patching._owner, seams.rows())]
+    return [vars(owner)[attribute] for owner, attribute in map(patching._owner, installation.rows())]
 
 
 # ---- single layers --------------------------------------------------------------------------------------------------
@@ -377,4 +377,4 @@ def test_every_row_fits_and_disable_restores_every_object(seen: list[dict[str, A
 
 
 def test_without_the_package_there_is_no_such_row() -> None:
-    assert seams.rows() == seams.SEAMS
+    assert installation.rows() == seams.SEAMS
