@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from importlib.util import find_spec
 from typing import Any
 
 import mixtures
@@ -157,7 +156,7 @@ def mistakes() -> dict[str, str]:
     group, x, found = parallel_state.get_tensor_model_parallel_group(), torch.ones(7, 64), {}
 
     def error() -> str:
-        with pytest.raises(Exception) as raised:  # noqa: B017, PT011
+        with pytest.raises(Exception) as raised:
             layers.reduce_scatter_to_sequence_parallel_region(x, group)
         return f"{raised.type.__name__}: {raised.value}"
 
