@@ -1,6 +1,6 @@
 """The demo: one small model on two ranks, joined by a slow link, at 16 bits and fewer.
 
-    make demo                     two ranks on this machine; as root they are joined by a link of 20 Mbit/s
+    make demo                     two ranks on this machine; as root they are joined by a link of 10 Mbit/s
     make demo GPU=1               two GPUs over NCCL
     MODEL=DIR make demo           your own Hugging Face LLaMA checkpoint
 
@@ -38,7 +38,7 @@ class Result(NamedTuple):
     """What one width gave on rank 0."""
 
     text: str
-    first_token: float  # seconds, the best of five
+    first_token: float  # seconds, the best of three
     tokens_per_second: float
     perplexity: float
     sent: int  # bytes of this rank's tensor-parallel sums while the text was scored
@@ -57,8 +57,8 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=OWN_MODEL, help="Hugging Face directory of a LLaMA model.")
     parser.add_argument("--text", type=Path, default=OWN_MODEL / "held-out.txt", help="Text to score.")
-    parser.add_argument("--documents", type=int, default=20, help="Score at most so many documents of it.")
-    parser.add_argument("--rate", default="20mbit", help="Rate of the slow link, as tc writes it.")
+    parser.add_argument("--documents", type=int, default=12, help="Score at most so many documents of it.")
+    parser.add_argument("--rate", default="10mbit", help="Rate of the slow link, as tc writes it.")
     parser.add_argument("--gpu", action="store_true", help="Two GPUs over NCCL.")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="Also write demo.json and demo.csv there.")
     parser.add_argument("--link", default="", help=argparse.SUPPRESS)  # said to the ranks: how they are joined
@@ -172,7 +172,7 @@ def measure(model: Any, shape: Any, options: argparse.Namespace, ranks: Any, com
     everything = [token for tokens in documents for token in tokens]
     prompt = everything[: min(shape.context - 1, 1024)]
     perplexity(model, documents[:2], ranks)  # warm: ranks compare configurations, buffers exist
-    first = min(timed(continued, model, [prompt], 1, ranks) for _ in range(5))
+    first = min(timed(continued, model, [prompt], 1, ranks) for _ in range(3))
     rows = [everything[at : at + 8] for at in range(SEQUENCES)]
     seconds = timed(continued, model, rows, STEPS, ranks)
     start = tokenizer.encode("def find_file(", add_special_tokens=False).ids
