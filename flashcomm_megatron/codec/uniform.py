@@ -37,7 +37,7 @@ Error: ``|x' - x| <= scale / 2`` plus the rounding to the output dtype, where
 ``scale <= (max - min + 2**-7 |min|) / levels * (1 + 2**-7)`` (without the ``|min|`` term when ``min`` is a
 bfloat16 number). float32 values beyond bfloat16's largest number, 3.39e38, saturate.
 
-This file is the definition in torch; ``csrc/codec.h`` is the same definition in C++ and CUDA, equal bit for bit.
+This file is the definition in torch; ``csrc/format/codec.h`` is the same definition in C++ and CUDA, equal bit for bit.
 """
 
 from __future__ import annotations
