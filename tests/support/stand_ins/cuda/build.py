@@ -41,7 +41,7 @@ def build(folder: Path) -> Path:
     """The module, compiled into ``folder``."""
     compiler = shutil.which(os.environ.get("CXX", "g++").split()[0]) or "c++"
     jobs = [(source, ()) for source in SOURCES] + [(source, part) for source in IN_PARTS for part in PARTS]
-    objects = [folder / "-".join(map(str, (source.name, *part, "o"))) for source, part in jobs]
+    objects = [folder / f"{'-'.join(map(str, (source.stem, *part)))}.o" for source, part in jobs]
 
     def compile(job: tuple[Path, tuple[()] | tuple[str, int]], target: Path) -> None:
         source, part = job
