@@ -12,12 +12,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import record
 import torch
 
-from flashcomm_megatron.codec import Codec, Remembering, Uniform
+from flashcomm_megatron.codec import Codec, Uniform
 from flashcomm_megatron.codec.published.outlier import from_ranges
 from flashcomm_megatron.codec.recipes import RECIPES, Legs
 
@@ -73,12 +73,12 @@ def both_ways(codec: Codec, x: torch.Tensor, feedback: bool) -> list[Callable[[]
     payload, out = codec.encode(x), torch.empty_like(x)
     codec.decode_sum([payload], out)
     assert (out - x).norm() < 0.5 * x.norm()
-    encode = encoding(cast(Remembering, codec), x, payload) if feedback else lambda: codec.encode(x, payload)
+    encode = encoding(codec, x, payload) if feedback else lambda: codec.encode(x, payload)
     return [encode, lambda: codec.decode_sum([payload], out)]
 
 
-def encoding(codec: Remembering, x: torch.Tensor, payload: torch.Tensor) -> Callable[[], Any]:
-    memory = x.new_zeros(codec.memory_numel(x.numel()))
+def encoding(codec: Codec, x: torch.Tensor, payload: torch.Tensor) -> Callable[[], Any]:
+    memory = x.new_zeros(codec.residual_numel(x.numel()))
     return lambda: codec.encode(x, payload, memory)
 
 

@@ -53,7 +53,6 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--grad-bits", type=int, default=8)
-    parser.add_argument("--grad-rounding", default="nearest")
     for name, value in {"layers": 8, "hidden": 256, "ffn": 1024, "heads": 8, "context": 256, "batch": 4}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--turns", type=int, default=10)
@@ -84,7 +83,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
 def compare(options: argparse.Namespace, sequence_parallel: bool) -> dict[str, Any]:
     """Both trainings counted for one step, then timed in turns."""
     shape = Shape(options.layers, options.hidden, options.ffn, options.heads, 1024, options.context, options.batch)
-    config = fc.Config(bits=options.bits, grad_bits=options.grad_bits, grad_rounding=options.grad_rounding)
+    config = fc.Config(bits=options.bits, grad_bits=options.grad_bits)
     text = torch.randint(shape.vocab, (100_000,), generator=torch.Generator().manual_seed(1))
     exact, quantized = (Training(shape, 1, 10_000, sequence_parallel=sequence_parallel) for _ in range(2))
     with metered() as sent:
@@ -103,7 +102,6 @@ def compare(options: argparse.Namespace, sequence_parallel: bool) -> dict[str, A
         "world": dist.get_world_size(),
         "bits": options.bits,
         "grad_bits": options.grad_bits,
-        "grad_rounding": options.grad_rounding,
         **{name: getattr(options, name) for name in ("layers", "hidden", "context", "batch")},
         "exact_ms": round(1e3 * seconds["exact"], 2),
         "quantized_ms": round(1e3 * seconds["quantized"], 2),

@@ -2,7 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "streams.h"
+#include "cpu/streams.h"
 
 namespace py = pybind11;
 using namespace flashcomm;

@@ -12,13 +12,11 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from typing import Any, ClassVar
 
-from .codec import Stochastic
 from .codec.recipes import RECIPES, Legs
 
 TRANSPORTS = ("auto", "peer", "host", "group")
 ALGORITHMS = ("auto", "one-step", "two-step", "hierarchical")
 FEEDBACK = ("auto", "off")
-ROUNDINGS = ("nearest", "stochastic")
 EXACT = 16  # grad_bits that leave gradients to the original collectives
 TYPES = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,), "None": (type(None),)}  # a field's words
 
@@ -62,9 +60,6 @@ class Config:
         None, "Seconds a rank waits for another one that does nothing. Default: the process group's own timeout."
     )
     grad_bits: int = _option(8, "Bits per value of gradients in backward, 2 to 8; 16 leaves them exact.")
-    grad_rounding: str = _option(
-        "nearest", "Round gradients to the nearest code, or stochastic: without bias, the same gradient always alike."
-    )
     experts: bool = _option(False, "Compress the tokens of a mixture of experts as well (all-to-all dispatcher).")
     calibration: str | None = _option(None, "File of calibrated ranges, made by calibrate; for recipe outlier only.")
     strict: bool = _option(
@@ -110,7 +105,6 @@ class Config:
         widths = (*RECIPES[self._gradient_recipe].widths, EXACT)
         choices = f"{_list(widths)} with recipe {self._gradient_recipe}"
         _check(self.grad_bits in widths, "grad-bits", self.grad_bits, choices)
-        _check(self.grad_rounding in ROUNDINGS, "grad-rounding", self.grad_rounding, ", ".join(ROUNDINGS))
 
     def _check_calibration(self) -> None:
         if RECIPES[self.recipe].calibrated and self.calibration is None:
@@ -136,8 +130,7 @@ class Config:
         if self.grad_bits == EXACT:
             return None
         row = RECIPES[self._gradient_recipe]
-        legs = row.legs(self.grad_bits, self.block or row.block)
-        return Legs(*(Stochastic(leg) for leg in legs)) if self.grad_rounding == "stochastic" else legs
+        return row.legs(self.grad_bits, self.block or row.block)
 
     @property
     def _gradient_recipe(self) -> str:

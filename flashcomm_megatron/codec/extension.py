@@ -15,28 +15,17 @@ import os
 from collections.abc import Collection, Sequence
 from functools import lru_cache
 from types import ModuleType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from .base import Codec
+
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum Dtype in csrc/api.h
 INTERFACE = 6  # kInterface in csrc/api.h
 BYTES = (torch.uint8,)
-
-
-class Codec(Protocol):
-    """What is asked of a codec here, beside ``native``."""
-
-    def wire_bytes(self, numel: int) -> int:
-        """Length in bytes of the payload of ``numel`` values."""
-
-
-class Remembering(Codec, Protocol):
-    """What is asked of a codec that is handed a memory."""
-
-    def memory_numel(self, numel: int) -> int:
-        """Numbers that the memory of a tensor of ``numel`` values has."""
 
 
 def _load() -> tuple[ModuleType | None, str]:
@@ -97,24 +86,26 @@ def describe() -> str:
     return f"compiled codec ({found['isa']}; {'CUDA ' + found['cuda'] if found['cuda'] else found['without_cuda']})"
 
 
-def encode(codec: Codec, x: Tensor, out: Tensor) -> bool:
-    """Encode x, of a dtype in DTYPES, into out, uint8 of the codec's wire bytes; ValueError names what does not fit."""
-    return _encode(codec, x, 0, out)
+def encode(codec: Codec, x: Tensor, out: Tensor, residual: Tensor | None = None) -> bool:
+    """Encode x, of a dtype in DTYPES, into out, uint8 of the codec's wire bytes; ValueError names what does not fit.
 
-
-def encode_memory(codec: Remembering, x: Tensor, memory: Tensor, out: Tensor) -> bool:
-    """Encode x, and what ``memory``, of the dtype of x, says was lost before, which then is what was lost this time."""
-    _check("encode: memory", memory, (x.dtype,), x.device)
-    if memory.numel() != codec.memory_numel(x.numel()):
-        wanted = codec.memory_numel(x.numel())
-        raise ValueError(f"encode: memory has {memory.numel()} numbers; {codec} keeps {wanted} of {x.numel()} values.")
-    return _encode(codec, x, memory.data_ptr(), out)
-
-
-def _encode(codec: Codec, x: Tensor, memory: int, out: Tensor) -> bool:
+    ``residual``, of the dtype of x: encode x + residual; the residual is replaced by the new rounding error.
+    """
+    if residual is not None:
+        _check_residual(codec, x, residual)
     _check("encode: x", x, DTYPES, x.device)
     _check("encode: out", out, BYTES, x.device, codec.wire_bytes(x.numel()))
-    return _call("encode", codec, x, (x.data_ptr(), DTYPES[x.dtype], x.numel()), (out.data_ptr(), memory))
+    address = 0 if residual is None else residual.data_ptr()
+    return _call("encode", codec, x, (x.data_ptr(), DTYPES[x.dtype], x.numel()), (out.data_ptr(), address))
+
+
+def _check_residual(codec: Codec, x: Tensor, residual: Tensor) -> None:
+    expected = codec.residual_numel(x.numel())
+    _check("encode: residual", residual, (x.dtype,), x.device)
+    if residual.numel() != expected:
+        raise ValueError(
+            f"encode: residual has {residual.numel()} numbers; {codec} keeps {expected} of {x.numel()} values."
+        )
 
 
 def decode_sum(codec: Codec, payloads: Sequence[Tensor], out: Tensor) -> bool:
@@ -145,7 +136,7 @@ def _check(
 
 def _call(name: str, codec: Codec, where: Tensor, before: tuple[Any, ...], after: tuple[Any, ...]) -> bool:
     """Run the compiled function for ``where``'s device, if there is one for this codec."""
-    native: tuple[int, ...] | None = getattr(codec, "native", None)
+    native = codec.native
     if _extension is None or native is None:
         return False
     if where.device.type == "cpu":

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .reference import summed
+from .base import Codec, summed
 
 
 @dataclass(frozen=True)
-class Raw:
+class Raw(Codec):
     """Payloads are the bytes of tensors of ``dtype``."""
 
     dtype: torch.dtype
@@ -22,9 +22,21 @@ class Raw:
         """Length in bytes of the payload of ``numel`` values."""
         return numel * self.dtype.itemsize
 
-    def encode(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+    def section_bytes(self, numel: int) -> list[int]:
+        """The one section: the values."""
+        return [self.wire_bytes(numel)]
+
+    def encode_ref(self, x: Tensor) -> Tensor:
+        """The bytes of ``x``, which must be of ``dtype``."""
+        return x.view(torch.uint8)
+
+    def decode_ref(self, payload: Tensor, numel: int) -> Tensor:
+        """float32 values [numel]."""
+        return payload.view(self.dtype).float()
+
+    def encode(self, x: Tensor, out: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         """The bytes of ``x``, which must be of ``dtype``; without ``out`` they are not copied."""
-        payload = x.view(torch.uint8)
+        payload = self.encode_ref(x)
         return payload if out is None else out.copy_(payload)
 
     def decode_sum(self, payloads: Sequence[Tensor], out: Tensor) -> Tensor:

@@ -76,11 +76,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import extension
+from .base import Codec
 from .blocks import high_half_value, in_blocks
 from .planes import from_half_words, half_words, join_planes, join_sections, plane_bytes, split_planes, split_sections
-from .reference import Reference
-from .stochastic import rounded
 
 LEVELS = {2: 4, 2.5: 5, 3: 8, 3.5: 11, 4: 16, 4.5: 22, 5: 32, 5.5: 45, 6: 64, 6.5: 90, 7: 128, 7.5: 181, 8: 256}
 BLOCKS = (16, 32, 64, 128, 256, 512, 1024)
@@ -97,11 +95,12 @@ SHRINK = 2.0**-16
 
 
 @dataclass(frozen=True)
-class Rotated(Reference):
+class Rotated(Codec):
     """Codec of Hadamard-rotated blocks: ``bits`` a coefficient (2 to 8 in steps of one half), one byte a block."""
 
     bits: float
     block: int
+    keeps_residuals = True
 
     def __post_init__(self) -> None:
         if self.bits not in LEVELS:
@@ -113,11 +112,6 @@ class Rotated(Reference):
     def native(self) -> tuple[int, int, int]:
         """Format number in csrc/api.h, twice the bits, and block: how the compiled extension knows this codec."""
         return 1, int(2 * self.bits), self.block
-
-    @property
-    def dithers(self) -> bool:
-        """Whether codes may be rounded stochastically (stochastic.py): steps are then made wide enough for it."""
-        return True
 
     @property
     def levels(self) -> int:
@@ -136,28 +130,20 @@ class Rotated(Reference):
         planes = [size for width in self._widths for size in plane_bytes(words, width)]
         return [*planes, blocks, 2 * math.ceil(blocks / FAMILY)]
 
-    def memory_numel(self, numel: int) -> int:
-        """Numbers that the memory of a tensor of ``numel`` values has."""
+    def residual_numel(self, numel: int) -> int:
+        """Numbers of the residual of a tensor of ``numel`` values."""
         group = GROUP * self.block
         return math.ceil(numel / group) * group
 
-    def encode(self, x: Tensor, out: Tensor | None = None, memory: Tensor | None = None) -> Tensor:
-        """Encode a contiguous 1-D floating tensor into a uint8 payload of ``wire_bytes(x.numel())``.
+    def encode_ref(self, x: Tensor) -> Tensor:
+        """Payload of a contiguous, non-empty 1-D floating tensor."""
+        return self._encode(x, None)
 
-        ``memory`` [memory_numel(x.numel())], of the dtype of ``x`` and zeros at first, holds what the last encoding
-        lost, which is added, and then what this one loses.
-        """
-        if memory is None:
-            return super().encode(x, out)
-        if out is None:
-            out = torch.empty(self.wire_bytes(x.numel()), dtype=torch.uint8, device=x.device)
-        if x.numel() and not extension.encode_memory(self, x, memory, out):
-            out.copy_(self.encode_ref(x, memory=memory))
-        return out
+    def encode_residual_ref(self, x: Tensor, residual: Tensor) -> Tensor:
+        """The same of ``x + residual``; the residual is replaced by the new rounding error."""
+        return self._encode(x, residual)
 
-    def encode_ref(self, x: Tensor, dither: Tensor | None = None, memory: Tensor | None = None) -> Tensor:
-        """Payload of a contiguous, non-empty 1-D floating tensor; with ``dither`` [blocks, block] rounded
-        stochastically, in steps of ``max|c| / (levels - 1 - zero)``, rounded up, that clip nothing on either side."""
+    def _encode(self, x: Tensor, memory: Tensor | None) -> Tensor:
         values = in_blocks(x, self.block).float()
         finite = values.isfinite().all(1)
         values = torch.where(finite[:, None], values, 0.0)
@@ -172,9 +158,9 @@ class Rotated(Reference):
         value = coefficients[:, 0] / (self.block * shrink)
         regular = finite & ~constant
         coefficients = torch.where(regular[:, None], coefficients, 0.0)
-        scales, tops, step = self._scales(coefficients, shrink, regular, clips=dither is None)
+        scales, tops, step = self._scales(coefficients, shrink, regular)
         inverse = 1.0 / (step * shrink * self.block)
-        numbers = rounded(coefficients * inverse[:, None], dither).clamp(-self.zero, self.levels - 1 - self.zero)
+        numbers = (coefficients * inverse[:, None]).round().clamp(-self.zero, self.levels - 1 - self.zero)
         numbers += 0.0  # never -0
         if memory is not None:
             lost = coefficients - numbers * (step * self.block)[:, None]
@@ -206,19 +192,16 @@ class Rotated(Reference):
             values = values.clamp(-limit, limit)
         return torch.where(values.isnan(), math.nan, values).to(dtype).flatten()[:numel]
 
-    def _scales(
-        self, coefficients: Tensor, shrink: Tensor, regular: Tensor, clips: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _scales(self, coefficients: Tensor, shrink: Tensor, regular: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Scale bytes [blocks] and tops [families] as int32, and the signed steps float32 [blocks]."""
         low, high = coefficients.amin(1), coefficients.amax(1)
         negative = high > -low
         largest = torch.maximum(high, -low)
-        reach = self.zero if clips else self.levels - 1 - self.zero
-        needed = largest * (1.0 / torch.full_like(largest, self.block * reach))  # the divisor's inverse, in float32
+        needed = largest * (1.0 / torch.full_like(largest, self.block * self.zero))  # the divisor's inverse, in float32
         half = 1 << (KEY_SHIFT - 1)
-        keys = (needed.view(torch.int32) + (half if clips and self.levels <= NEAREST else 2 * half - 1)) >> KEY_SHIFT
+        keys = (needed.view(torch.int32) + (half if self.levels <= NEAREST else 2 * half - 1)) >> KEY_SHIFT
         keys = (keys + (shrink < 1).int() * (16 << 3)).clamp(min=LEAST_KEY)
-        if clips and self.levels <= SEARCHED:
+        if self.levels <= SEARCHED:
             keys = self._best_keys(keys, coefficients, torch.where(negative, -shrink, shrink) * self.block)
         families = keys.masked_fill(~regular, LEAST_KEY)
         families = torch.nn.functional.pad(families, (0, -keys.numel() % FAMILY), value=LEAST_KEY).view(-1, FAMILY)

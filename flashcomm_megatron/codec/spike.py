@@ -49,10 +49,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .base import Codec
 from .blocks import BFLOAT16_MAX, NAN_BITS, finite_keys, from_high_half, from_ordered_keys, high_half, in_blocks
 from .blocks import ordered_keys as keys_of
 from .planes import from_half_words, half_words, join_planes, join_sections, plane_bytes, split_planes, split_sections
-from .reference import Reference
 
 CONSTANT = 255  # span code of a constant block in float32
 LARGEST_SPAN = 254
@@ -62,7 +62,7 @@ UNITS = 32  # steps of `low` in a span
 
 
 @dataclass(frozen=True)
-class Spike(Reference):
+class Spike(Codec):
     """Codec of ``bits``-bit integers whose block minimum and maximum travel as bfloat16."""
 
     bits: int

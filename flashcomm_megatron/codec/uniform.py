@@ -37,7 +37,7 @@ Error: ``|x' - x| <= scale / 2`` plus the rounding to the output dtype, where
 ``scale <= (max - min + 2**-7 |min|) / levels * (1 + 2**-7)`` (without the ``|min|`` term when ``min`` is a
 bfloat16 number). float32 values beyond bfloat16's largest number, 3.39e38, saturate.
 
-This file is the definition in torch; ``csrc/codec.h`` is the same definition in C++ and CUDA, equal bit for bit.
+This file is the definition in torch; ``csrc/format/codec.h`` is the same definition in C++ and CUDA, equal bit for bit.
 """
 
 from __future__ import annotations
@@ -49,26 +49,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import extension
+from .base import Codec
 from .blocks import NAN_BITS, extremes, from_high_half, high_half, high_half_value, in_blocks, next_up, round_down
 from .planes import (
     from_half_words,
     half_words,
     join_planes,
     join_sections,
-    padded,
     plane_bytes,
     split_planes,
     split_sections,
 )
-from .stochastic import rounded
 
 HUGE = 2.0**118  # scales from here on could overflow float32 in min + q * scale: halve first
 TINY = 2.0**-100  # scales below have a reciprocal beyond float32: scale up first
 
 
 @dataclass(frozen=True)
-class Uniform:
+class Uniform(Codec):
     """Codec of asymmetric integers: ``bits`` per value, one bfloat16 scale and minimum per ``block`` values."""
 
     bits: int
@@ -86,11 +84,6 @@ class Uniform:
         return 0, self.bits, self.block
 
     @property
-    def dithers(self) -> bool:
-        """Whether codes may be rounded stochastically (stochastic.py): they reach every value of a block."""
-        return True
-
-    @property
     def levels(self) -> int:
         """Steps between the smallest and the largest code: 2**bits - 1."""
         return (1 << self.bits) - 1
@@ -100,42 +93,18 @@ class Uniform:
         blocks = math.ceil(numel / self.block)
         return [*plane_bytes(numel, self.bits), 2 * blocks, 2 * blocks]
 
-    def wire_bytes(self, numel: int) -> int:
-        """Length in bytes of the payload of ``numel`` values."""
-        return sum(padded(size) for size in self.section_bytes(numel))
-
-    def encode(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """Encode a contiguous 1-D floating tensor into a uint8 payload of ``wire_bytes(x.numel())``."""
-        if out is None:
-            out = torch.empty(self.wire_bytes(x.numel()), dtype=torch.uint8, device=x.device)
-        if not extension.encode(self, x, out):
-            out.copy_(self.encode_ref(x))
-        return out
-
-    def decode_sum(self, payloads: Sequence[Tensor], out: Tensor) -> Tensor:
-        """Write the float32 sum, in the order given, of the decoded payloads into ``out`` (1-D, any float dtype).
-
-        With one payload this is plain decoding. Every part is limited to the finite range of ``out.dtype``;
-        the sum may overflow to Inf as an exact sum would.
-        """
-        if not extension.decode_sum(self, payloads, out):
-            out.copy_(self.decode_sum_ref(payloads, out.numel(), out.dtype))
-        return out
-
     # ---- the definition ------------------------------------------------------------------------------------
 
-    def encode_ref(self, x: Tensor, dither: Tensor | None = None) -> Tensor:
-        """What :meth:`encode` does, in torch; with ``dither`` [blocks, block] rounded stochastically."""
+    def encode_ref(self, x: Tensor) -> Tensor:
+        """Payload of a contiguous, non-empty 1-D floating tensor."""
         numel = x.numel()
-        if numel == 0:
-            return torch.empty(0, dtype=torch.uint8, device=x.device)
         blocks = in_blocks(x, self.block)
         low, high, finite = extremes(blocks)
         values = blocks.float()
         minimum = round_down(low)
         scale, prescale, inverse = self._scale(minimum, high)
         scaled = (values * prescale[:, None] - (minimum * prescale)[:, None]) * inverse[:, None]
-        codes = rounded(torch.where(finite[:, None], scaled, 0.0), dither).clamp(0, self.levels).to(torch.uint8)
+        codes = torch.where(finite[:, None], scaled, 0.0).round().clamp(0, self.levels).to(torch.uint8)
 
         minimum_bits, scale_bits = high_half(minimum), high_half(scale)
         bits = low.view(torch.int32)
@@ -148,6 +117,10 @@ class Uniform:
 
         sections = [*split_planes(codes.flatten()[:numel], self.bits), half_words(scale_bits), half_words(minimum_bits)]
         return join_sections(sections)
+
+    def decode_ref(self, payload: Tensor, numel: int) -> Tensor:
+        """float32 values [numel] of one payload, ``numel`` > 0."""
+        return self._decode_ref(payload, numel, torch.float32)
 
     def decode_sum_ref(self, payloads: Sequence[Tensor], numel: int, dtype: torch.dtype) -> Tensor:
         """What :meth:`decode_sum` does, in torch."""

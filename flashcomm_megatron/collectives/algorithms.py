@@ -16,12 +16,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
-from typing import cast
 
 import torch
 from torch import Tensor
 
-from ..codec import Codec, Remembering
+from ..codec import Codec
 from ..comm.link import Link, Transfer
 from . import pieces
 from .plan import ONE_STEP_WORLD, Plan
@@ -144,7 +143,7 @@ def gather_leg(mine: Tensor, memory: Tensor | None, slices: list[Tensor], link: 
 
 def encode(codec: Codec, x: Tensor, memory: Tensor | None, out: Tensor | None = None) -> Tensor:
     """The payload of ``x``, or of ``x`` and what the last one lost, which then becomes what this one loses."""
-    return codec.encode(x, out) if memory is None else cast(Remembering, codec).encode(x, out, memory)
+    return codec.encode(x, out, memory)
 
 
 def part(residuals: Residuals | None, number: int) -> Residuals | None:
@@ -156,9 +155,7 @@ def memories(residuals: Residuals | None, leg: str, codec: Codec, parts: Sequenc
     """What was lost so far in ``leg`` ("reduce" or "gather") of every part, zeros at first; Nones without residuals."""
     if residuals is None:
         return [None] * len(parts)
-    if not hasattr(codec, "memory_numel"):
-        raise ValueError(f"residuals: {codec} keeps no memory of what it loses; only codecs of recipe auto do.")
-    sizes = [cast(Remembering, codec).memory_numel(each.numel()) for each in parts]
+    sizes = [codec.residual_numel(each.numel()) for each in parts]
     if getattr(residuals, leg) is None:
         setattr(residuals, leg, parts[0].new_zeros(sum(sizes)))
     found: Tensor = getattr(residuals, leg)

@@ -1,4 +1,4 @@
-"""Transport for tensors in main memory: byte streams between ranks, moved by the ranks themselves (csrc/streams.h).
+"""Transport for tensors in main memory: byte streams between ranks, moved by the ranks themselves (csrc/cpu/streams.h).
 
 Inside a machine they go through shared memory: every rank has a segment with a ring for each other rank; a message is
 copied in by its sender and out by its receiver, without a system call unless somebody sleeps. Between machines they are
@@ -25,7 +25,7 @@ from .segment import Segment
 
 RING_BYTES = 2 << 20  # of a rank's rings together: they stay in a cache, and a small /dev/shm holds many groups'
 PAGE = 4096
-WHAT_BYTES = 55  # of a frame: csrc/streams.h
+WHAT_BYTES = 55  # of a frame: csrc/cpu/streams.h
 
 REASONS = {
     1: "rank {peer} neither sent nor took anything for {seconds:g} s. Is it stuck, or in another branch?",

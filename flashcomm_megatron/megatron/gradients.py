@@ -9,8 +9,8 @@ The idea
 --------
 Backward runs on autograd's threads, after every forward has returned, so a column layer's autograd functions carry
 their site from forward to backward. There it serves two ends. The input that is gathered a second time for the weight
-gradient is compressed as the first time, and has the same bits. And gradients are compressed as ``grad_bits`` and
-``grad_rounding`` say; 16 leaves them to the original collectives.
+gradient is compressed as the first time, and has the same bits. And gradients are compressed as ``grad_bits`` says;
+16 leaves them to the original collectives.
 
 The all-reduce is written inline in both functions' backward, as a call of ``torch.distributed.all_reduce`` with the
 group that the function keeps. torch hands that call on to the group's own ``allreduce``, so for the time of the

@@ -13,13 +13,11 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from linears import HIDDEN, INNER, ROWS, WORLD, linear, normal, step
 from ranks import spawn
-from test_seams import HIDDEN, INNER, ROWS, WORLD, linear, normal, step
 from torch import Tensor
 
 import flashcomm_megatron as fc
-from flashcomm_megatron.codec import Stochastic
-from flashcomm_megatron.codec.recipes import Legs
 from flashcomm_megatron.collectives.handle import Handle
 from flashcomm_megatron.megatron import context as where
 from flashcomm_megatron.megatron import gradients
@@ -27,19 +25,19 @@ from flashcomm_megatron.megatron import gradients
 pytest.importorskip("megatron.core", reason="megatron-core is not installed")
 
 NEAREST = fc.Config(bits=4, grad_bits=6, min_bytes=0)
-STOCHASTIC = fc.Config(bits=4, grad_bits=5, grad_rounding="stochastic", min_bytes=0)
+FIVE = fc.Config(bits=4, grad_bits=5, min_bytes=0)
 
 # name: (kind of layer, sequence parallelism, dtype, frozen weight, configuration)
 LINEARS: dict[str, tuple[str, bool, torch.dtype, bool, fc.Config]] = {
     "row TP": ("row", False, torch.float32, False, NEAREST),
     "row SP": ("row", True, torch.bfloat16, False, NEAREST),
-    "row SP stochastic": ("row", True, torch.float32, False, STOCHASTIC),
+    "row SP five bits": ("row", True, torch.float32, False, FIVE),
     "column TP": ("column", False, torch.float32, False, NEAREST),
     "column TP bf16": ("column", False, torch.bfloat16, False, NEAREST),
-    "column TP stochastic": ("column", False, torch.bfloat16, False, STOCHASTIC),
+    "column TP five bits": ("column", False, torch.bfloat16, False, FIVE),
     "column TP frozen": ("column", False, torch.bfloat16, True, NEAREST),
     "column SP": ("column", True, torch.bfloat16, False, NEAREST),
-    "column SP stochastic": ("column", True, torch.float32, False, STOCHASTIC),
+    "column SP five bits": ("column", True, torch.float32, False, FIVE),
     "column SP frozen": ("column", True, torch.float32, True, NEAREST),
 }
 ALONE = [name for name in LINEARS if name != "row TP"]  # those that send a gradient
@@ -291,12 +289,10 @@ def test_only_the_sum_of_one_contiguous_gradient_is_compressed(monkeypatch: pyte
     fc.reset_stats()
 
 
-def test_widths_and_roundings_have_codecs_of_their_own() -> None:
+def test_gradients_have_codecs_of_their_own_width() -> None:
     config = fc.Config(bits=4)
     assert config.gradient_legs == fc.Config(bits=8).legs
     assert fc.Config(bits=4, grad_bits=16).gradient_legs is None
-    stochastic = fc.Config(bits=4, grad_rounding="stochastic").gradient_legs
-    assert stochastic == Legs(*(Stochastic(leg) for leg in fc.Config(bits=8).legs))
 
 
 @pytest.mark.parametrize(
@@ -307,8 +303,6 @@ def test_widths_and_roundings_have_codecs_of_their_own() -> None:
             {"grad_bits": 5, "recipe": "flash-v1"},
             "--flash-comm-grad-bits 5: choose 4, 6, 8 or 16 with recipe flash-v1.",
         ),
-        ({"grad_rounding": "up"}, "--flash-comm-grad-rounding up: choose nearest, stochastic."),
-        ({"grad_rounding": "stochastic", "recipe": "mx"}, "--flash-comm-grad-rounding stochastic: format microscaling"),
     ],
 )
 def test_what_no_recipe_knows_is_refused(options: dict[str, Any], sentence: str) -> None:

@@ -2,7 +2,7 @@
 #include <cstdio>
 #include <vector>
 
-#include "../csrc/api.h"
+#include "api.h"
 
 #if defined(__x86_64__)  // only the baseline is compiled here, and only it is used
 namespace flashcomm::avx2 { extern const Kernels kernels[kFormats]; const Kernels kernels[kFormats] = {}; }

@@ -21,15 +21,15 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "sanitized"
-CORPUS = ROOT / "tests" / "fuzz" / "corpus"
+CORPUS = ROOT / "tests" / "stress" / "fuzz" / "corpus"
 
-COMMON = ["-std=c++17", "-g", "-pthread", "-ffp-contract=off", "-fno-math-errno"]
+COMMON = ["-Icsrc", "-std=c++17", "-g", "-pthread", "-ffp-contract=off", "-fno-math-errno"]
 MEMORY = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 THREADS = ["-fsanitize=thread"]
 BASELINE = ["-DFLASHCOMM_ISA=baseline"]
 AVX2 = ["-DFLASHCOMM_ISA=avx2", "-mavx2", "-mfma", "-mf16c"]
-CODEC = ["csrc/codec_cpu.cpp", "csrc/rotated_cpu.cpp", "csrc/spike_cpu.cpp"]
-STREAMS = ["csrc/streams.cpp", "csrc/ring.cpp", "csrc/sockets.cpp"]
+CODEC = ["csrc/cpu/codec_cpu.cpp", "csrc/cpu/rotated_cpu.cpp", "csrc/cpu/spike_cpu.cpp"]
+STREAMS = ["csrc/cpu/streams.cpp", "csrc/cpu/ring.cpp", "csrc/cpu/sockets.cpp"]
 DRIVER = "tests/stress/fuzz/driver.cpp"
 
 # name: (sources, flags). The driver watches the others, not itself.
@@ -39,7 +39,10 @@ PROGRAMS: dict[str, tuple[list[str], list[str]]] = {
     "streams": (["tests/stress/fuzz/streams.cpp", *STREAMS, DRIVER], ["-O1", *MEMORY]),
     "streams-races": (["tests/stress/streams_threads.cpp", *STREAMS], ["-O1", *THREADS]),
     "streams-leaks": (["tests/stress/streams_threads.cpp", *STREAMS], ["-O1", *MEMORY]),
-    "codec-races": (["tests/stress/codec_races.cpp", "csrc/codec_threads.cpp", *CODEC], ["-O1", *THREADS, *BASELINE]),
+    "codec-races": (
+        ["tests/stress/codec_races.cpp", "csrc/cpu/codec_threads.cpp", *CODEC],
+        ["-O1", *THREADS, *BASELINE],
+    ),
 }
 TARGETS = ("codec", "codec-avx2", "streams")
 THREADED = ("streams-races", "streams-leaks", "codec-races")
@@ -59,7 +62,7 @@ def build(name: str) -> Path:
     """The program ``name``, compiled if it is not up to date."""
     sources, flags = PROGRAMS[name]
     program = BUILD / name
-    inputs = [*(ROOT / "csrc").glob("*.h"), *(ROOT / each for each in sources), Path(__file__)]
+    inputs = [*(ROOT / "csrc").rglob("*.h"), *(ROOT / each for each in sources), Path(__file__)]
     if program.exists() and program.stat().st_mtime > max(each.stat().st_mtime for each in inputs):
         return program
     BUILD.mkdir(parents=True, exist_ok=True)

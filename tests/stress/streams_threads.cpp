@@ -1,4 +1,4 @@
-// Ranks as threads over ordinary memory and pairs of sockets, for the sanitizers: csrc/streams.cpp as it is, with no
+// Ranks as threads over ordinary memory and pairs of sockets, for the sanitizers: csrc/cpu/streams.cpp as it is, with no
 // process, no Python and no shared memory around it. Thread and address sanitizers see every access of every rank, which they cannot across
 // processes.
 //
@@ -16,7 +16,7 @@
 #include <random>
 #include <thread>
 
-#include "../csrc/streams.h"
+#include "cpu/streams.h"
 
 using namespace flashcomm;
 

@@ -1,4 +1,4 @@
-"""The fused collectives run on the host, ranks in any order (emulator.cpp): built once with the system's compiler and called through ctypes."""
+"""The fused collectives run on the host, ranks in any order: emulator.cpp, built once, called through ctypes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MAX_WORLD = 8
 
 
 class Setting(ctypes.Structure):
-    """A codec as the kernels know it: csrc/tile.h."""
+    """A codec as the kernels know it: csrc/cuda/tile.h."""
 
     _fields_ = [(name, ctypes.c_int) for name in ("format", "bits", "block")]
 
@@ -53,7 +53,18 @@ def library() -> Any:
     folder = tempfile.TemporaryDirectory()
     path = Path(folder.name) / "emulator.so"
     compiler = shutil.which(os.environ.get("CXX", "g++").split()[0]) or "c++"
-    flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]
+    flags = [
+        "-Icsrc",
+        "-std=c++17",
+        "-O1",
+        "-fPIC",
+        "-shared",
+        "-ffp-contract=off",
+        "-fno-omit-frame-pointer",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+    ]
     subprocess.run([compiler, *flags, *SOURCES, "-o", str(path)], cwd=ROOT, check=True)
     loaded = ctypes.CDLL(str(path))
     loaded.folder = folder
@@ -67,7 +78,7 @@ def library() -> Any:
 
 
 class Shape(ctypes.Structure):
-    """How the kernel cuts a call: csrc/shape.h."""
+    """How the kernel cuts a call: csrc/cuda/shape.h."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("numel", "slice", "rounds")),

@@ -1,9 +1,9 @@
 """The rules by which ranks share inboxes, as a program that tries every interleaving of them.
 
-`csrc/protocol.h` has the same rules under the same names; `csrc/collectives.h` follows them. A rank's kernel is a list
-of steps; the state of the world is one program counter for every block of every rank, because each flag and each
-region of an inbox has a single writer. :func:`explore` visits all reachable states and returns the first thing that
-goes wrong, or None.
+`csrc/cuda/protocol.h` has the same rules under the same names; `csrc/cuda/collectives.h` follows them. A rank's kernel
+is a list of steps; the state of the world is one program counter for every block of every rank, because each flag and
+each region of an inbox has a single writer. :func:`explore` visits all reachable states and returns the first thing
+that goes wrong, or None.
 
 The rules
 ---------
@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 REDUCE, GATHER = "reduce", "gather"
 
-# What one round of each collective does; csrc/collectives.h runs the same steps in the same order.
+# What one round of each collective does; csrc/cuda/collectives.h runs the same steps in the same order.
 SCRIPTS: dict[str, tuple[tuple[str, str], ...]] = {
     "two-step": (
         ("scatter", REDUCE), ("announce", REDUCE), ("await", REDUCE), ("read", REDUCE),

@@ -1,6 +1,6 @@
 """The streams' protocol as an executable model: every interleaving of a writer, a reader and their naps.
 
-A rank of csrc/streams.cpp moves what it can (ring.cpp), and when nothing moves it announces sleep, looks once more,
+A rank of csrc/cpu/streams.cpp moves what it can (ring.cpp), and when nothing moves it announces sleep, looks once more,
 and sleeps on its doorbell unless the doorbell has changed since. After a store to a counter it looks whether it has to
 ring the other end's. The model has one ring, one writer and one reader, each a little program of atomic actions (all
 are sequentially consistent), and explores every order. It must find that all bytes arrive in order, that no byte is

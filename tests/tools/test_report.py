@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from patience import patient
 
 import flashcomm_megatron as fc
 from flashcomm_megatron import config
@@ -17,7 +18,7 @@ from flashcomm_megatron.megatron import feedback, seams
 from flashcomm_megatron.observe import counters
 
 
-def test_without_megatron(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_report_works_without_megatron(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "megatron.core", None)
     found = fc.report()
     assert found["megatron-core"].startswith("none (") and found["seams"] == []
@@ -25,7 +26,7 @@ def test_without_megatron(monkeypatch: pytest.MonkeyPatch) -> None:
     assert str(found).splitlines()[0].split() == ["flashcomm_megatron", fc.__version__]
 
 
-def test_state_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_report_says_what_is_on_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "megatron.core", None)
     monkeypatch.delenv("FLASH_COMM_DISABLE", raising=False)
     assert fc.report()["state"] == "off"
@@ -61,7 +62,7 @@ def test_transports_are_those_of_the_build(monkeypatch: pytest.MonkeyPatch) -> N
 def test_it_prints_no_warnings_of_megatrons(root: Path) -> None:
     pytest.importorskip("megatron.core", reason="megatron-core is not installed")
     command = [sys.executable, "-c", "import flashcomm_megatron as fc; fc.report()"]
-    ran = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
+    ran = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=patient(120))
     assert ran.returncode == 0 and "Warning" not in ran.stderr, ran.stderr
 
 
@@ -73,7 +74,7 @@ def test_every_seam_fits_the_installed_megatron() -> None:
     assert all(seam.path in str(found) and seam.why for seam in seams.SEAMS)
 
 
-def test_the_command_prints_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_the_report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, "megatron.core", None)
     assert main(["report"]) == 0
     assert capsys.readouterr().out == f"{fc.report()}\n"

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "flashcomm_megatron"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 SCRIPTS = sorted(path for folder in ("tests", "examples", "benchmarks") for path in (ROOT / folder).rglob("*.py"))
 SOURCES = [ROOT / "setup.py", *MODULES, *SCRIPTS]
-NATIVE = sorted((ROOT / "csrc").iterdir())
+NATIVE = sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file())
 
 LAYERS = (
     {"version", "environment", "codec"},

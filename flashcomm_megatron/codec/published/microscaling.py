@@ -42,9 +42,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ..base import Codec
 from ..blocks import extremes, in_blocks
 from ..planes import join_planes, join_sections, plane_bytes, split_planes, split_sections
-from ..reference import Reference
 
 BLOCKS = (8, 16, 32)
 SCALE_BIAS = 127
@@ -104,7 +104,7 @@ ELEMENTS: dict[str, Element] = {
 
 
 @dataclass(frozen=True)
-class Microscaling(Reference):
+class Microscaling(Codec):
     """Codec of ``element`` (a name in ELEMENTS) codes with one power-of-two scale for every ``block`` values."""
 
     element: str

@@ -39,9 +39,9 @@ from typing import NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
+from ..base import Codec, summed
 from ..blocks import BFLOAT16_MAX, NAN_BITS, from_high_half, high_half
 from ..planes import from_half_words, half_words, join_planes, join_sections, plane_bytes, split_planes, split_sections
-from ..reference import Reference, summed
 
 BITS = 4
 LARGEST = 7  # codes run from -7 to 7
@@ -51,7 +51,7 @@ SMALLEST_SCALE = 2.0**-120  # below, the reciprocal leaves float32: such a featu
 
 
 @dataclass(frozen=True, eq=False)
-class Outlier(Reference):
+class Outlier(Codec):
     """Codec of one site on one rank. Compared by identity; the ranks of a group differ in ``rank`` alone.
 
     ``kept``: int64 [k], ascending. ``scales``: float32 [ranks, features].
@@ -62,7 +62,7 @@ class Outlier(Reference):
     scales: Tensor
 
     @property
-    def block(self) -> int:
+    def block(self) -> int:  # type: ignore[override]
         """Features of one token; tensors are cut between tokens."""
         return self.scales.size(1)
 
@@ -111,20 +111,20 @@ class Outlier(Reference):
 
 
 @dataclass(frozen=True)
-class Uncalibrated:
+class Uncalibrated(Codec):
     """Stands where there is no site: it has no scales, so whatever would be sent through it must stay exact."""
 
     block = 8
 
-    def wire_bytes(self, numel: int) -> NoReturn:
+    def section_bytes(self, numel: int) -> NoReturn:
         """ValueError."""
         self._refuse()
 
-    def encode(self, x: Tensor, out: Tensor | None = None) -> NoReturn:
+    def encode_ref(self, x: Tensor) -> NoReturn:
         """ValueError."""
         self._refuse()
 
-    def decode_sum(self, payloads: Sequence[Tensor], out: Tensor) -> NoReturn:
+    def decode_ref(self, payload: Tensor, numel: int) -> NoReturn:
         """ValueError."""
         self._refuse()
 

@@ -6,9 +6,9 @@
 #include <cstring>
 #include <memory>
 
-#include "../../csrc/api.h"
-#include "../../csrc/codec.h"
-#include "../../csrc/rotated.h"
+#include "api.h"
+#include "format/codec.h"
+#include "format/rotated.h"
 
 namespace flashcomm::FLASHCOMM_ISA {
 extern const Kernels kernels[kFormats];

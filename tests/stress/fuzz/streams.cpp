@@ -9,7 +9,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "../../csrc/streams.h"
+#include "cpu/streams.h"
 
 using namespace flashcomm;
 

@@ -1,0 +1,57 @@
+// A channel between two processes of one machine: two rings in shared memory, and a doorbell for who sleeps.
+//
+// Rank s owns one segment: a header and, for every other rank d, a ring that s writes and d reads. `written` and
+// `taken` count bytes since the beginning, so a ring is empty when they are equal and full when they differ by its
+// capacity; only s stores the first, only d the second.
+//
+// A rank with nothing to do sleeps on its own doorbell. Sequentially consistent stores and loads make sure that either
+// the sleeper sees the bytes or the writer sees the sleeper. The owner of a segment holds a lock on it for as long as
+// its process lives, which the kernel sees to however it dies.
+#pragma once
+
+#include <atomic>
+
+#include "cpu/channel.h"
+
+namespace flashcomm {
+
+struct alignas(64) Line {  // one counter to a cache line: the two ends of a ring store to different ones
+    std::atomic<uint64_t> value;
+};
+
+struct SegmentHeader {
+    alignas(64) std::atomic<uint32_t> doorbell;
+    std::atomic<uint32_t> asleep;
+    std::atomic<uint32_t> failed;
+};
+
+struct Ring {
+    Line written, taken;
+};
+
+uint64_t segment_bytes(int world, uint64_t capacity);
+
+// Sleep until the doorbell differs from `seen`, or some milliseconds have passed.
+void wait_for_change(std::atomic<uint32_t>& doorbell, uint32_t seen);
+
+class SharedMemory final : public Channel {
+   public:
+    // The segments of this rank and of the peer, mapped here; `lock`: descriptor of the peer's, -1: unknown.
+    SharedMemory(int rank, int peer, int world, uint8_t* mine, uint8_t* theirs, int lock, uint64_t capacity);
+
+    uint64_t write(const uint8_t* from, uint64_t bytes, bool more) override;
+    uint64_t read(uint8_t* to, uint64_t bytes) override;
+    Failure state() override;
+    void give_up() override;
+
+   private:
+    void ring();
+
+    const uint64_t capacity_;
+    const int lock_;
+    SegmentHeader *mine_, *theirs_;
+    Ring *out_, *in_;
+    uint8_t *out_data_, *in_data_;
+};
+
+}  // namespace flashcomm

@@ -1,0 +1,394 @@
+// Plain families of rotated blocks on the CPU: whole blocks of 32 or 64 values, none constant, strange or huge.
+//
+//     encode   load -> butterflies, + memory -> coefficients, largest; with the family's top known, round -> bytes ->
+//              planes; what that loses -> memory
+//     decode   planes -> bytes -> codes, for every payload multiply by the step and add; butterflies -> store
+//
+// Nearly all families are plain, and everything but the planes happens in registers, a block in every track (tracks.h).
+// What is not plain is noticed by its coefficients: every coefficient is a sum of all values, so NaN and Inf reach them
+// all, and the largest is at least the largest value. rotated_cpu.cpp then does the family once more, block by block.
+#pragma once
+
+#include "cpu/rotated_family.h"
+#include "cpu/tracks.h"
+
+namespace flashcomm::FLASHCOMM_ISA {
+namespace {
+
+constexpr uint32_t kHugeMagnitude = (127 + 99) << 24;  // magnitude_key from which on a block is not plain
+constexpr int kUnits = kFamily / kTracks;              // a unit: the blocks that are worked on at once, one in a track
+
+// Room for one family while it is coded.
+template <int kBlock> struct Plain : Steps {
+    Vector numbers[kUnits][kBlock / 4];  // coefficients
+    Words largest[kUnits];
+    float steps[kFamily], eighths[kTried][kFamily];  // of such numbers; what makes eighths of the steps tried of them
+    Bytes<kBlock> bytes;
+};
+
+// ---- encode ----------------------------------------------------------------------------------------------------
+
+// The largest magnitude_key of vectors kFirst .. kEnd - 1, lane by lane.
+template <int kFirst, int kEnd> FC_INLINE Words largest_of(const Vector* v) {
+    if constexpr (kEnd - kFirst == 1) return magnitude_key(v[kFirst]);
+    else {
+        constexpr int kHalf = (kFirst + kEnd) / 2;
+        return larger(largest_of<kFirst, kHalf>(v), largest_of<kHalf, kEnd>(v));
+    }
+}
+
+// Coefficients and largest keys of a unit; false if all but the first four coefficients of a block are zero, as a
+// constant's are.
+template <class T, int kBlock, bool kCarries>
+FC_INLINE bool rotate_unit(const typename T::Word* x, const typename T::Word* memory, Vector (&numbers)[kBlock / 4],
+                           Words& keys) {
+    Vector v[kBlock / 4];
+    load_values<T>(x, v);
+    rotate(v);
+    if constexpr (kCarries) {
+#pragma GCC unroll 32
+        for (int i = 0; i < kBlock / 4; i += 2) {
+            const auto more = load_numbers<T>(memory + i * 4 * kGroup);
+            v[i] = v[i] + more.first, v[i + 1] = v[i + 1] + more.second;
+        }
+    }
+    const Words rest = largest_of<1, kBlock / 4>(v);
+    keys = larger(rest, magnitude_key(v[0]));
+#pragma GCC unroll 32
+    for (int i = 0; i < kBlock / 4; i++) numbers[i] = v[i];
+    const uint32_t lanes = nonzero(rest >> 1), pairs = lanes | lanes >> 1;
+    return ((pairs | pairs >> 2) & 0x1111) == 0x1111 >> (16 - kLanes);
+}
+
+// Where a memory has the first numbers of a unit.
+template <int kBlock> FC_INLINE int memory_of(int unit) { return (int)memory_place(unit * kTracks, 0, kBlock); }
+
+template <class T, int kBlock, bool kCarries>
+bool rotate_family(const typename T::Word* x, const typename T::Word* memory, int units, Plain<kBlock>& f) {
+    bool varies = true;
+    for (int u = 0; u < units; u++)
+        varies &= rotate_unit<T, kBlock, kCarries>(x + u * kTracks * kBlock,
+                                                   kCarries ? memory + memory_of<kBlock>(u) : memory, f.numbers[u],
+                                                   f.largest[u]);
+    for (int u = units; u < kUnits; u++) f.largest[u] = Words{};
+    return varies;
+}
+
+// The four lanes of every block made one, of four units, in the blocks' order.
+template <class Join> FC_INLINE Words by_block(const Words* units, Join join) {
+    const auto both = [join](Words x, Words y) {
+        const auto pairs = unzipped(Both<Words>{x, y});
+        return join(pairs.first, pairs.second);
+    };
+    const Words all = both(both(units[0], units[1]), both(units[2], units[3]));
+    return shuffled(all, all, [](int i) { return i % kTracks * 4 + i / kTracks; });
+}
+
+constexpr int kVectors = kFamily / kLanes;  // of a number for each block
+
+// Sums of squared_error over every block of a unit, in four lanes each, for every step tried.
+template <int kBlock>
+FC_INLINE void add_errors(const Plain<kBlock>& f, int unit, const Coding& at, Words (&errors)[kTried][kUnits]) {
+    const Shorts least = Shorts{} - (int16_t)at.zero, most = least + (int16_t)at.last;
+    Lanes sums[kTried] = {};
+#pragma GCC unroll 32
+    for (int i = 0; i < kBlock / 4; i += 2)
+#pragma GCC unroll 4
+        for (int n = 0; n < kTried; n++) {
+            const Vector eighths = spread(f.eighths[n] + unit * kTracks), *c = f.numbers[unit] + i;
+            const Shorts fine = joined(Both<Lanes>{nearest(c[0] * eighths), nearest(c[1] * eighths)});
+            const Shorts off = fine - (smaller(larger((Shorts)((fine + 4) >> 3), least), most) << 3);
+            sums[n] += sum_products(off, off);
+        }
+    for (int n = 0; n < kTried; n++) errors[n][unit] = (Words)sums[n];
+}
+
+// best_key for every block: `keys` of the largest coefficients become those of the steps taken.
+template <int kBlock>
+void search(Plain<kBlock>& f, const Coding& at, int units, const Words (&signs)[kVectors], Words (&keys)[kVectors]) {
+    const auto tried = [&at, &keys](int i, int n) { return larger(keys[i] - apart(at.levels) * n, Words{} + kLeastKey); };
+    for (int n = 0; n < kTried; n++)
+        for (int i = 0; i < kVectors; i++) {
+            const Vector step = (Vector)(tried(i, n) << kKeyShift | signs[i]);
+            store(1.0f / (step * (float)kBlock) * 8, f.eighths[n] + i * kLanes);
+        }
+    Words errors[kTried][kUnits] = {};
+    for (int u = 0; u < units; u++) add_errors(f, u, at, errors);
+    for (int i = 0; i < kVectors; i++) {
+        Words least = ~Words{}, best = {};
+        const Words finest = tried(i, kTried - 1) >> 3;
+        for (int n = 0; n < kTried; n++) {
+            const Words key = tried(i, n), eighths = (8 + (key & 7)) << ((key >> 3) - finest);  // as weighed() has it
+            const Words error = by_block(errors[n] + 4 * i, [](Words x, Words y) { return x + y; }) * eighths * eighths;
+            best = error < least ? key : best;
+            least = smaller(error, least);
+        }
+        keys[i] = best;
+    }
+}
+
+// What fit() does, for blocks that are neither constant nor shrunk: the family's top, and of every block the scale byte,
+// the step and its reciprocal. False if a coefficient is huge, or no number.
+template <int kBlock> bool fit(Plain<kBlock>& f, const Coding& at, int units) {
+    const float unit = 1.0f / (float)(kBlock * at.zero);
+    Words keys[kVectors], signs[kVectors], huge = {}, top = Words{} + kLeastKey;
+#pragma GCC unroll 8
+    for (int i = 0; i < kVectors; i++) {
+        const Words largest = by_block(f.largest + 4 * i, larger<Words>);
+        huge |= (Words)(largest >= kHugeMagnitude);
+        keys[i] = larger(((Words)((Vector)(largest >> 1) * unit) + rounding_of(at)) >> kKeyShift, Words{} + kLeastKey);
+        signs[i] = (~largest & 1) << 31;  // the step is negative where the largest coefficient is positive
+    }
+    if (nonzero(huge)) return false;
+    if (at.levels <= kSearched) search(f, at, units, signs, keys);
+#pragma GCC unroll 8
+    for (int i = 0; i < kVectors; i++) top = larger(top, keys[i]);
+    top = largest_of(top);
+    f.top = top[0];
+#pragma GCC unroll 8
+    for (int i = 0; i < kVectors; i++) {
+        const Words distance = smaller(top - keys[i], Words{} + kLast);
+        const Vector step = (Vector)((top - distance) << kKeyShift | signs[i]) * (float)kBlock;
+        store(distance | signs[i] >> 24, f.scales + i * kLanes);
+        store(step, f.steps + i * kLanes);
+        store(1.0f / step, f.inverses + i * kLanes);
+    }
+    return true;
+}
+
+// Codes of a unit less `zero`, which are limited to those there are if kLimits, to bytes: a word each, and what is beyond
+// a byte.
+template <int kBlock, bool kLimits>
+FC_INLINE void store_codes(const Shorts (&codes)[kBlock / 8], const Coding& at, uint8_t* low, uint8_t* high) {
+    const SignedOctets least = SignedOctets{} + (int8_t)-at.zero, most = SignedOctets{} + (int8_t)(at.last - at.zero);
+    SignedOctets code[kBlock / 16];
+#pragma GCC unroll 32
+    for (int i = 0; i < kBlock / 16; i++) {
+        code[i] = joined(Both<Shorts>{codes[2 * i], codes[2 * i + 1]});
+        if constexpr (kLimits) code[i] = smaller(larger(code[i], least), most);
+    }
+    if (at.together == 1) {
+        Words bytes[kBlock / 16];
+#pragma GCC unroll 32
+        for (int i = 0; i < kBlock / 16; i++) bytes[i] = (Words)((Octets)code[i] - (Octets)least);
+        store_pieces(bytes, low);
+        return;
+    }
+    const HalfWords zeros = HalfWords{} + (uint16_t)(at.zero + at.zero * at.radix);
+    Words lows[kBlock / 32], highs[kBlock / 32];
+#pragma GCC unroll 32
+    for (int i = 0; i < kBlock / 32; i++) {
+        const HalfWords first = (HalfWords)digits(code[2 * i], at.radix) + zeros;
+        const HalfWords second = (HalfWords)digits(code[2 * i + 1], at.radix) + zeros;
+        lows[i] = (Words)joined(Both<HalfWords>{first & 0xFF, second & 0xFF});
+        highs[i] = (Words)joined(Both<HalfWords>{first >> 8, second >> 8});
+    }
+    store_pieces(lows, low);
+    store_pieces(highs, high);
+}
+
+// Codes of the family's blocks, as bytes; where something is carried on, also what they lose.
+template <class T, int kBlock, bool kCarries>
+void quantize(typename T::Word* memory, int units, Coding at, uint8_t* low, Plain<kBlock>& f) {
+    const auto code_of = [&at](Vector x) {
+        return smaller(larger(nearest(x), Lanes{} - at.zero), Lanes{} + (at.last - at.zero));
+    };
+    for (int u = 0; u < units; u++) {
+        const Vector inverse = spread(f.inverses + u * kTracks), step = spread(f.steps + u * kTracks);
+        Shorts codes[kBlock / 8];
+#pragma GCC unroll 32
+        for (int i = 0; i < kBlock / 8; i++) {
+            const Vector *numbers = f.numbers[u] + 2 * i;
+            if constexpr (kCarries) {
+                const Lanes first = code_of(numbers[0] * inverse);
+                const Lanes second = code_of(numbers[1] * inverse);
+                codes[i] = joined(Both<Lanes>{first, second});
+                store_numbers<T>(scaled(__builtin_convertvector(first, Vector), -step, numbers[0]),
+                                 scaled(__builtin_convertvector(second, Vector), -step, numbers[1]),
+                                 memory + memory_of<kBlock>(u) + i * 8 * kGroup);
+            } else {
+                codes[i] = joined(Both<Lanes>{nearest(numbers[0] * inverse), nearest(numbers[1] * inverse)});
+            }
+        }
+        const int bytes = u * kTracks * kBlock >> (at.together - 1);
+        store_codes<kBlock, !kCarries>(codes, at, low + bytes, f.bytes.high + bytes);
+    }
+}
+
+// Encodes a family of whole units, and keeps what that loses; false, and nothing done, if it is not plain.
+template <class T, int kBlock, bool kCarries>
+bool encode_plain(const typename T::Word* x, typename T::Word* memory, const Coding& at,
+                  int64_t family, uint8_t* payload, Plain<kBlock>& f) {
+    const int blocks = blocks_of(at, family), units = blocks / kTracks;
+    const int64_t begin = family * kFamily * kBlock;
+    if (begin + blocks * kBlock > at.numel || blocks % kTracks) return false;
+    x += begin, memory += kCarries ? begin : 0;
+    if (!rotate_family<T, kBlock, kCarries>(x, memory, units, f) || !fit(f, at, units)) return false;
+    uint8_t* low = low_bytes(payload, at, family, f.bytes.low);
+    quantize<T, kBlock, kCarries>(memory, units, at, low, f);
+    pack(low, f.bytes.high, at, octet_of(at, family), words_of(at, blocks), payload);
+    store_steps(f, at, family, blocks, payload);
+    return true;
+}
+
+// ---- decode ----------------------------------------------------------------------------------------------------
+
+// One payload's words of a family, and the steps of its blocks.
+template <int kBlock> struct Part {
+    const uint8_t* low;
+    float steps[kFamily];
+    Bytes<kBlock> bytes;
+};
+
+// False if a block of the family is an escape or so large that its butterflies could overflow.
+template <int kBlock>
+bool load_part(const uint8_t* payload, const Coding& at, int64_t family, int blocks, Part<kBlock>& part) {
+    uint8_t scales[kFamily] = {}, largest = 0;
+    __builtin_memcpy(scales, payload + at.scales + family * kFamily, blocks);
+    for (int b = 0; b < kFamily; b++) {
+        const uint8_t distance = scales[b] & 0x7F;
+        largest = distance > largest ? distance : largest;
+    }
+    const uint32_t top = top_of(payload, at, family);
+    if (largest > kLast || top >= kHugeKey) return false;
+    for (int b = 0; b < kFamily; b++) part.steps[b] = step_of(top, scales[b]);
+    part.low = low_bytes(payload, at, family, part.bytes.low);
+    unpack(payload, at, octet_of(at, family), words_of(at, blocks), part.bytes.low, part.bytes.high);
+    return true;
+}
+
+// Codes of a unit's 32 values from `half` on, values 4i, 4i + 1, 4i + 2 and 4i + 3 apart.
+template <int kBlock>
+FC_INLINE void load_codes(const Part<kBlock>& part, int unit, const Coding& at, Shorts (&codes)[kBlock / 8]) {
+    if (at.together == 1) {
+        Words bytes[kBlock / 16];
+        load_pieces(part.low + unit * kTracks * kBlock, bytes);
+#pragma GCC unroll 32
+        for (int i = 0; i < kBlock / 16; i += 2) {
+            const auto apart = unzipped(Both<HalfWords>{(HalfWords)bytes[i], (HalfWords)bytes[i + 1]});
+            codes[2 * i] = (Shorts)(apart.first & 0xFF), codes[2 * i + 1] = (Shorts)(apart.first >> 8);
+            codes[2 * i + 2] = (Shorts)(apart.second & 0xFF), codes[2 * i + 3] = (Shorts)(apart.second >> 8);
+        }
+        return;
+    }
+    Words lows[kBlock / 32], highs[kBlock / 32];
+    load_pieces(part.low + unit * kTracks * kBlock / 2, lows);
+    load_pieces(part.bytes.high + unit * kTracks * kBlock / 2, highs);
+#pragma GCC unroll 32
+    for (int i = 0; i < kBlock / 32; i++) {
+        const auto low = (HalfWords)lows[i], high = (HalfWords)highs[i];
+        const HalfWords numbers[] = {(low & 0xFF) | high << 8, low >> 8 | (high & 0xFF00)};
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; j++) {
+            const HalfWords upper = upper_products(numbers[j], HalfWords{} + at.inverse) >> at.shift;
+            codes[4 * i + 2 * j] = (Shorts)(numbers[j] - upper * (uint16_t)at.radix);
+            codes[4 * i + 2 * j + 1] = (Shorts)upper;
+        }
+    }
+}
+
+// kCount vectors of codes, the even and the odd lanes of each as numbers, kCount apart.
+template <int kCount> FC_INLINE void numbers(const Shorts* codes, Vector* v) {
+#pragma GCC unroll 32
+    for (int i = 0; i < kCount; i++) {
+        v[i] = __builtin_convertvector((Lanes)codes[i] << 16 >> 16, Vector);
+        v[i + kCount] = __builtin_convertvector((Lanes)codes[i] >> 16, Vector);
+    }
+}
+
+// Values of one payload as quads: its codes are rotated as integers, exactly, `zero` being left to the first value.
+template <int kBlock>
+FC_INLINE void decode_one(const Part<kBlock>& part, int unit, const Coding& at, Vector (&v)[kBlock / 4]) {
+    const Shorts zero = (Shorts)(first_words() & (uint32_t)(16 * at.zero) * 0x10001);
+    Shorts codes[kBlock / 8];
+    load_codes(part, unit, at, codes);
+#pragma GCC unroll 32
+    for (int i = 0; i < kBlock / 8; i += 4) {
+        Shorts c[] = {codes[i], codes[i + 1], codes[i + 2], codes[i + 3]};
+        between<1>(c);
+        deal<2, Zip>(c);
+        dealt<1, Zip>(c);
+        dealt<2, Zip>(c);
+        codes[i] = c[0] - zero, codes[i + 1] = c[2], codes[i + 2] = c[1], codes[i + 3] = c[3];
+    }
+    between<4>(codes);
+    const Shorts sum = Shorts{} + 1, difference = (Shorts)(Words{} + 0xFFFF0001);
+    const Vector step = spread(part.steps + unit * kTracks);
+#pragma GCC unroll 32
+    for (int i = 0; i < kBlock / 4; i++) {
+        const Shorts code = codes[i / 8 * 4 + i % 4];
+        const Lanes number = sum_products(code, i & 4 ? difference : sum);  // the last butterfly
+        v[i] = scaled(__builtin_convertvector(number, Vector), step, Vector{});
+    }
+}
+
+// Adds one payload's coefficients to the sums, arranged as sum_quads wants them.
+template <int kBlock>
+FC_INLINE void add_part(const Part<kBlock>& part, int unit, const Coding& at, Vector (&sums)[kBlock / 4]) {
+    const Vector step = spread(part.steps + unit * kTracks);
+    Shorts codes[kBlock / 8];
+    load_codes(part, unit, at, codes);
+#pragma GCC unroll 32
+    for (Shorts& each : codes) each = each - (int16_t)at.zero;
+    Vector v[kBlock / 4];
+#pragma GCC unroll 2
+    for (int i = 0; i < kBlock / 4; i += 8) numbers<4>(codes + i / 2, v + i);
+#pragma GCC unroll 32
+    for (int i = 0; i < kBlock / 4; i++) sums[i] = scaled(v[i], step, sums[i]);
+}
+
+// Sums of coefficients -> values, as quads.
+template <int kBlock> FC_INLINE void rotate_sums(Vector (&sums)[kBlock / 4]) {
+#pragma GCC unroll 2
+    for (int i = 0; i < kBlock / 4; i += 8) {
+        Vector s[8];
+#pragma GCC unroll 8
+        for (int j = 0; j < 8; j++) s[j] = sums[i + j];
+        between<1>(s);
+        dealt<1, Unzip>(s);
+        dealt<2, Unzip>(s);
+#pragma GCC unroll 8
+        for (int j = 0; j < 8; j++) sums[i + j] = s[(j & 1) << 2 | j >> 1];
+    }
+    between<8>(sums);
+}
+
+// Finite numbers; float16 alone has a range that they may leave.
+template <class T> FC_INLINE Vector limited(Vector x, float limit) {
+    if constexpr (T::kMax > 1e30f) return x;
+    x = x < -limit ? Vector{} - limit : x;
+    return x > limit ? Vector{} + limit : x;
+}
+
+template <class T, int kBlock, bool kOne>
+void write_family(const Part<kBlock>* parts, int count, Coding at, int units, float limit, typename T::Word* out) {
+    for (int u = 0; u < units; u++) {
+        Vector v[kBlock / 4] = {};
+        if constexpr (kOne) {
+            decode_one(parts[0], u, at, v);
+        } else {
+            for (int p = 0; p < count; p++) add_part(parts[p], u, at, v);
+            rotate_sums<kBlock>(v);
+        }
+#pragma GCC unroll 32
+        for (Vector& each : v) each = limited<T>(each, limit);
+        store_quads<T>(v, out + u * kTracks * kBlock);
+    }
+}
+
+// Decodes a family of whole units and writes the sum of all payloads; false, and nothing done, if it is not plain.
+template <class T, int kBlock>
+bool decode_plain(const uint8_t* const* payloads, int count, const Coding& at, int64_t family, float limit,
+                  typename T::Word* out, Part<kBlock>* parts) {
+    const int blocks = blocks_of(at, family), units = blocks / kTracks;
+    if ((family * kFamily + blocks) * kBlock > at.numel || blocks % kTracks) return false;
+    for (int p = 0; p < count; p++)
+        if (!load_part<kBlock>(payloads[p], at, family, blocks, parts[p])) return false;
+    out += family * kFamily * kBlock;
+    if (count == 1) write_family<T, kBlock, true>(parts, count, at, units, limit, out);
+    else write_family<T, kBlock, false>(parts, count, at, units, limit, out);
+    return true;
+}
+
+}  // namespace
+}  // namespace flashcomm::FLASHCOMM_ISA

@@ -1,0 +1,96 @@
+// How a call is cut: slices to ranks, tiles to blocks, rounds. A pure function of what every rank knows, for if two
+// ranks cut differently they wait for flags that never come.
+//
+//     slice       the values one rank owns. Two-step: numel / world, rounded up to whole blocks of values of both legs;
+//                 one-step: everything; reduce-scatter and all-gather: what the caller owns.
+//     tile        the values one thread block codes at a time, in one payload: 2048, 4096 or 8192, less what is needed
+//                 to be a multiple of both legs' units. Small messages take small tiles, to occupy more blocks.
+//     unit        the values whose coding depends on each other: a block, or several where metadata are shared
+//     block       thread block b of every rank does tiles b, b + blocks, ... of every slice in every step, so blocks
+//                 wait for blocks of their own number only.
+//     round       what fits into the inboxes: `depth` tiles for each block and source.
+#pragma once
+
+#include "cuda/protocol.h"
+#include "cuda/tile.h"
+
+namespace flashcomm::FLASHCOMM_ISA {
+
+enum Collective : int { kOneStep = 0, kTwoStep = 1, kReduceScatter = 2, kAllGather = 3, kCollectives = 4 };
+
+FC_INLINE bool scatters(Collective kind) { return kind == kTwoStep || kind == kReduceScatter; }
+FC_INLINE bool reduces(Collective kind) { return kind != kAllGather; }
+FC_INLINE bool gathers(Collective kind) { return kind == kTwoStep || kind == kAllGather; }
+
+struct Shape {
+    int64_t numel, slice;  // values of the whole: what all_reduce sums, reduce_scatter takes, all_gather returns
+    int64_t rounds;
+    int tile, blocks, depth;
+    int stride;  // bytes between the slots of an inbox region
+
+    FC_INLINE int64_t start(int rank) const { return rank * slice; }
+    FC_INLINE int64_t size(int rank) const {
+        const int64_t left = numel - start(rank);
+        return left < 0 ? 0 : left < slice ? left : slice;
+    }
+    // Values of a tile of a slice of `size`; 0 or less: there is no such tile.
+    FC_INLINE int values(int64_t size, int64_t tile_index) const {
+        const int64_t left = size - tile_index * tile;
+        return left < tile ? (left < 0 ? 0 : (int)left) : tile;
+    }
+};
+
+// What the group agreed on when it made its workspace.
+struct Capacity {
+    int world, blocks;  // ranks; thread blocks that one rank may launch
+    int64_t region;     // bytes of one inbox region, at least blocks * kSlotBytes
+};
+
+// What a leg's codec asks of cuts: slices are multiples of its block, tiles of its unit.
+struct Grain {
+    int64_t block, unit;
+};
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline int64_t common_multiple(int64_t a, int64_t b) {
+    int64_t x = a, y = b;
+    while (y) {
+        const int64_t rest = x % y;
+        x = y;
+        y = rest;
+    }
+    return a / x * b;
+}
+
+// `most`: values of the largest tile; payload_bytes(values): the longer of both legs' payloads of one. Without a tile
+// that is a multiple of both units, `tile` is 0 and the kernel cannot serve.
+template <class PayloadBytes>
+Shape shape_of(Collective kind, int64_t numel, const Capacity& capacity, Grain reduce, Grain gather, int most,
+               PayloadBytes payload_bytes) {
+    const int64_t unit =
+        kind == kTwoStep ? common_multiple(reduce.unit, gather.unit) : (reduces(kind) ? reduce.unit : gather.unit);
+    Shape shape{};
+    shape.numel = numel;
+    shape.slice = kind == kOneStep ? numel : ceil_div(numel, capacity.world);
+    const int64_t block = common_multiple(reduce.block, gather.block);
+    if (kind == kTwoStep) shape.slice = ceil_div(shape.slice, block) * block;
+    int64_t tiles = 0;
+    for (int values = kLeastTile; values <= most; values *= 2) {
+        const int tile = (int)(values / unit * unit);
+        if (tile == 0) continue;
+        if (payload_bytes(tile) > kSlotBytes) break;
+        shape.tile = tile;
+        tiles = ceil_div(shape.slice, tile);
+        if (tiles <= capacity.blocks) break;
+    }
+    if (shape.tile == 0) return shape;
+    shape.blocks = (int)(tiles < 1 ? 1 : tiles < capacity.blocks ? tiles : capacity.blocks);
+    shape.stride = payload_bytes(shape.tile);
+    const int64_t fitting = capacity.region / shape.stride / shape.blocks, wanted = ceil_div(tiles, shape.blocks);
+    shape.depth = (int)(wanted < 1 ? 1 : wanted < fitting ? wanted : fitting);
+    shape.rounds = tiles < 1 ? 1 : ceil_div(tiles, (int64_t)shape.blocks * shape.depth);
+    return shape;
+}
+
+}  // namespace flashcomm::FLASHCOMM_ISA

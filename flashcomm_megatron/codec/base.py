@@ -1,0 +1,184 @@
+"""What every number format offers the collectives, and the fallback of those without a compiled form.
+
+A codec turns a contiguous tensor of rows [numel / width, width] into a uint8 *payload* whose length depends on the
+shape alone. A format derives from :class:`Codec` and says three things: how long its sections are, how one tensor is
+encoded, how one payload is decoded, all in torch: that is its definition. What the collectives call is made of these
+here, in batches: all slices of a tensor at once, so that a collective costs two or three native calls whatever the
+number of ranks:
+
+    encode_slices   the payloads of all slices of a tensor         reduce leg, first half
+    reduce_slices   the sum of one payload of each rank, encoded   reduce leg, second half, and the gather leg's first
+    decode_slices   all payloads back into their places            gather leg, second half
+
+The compiled extension is asked first; where it does not know the format or the device, the definition serves, with the
+same bits.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import extension
+from .planes import padded
+
+logger = logging.getLogger("flashcomm_megatron")
+_told: set[str] = set()
+
+
+class Slices(NamedTuple):
+    """A tensor of ``numel`` values cut into ``world`` slices of ``length``; the last ones may be short or empty."""
+
+    numel: int
+    width: int  # values of a row; slices end at row ends, or, in a tensor of one row, where a codec's unit does
+    length: int
+    world: int
+
+    def size(self, number: int) -> int:
+        """Values of slice ``number``."""
+        return min(max(self.numel - number * self.length, 0), self.length)
+
+    def of(self, x: Tensor) -> list[Tensor]:
+        """The slices of a flat tensor, views."""
+        return [x[number * self.length : number * self.length + self.size(number)] for number in range(self.world)]
+
+
+class Codec(ABC):
+    """A number format. Codecs are immutable and hashable."""
+
+    keeps_residuals: ClassVar[bool] = False  # whether encode() can add what the last encoding lost (rotated.py)
+    block: int  # values that share a scale
+
+    @property
+    def native(self) -> tuple[int, int, int] | None:
+        """(format, bits, block) as the compiled extension knows this codec (csrc/api.h); None: it does not."""
+        return None
+
+    @property
+    def unit(self) -> int:
+        """Values at whose multiples a single row may be cut without changing a bit."""
+        return self.block
+
+    # ---- the definition --------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def section_bytes(self, numel: int) -> list[int]:
+        """Unpadded length in bytes of every section of a payload of ``numel`` values."""
+
+    @abstractmethod
+    def encode_ref(self, x: Tensor) -> Tensor:
+        """Payload of a contiguous, non-empty 1-D floating tensor."""
+
+    @abstractmethod
+    def decode_ref(self, payload: Tensor, numel: int) -> Tensor:
+        """float32 values [numel] of one payload, ``numel`` > 0."""
+
+    def decode_sum_ref(self, payloads: Sequence[Tensor], numel: int, dtype: torch.dtype) -> Tensor:
+        """What :meth:`decode_sum` does, in torch."""
+        if numel == 0:
+            return torch.empty(0, dtype=dtype, device=payloads[0].device)
+        return summed((self.decode_ref(payload, numel) for payload in payloads), dtype)
+
+    # ---- one tensor ------------------------------------------------------------------------------------------
+
+    def wire_bytes(self, numel: int) -> int:
+        """Length in bytes of the payload of ``numel`` values."""
+        return sum(padded(size) for size in self.section_bytes(numel))
+
+    def residual_numel(self, numel: int) -> int:
+        """Numbers of the residual of a tensor of ``numel`` values. ValueError for codecs that keep none."""
+        raise ValueError(f"residuals: {self} keeps none of what it loses; only codecs of recipe auto do.")
+
+    def encode(self, x: Tensor, out: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        """Encode a contiguous 1-D floating tensor into a uint8 payload of ``wire_bytes(x.numel())``.
+
+        ``residual`` [residual_numel(x.numel())], of the dtype of ``x`` and zeros at first: encode ``x + residual``; the
+        residual is replaced by the new rounding error.
+        """
+        if out is None:
+            out = torch.empty(self.wire_bytes(x.numel()), dtype=torch.uint8, device=x.device)
+        if x.numel() and not extension.encode(self, x, out, residual):
+            _tell(self)
+            out.copy_(self.encode_ref(x) if residual is None else self.encode_residual_ref(x, residual))
+        return out
+
+    def encode_residual_ref(self, x: Tensor, residual: Tensor) -> Tensor:
+        """What :meth:`encode` does with a residual, in torch."""
+        raise ValueError(f"residuals: {self} keeps none of what it loses; only codecs of recipe auto do.")
+
+    def decode_sum(self, payloads: Sequence[Tensor], out: Tensor) -> Tensor:
+        """Write the float32 sum, in the order given, of the decoded payloads into ``out`` (1-D, any float dtype).
+
+        With one payload this is plain decoding. Every part is limited to the finite range of ``out.dtype``;
+        the sum may overflow to Inf as an exact sum would.
+        """
+        if out.numel() and not extension.decode_sum(self, payloads, out):
+            _tell(self)
+            out.copy_(self.decode_sum_ref(payloads, out.numel(), out.dtype))
+        return out
+
+    # ---- all slices of a tensor --------------------------------------------------------------------------------
+
+    def encode_slices(self, x: Tensor, slices: Slices, out: Tensor, residuals: Tensor | None = None) -> None:
+        """Encode every slice of flat ``x``: payload r lies at ``r * wire_bytes(slices.length)`` in ``out`` (uint8).
+
+        ``residuals``: those of all slices, one behind the other.
+        """
+        stride = self.wire_bytes(slices.length)
+        ends = [0] * slices.world
+        if residuals is not None:
+            ends = [self.residual_numel(slices.size(number)) for number in range(slices.world)]
+        first = 0
+        for number, part in enumerate(slices.of(x)):
+            residual = None if residuals is None else residuals[first : first + ends[number]]
+            first += ends[number]
+            start = number * stride
+            self.encode(part, out[start : start + self.wire_bytes(part.numel())], residual)
+
+    def reduce_slices(
+        self,
+        payloads: Sequence[Tensor],
+        out: Tensor,
+        gather: Codec | None = None,
+        payload: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> None:
+        """Write the float32 sum, in the order given, of one payload of each rank into flat ``out``.
+
+        With ``gather`` the sum, as ``out`` holds it, is encoded by that codec into ``payload``, with its ``residual``.
+        """
+        self.decode_sum(payloads, out)
+        if gather is not None:
+            gather.encode(out, payload, residual)
+
+    def decode_slices(self, payloads: Tensor, slices: Slices, out: Tensor) -> None:
+        """Decode payload r, at ``r * wire_bytes(slices.length)`` in ``payloads``, into slice r of flat ``out``."""
+        stride = self.wire_bytes(slices.length)
+        for number, part in enumerate(slices.of(out)):
+            start = number * stride
+            self.decode_sum([payloads[start : start + self.wire_bytes(part.numel())]], part)
+
+
+def summed(parts: Iterable[Tensor], dtype: torch.dtype) -> Tensor:
+    """float32 sum, in order, of parts each limited to the finite range of ``dtype``; one NaN for all NaNs."""
+    limit, total = torch.finfo(dtype).max, None
+    for part in parts:
+        part = part.clamp(-limit, limit)
+        total = part if total is None else total + part
+    assert total is not None
+    return torch.where(total.isnan(), math.nan, total).to(dtype)
+
+
+def _tell(codec: object) -> None:
+    """Log, on rank 0 and once for each format, that the PyTorch path serves."""
+    name = type(codec).__name__
+    if name not in _told and os.environ.get("RANK", "0") == "0":
+        logger.warning(f"flash-comm: no compiled path for {name}; the PyTorch codec serves, slower.")
+    _told.add(name)
