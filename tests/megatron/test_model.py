@@ -1,4 +1,4 @@
-"""Layers by what they are in their model: names, the output layer; and calls that the original must be able to serve."""
+"""Layers by what they are in their model (names, the output layer), and calls that only the original may serve."""
 
 from __future__ import annotations
 
