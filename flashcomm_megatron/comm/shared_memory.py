@@ -56,12 +56,12 @@ TITLE_BYTES = 47  # of a frame: csrc/cpu/streams.h
 class Posted:
     """The messages of one exchange."""
 
-    def __init__(self, ends: SharedMemory, handle: Any, call: Call, sizes: Sequence[int], boxes: Sequence[Tensor]):
-        self.handle, self._ends, self._call, self._sizes, self._boxes = handle, ends, call, sizes, boxes
+    def __init__(self, ends: SharedMemory, handle: Any, call: Call, sizes: Sequence[int]) -> None:
+        self._ends, self._handle, self._call, self._sizes = ends, handle, call, sizes
 
     def wait(self) -> None:
         """Block until all are delivered; RuntimeError naming the rank that failed, and every later call's as well."""
-        failed = self._ends.native.wait(self.handle, self._call.seconds)
+        failed = self._ends.native.wait(self._handle, self._call.seconds)
         if failed is not None:
             raise self._error(*failed)
 
@@ -81,7 +81,7 @@ class SharedMemory:
         self.ranks = dist.get_process_group_ranks(group)
         self.native: Any = None
         self._process = os.getpid()
-        self._under_way: deque[Posted] = deque()
+        self._under_way: deque[tuple[Any, Sequence[Tensor]]] = deque()  # and buffers, which live until delivered
         self._segments: list[Segment] = []
         module = extension.module()
         self.reason = votes.failure("" if module else "the compiled extension is missing", group)
@@ -101,25 +101,25 @@ class SharedMemory:
         self._refuse_children(call)
         addresses = outbox.data_ptr(), out_sizes, inbox.data_ptr(), in_sizes
         handle = self.native.exchange(*addresses, call.number, call.title)
-        return self._keep(Posted(self, handle, call, in_sizes, (outbox, inbox)))
+        self._keep(handle, (outbox, inbox))
+        return Posted(self, handle, call, in_sizes)
 
     def gather(self, inbox: Tensor, size: int, call: Call) -> Posted:
         """Send every rank the ``size`` bytes at this rank's place in ``inbox``, and receive theirs."""
         self._refuse_children(call)
         handle = self.native.gather(self.rank, inbox.data_ptr(), size, self.world, call.number, call.title)
-        return self._keep(Posted(self, handle, call, [size] * self.world, (inbox,)))
+        self._keep(handle, (inbox,))
+        return Posted(self, handle, call, [size] * self.world)
 
     def _refuse_children(self, call: Call) -> None:
         if os.getpid() != self._process:
             raise RuntimeError(f"flash-comm: {call}: called in a forked child of a rank; only the rank itself can.")
 
-    def _keep(self, posted: Posted) -> Posted:
-        """Let the buffers live until they are delivered, also those of who was interrupted."""
-        while self._under_way and not self._under_way[0].handle.open:
+    def _keep(self, handle: Any, buffers: Sequence[Tensor]) -> None:
+        while self._under_way and not self._under_way[0][0].open:
             self._under_way.popleft()
-        if posted.handle.open:
-            self._under_way.append(posted)
-        return posted
+        if handle.open:
+            self._under_way.append((handle, buffers))
 
     def __del__(self) -> None:
         self.native = None

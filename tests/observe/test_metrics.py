@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import itertools
 import json
 import logging
 import sys
@@ -23,6 +23,7 @@ from flashcomm_megatron.observe import error_sampling as sampling
 
 CONFIG = fc.Config(bits=4, min_bytes=0)
 CODEC = CONFIG.legs.reduce
+NUMBERS = itertools.count()
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +31,6 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No counts, samples, destinations or configuration left over from another test."""
     fc.reset_stats()
     sampling.reset()
-    monkeypatch.setattr(importlib.import_module("flashcomm_megatron.observe.metrics"), "_described", set())
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     yield
     config.set_current(None)
@@ -167,7 +167,7 @@ class Wandb(ModuleType):
 
     def __init__(self) -> None:
         super().__init__("wandb")
-        self.run = SimpleNamespace(id="abc")
+        self.run = SimpleNamespace(id=f"run {next(NUMBERS)}")  # a new run: it has our settings yet to get
         self.logged: list[tuple[int, dict[str, float]]] = []
         self.configs: list[dict[str, Any]] = []
         self.config = SimpleNamespace(update=lambda entries, allow_val_change: self.configs.append(entries))
@@ -359,4 +359,4 @@ def test_enable_wraps_and_disable_restores(monkeypatch: pytest.MonkeyPatch) -> N
     assert fake.module.training_log is not fake.original
     fc.disable()
     assert fake.module.training_log is fake.original
-    assert training_log.SEAM.path not in patching._applied
+    assert patching.status([training_log.SEAM]) == [(training_log.SEAM.path, "fits")]
