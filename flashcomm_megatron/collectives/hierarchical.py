@@ -4,7 +4,8 @@ Every machine sums its ranks' tensors, each of its ranks a slice of them; the ra
 different machines all-reduce it quantized; then each machine spreads the results. All machines hold equally many ranks.
 
 The sum is ``sum(decode(encode(exact sum of a machine)) for machines)``, in the order of the ranks that hold the slice:
-fewer roundings than one per rank, and the same bits everywhere, because every machine adds the same payloads in the same order.
+fewer roundings than one per rank, and the same bits everywhere, because all machines add the same payloads in the same
+order.
 """
 
 from __future__ import annotations

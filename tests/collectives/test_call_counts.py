@@ -1,4 +1,4 @@
-"""How many of our functions one call runs: a cost that no busy machine hides. And how many native calls of the codec."""
+"""How many of our functions one call runs, a cost that no busy machine hides; and how many native codec calls."""
 
 from __future__ import annotations
 

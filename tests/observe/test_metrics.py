@@ -176,6 +176,23 @@ class Wandb(ModuleType):
         self.logged.append((step, scalars))
 
 
+class Finished(Wandb):
+    """A module whose run has been finished: everything raises."""
+
+    def log(self, scalars: dict[str, float], step: int) -> None:
+        raise RuntimeError("You must call wandb.init() before wandb.log()")
+
+
+@pytest.mark.parametrize("wandb", [Finished(), ModuleType("wandb"), SimpleNamespace(run=SimpleNamespace())])
+def test_a_wandb_that_cannot_log_is_said_once_and_stops_nothing(wandb: Any, caplog: pytest.LogCaptureFixture) -> None:
+    config.set_current(CONFIG)
+    metrics = importlib.import_module("flashcomm_megatron.observe.metrics")
+    with caplog.at_level(logging.WARNING):
+        for step in range(3):
+            metrics.send(step, {"flash-comm/calls": 1}, {}, wandb)
+    assert sum("no metrics reach W&B" in record.message for record in caplog.records) == 1
+
+
 class TensorBoard:
     def __init__(self) -> None:
         self.scalars: dict[str, tuple[float, int]] = {}
