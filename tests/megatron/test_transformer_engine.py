@@ -82,7 +82,7 @@ def seen() -> list[dict[str, Any]]:
 
 def bound() -> list[Any]:
     """The objects bound to every name of the tables."""
-    return [vars(owner)[attribute] for owner, attribute in map(patching._owner, seams.rows())]
+    return [patching.find(row)[2] for row in seams.rows()]
 
 
 # ---- single layers --------------------------------------------------------------------------------------------------
