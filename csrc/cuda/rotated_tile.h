@@ -8,8 +8,8 @@
 //     decode   codes -> coefficients, which are added up -> finish: rotate back
 //
 // Nearly all blocks are plain or constant. NaN, Inf and huge values are noticed by their coefficients, as in
-// rotated_plain.h, and are then looked at closer by their whole warp. Width and block are runtime values: the planes are
-// a few uniform branches beside the butterflies, and one kernel serves all legs.
+// rotated_plain.h, and are then looked at closer by their whole warp. Width and block are runtime values: the planes
+// are a few uniform branches beside the butterflies, and one kernel serves all legs.
 #pragma once
 
 #include "cuda/rotated_codes.h"
@@ -24,11 +24,12 @@ template <class T, bool kResiduals = false> struct RotatedTile : RotatedCodes {
     static constexpr int kMaxBytes = kTileValues<T> * (256 + 16 + 1) / 256;  // 8 bits, blocks of 16
     static constexpr int kLargestBlock = 8 * kWarp;
 
-    struct Meta {  // of a block: first its largest coefficient and what it is, then what its codes depend on
+    // Of a block: first its largest coefficient and what it is, then what its codes depend on.
+    struct Meta {
         uint32_t largest;  // bits << 1 | sign, see rotated_plain.h; then the reciprocal of the step, 0 for escapes
         uint32_t value;    // of a constant; then of others the step
-        uint32_t kind;     // 0, kNanBlock or kConstant; kShrunk beside it, and kFiner times the step's eighths of an octave
-    };                  // below that which reaches the largest coefficient
+        uint32_t kind;     // 0, kNanBlock or kConstant; plus kShrunk; plus kFiner * eighths of an octave (search())
+    };
     struct alignas(4 * sizeof(Word)) Quad {  // of a residual
         uint32_t w[sizeof(Word)];
     };
@@ -56,8 +57,7 @@ template <class T, bool kResiduals = false> struct RotatedTile : RotatedCodes {
         FC_UNROLL for (int row = 0; row < kRows<T>; row++) {
             float c[8];
             rotate(x[row], residual, row * kThreads + lane, values, octets, *last, c, metas);
-            FC_UNROLL for (int half = 0; half < 2; half++)
-                __builtin_memcpy(&coefficients[half * kTileOctets<T> + row * kThreads + lane], c + 4 * half, 16);
+            keep(coefficients, row * kThreads + lane, c);
         }
         sync();
         if (levels <= kSearched) search(coefficients, octets, metas);
@@ -97,8 +97,8 @@ template <class T, bool kResiduals = false> struct RotatedTile : RotatedCodes {
         const float size = float_of((is_constant ? constant : bits_of(step)) & 0x7FFFFFFF);
         const bool is_huge = size >= kHugeStep;
         const float factor = shrink || (kAlone && is_huge) ? kShrink : 1.0f, shrunk = step * factor;
-        FC_UNROLL for (int i = 0; i < 8; i++)
-            x[i] = fused_multiply_add((float)((int)byte_of(codes, i) - zero), shrunk, 0.0f);  // exact, never -0
+        FC_UNROLL for (int i = 0; i < 8; i++) x[i] =
+            fused_multiply_add((float)((int)byte_of(codes, i) - zero), shrunk, 0.0f);  // exact, never -0
         if (is_constant) {
             FC_UNROLL for (int i = 0; i < 8; i++) x[i] = 0.0f;
             if (octet == first) x[0] = float_of(constant) * factor;
@@ -120,13 +120,12 @@ private:
     // ---- rotation ------------------------------------------------------------------------------------------------
 
     FC_DEVICE void butterflies(float (&x)[8]) const {
-        FC_UNROLL for (int stride = 1; stride < 8; stride *= 2)
-            FC_UNROLL for (int i = 0; i < 8; i++) {
-                if (i & stride) continue;
-                const float a = x[i], b = x[i + stride];
-                x[i] = a + b;
-                x[i + stride] = a - b;
-            }
+        FC_UNROLL for (int stride = 1; stride < 8; stride *= 2) FC_UNROLL for (int i = 0; i < 8; i++) {
+            if (i & stride) continue;
+            const float a = x[i], b = x[i + stride];
+            x[i] = a + b;
+            x[i + stride] = a - b;
+        }
         const int lane = thread();
         for (int apart = 1; apart >> octet_shift == 0; apart *= 2) {
             float theirs[8];
@@ -169,15 +168,15 @@ private:
     FC_DEVICE void add_residual(const Word* residual, int octet, float (&c)[8]) const {
         Octet<T> before;
         float more[8];
-        FC_UNROLL for (int half = 0; half < 2; half++)
-            ((Quad*)&before)[half] = *(const Quad*)(residual + residual_place(octet) + half * 4 * kGroup);
+        FC_UNROLL for (int half = 0; half < 2; half++)((Quad*)&before)[half] =
+            *(const Quad*)(residual + residual_place(octet) + half * 4 * kGroup);
         widen<T>(before, more);
         FC_UNROLL for (int i = 0; i < 8; i++) c[i] += more[i];
     }
     FC_DEVICE void replace_residual(const float (&error)[8], int octet, Word* residual) const {
         const Octet<T> now = narrow<T>(error);
-        FC_UNROLL for (int half = 0; half < 2; half++)
-            *(Quad*)(residual + residual_place(octet) + half * 4 * kGroup) = ((const Quad*)&now)[half];
+        FC_UNROLL for (int half = 0; half < 2; half++) * (Quad*)(residual + residual_place(octet) + half * 4 * kGroup) =
+            ((const Quad*)&now)[half];
     }
 
     // The coefficients c of one octet, which is zero behind the last block; the first lane of a block notes its Meta.
@@ -216,12 +215,24 @@ private:
         bool varies = !is_first && c[0] != 0;
         FC_UNROLL for (int i = 1; i < 8; i++) varies |= c[i] != 0;
         const bool is_constant = !(votes(varies) & lanes_of_block(thread()));
-        return {largest_of_block(largest(c)), bits_of(c[0] * (1.0f / (float)block()) * grow), is_constant ? kConstant : 0u};
+        return {largest_of_block(largest(c)), bits_of(c[0] * (1.0f / (float)block()) * grow),
+                is_constant ? kConstant : 0u};
     }
 
+    // Coefficients in shared memory, by words of 16 bytes: memcpy behind a run-time offset went byte by byte, and took
+    // 4.5 times as many wavefronts.
+    static FC_DEVICE void keep(Vec16* coefficients, int octet, const float (&c)[8]) {
+        FC_UNROLL for (int half = 0; half < 2; half++) {
+            Vec16 words;
+            FC_UNROLL for (int i = 0; i < 4; i++) words.w[i] = bits_of(c[4 * half + i]);
+            coefficients[half * kTileOctets<T> + octet] = words;
+        }
+    }
     static FC_DEVICE void fetch(const Vec16* coefficients, int octet, float (&c)[8]) {
-        FC_UNROLL for (int half = 0; half < 2; half++)
-            __builtin_memcpy(c + 4 * half, &coefficients[half * kTileOctets<T> + octet], 16);
+        FC_UNROLL for (int half = 0; half < 2; half++) {
+            const Vec16 words = coefficients[half * kTileOctets<T> + octet];
+            FC_UNROLL for (int i = 0; i < 4; i++) c[4 * half + i] = float_of(words.w[i]);
+        }
     }
 
     // Notes for every block which of the steps tried loses least. A phase of its own: beside rotate() it would spill.
@@ -254,15 +265,13 @@ private:
     }
 
     static FC_DEVICE bool is_finite(const Octet<T>& octet) {
-        constexpr uint32_t above = ordered<T>(T::kInfinity), below = (typename T::Word)~above;
+        constexpr uint32_t above = ordered<T>(T::kInfinity), below = (typename T::Word) ~above;
         const Keys<T> keys = extremes<T>(octet);
         return keys.high < above && keys.low > below;
     }
 
     // Coefficients from here on are a reason to look closer; Inf and NaN of float16 may have widened to finite numbers.
-    static FC_DEVICE uint32_t strange() {
-        return T::kMax < 1e30f ? bits_of(65504.0f) << 1 : bits_of(0x1p99f) << 1;
-    }
+    static FC_DEVICE uint32_t strange() { return T::kMax < 1e30f ? bits_of(65504.0f) << 1 : bits_of(0x1p99f) << 1; }
     static FC_DEVICE uint32_t largest(const float (&c)[8]) {
         uint32_t most = 0;
         FC_UNROLL for (int i = 0; i < 8; i++) {
@@ -311,12 +320,13 @@ private:
                 const int near = (int)(rounded(c[i] * inverse) - 0x4B400000u) + zero;
                 code[i] = (uint32_t)(near < 0 ? 0 : near > levels - 1 ? levels - 1 : near);
                 if (keeps)
-                    error[i] = kept_number<T>(fused_multiply_add((float)((int)code[i] - zero), -float_of(meta.value), c[i]));
+                    error[i] =
+                        kept_number<T>(fused_multiply_add((float)((int)code[i] - zero), -float_of(meta.value), c[i]));
             }
         } else {
             const int width = constant_bits(), first = 8 * width * part;
-            FC_UNROLL for (int i = 0; i < 8; i++)
-                code[i] = first < 32 ? meta.value >> (first + i * width) & ((1u << width) - 1) : 0;
+            FC_UNROLL for (int i = 0; i < 8; i++) code[i] =
+                first < 32 ? meta.value >> (first + i * width) & ((1u << width) - 1) : 0;
         }
         store_codes(code, place.octet + octet, is_there, payload, place.groups);
         if (kKeepsResiduals && is_there) replace_residual(error, octet, residual);

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from codec_cases import KINDS
 from patience import patient
 
 from flashcomm_megatron.codec import extension
@@ -31,6 +32,7 @@ pytestmark = [
     pytest.mark.skipif(not extension.available(), reason=f"no extension to give a CUDA half to: {extension.reason()}"),
 ]
 
+LEGS = "(Rotated(bits=4.5, block=32), Rotated(bits=5, block=64))"
 CODEC, COLLECTIVES, PROCESSES, FAULTS = (
     f"tests/gpu/test_cuda_{name}.py" for name in ("codec", "collectives", "processes", "faults")
 )
@@ -46,6 +48,12 @@ PART = {
         f"{CODEC}::test_codec_kernels_equal_the_definition[Rotated(bits=8, block=256)]",
         f"{CODEC}::test_codec_kernels_equal_the_definition[Spike(bits=4, block=64)]",
         f"{CODEC}::test_codec_kernels_with_residuals_equal_the_definition[Rotated(bits=5, block=64)]",
+        f"{CODEC}::test_what_a_codec_must_survive[{next(iter(KINDS))}]",
+        f"{CODEC}::test_slices_are_encoded_and_decoded_as_one_by_one[Uniform(bits=4, block=32)]",
+        f"{CODEC}::test_slices_are_encoded_and_decoded_as_one_by_one[Uniform(bits=3, block=1000)]",
+        f"{CODEC}::test_slices_are_encoded_and_decoded_as_one_by_one[Rotated(bits=4.5, block=32)]",
+        f"{CODEC}::test_slices_have_residuals_of_their_own[Rotated(bits=4.5, block=32)]",
+        f"{CODEC}::test_sums_are_encoded_as_out_holds_them[{LEGS}]",
         f"{CODEC}::test_unaligned_views_give_the_same_bits[Uniform(bits=4, block=32)]",
         f"{COLLECTIVES}::test_any_world_kind_and_numel_equals_the_specification[2-ranks]",
         f"{COLLECTIVES}::test_inboxes_in_host_memory_give_the_same_bits[2-ranks-host]",

@@ -1,4 +1,4 @@
-"""The CUDA kernels, run on the host: bit for bit the codec's definition and the collectives' specification."""
+"""The fused collectives, run on the host in any order of ranks: bit for bit their specification."""
 
 from __future__ import annotations
 
@@ -10,74 +10,15 @@ import pytest
 import torch
 from codec_cases import KINDS, tensor
 from protocol_model import AS_BUILT, reached
-from specification import carried, expected, fading, outputs, plan_of, same, strange
+from specification import carried, expected, outputs, plan_of, same, strange
 
-from flashcomm_megatron.codec import Rotated, Spike, Uniform
-from flashcomm_megatron.codec.rotated import LEVELS
+from flashcomm_megatron.codec import Spike, Uniform
 from flashcomm_megatron.collectives import algorithms
 from flashcomm_megatron.collectives.algorithms import Residuals
 from flashcomm_megatron.config import Config
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 pytestmark = pytest.mark.slow  # a minute of compiling
-
-
-# ---- codec kernels --------------------------------------------------------------------------------------------
-
-
-def equals_the_definition(codec, numel, dtype, make=strange):
-    parts = [make(numel, dtype, seed) for seed in range(3)]
-    payloads = [codec.encode_ref(x) for x in parts]
-    found = emulator.encode(codec, parts[0])
-    assert found is not None and torch.equal(found, payloads[0]), (codec, dtype, numel)
-    for count in (1, 3):
-        expected = codec.decode_sum_ref(payloads[:count], numel, dtype)
-        assert same(emulator.decode_sum(codec, payloads[:count], numel, dtype), expected), (codec, dtype, numel, count)
-
-
-UNIFORM = [(Uniform, bits, [(32, 9000), (8, 2049), (128, 1), (24, 4100), (256, 515)]) for bits in range(2, 9)]
-ROTATED = [(Rotated, bits, [(32, 9000), (16, 2049), (64, 1), (128, 4100), (32, 3000)]) for bits in LEVELS]
-SPIKE = [(Spike, bits, [(32, 9000), (8, 2049), (64, 1), (64, 66), (24, 4100), (256, 3515)]) for bits in range(2, 9)]
-
-
-@pytest.mark.parametrize(("make", "bits", "cases"), UNIFORM + ROTATED + SPIKE)
-def test_codec_kernels_equal_the_definition(make, bits, cases):
-    for dtype, (block, numel) in product(DTYPES, cases):
-        equals_the_definition(make(bits, block), numel, dtype)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_codec_kernels_survive_extremes(kind):
-    for dtype, codec in product(
-        DTYPES, (Uniform(3, 32), Rotated(4, 32), Rotated(2.5, 16), Rotated(7.5, 64), Spike(2, 64))
-    ):
-        equals_the_definition(codec, 3001, dtype, lambda numel, dtype, seed: tensor(kind, numel, dtype, seed))
-    for dtype in (torch.float16, torch.bfloat16):
-        equals_the_definition(Rotated(5, 256), 9001, dtype, lambda numel, dtype, seed: tensor(kind, numel, dtype, seed))
-
-
-def test_steps_far_below_the_super_blocks_largest_are_right():
-    """Blocks of a family whose magnitudes are up to 2**30 apart: the distance of a step ends at 125."""
-    for codec, dtype in product((Rotated(4.5, 32), Rotated(8, 64)), (torch.float32, torch.bfloat16)):
-
-        def make(numel, dtype, seed, block=codec.block):
-            scales = torch.arange(math.ceil(numel / block)).repeat_interleave(block)[:numel] % 31
-            return torch.ldexp(torch.randn(numel, generator=torch.Generator().manual_seed(seed)), -scales).to(dtype)
-
-        equals_the_definition(codec, 6000, dtype, make)
-
-
-def test_blocks_without_a_whole_tile_are_left_to_the_scalar_kernel_or_to_torch():
-    assert emulator.encode(Uniform(4, 1000), torch.zeros(8000)) is None
-    assert emulator.encode(Rotated(4, 256), torch.zeros(8000)) is None, "a family of 8192 values of float32"
-    assert emulator.encode(Rotated(4, 512), torch.zeros(8000).bfloat16()) is None
-
-
-@pytest.mark.parametrize("codec", [Uniform(4, 32), Rotated(4.5, 32), Spike(4, 64)])
-def test_unaligned_tensors_give_the_same_bits(codec):
-    x = strange(4001, torch.bfloat16)[1:]
-    found = emulator.encode(codec, x)
-    assert found is not None and torch.equal(found, codec.encode_ref(x.clone()))
 
 
 # ---- collectives ----------------------------------------------------------------------------------------------
@@ -200,27 +141,6 @@ def test_residuals_of_extremes_equal_the_definition(kind):
 
     for dtype in DTYPES:
         check_carried("two-step", 2, 2500, dtype, AUTO, make)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_codec_kernels_with_residuals_equal_the_definition(kind):
-    for dtype, codec in product(DTYPES, (Rotated(4.5, 32), Rotated(5, 64), Rotated(8, 16))):
-        lost = torch.zeros(codec.residual_numel(3001), dtype=dtype)
-        defined = lost.clone()
-        for seed in range(3):
-            x = tensor(kind, 3001, dtype, seed)
-            found = emulator.encode(codec, x, lost)
-            assert found is not None and torch.equal(found, codec.encode_residual_ref(x, defined)), (codec, dtype, seed)
-            assert same(lost, defined), (codec, dtype, seed)
-
-
-def test_residuals_keep_the_sign_of_zero():
-    for codec in (Rotated(3, 16), Rotated(4.5, 32), Rotated(5, 64)):
-        lost, defined = (torch.zeros(codec.residual_numel(3001), dtype=torch.float16) for _ in range(2))
-        for x in fading(3001):
-            found = emulator.encode(codec, x, lost)
-            assert found is not None and torch.equal(found, codec.encode_residual_ref(x, defined)), codec
-            assert same(lost, defined), codec
 
 
 # ---- many calls, ranks at different ones ----------------------------------------------------------------------

@@ -20,6 +20,7 @@ import flashcomm_megatron as fc
 from flashcomm_megatron import config
 from flashcomm_megatron.megatron import patching, training_log
 from flashcomm_megatron.observe import error_sampling as sampling
+from flashcomm_megatron.observe import location
 
 CONFIG = fc.Config(bits=4, min_bytes=0)
 CODEC = CONFIG.legs.reduce
@@ -160,12 +161,8 @@ def test_sampling_on_cuda_waits_for_nothing() -> None:
 
 
 def test_site_of_the_caller_names_the_sample() -> None:
-    before = sampling._where
-    sampling.locate(lambda: "row")
-    try:
+    with location.at(SimpleNamespace(kind="row", name="a layer")):
         sampling.sample("all_reduce", values(64), CODEC)
-    finally:
-        sampling.locate(before)
     assert list(sampling.read()) == ["row"]
 
 
