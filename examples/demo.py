@@ -148,7 +148,9 @@ def run_rank(options: argparse.Namespace) -> None:
     for bits in WIDTHS:
         if ranks.rank == 0:
             print(f"   running at {bits} bits ...", flush=True)
-        with fc.flashcomm(bits=bits, min_bytes=0) if bits != EXACT else nullcontext():  # its sums are small: all of them
+        with (
+            fc.flashcomm(bits=bits, min_bytes=0) if bits != EXACT else nullcontext()
+        ):  # its sums are small: all of them
             results[bits] = measure(model, shape, options, ranks, bits != EXACT)
     if ranks.rank == 0:
         print(page(results, options))
