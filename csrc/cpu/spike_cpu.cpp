@@ -134,18 +134,18 @@ void encode_block(const typename T::Word* x, int count, const SpikeLayout& at, i
 template <class T, int kBlock>
 void encode_strips(const void* x, const SpikeLayout& at, uint8_t* payload, int64_t first, int64_t last) {
     SpikeStrip strip = {};
-    const int block = (int)at.block;
     for (; first < last; first += kStripBlocks) {
         const int blocks = (int)(last - first < kStripBlocks ? last - first : kStripBlocks);
+        const int64_t octet = at.rows.first_octet(first);
+        int codes = 0;
         for (int b = 0; b < blocks; b++) {
-            const int64_t begin = (first + b) * block, left = at.numel - begin;
-            encode_block<T, kBlock>((const typename T::Word*)x + begin, (int)(left < block ? left : block), at,
-                                    first + b, payload, strip.codes + b * block, strip.positions + 2 * b);
+            const int count = (int)at.rows.values(first + b);
+            encode_block<T, kBlock>((const typename T::Word*)x + at.rows.first_value(first + b), count, at, first + b,
+                                    payload, strip.codes + codes, strip.positions + 2 * b);
+            codes += (count + 7) / 8 * 8;
         }
         for (int i = 2 * blocks; i < 2 * kStripBlocks; i++) strip.positions[i] = 0;
-        const int64_t left = (at.numel + 7) / 8 * 8 - first * block;
-        const int values = (int)(left < blocks * block ? left : blocks * block);
-        pack_all(at.bits, at.octets, first * block / 8, values, strip.codes, payload);
+        pack_all(at.bits, at.octets, octet, codes, strip.codes, payload);
         pack_all(at.position_bits, at.pairs, first / 4, (2 * blocks + 7) / 8 * 8, strip.positions,
                  payload + at.positions);
     }
@@ -205,6 +205,10 @@ template <bool kFirst> void add(const float* __restrict values, int count, float
     }
 }
 
+template <class T> void write(const float* __restrict sums, int count, typename T::Word* __restrict out) {
+    for (int i = 0; i < count; i++) out[i] = sums[i] == sums[i] ? (typename T::Word)T::narrow(sums[i]) : T::kNan;
+}
+
 template <class T, int kBlock>
 void decode_strips(const uint8_t* const* payloads, int count, const SpikeLayout& at, void* out, int64_t first,
                    int64_t last) {
@@ -213,24 +217,22 @@ void decode_strips(const uint8_t* const* payloads, int count, const SpikeLayout&
     float values[kLargestBlock];
     for (; first < last; first += kStripBlocks) {
         const int blocks = (int)(last - first < kStripBlocks ? last - first : kStripBlocks);
-        const int64_t left = at.numel - first * block;
-        const int wanted = (int)(left < blocks * block ? left : blocks * block);
+        const int64_t octet = at.rows.first_octet(first), end = at.rows.first_octet(first + blocks);
         for (int p = 0; p < count; p++) {
-            unpack_all(at.bits, at.octets, first * block / 8, (wanted + 7) / 8 * 8, payloads[p], strip.codes);
+            unpack_all(at.bits, at.octets, octet, (int)(end - octet) * 8, payloads[p], strip.codes);
             unpack_all(at.position_bits, at.pairs, first / 4, (2 * blocks + 7) / 8 * 8, payloads[p] + at.positions,
                        strip.positions);
+            const uint8_t* codes = strip.codes;
             for (int b = 0; b < blocks; b++) {
                 float* sums = strip.sums + b * block;
-                decode_block<kBlock>(payloads[p], at, first + b, strip.codes + b * block, strip.positions + 2 * b,
-                                     values);
+                decode_block<kBlock>(payloads[p], at, first + b, codes, strip.positions + 2 * b, values);
                 p ? add<false>(values, block, T::kMax, sums) : add<true>(values, block, T::kMax, sums);
+                codes += (at.rows.values(first + b) + 7) / 8 * 8;
             }
         }
-        auto* __restrict to = (typename T::Word*)out + first * block;
-        for (int i = 0; i < wanted; i++) {
-            const float sum = strip.sums[i];
-            to[i] = sum == sum ? (typename T::Word)T::narrow(sum) : T::kNan;
-        }
+        for (int b = 0; b < blocks; b++)
+            write<T>(strip.sums + b * block, (int)at.rows.values(first + b),
+                     (typename T::Word*)out + at.rows.first_value(first + b));
     }
 }
 
@@ -247,7 +249,7 @@ template <class T> constexpr auto decoder_of(int64_t block) {
 }  // namespace
 
 void encode_spike(const void* x, void*, int dtype, const Spec& spec, uint8_t* payload, int64_t first, int64_t last) {
-    const SpikeLayout at(spec.numel, spec.bits, spec.block);
+    const SpikeLayout at(spec.numel, spec.bits, spec.block, spec.width);
     const auto encode = dtype == kFloat32 ? encoder_of<Float32>(at.block)
                       : dtype == kFloat16 ? encoder_of<Float16>(at.block) : encoder_of<BFloat16>(at.block);
     encode(x, at, payload, first, last);
@@ -256,7 +258,7 @@ void encode_spike(const void* x, void*, int dtype, const Spec& spec, uint8_t* pa
 
 void decode_sum_spike(const uint8_t* const* payloads, int count, const Spec& spec, void* out, int dtype, int64_t first,
                       int64_t last) {
-    const SpikeLayout at(spec.numel, spec.bits, spec.block);
+    const SpikeLayout at(spec.numel, spec.bits, spec.block, spec.width);
     const auto decode = dtype == kFloat32 ? decoder_of<Float32>(at.block)
                       : dtype == kFloat16 ? decoder_of<Float16>(at.block) : decoder_of<BFloat16>(at.block);
     decode(payloads, count, at, out, first, last);

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 from torch import Tensor
 
-from ..codec import extension
+from ..codec import native as extension
 from . import segment, sockets, topology, votes
 from .link import Call
 from .segment import Segment

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..codec import extension
+from ..codec import native as extension
 from ..collectives.plan import Plan
 from . import segment, votes
 from .host import HostInboxes

@@ -20,7 +20,7 @@ import torch
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from .. import environment
-from ..codec import extension
+from ..codec import native as extension
 from ..codec.recipes import RECIPES
 from ..config import Config, current
 from . import counters

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .. import environment
-from ..codec import extension
+from ..codec import native as extension
 from ..collectives import thresholds
 from ..config import current
 from ..megatron import checkout, feedback, patching, seams, training_log

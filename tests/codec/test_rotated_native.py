@@ -8,14 +8,14 @@ import pytest
 import torch
 from specification import fading
 
-from flashcomm_megatron.codec import extension, rotated
+from flashcomm_megatron.codec import native as compiled, rotated
 from flashcomm_megatron.codec.rotated import LEVELS, Rotated
 
-pytestmark = pytest.mark.skipif(not extension.available(), reason=f"no compiled extension: {extension.reason()}")
+pytestmark = pytest.mark.skipif(not compiled.available(), reason=f"no compiled extension: {compiled.reason()}")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-ISAS = extension.info().get("isas", [])
+ISAS = compiled.info().get("isas", [])
 
 
 @pytest.fixture(autouse=True)
@@ -75,13 +75,13 @@ def test_compiled_equals_definition(bits, block):
                 for isa in ISAS:
                     use(isa)
                     out = torch.empty(numel, dtype=dtype)
-                    assert extension.decode_sum(codec, chosen, out)
+                    assert compiled.decode_sum(codec, chosen, out)
                     assert same(out, expected), isa
             for isa in ISAS:
                 use(isa)
                 for x, expected in zip(tensors, payloads, strict=True):
                     found = torch.full((codec.wire_bytes(numel),), 0xAA, dtype=torch.uint8)
-                    assert extension.encode(codec, x, found)
+                    assert compiled.encode(codec, x, found)
                     assert same(found, expected), isa
 
 
@@ -104,7 +104,7 @@ def test_residuals_equal_definition(dtype, codec, monkeypatch):
         before *= 2.0**-115 if x is denormal else 1
         defined = before.clone()
         with monkeypatch.context() as patch:
-            patch.setattr(extension, "_extension", None)
+            patch.setattr(compiled, "_extension", None)
             expected = [codec.encode(each, residual=defined) for each in (x, x)]
         for isa in ISAS:
             use(isa)

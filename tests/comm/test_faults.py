@@ -9,7 +9,7 @@ import pytest
 import torch
 from ranks import spawn
 
-from flashcomm_megatron.codec import extension
+from flashcomm_megatron.codec import native as extension
 from flashcomm_megatron.collectives.handle import Handle
 from flashcomm_megatron.comm import segment
 from flashcomm_megatron.config import Config

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import flashcomm_megatron as fc
 from flashcomm_megatron import collectives
-from flashcomm_megatron.codec import extension
+from flashcomm_megatron.codec import native as extension
 from flashcomm_megatron.comm import links, segment, sockets, streams, votes
 
 pytestmark = pytest.mark.skipif(extension.module() is None, reason="the extension is not built")

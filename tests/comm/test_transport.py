@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from ranks import spawn
 
-from flashcomm_megatron.codec import extension
+from flashcomm_megatron.codec import native as extension
 from flashcomm_megatron.collectives import all_reduce, prepare
 from flashcomm_megatron.collectives import plan as policy
 from flashcomm_megatron.comm import host, segment, votes, workspace

@@ -8,7 +8,7 @@ import pytest
 import torch
 from specification import same, strange
 
-from flashcomm_megatron.codec import Rotated, Spike, Uniform, extension
+from flashcomm_megatron.codec import Rotated, Spike, Uniform, native as extension
 from flashcomm_megatron.codec.rotated import LEVELS
 
 pytestmark = [

@@ -13,7 +13,7 @@ import pytest
 import torch
 from specification import carried, expected, outputs, plan_of, same, strange
 
-from flashcomm_megatron.codec import Uniform, extension
+from flashcomm_megatron.codec import Uniform, native as extension
 from flashcomm_megatron.collectives import algorithms
 from flashcomm_megatron.collectives.algorithms import Residuals
 from flashcomm_megatron.config import Config

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flashcomm_megatron.codec import extension
+from flashcomm_megatron.codec import native as extension
 
 HERE = Path(__file__).resolve().parent
 STAND_IN = HERE / "stand_ins" / "cuda"

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from ranks import spawn
 from specification import expected, same, strange
 
-from flashcomm_megatron.codec import extension
+from flashcomm_megatron.codec import native as extension
 from flashcomm_megatron.collectives import all_gather, all_reduce, prepare, reduce_scatter
 from flashcomm_megatron.collectives import plan as policy
 from flashcomm_megatron.comm import workspace

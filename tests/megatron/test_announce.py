@@ -13,7 +13,7 @@ from torch.nn.modules import module as hooks
 
 import flashcomm_megatron as fc
 from flashcomm_megatron import config
-from flashcomm_megatron.codec import extension
+from flashcomm_megatron.codec import native as extension
 from flashcomm_megatron.observe import messages as announce
 
 PATCHED = "8 names patched in megatron-core 0.16.1"

@@ -12,7 +12,7 @@ import torch
 import flashcomm_megatron as fc
 from flashcomm_megatron import config
 from flashcomm_megatron.__main__ import main
-from flashcomm_megatron.codec import extension
+from flashcomm_megatron.codec import native as extension
 from flashcomm_megatron.megatron import feedback, seams
 
 

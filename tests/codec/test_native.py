@@ -16,7 +16,7 @@ import torch
 from codec_cases import DTYPES, KINDS, same, tensor
 from torch import Tensor
 
-from flashcomm_megatron.codec import Uniform, extension
+from flashcomm_megatron.codec import Uniform, native as compiled
 
 ROOT = Path(__file__).resolve().parents[2]
 CODEC = Uniform(4, 32)
@@ -34,7 +34,7 @@ def payload(size: int = BYTES) -> Tensor:
 
 @pytest.mark.skipif(os.environ.get("FLASH_COMM_EXTENSION") == "0", reason="FLASH_COMM_EXTENSION=0")
 def test_it_was_built() -> None:
-    assert extension.available(), f"the compiled codec is {extension.reason()}"
+    assert compiled.available(), f"the compiled codec is {compiled.reason()}"
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_it_was_built() -> None:
 )
 def test_encode_refuses(x: Tensor, out: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=f"encode: {message}"):
-        extension.encode(CODEC, x, out)
+        compiled.encode(CODEC, x, out)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_encode_refuses(x: Tensor, out: Tensor, message: str) -> None:
 )
 def test_decode_sum_refuses(payloads: list[Tensor], out: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=f"decode_sum: {message}"):
-        extension.decode_sum(CODEC, payloads, out)
+        compiled.decode_sum(CODEC, payloads, out)
 
 
 def test_unknown_devices_and_codecs_are_left_to_the_reference() -> None:
@@ -80,10 +80,10 @@ def test_unknown_devices_and_codecs_are_left_to_the_reference() -> None:
         def wire_bytes(self, numel: int) -> int:
             return numel
 
-    assert not extension.encode(CODEC, torch.zeros(100, device="meta"), payload().to("meta"))
-    assert not extension.decode_sum(CODEC, [payload().to("meta")], torch.zeros(100, device="meta"))
-    assert not extension.encode(Stranger(), torch.zeros(100), payload(100))
-    assert not extension.decode_sum(Stranger(), [payload(100)], torch.zeros(100))
+    assert not compiled.encode(CODEC, torch.zeros(100, device="meta"), payload().to("meta"))
+    assert not compiled.decode_sum(CODEC, [payload().to("meta")], torch.zeros(100, device="meta"))
+    assert not compiled.encode(Stranger(), torch.zeros(100), payload(100))
+    assert not compiled.decode_sum(Stranger(), [payload(100)], torch.zeros(100))
 
 
 def test_without_extension_the_reference_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,12 +94,12 @@ def test_without_extension_the_reference_gives_the_same_bits(monkeypatch: pytest
         return sent, CODEC.decode_sum([sent, sent], torch.empty_like(x))
 
     compiled = results()
-    monkeypatch.setattr(extension, "_extension", None)
-    monkeypatch.setattr(extension, "_reason", "not built: run pip install -e .")
+    monkeypatch.setattr(compiled, "_extension", None)
+    monkeypatch.setattr(compiled, "_reason", "not built: run pip install -e .")
     reference = results()
     assert torch.equal(compiled[0], reference[0]) and same(compiled[1], reference[1])
-    assert not extension.available() and extension.info() == {}
-    assert extension.describe() == "PyTorch codec (not built: run pip install -e .)"
+    assert not compiled.available() and compiled.info() == {}
+    assert compiled.describe() == "PyTorch codec (not built: run pip install -e .)"
 
 
 @pytest.mark.parametrize(
@@ -115,12 +115,12 @@ def test_the_reason_is_kept(monkeypatch: pytest.MonkeyPatch, error: ImportError,
 
     monkeypatch.delenv("FLASH_COMM_EXTENSION", raising=False)
     monkeypatch.setattr(importlib, "import_module", fail)
-    assert extension._load() == (None, reason)
+    assert compiled._load() == (None, reason)
 
 
 def test_it_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLASH_COMM_EXTENSION", "0")
-    assert extension._load() == (None, "FLASH_COMM_EXTENSION=0")
+    assert compiled._load() == (None, "FLASH_COMM_EXTENSION=0")
 
 
 def test_description(native: ModuleType) -> None:
@@ -128,9 +128,9 @@ def test_description(native: ModuleType) -> None:
     assert found["isa"] in found["isas"] and found["isas"][-1] == "baseline"
     assert bool(found["cuda"]) != bool(found["without_cuda"])
     assert not native.use_isa("abacus") and native.info() == found
-    if extension.available():
-        assert extension.describe().startswith(f"compiled codec ({found['isa']}; ")
-        assert extension.reason() == found["without_cuda"]
+    if compiled.available():
+        assert compiled.describe().startswith(f"compiled codec ({found['isa']}; ")
+        assert compiled.reason() == found["without_cuda"]
 
 
 def test_it_needs_no_torch(native: ModuleType) -> None:
@@ -173,10 +173,10 @@ def test_cuda_equals_the_definition(native: ModuleType, kind: str, dtype: torch.
                 codec = Uniform(bits, block)
                 expected = codec.encode_ref(x)
                 sent = torch.full((codec.wire_bytes(n),), 0xAA, dtype=torch.uint8, device="cuda")
-                assert extension.encode(codec, x.cuda(), sent)
+                assert compiled.encode(codec, x.cuda(), sent)
                 assert torch.equal(sent.cpu(), expected), f"{codec} {n}"
                 out = torch.empty(n, dtype=dtype, device="cuda")
-                assert extension.decode_sum(codec, [sent, sent], out)
+                assert compiled.decode_sum(codec, [sent, sent], out)
                 assert same(out.cpu(), codec.decode_sum_ref([expected, expected], n, dtype)), f"{codec} {n}"
 
 
