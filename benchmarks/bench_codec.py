@@ -21,7 +21,8 @@ import record
 import torch
 from torch import Tensor
 
-from flashcomm_megatron.codec import Uniform, native as compiled
+from flashcomm_megatron.codec import Uniform
+from flashcomm_megatron.codec import native as compiled
 
 KIB, MIB = 2**10, 2**20
 SIZES = [256 * KIB, 64 * MIB]  # bytes of the tensor: one that stays in the second-level cache, one that fits no cache

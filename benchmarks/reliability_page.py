@@ -19,7 +19,7 @@ from record import RESULTS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "reliability.md"
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests" / "stress"))
 
 
 def main() -> None:
@@ -97,7 +97,7 @@ def invariants() -> Iterator[str]:
     yield "| invariant | broken in | tests that fail |"
     yield "|---|---|---|"
     for each in MUTATIONS:
-        yield f"| {each.invariant} | `{each.file}` | `{each.tests}` |"
+        yield f"| {each.invariant} | `{each.function}` of `{each.room}` | `{each.tests}` |"
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 
 namespace flashcomm {
 
-constexpr int kInterface = 7;  // raise it with every change of what Python calls; flashcomm_megatron/codec/native.py checks
+constexpr int kInterface = 7;  // raise it with every change of what Python calls; codec/native.py checks
 
 enum Dtype { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
@@ -37,10 +37,13 @@ void reduce_slices(const uint8_t* const* payloads, int count, const Spec& from, 
 // Decodes every slice's payload into its place in x.
 void decode_slices(const uint8_t* payloads, const Slices&, void* x, int dtype, int threads);
 
-// On the current device, in stream order; std::runtime_error names what CUDA reports. Only in builds with nvcc.
+// On the current device, in stream order; std::runtime_error names what CUDA reports. Only in builds with nvcc. Each is
+// one launch; reduce_slices_cuda is two where there is no kernel for the pair of codecs.
 bool has_codec_cuda(int dtype, const Spec&);  // whatever its numel
-void encode_cuda(const void* x, void* memory, int dtype, const Spec&, uint8_t* payload, void* stream);
-void decode_sum_cuda(const uint8_t* const* payloads, int count, const Spec&, void* out, int dtype, void* stream);
+void encode_slices_cuda(const void* x, void* residual, int dtype, const Slices&, uint8_t* payloads, void* stream);
+void reduce_slices_cuda(const uint8_t* const* payloads, int count, const Spec& from, void* out, int dtype,
+                        const Spec* gather, uint8_t* payload, void* residual, void* stream);
+void decode_slices_cuda(const uint8_t* payloads, const Slices&, void* x, int dtype, void* stream);
 
 // The instruction sets this machine can run, best first; nullptr behind the last. The best is used unless told.
 const char* isa_name(int i);
@@ -50,8 +53,7 @@ bool use_isa(const char* name);  // false: not among them
 // What one instruction set offers for one format: the units first .. last - 1 of a tensor, which are blocks, or
 // super-blocks where blocks share something.
 struct Kernels {
-    void (*encode)(const void* x, void* residual, int dtype, const Spec&, uint8_t* payload, int64_t first,
-                   int64_t last);
+    void (*encode)(const void* x, void* residual, int dtype, const Spec&, uint8_t* payload, int64_t first, int64_t last);
     void (*decode_sum)(const uint8_t* const* payloads, int count, const Spec&, void* out, int dtype, int64_t first,
                        int64_t last);
 };

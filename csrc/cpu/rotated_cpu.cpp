@@ -62,7 +62,7 @@ uint32_t key_of_block(const float* c, float largest, bool is_negative, float shr
 // Adds what a family's residual, or null, holds of block b.
 template <class T> void add_residual(const typename T::Word* residual, int b, int64_t block, float* x) {
     for (int64_t i = 0; residual && i < block; i++) {
-        const auto word = residual[memory_place(b, i, block)];
+        const auto word = residual[residual_index(b, i, block)];
         x[i] += (word & T::kInfinity) == T::kInfinity ? float_of(Float32::kNan) : T::widen(word);
     }
 }
@@ -224,7 +224,7 @@ void keep_loss(const Family& f, int b, const Coding& at, typename T::Word* resid
     for (int64_t i = 0, at_block = b * at.block; i < at.block; i++) {
         const float number = (float)((int)f.codes[at_block + i] - at.zero);
         const float loss = keeps ? f.coefficients[at_block + i] - number * step : 0;
-        residual[memory_place(b, i, at.block)] = (typename T::Word)T::narrow(kept_number<T>(loss));
+        residual[residual_index(b, i, at.block)] = (typename T::Word)T::narrow(kept_number<T>(loss));
     }
 }
 

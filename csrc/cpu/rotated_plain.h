@@ -76,7 +76,7 @@ FC_INLINE bool rotate_unit(const typename T::Word* x, const typename T::Word* re
 }
 
 // Where a residual has the first numbers of a unit.
-template <int kBlock> FC_INLINE int residual_of(int unit) { return (int)memory_place(unit * kTracks, 0, kBlock); }
+template <int kBlock> FC_INLINE int residual_of(int unit) { return (int)residual_index(unit * kTracks, 0, kBlock); }
 
 template <class T, int kBlock, bool kCarries>
 bool rotate_edge(const typename T::Word* x, const typename T::Word* residual, Units units, Plain<kBlock>& f) {

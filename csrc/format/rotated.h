@@ -18,14 +18,14 @@
 
 namespace flashcomm::FLASHCOMM_ISA {
 
-constexpr int kFamily = 32;                            // blocks that share a top
+constexpr int kFamily = 32;                                   // blocks that share a top
 constexpr int kNanBlock = 127, kConstant = 126, kLast = 125;  // of the scale byte without its sign
-constexpr int kKeyShift = 20;                          // a key counts float32 bit patterns in units of 2**20
-constexpr int kNearest = 32;                           // steps of at most this many levels round to nearest, others up
-constexpr uint32_t kLeastKey = (127 - 100) << 3;       // 2**-100
-constexpr int kGroup = 4;                              // blocks whose numbers lie together in a memory
-constexpr float kHugeStep = 0x1p100f;                  // from here on butterflies could overflow: shrink first
-constexpr uint32_t kHugeKey = (127 + 100) << 3;        // its key
+constexpr int kKeyShift = 20;                                 // a key counts float32 bit patterns in units of 2**20
+constexpr int kNearest = 32;                      // steps of at most this many levels round to nearest, others up
+constexpr uint32_t kLeastKey = (127 - 100) << 3;  // 2**-100
+constexpr int kGroup = 4;                         // blocks whose numbers lie together in a residual
+constexpr float kHugeStep = 0x1p100f;             // from here on butterflies could overflow: shrink first
+constexpr uint32_t kHugeKey = (127 + 100) << 3;   // its key
 constexpr float kShrink = 0x1p-16f, kGrow = 0x1p16f;
 
 // A family: its first value, block and number of the residual, in the tensor; its blocks, and how many values they have.
@@ -106,15 +106,15 @@ FC_INLINE float step_of(uint32_t top, uint32_t scale) {
     return float_of(((top - (distance > kLast ? kLast : distance)) << kKeyShift) | (scale & 0x80) << 24);
 }
 
-// Where a memory has coefficient i of a block: of every kGroup blocks the first four coefficients, then the next.
-FC_INLINE int64_t memory_place(int64_t index, int64_t i, int64_t block) {
+// Where a residual has coefficient i of block `index` of a row: of every kGroup blocks the first four coefficients, then the next.
+FC_INLINE int64_t residual_index(int64_t index, int64_t i, int64_t block) {
     return index / kGroup * kGroup * block + i / 4 * 4 * kGroup + index % kGroup * 4 + i % 4;
 }
-FC_INLINE int64_t memory_numel(int64_t blocks, int64_t block) {
+FC_INLINE int64_t residual_of_blocks(int64_t blocks, int64_t block) {
     return (blocks + kGroup - 1) / kGroup * kGroup * block;
 }
 
-// What a memory of this type keeps of a loss: its upper half, or what is in range and still to be rounded.
+// What a residual of this type keeps of a loss: its upper half, or the loss within range, still to be rounded.
 template <class T> FC_INLINE float kept_number(float loss) {
     if (T::kInfinity == BFloat16::kInfinity) return high_half(loss);
     return loss < -T::kMax ? -T::kMax : loss > T::kMax ? T::kMax : loss;

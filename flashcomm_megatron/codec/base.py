@@ -128,9 +128,7 @@ class Codec(ABC):
             out = torch.empty(self.wire_bytes(numel, width), dtype=torch.uint8, device=x.device)
         if numel and not compiled.encode_slices(self, x, Slices(numel, width or numel, numel, 1), out, residual):
             _tell(self)
-            out.copy_(
-                self.encode_ref(x, width) if residual is None else self.encode_residual_ref(x, residual, width)
-            )
+            out.copy_(self.encode_ref(x, width) if residual is None else self.encode_residual_ref(x, residual, width))
         return out
 
     def decode_sum(self, payloads: Sequence[Tensor], out: Tensor, width: int | None = None) -> Tensor:

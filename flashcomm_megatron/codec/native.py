@@ -154,9 +154,7 @@ def reduce_slices(
     return True
 
 
-def _check(
-    name: str, found: Tensor, dtypes: Collection[torch.dtype], device: torch.device, length: int
-) -> None:
+def _check(name: str, found: Tensor, dtypes: Collection[torch.dtype], device: torch.device, length: int) -> None:
     """Refuse what an address cannot say."""
     if found.dtype not in dtypes:
         raise ValueError(f"{name} is {found.dtype}; expected {' or '.join(map(str, dtypes))}.")

@@ -45,7 +45,9 @@ def rows_of(numel: int, width: int | None) -> tuple[int, int]:
     if width is None or width >= numel:
         return (1, numel) if numel else (0, 1)
     if width < 1 or numel % width:
-        raise ValueError(f"width={width}: {numel} values are not whole rows of it; give the size of the last dimension.")
+        raise ValueError(
+            f"width={width}: {numel} values are not whole rows of it; give the size of the last dimension."
+        )
     return numel // width, width
 
 

@@ -212,9 +212,7 @@ class Rotated(Codec):
         scales = torch.where(finite, torch.where(constant, CONSTANT, scales), NAN)
         return join_sections([*self._split(codes.flatten()), scales.to(torch.uint8), half_words(tops)])
 
-    def _decode_sum(
-        self, payloads: Sequence[Tensor], sizes: Sequence[int], row: int, dtype: torch.dtype
-    ) -> Tensor:
+    def _decode_sum(self, payloads: Sequence[Tensor], sizes: Sequence[int], row: int, dtype: torch.dtype) -> Tensor:
         """Values of ``dtype`` [n] of payloads whose sections have these sizes."""
         parts = [self._coefficients(payload, sizes, self._shape(row)[0]) for payload in payloads]
         largest = torch.stack([size for _, size in parts]).amax(0)

@@ -112,7 +112,14 @@ class Spike(Codec):
         rows, row = rows_of(numel, width)
         blocks = rows * math.ceil(row / self.block)
         positions = plane_bytes(2 * blocks, self.position_bits)
-        return [*plane_bytes(rows * math.ceil(row / 8) * 8, self.bits), 2 * blocks, 2 * blocks, blocks, blocks, *positions]
+        return [
+            *plane_bytes(rows * math.ceil(row / 8) * 8, self.bits),
+            2 * blocks,
+            2 * blocks,
+            blocks,
+            blocks,
+            *positions,
+        ]
 
     def encode_ref(self, x: Tensor, width: int | None = None) -> Tensor:
         """Payload of a contiguous, non-empty 1-D floating tensor."""

@@ -12,12 +12,13 @@ from types import ModuleType
 
 import pytest
 import torch
-from codec_cases import DTYPES, KINDS, same, tensor
+from codec_cases import DTYPES, KINDS, native_decode_sum, native_encode, same, tensor
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flashcomm_megatron.codec import Uniform, native as compiled
+from flashcomm_megatron.codec import Uniform
+from flashcomm_megatron.codec import native as compiled
 
 WIDTHS = range(2, 9)
 BLOCKS = (8, 24, 32, 64, 128, 256)  # 32, 64 and 128 have loops of their own
@@ -65,7 +66,7 @@ def largest_error(x: Tensor, found: Tensor, codec: Uniform) -> Tensor:
     "kind", ["normal", "one_sided", "denormals", "tiny", "signed_zeros", "huge", "outlier", "octaves"]
 )
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_error_is_bounded(kind: str, dtype: torch.dtype) -> None:
+def test_error_is_within_the_analytic_bound(kind: str, dtype: torch.dtype) -> None:
     limit = min(torch.finfo(dtype).max, torch.finfo(torch.bfloat16).max)  # beyond it float32 saturates
     x = tensor(kind, 3000, dtype).clamp(-limit, limit)
     for bits in WIDTHS:
@@ -147,13 +148,13 @@ def test_wrong_formats_are_refused(bits: int, block: int) -> None:
 
 def encoded(codec: Uniform, x: Tensor, into: Tensor | None = None) -> Tensor:
     out = torch.full((codec.wire_bytes(x.numel()),), 0xAA, dtype=torch.uint8) if into is None else into
-    assert compiled.encode(codec, x, out)
+    assert native_encode(codec, x, out)
     return out
 
 
 def decoded(codec: Uniform, payloads: list[Tensor], n: int, dtype: torch.dtype) -> Tensor:
     out = torch.full((n,), 42.0, dtype=dtype)
-    assert compiled.decode_sum(codec, payloads, out)
+    assert native_decode_sum(codec, payloads, out)
     return out
 
 
@@ -171,7 +172,7 @@ def compare(native: ModuleType, codec: Uniform, x: Tensor, dtypes: tuple[torch.d
 
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("bits", WIDTHS)
-def test_every_length(native: ModuleType, bits: int, block: int) -> None:
+def test_compiled_equals_definition_at_every_length(native: ModuleType, bits: int, block: int) -> None:
     for dtype in DTYPES:
         for n in LENGTHS:
             compare(native, Uniform(bits, block), tensor("normal", n, dtype, seed=n), (dtype,))
@@ -179,7 +180,7 @@ def test_every_length(native: ModuleType, bits: int, block: int) -> None:
 
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_data(native: ModuleType, kind: str, block: int) -> None:
+def test_compiled_equals_definition_on_every_kind_of_data(native: ModuleType, kind: str, block: int) -> None:
     for dtype in DTYPES:
         x = tensor(kind, LONG, dtype)
         for bits in WIDTHS:
@@ -187,7 +188,7 @@ def test_every_kind_of_data(native: ModuleType, kind: str, block: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_payload(native: ModuleType, dtype: torch.dtype) -> None:
+def test_compiled_decodes_any_bytes_as_defined(native: ModuleType, dtype: torch.dtype) -> None:
     """Bytes that no encoder writes, too."""
     generator = torch.Generator().manual_seed(0)
     for bits in WIDTHS:
@@ -230,7 +231,7 @@ def test_every_16_bit_pattern_survives(native: ModuleType, dtype: torch.dtype) -
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_every_rounding_to_16_bits(native: ModuleType, dtype: torch.dtype) -> None:
+def test_compiled_rounds_to_16_bits_as_torch_does(native: ModuleType, dtype: torch.dtype) -> None:
     """Midpoints between all neighbours and the numbers beside them, against torch's conversion."""
     words = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).float()
     words = words[words.isfinite()].sort().values
@@ -244,7 +245,7 @@ def test_every_rounding_to_16_bits(native: ModuleType, dtype: torch.dtype) -> No
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rounding_of_sums(native: ModuleType, dtype: torch.dtype) -> None:
+def test_compiled_sums_round_as_torch_does(native: ModuleType, dtype: torch.dtype) -> None:
     """Two bfloat16 constants a few octaves apart hit ties all the time; against torch's addition and conversion."""
     generator, count = torch.Generator().manual_seed(3), 20000
     shape = (2, count)
@@ -261,7 +262,7 @@ def test_rounding_of_sums(native: ModuleType, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("block", [24, 32, 64])
 @pytest.mark.parametrize("bits", [5, 8])
-def test_threads_change_nothing(native: ModuleType, bits: int, block: int) -> None:
+def test_threads_do_not_change_the_result(native: ModuleType, bits: int, block: int) -> None:
     codec, x = Uniform(bits, block), tensor("octaves", 2**20 + 77, torch.bfloat16)
     results, before = [], torch.get_num_threads()
     try:
@@ -277,14 +278,14 @@ def test_threads_change_nothing(native: ModuleType, bits: int, block: int) -> No
 
 
 @needs_extension
-def test_any_address_will_do() -> None:
+def test_compiled_takes_tensors_at_any_address() -> None:
     """Tensors need their elements' alignment only, payloads none."""
     codec, x = Uniform(7, 32), tensor("normal", LONG + 1, torch.bfloat16)[1:]
     size = codec.wire_bytes(LONG)
     payload = encoded(codec, x, torch.empty(size + 3, dtype=torch.uint8)[3:])
     assert torch.equal(payload, codec.encode_ref(x))
     out = torch.empty(LONG + 1, dtype=torch.bfloat16)[1:]
-    assert compiled.decode_sum(codec, [payload], out)
+    assert native_decode_sum(codec, [payload], out)
     assert torch.equal(out, codec.decode_sum_ref([payload], LONG, torch.bfloat16))
 
 
@@ -298,7 +299,7 @@ def test_any_address_will_do() -> None:
     dtype=st.sampled_from(DTYPES),
     out_dtype=st.sampled_from(DTYPES),
 )
-def test_anything(
+def test_compiled_equals_definition_on_random_cases(
     seeds: list[int], kinds: list[str], n: int, bits: int, block: int, dtype: torch.dtype, out_dtype: torch.dtype
 ) -> None:
     codec = Uniform(bits, block)

@@ -7,16 +7,16 @@ import importlib.util
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
-from codec_cases import DTYPES, KINDS, same, tensor
+from codec_cases import DTYPES, KINDS, native_decode_sum, native_encode, same, tensor
 from torch import Tensor
 
-from flashcomm_megatron.codec import Uniform, native as compiled
+from flashcomm_megatron.codec import Microscaling, Uniform
+from flashcomm_megatron.codec import native as compiled
 
 ROOT = Path(__file__).resolve().parents[2]
 CODEC = Uniform(4, 32)
@@ -33,7 +33,7 @@ def payload(size: int = BYTES) -> Tensor:
 
 
 @pytest.mark.skipif(os.environ.get("FLASH_COMM_EXTENSION") == "0", reason="FLASH_COMM_EXTENSION=0")
-def test_it_was_built() -> None:
+def test_the_extension_was_built() -> None:
     assert compiled.available(), f"the compiled codec is {compiled.reason()}"
 
 
@@ -50,9 +50,9 @@ def test_it_was_built() -> None:
         (torch.zeros(100), payload().to("meta"), "out is on meta; expected cpu"),
     ],
 )
-def test_encode_refuses(x: Tensor, out: Tensor, message: str) -> None:
+def test_encode_refuses_wrong_tensors(x: Tensor, out: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=f"encode: {message}"):
-        compiled.encode(CODEC, x, out)
+        native_encode(CODEC, x, out)
 
 
 @pytest.mark.parametrize(
@@ -67,23 +67,18 @@ def test_encode_refuses(x: Tensor, out: Tensor, message: str) -> None:
         ([payload().to("meta")], torch.zeros(100), "payload is on meta; expected cpu"),
     ],
 )
-def test_decode_sum_refuses(payloads: list[Tensor], out: Tensor, message: str) -> None:
+def test_decode_sum_refuses_wrong_tensors(payloads: list[Tensor], out: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=f"decode_sum: {message}"):
-        compiled.decode_sum(CODEC, payloads, out)
+        native_decode_sum(CODEC, payloads, out)
 
 
 def test_unknown_devices_and_codecs_are_left_to_the_reference() -> None:
-    @dataclass
-    class Stranger:
-        native = None
-
-        def wire_bytes(self, numel: int) -> int:
-            return numel
-
-    assert not compiled.encode(CODEC, torch.zeros(100, device="meta"), payload().to("meta"))
-    assert not compiled.decode_sum(CODEC, [payload().to("meta")], torch.zeros(100, device="meta"))
-    assert not compiled.encode(Stranger(), torch.zeros(100), payload(100))
-    assert not compiled.decode_sum(Stranger(), [payload(100)], torch.zeros(100))
+    assert not native_encode(CODEC, torch.zeros(100, device="meta"), payload().to("meta"))
+    assert not native_decode_sum(CODEC, [payload().to("meta")], torch.zeros(100, device="meta"))
+    stranger = Microscaling("e2m1", 32)
+    sent = payload(stranger.wire_bytes(100))
+    assert not native_encode(stranger, torch.zeros(100), sent)
+    assert not native_decode_sum(stranger, [sent], torch.zeros(100))
 
 
 def test_without_extension_the_reference_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +104,9 @@ def test_without_extension_the_reference_gives_the_same_bits(monkeypatch: pytest
         (ImportError("_C.so: wrong ELF class"), "cannot be loaded, run pip install -e . again: _C.so: wrong ELF class"),
     ],
 )
-def test_the_reason_is_kept(monkeypatch: pytest.MonkeyPatch, error: ImportError, reason: str) -> None:
+def test_the_reason_for_a_missing_extension_is_kept(
+    monkeypatch: pytest.MonkeyPatch, error: ImportError, reason: str
+) -> None:
     def fail(name: str) -> ModuleType:
         raise error
 
@@ -118,12 +115,12 @@ def test_the_reason_is_kept(monkeypatch: pytest.MonkeyPatch, error: ImportError,
     assert compiled._load() == (None, reason)
 
 
-def test_it_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_extension_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLASH_COMM_EXTENSION", "0")
     assert compiled._load() == (None, "FLASH_COMM_EXTENSION=0")
 
 
-def test_description(native: ModuleType) -> None:
+def test_the_extension_describes_itself(native: ModuleType) -> None:
     found = native.info()
     assert found["isa"] in found["isas"] and found["isas"][-1] == "baseline"
     assert bool(found["cuda"]) != bool(found["without_cuda"])
@@ -133,7 +130,7 @@ def test_description(native: ModuleType) -> None:
         assert compiled.reason() == found["without_cuda"]
 
 
-def test_it_needs_no_torch(native: ModuleType) -> None:
+def test_the_extension_loads_without_torch(native: ModuleType) -> None:
     """One build serves every torch."""
     code = f"""
 import importlib.util, sys
@@ -155,7 +152,7 @@ def test_cuda_without_a_driver_is_one_readable_error(native: ModuleType) -> None
     if torch.cuda.is_available():
         pytest.skip("there is a driver")
     with pytest.raises(RuntimeError, match=r"flash-comm: encode on CUDA failed: .*\(cudaError"):
-        native.encode_cuda(0, 0, 100, 0, 4, 32, 0, 0, 0)
+        native.encode_slices_cuda(0, 0, 0, (0, 4, 32), 0, 100, 100, 1, 0, 0, 0)
     with pytest.raises(RuntimeError, match=r"flash-comm: decode_sum on CUDA failed: .*\(cudaError"):
         native.decode_sum_cuda([0], 100, 0, 4, 32, 0, 0, 0)
 
@@ -173,10 +170,10 @@ def test_cuda_equals_the_definition(native: ModuleType, kind: str, dtype: torch.
                 codec = Uniform(bits, block)
                 expected = codec.encode_ref(x)
                 sent = torch.full((codec.wire_bytes(n),), 0xAA, dtype=torch.uint8, device="cuda")
-                assert compiled.encode(codec, x.cuda(), sent)
+                assert native_encode(codec, x.cuda(), sent)
                 assert torch.equal(sent.cpu(), expected), f"{codec} {n}"
                 out = torch.empty(n, dtype=dtype, device="cuda")
-                assert compiled.decode_sum(codec, [sent, sent], out)
+                assert native_decode_sum(codec, [sent, sent], out)
                 assert same(out.cpu(), codec.decode_sum_ref([expected, expected], n, dtype)), f"{codec} {n}"
 
 
@@ -191,7 +188,7 @@ def test_cuda_equals_the_definition(native: ModuleType, kind: str, dtype: torch.
         ({"FLASHCOMM_CUDA": "0", "CXX": "no-such-compiler"}, "needs a C++17 compiler: no-such-compiler was not found"),
     ],
 )
-def test_build_refuses(tmp_path: Path, variables: dict[str, str], message: str) -> None:
+def test_the_build_refuses_in_one_sentence(tmp_path: Path, variables: dict[str, str], message: str) -> None:
     pytest.importorskip("setuptools")
     pytest.importorskip("pybind11")
     command = [

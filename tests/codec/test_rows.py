@@ -104,7 +104,9 @@ def test_tokens_of_the_calibrated_format_stand_alone(width: int) -> None:
     check_rows(codec, [x], 4, width, with_residuals=False)
 
 
-@pytest.mark.parametrize("codec", [Rotated(4.5, 32), Rotated(5, 64), Rotated(8, 16), Uniform(4, 64), Spike(2, 64)], ids=str)
+@pytest.mark.parametrize(
+    "codec", [Rotated(4.5, 32), Rotated(5, 64), Rotated(8, 16), Uniform(4, 64), Spike(2, 64)], ids=str
+)
 def test_rows_of_whole_super_blocks_are_cut_as_one_row(codec: Codec) -> None:
     """Today's bytes where a row is a multiple of the super-block."""
     width = 32 * codec.block
@@ -189,7 +191,9 @@ COMPILED = [
 def test_compiled_codecs_cut_the_same_rows(codec: Codec, isas: list[str]) -> None:
     for width in WIDTHS:
         rows = 5 if width < 1000 else 3
-        for dtype, kind in zip((*DTYPES, *DTYPES), ("normal", "octaves", "strange", "outlier", "patterns", "signed_zeros"), strict=True):
+        for dtype, kind in zip(
+            (*DTYPES, *DTYPES), ("normal", "octaves", "strange", "outlier", "patterns", "signed_zeros"), strict=True
+        ):
             x = tensor(kind, rows * width, dtype, seed=width)
             zeros = [x.new_zeros(codec.residual_numel(x.numel(), width))] if codec.keeps_residuals else []
             expected = codec.encode_ref(x, width)

@@ -26,7 +26,12 @@ needs_extension = pytest.mark.skipif(not compiled.available(), reason=f"no compi
 
 def cuts(codec: Codec) -> list[Slices]:
     """Slices of rows and of tensors of one row; short ones, empty ones, more ranks than rows."""
-    found = [Slices(0, 576, 0, 2), Slices(3 * 80, 80, 80, 8), Slices(37 * 100, 100, 500, 8), Slices(1000, 1000, 1000, 1)]
+    found = [
+        Slices(0, 576, 0, 2),
+        Slices(3 * 80, 80, 80, 8),
+        Slices(37 * 100, 100, 500, 8),
+        Slices(1000, 1000, 1000, 1),
+    ]
     for world in (2, 3, 8):
         found.append(Slices(11 * 576, 576, -(-11 // world) * 576, world))
         length = -(-2500 // world // codec.unit) * codec.unit or codec.unit

@@ -16,12 +16,15 @@ from typing import Any
 import pytest
 import torch
 from megatron_lm import ROOT, checkout, run, try_scripts
+from patience import patient
 
 from flashcomm_megatron.tools.accuracy.llama import Llama
 
 PROMPT, TOKENS = "Tim and Sue went to the", 40
 STATIC = try_scripts.SCRIPTS[1]
 SENTENCE = "flashcomm_megatron: error: Dynamic batching needs flash-attention, which needs a GPU: "
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +34,7 @@ def model(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[s
     source, converted = shared_data / "stories3M", tmp_path_factory.mktemp("converted") / "stories3M"
     line = [sys.executable, "examples/convert_hf_llama.py", "--model", str(source), "--save", str(converted)]
     surroundings = try_scripts.environment(checkout())
-    done = subprocess.run(line, cwd=ROOT, env=surroundings, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(line, cwd=ROOT, env=surroundings, capture_output=True, text=True, timeout=patient(120))
     assert done.returncode == 0, done.stderr[-3000:]
     printed = done.stdout.splitlines()[-1].split()
     wanted = try_scripts.model_options(source, converted)
@@ -82,7 +85,7 @@ def test_four_bits_give_sensible_english(static: dict[int, dict[str, Any]], shar
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_start_and_closing_line(static: dict[int, dict[str, Any]], bits: int) -> None:
+def test_the_scripts_print_one_start_and_one_closing_line(static: dict[int, dict[str, Any]], bits: int) -> None:
     printed = static[bits]["printed"]
     assert printed.count(f"flash-comm: {bits}-bit auto") == 1
     # Two sums in each of six layers for the prompt and every token but the last.
