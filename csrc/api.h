@@ -53,7 +53,8 @@ bool use_isa(const char* name);  // false: not among them
 // What one instruction set offers for one format: the units first .. last - 1 of a tensor, which are blocks, or
 // super-blocks where blocks share something.
 struct Kernels {
-    void (*encode)(const void* x, void* residual, int dtype, const Spec&, uint8_t* payload, int64_t first, int64_t last);
+    void (*encode)(const void* x, void* residual, int dtype, const Spec&, uint8_t* payload, int64_t first,
+                   int64_t last);
     void (*decode_sum)(const uint8_t* const* payloads, int count, const Spec&, void* out, int dtype, int64_t first,
                        int64_t last);
 };

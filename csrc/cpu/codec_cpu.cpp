@@ -65,7 +65,7 @@ void extremes(const typename T::Word* __restrict x, int blocks, uint32_t* __rest
             least = key < least ? key : least;
             most = key > most ? key : most;
         }
-        Word low[kLanes], high[kLanes], low_key = (Word)~(Word)0, high_key = low_key;
+        Word low[kLanes], high[kLanes], low_key = (Word) ~(Word)0, high_key = low_key;
         most = ~most;
         __builtin_memcpy(low, &least, kBytes);
         __builtin_memcpy(high, &most, kBytes);
@@ -233,8 +233,9 @@ void decode_strip(const uint8_t* const* payloads, int count, const Layout& at, P
     for (int b = 0; b < blocks; b++) s.strange[b] = 0;
     for (int p = 0; p < count; p++) {
         const bool is_last = p == count - 1;
-        const auto add = p == 0 ? is_last ? accumulate<T, kBlock, true, true> : accumulate<T, kBlock, true, false>
-                         : is_last ? accumulate<T, kBlock, false, true> : accumulate<T, kBlock, false, false>;
+        const auto add = p == 0    ? is_last ? accumulate<T, kBlock, true, true> : accumulate<T, kBlock, true, false>
+                         : is_last ? accumulate<T, kBlock, false, true>
+                                   : accumulate<T, kBlock, false, false>;
         const uint8_t* codes = at.bits == 8 ? payloads[p] + 8 * from.octet : s.codes;
         unpack(payloads[p], at, from.octet, blocks * kBlock, s.codes);
         load_metadata<T>(payloads[p], at, from.block, blocks, s.minima, s.scales, s.strange);
@@ -283,7 +284,8 @@ template <class T> void encode_range(const void* x, const Layout& at, uint8_t* p
         if (size == 32) in_strips(Int<32>{});
         else if (size == 64) in_strips(Int<64>{});
         else if (size == 128) in_strips(Int<128>{});
-        else for (int64_t i = 0; i < blocks; i++) encode_block<T>(words, at, from.block + i, payload);
+        else
+            for (int64_t i = 0; i < blocks; i++) encode_block<T>(words, at, from.block + i, payload);
     });
     if (last == at.blocks) at.zero_gaps(payload);
 }

@@ -12,11 +12,19 @@
 
 namespace flashcomm {
 
-namespace baseline { extern const Kernels kernels[kFormats]; }
+namespace baseline {
+extern const Kernels kernels[kFormats];
+}
 #if defined(__x86_64__)
-namespace avx2 { extern const Kernels kernels[kFormats]; }
-namespace avx512 { extern const Kernels kernels[kFormats]; }
-namespace avx512bf16 { extern const Kernels kernels[kFormats]; }
+namespace avx2 {
+extern const Kernels kernels[kFormats];
+}
+namespace avx512 {
+extern const Kernels kernels[kFormats];
+}
+namespace avx512bf16 {
+extern const Kernels kernels[kFormats];
+}
 #endif
 
 namespace {
@@ -47,8 +55,9 @@ size_t in_use = 0;
 // ---- chunks ----------------------------------------------------------------------------------------------------
 
 constexpr int64_t kShare = 1 << 18;  // values that are worth a thread: it takes longer to code them than to start it
-constexpr int64_t kChunk = 1 << 15;  // values coded at a time by reduce_slices, which reads them twice: cache holds them
-constexpr int64_t kGrain = 64;       // blocks; chunks end on whole strips and cache lines
+constexpr int64_t kChunk =
+    1 << 15;                    // values coded at a time by reduce_slices, which reads them twice: cache holds them
+constexpr int64_t kGrain = 64;  // blocks; chunks end on whole strips and cache lines
 
 bool shares_tops(const Spec& spec) { return spec.format == kRotatedFormat; }
 
@@ -62,8 +71,9 @@ int64_t common_multiple(int64_t a, int64_t b) { return a / std::gcd(a, b) * b; }
 // Values of a chunk: rows as they are, 16 or more, or, of a tensor of one row, whole units of both codecs.
 int64_t chunk_of(const Spec& spec, const Spec* other) {
     const baseline::Rows rows(spec.numel, spec.width, spec.block);
-    const int64_t least = rows.count > 1 ? 16 * rows.width
-                        : common_multiple(kGrain * spec.block, kGrain * (other ? other->block : spec.block));
+    const int64_t least = rows.count > 1
+                              ? 16 * rows.width
+                              : common_multiple(kGrain * spec.block, kGrain * (other ? other->block : spec.block));
     return (kChunk + least - 1) / least * least;
 }
 
@@ -75,7 +85,8 @@ int64_t units_before(const Spec& spec, int64_t end) {
 
 // run(first, last) over chunks 0 .. chunks - 1, in at most `threads` threads including this one.
 template <class Run> void share(int64_t values, int64_t chunks, int threads, Run run) {
-    const int64_t most = std::min<int64_t>(threads, chunks), shares = std::max<int64_t>(1, std::min(most, values / kShare));
+    const int64_t most = std::min<int64_t>(threads, chunks),
+                  shares = std::max<int64_t>(1, std::min(most, values / kShare));
     std::vector<std::thread> others;
     int64_t next = 1;
     try {
@@ -90,7 +101,8 @@ template <class Run> void share(int64_t values, int64_t chunks, int threads, Run
 // ---- slices ----------------------------------------------------------------------------------------------------
 
 Spec spec_of(const Slices& slices, int64_t slice) {
-    const int64_t left = slices.numel - slice * slices.length, numel = std::max<int64_t>(0, std::min(left, slices.length));
+    const int64_t left = slices.numel - slice * slices.length,
+                  numel = std::max<int64_t>(0, std::min(left, slices.length));
     return {slices.format, slices.bits, slices.block, numel, slices.width};
 }
 

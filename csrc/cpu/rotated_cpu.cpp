@@ -30,7 +30,7 @@ template <int kBlock> struct Family : Steps {
 template <class T>
 uint32_t widen(const typename T::Word* __restrict x, int count, float* __restrict out) {
     using Word = typename T::Word;
-    constexpr Word kMagnitude = (Word)((Word)~(Word)0 >> 1);
+    constexpr Word kMagnitude = (Word)((Word) ~(Word)0 >> 1);
     Word largest = 0;
     for (int i = 0; i < count; i++) {
         const Word magnitude = x[i] & kMagnitude;
@@ -185,8 +185,7 @@ void add_family(const uint8_t* payload, const Coding& at, int64_t family, const 
 // The sums of all payloads' values, float32, in f.coefficients, still to be multiplied by 1 / f.shrinks. Blocks whose
 // butterflies could overflow are found while adding, and then everything is added once more, those shrunk.
 template <class Family>
-void sum_family(const uint8_t* const* payloads, int count, const Coding& at, int64_t family, const Span& s,
-                Family& f) {
+void sum_family(const uint8_t* const* payloads, int count, const Coding& at, int64_t family, const Span& s, Family& f) {
     for (int b = 0; b < s.blocks; b++) f.shrinks[b] = 1, f.sizes[b] = 0;
     for (bool is_done = false; !is_done;) {
         add_family<true>(payloads[0], at, family, s, f);
@@ -275,7 +274,8 @@ void encode_families(const void* x, void* lost, const Coding& at, uint8_t* paylo
         const Span s = at.span(family);
         if constexpr (kBlock != 0)
             if (residual ? encode_plain<T, kBlock, true>(values, residual, at, family, s, payload, f.plain)
-                         : encode_plain<T, kBlock, false>(values, residual, at, family, s, payload, f.plain)) continue;
+                         : encode_plain<T, kBlock, false>(values, residual, at, family, s, payload, f.plain))
+                continue;
         if (encode_zeros(values, residual, at, family, s, payload)) continue;
         encode_family<T>(values, residual, at, family, s, payload, f.any);
     }
@@ -314,8 +314,9 @@ void encode_rotated(const void* x, void* residual, int dtype, const Spec& spec, 
                     int64_t last) {
     const Coding at(spec);
     void* room = room_for(at.block, 0);
-    const auto encode = dtype == kFloat32 ? encoder_of<Float32>(at.block)
-                      : dtype == kFloat16 ? encoder_of<Float16>(at.block) : encoder_of<BFloat16>(at.block);
+    const auto encode = dtype == kFloat32   ? encoder_of<Float32>(at.block)
+                        : dtype == kFloat16 ? encoder_of<Float16>(at.block)
+                                            : encoder_of<BFloat16>(at.block);
     encode(x, residual, at, payload, first, last, room);
     if (last == at.families) zero_gaps(at, payload);
     free(room);
@@ -325,8 +326,9 @@ void decode_sum_rotated(const uint8_t* const* payloads, int count, const Spec& s
                         int64_t first, int64_t last) {
     const Coding at(spec);
     void* room = room_for(at.block, count);
-    const auto decode = dtype == kFloat32 ? decoder_of<Float32>(at.block)
-                      : dtype == kFloat16 ? decoder_of<Float16>(at.block) : decoder_of<BFloat16>(at.block);
+    const auto decode = dtype == kFloat32   ? decoder_of<Float32>(at.block)
+                        : dtype == kFloat16 ? decoder_of<Float16>(at.block)
+                                            : decoder_of<BFloat16>(at.block);
     decode(payloads, count, at, out, first, last, room);
     free(room);
 }

@@ -135,7 +135,9 @@ FC_INLINE void add_errors(const Plain<kBlock>& f, int unit, const Coding& at, Wo
 // best_key for every block: `keys` of the largest coefficients become those of the steps taken.
 template <int kBlock>
 void search(Plain<kBlock>& f, const Coding& at, int units, const Words (&signs)[kVectors], Words (&keys)[kVectors]) {
-    const auto tried = [&at, &keys](int i, int n) { return larger(keys[i] - apart(at.levels) * n, Words{} + kLeastKey); };
+    const auto tried = [&at, &keys](int i, int n) {
+        return larger(keys[i] - apart(at.levels) * n, Words{} + kLeastKey);
+    };
     for (int n = 0; n < kTried; n++)
         for (int i = 0; i < kVectors; i++) {
             const Vector step = (Vector)(tried(i, n) << kKeyShift | signs[i]);
@@ -227,7 +229,7 @@ void quantize(typename T::Word* residual, int units, Coding at, uint8_t* low, Pl
         Shorts codes[kBlock / 8];
 #pragma GCC unroll 32
         for (int i = 0; i < kBlock / 8; i++) {
-            const Vector *numbers = f.numbers[u] + 2 * i;
+            const Vector* numbers = f.numbers[u] + 2 * i;
             if constexpr (kCarries) {
                 const Lanes first = code_of(numbers[0] * inverse);
                 const Lanes second = code_of(numbers[1] * inverse);
@@ -411,8 +413,7 @@ void write_family(const Part<kBlock>* parts, int count, Coding at, Units units, 
         for (Vector& each : v) each = limited<T>(each, limit);
         store_quads<T>(v, u < units.whole ? out + u * kTracks * kBlock : edge);
     }
-    if (units.rest)
-        __builtin_memcpy(out + units.whole * kTracks * kBlock, edge, units.rest * kBlock * sizeof(*out));
+    if (units.rest) __builtin_memcpy(out + units.whole * kTracks * kBlock, edge, units.rest * kBlock * sizeof(*out));
 }
 
 // Decodes a family and writes the sum of all payloads; false, and nothing done, if it is not plain.

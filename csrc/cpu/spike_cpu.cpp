@@ -96,7 +96,7 @@ template <class T, int kBlock>
 void encode_block(const typename T::Word* x, int count, const SpikeLayout& at, int64_t index, uint8_t* payload,
                   uint8_t* __restrict codes, uint8_t* positions) {
     const int block = kBlock ? kBlock : (int)at.block;
-    constexpr uint32_t above = ordered<T>(T::kInfinity), below = (typename T::Word)~above;
+    constexpr uint32_t above = ordered<T>(T::kInfinity), below = (typename T::Word) ~above;
     uint32_t keys[kLargestBlock];
     for (int i = 0; i < (count == kBlock ? kBlock : count); i++) keys[i] = ordered<T>(x[i]);
     for (int i = count; i < block; i++) keys[i] = keys[count - 1];
@@ -155,9 +155,8 @@ void zero_gaps(const SpikeLayout& at, uint8_t* payload) {
     const auto zero = [](uint8_t* section, int64_t size) {
         for (int64_t i = size; i < Layout::padded(size); i++) section[i] = 0;
     };
-    SpikeLayout::each_plane(at.bits, at.octets, [&](int width, int, int64_t start) {
-        zero(payload + start, at.octets * width);
-    });
+    SpikeLayout::each_plane(at.bits, at.octets,
+                            [&](int width, int, int64_t start) { zero(payload + start, at.octets * width); });
     SpikeLayout::each_plane(at.position_bits, at.pairs, [&](int width, int, int64_t start) {
         zero(payload + at.positions + start, at.pairs * width);
     });
@@ -237,21 +236,26 @@ void decode_strips(const uint8_t* const* payloads, int count, const SpikeLayout&
 }
 
 template <class T> constexpr auto encoder_of(int64_t block) {
-    return block == 32 ? encode_strips<T, 32> : block == 64 ? encode_strips<T, 64>
-         : block == 128 ? encode_strips<T, 128> : encode_strips<T, 0>;
+    return block == 32    ? encode_strips<T, 32>
+           : block == 64  ? encode_strips<T, 64>
+           : block == 128 ? encode_strips<T, 128>
+                          : encode_strips<T, 0>;
 }
 
 template <class T> constexpr auto decoder_of(int64_t block) {
-    return block == 32 ? decode_strips<T, 32> : block == 64 ? decode_strips<T, 64>
-         : block == 128 ? decode_strips<T, 128> : decode_strips<T, 0>;
+    return block == 32    ? decode_strips<T, 32>
+           : block == 64  ? decode_strips<T, 64>
+           : block == 128 ? decode_strips<T, 128>
+                          : decode_strips<T, 0>;
 }
 
 }  // namespace
 
 void encode_spike(const void* x, void*, int dtype, const Spec& spec, uint8_t* payload, int64_t first, int64_t last) {
     const SpikeLayout at(spec.numel, spec.bits, spec.block, spec.width);
-    const auto encode = dtype == kFloat32 ? encoder_of<Float32>(at.block)
-                      : dtype == kFloat16 ? encoder_of<Float16>(at.block) : encoder_of<BFloat16>(at.block);
+    const auto encode = dtype == kFloat32   ? encoder_of<Float32>(at.block)
+                        : dtype == kFloat16 ? encoder_of<Float16>(at.block)
+                                            : encoder_of<BFloat16>(at.block);
     encode(x, at, payload, first, last);
     if (last == at.blocks) zero_gaps(at, payload);
 }
@@ -259,8 +263,9 @@ void encode_spike(const void* x, void*, int dtype, const Spec& spec, uint8_t* pa
 void decode_sum_spike(const uint8_t* const* payloads, int count, const Spec& spec, void* out, int dtype, int64_t first,
                       int64_t last) {
     const SpikeLayout at(spec.numel, spec.bits, spec.block, spec.width);
-    const auto decode = dtype == kFloat32 ? decoder_of<Float32>(at.block)
-                      : dtype == kFloat16 ? decoder_of<Float16>(at.block) : decoder_of<BFloat16>(at.block);
+    const auto decode = dtype == kFloat32   ? decoder_of<Float32>(at.block)
+                        : dtype == kFloat16 ? decoder_of<Float16>(at.block)
+                                            : decoder_of<BFloat16>(at.block);
     decode(payloads, count, at, out, first, last);
 }
 

@@ -256,7 +256,7 @@ FC_BOTH void encode_block(const typename T::Word* x, const Layout& at, int64_t i
     using Word = typename T::Word;
     const int64_t count = at.rows.values(index), octet = at.rows.first_octet(index);
     x += at.rows.first_value(index);
-    Word low = (Word)~(Word)0, high = 0;
+    Word low = (Word) ~(Word)0, high = 0;
     for (int64_t i = 0; i < count; i++) {
         const Word key = ordered<T>(x[i]);
         low = key < low ? key : low;

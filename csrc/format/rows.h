@@ -10,8 +10,8 @@
 namespace flashcomm::FLASHCOMM_ISA {
 
 struct Rows {
-    int64_t numel, width, block;     // values of the tensor, of a row, of a block
-    int64_t count, blocks, octets;   // rows; blocks and octets of one row
+    int64_t numel, width, block;    // values of the tensor, of a row, of a block
+    int64_t count, blocks, octets;  // rows; blocks and octets of one row
 
     // `width` 0, or not less than `numel`: one row holds all values.
     FC_INLINE Rows(int64_t numel, int64_t width, int64_t block)
@@ -27,7 +27,9 @@ struct Rows {
 
     // Where block `index`, counted over all rows, begins, and how many values it has.
     FC_INLINE int64_t first_value(int64_t index) const { return index / blocks * width + index % blocks * block; }
-    FC_INLINE int64_t first_octet(int64_t index) const { return index / blocks * octets + index % blocks * (block / 8); }
+    FC_INLINE int64_t first_octet(int64_t index) const {
+        return index / blocks * octets + index % blocks * (block / 8);
+    }
     FC_INLINE int64_t values(int64_t index) const {
         const int64_t left = width - index % blocks * block;
         return left < block ? left : block;

@@ -2,12 +2,12 @@
 
 A codec turns a contiguous tensor of rows [numel / width, width] into a uint8 *payload* whose length depends on the
 shape alone. A row is one token. Rows stand alone: no block, and nothing else that is shared, holds values of two rows,
-so a row decodes to the same bits whatever stands beside it. Every method takes ``width``; None means that all values are
-one row, and so does a width beyond the number of values: they are a part of a longer row.
+so a row decodes to the same bits whatever stands beside it. Every method takes ``width``. None, or a width beyond the
+number of values, means one row: all values, or a part of a longer row.
 
-A format derives from :class:`Codec` and says three things: how long its sections are, how one tensor is encoded, how one
-payload is decoded, all in torch: that is its definition. What the collectives call is made of these here, in batches:
-all slices of a tensor at once, so that a collective costs two or three native calls whatever the number of ranks:
+A format derives from :class:`Codec` and says three things: how long its sections are, how one tensor is encoded, how
+one payload is decoded, all in torch: that is its definition. What the collectives call is made of these here, in
+batches, all slices of a tensor at once, so that a collective costs two or three native calls for any number of ranks:
 
     encode_slices   the payloads of all slices of a tensor         reduce leg, first half
     reduce_slices   the sum of one payload of each rank, encoded   reduce leg, second half, and the gather leg's first
@@ -146,7 +146,7 @@ class Codec(ABC):
     # ---- all slices of a tensor --------------------------------------------------------------------------------
 
     def wire_bytes_of(self, slices: Slices) -> int:
-        """Bytes from the first payload's start to the last one's end; payload r starts at r * wire_bytes(length, width)."""
+        """Bytes of all payloads: each but the last takes ``wire_bytes(slices.length, slices.width)``."""
         return _wire_bytes_of(self, slices)
 
     def residual_numel_of(self, slices: Slices) -> int:
@@ -154,7 +154,7 @@ class Codec(ABC):
         return _residual_numel_of(self, slices)
 
     def encode_slices(self, x: Tensor, slices: Slices, out: Tensor, residuals: Tensor | None = None) -> None:
-        """Encode every slice of flat ``x``: payload r lies at ``r * wire_bytes(slices.length, slices.width)`` in ``out``.
+        """Encode every slice of flat ``x``: payload r lies at ``r * wire_bytes(slices.length, slices.width)``.
 
         ``out``: uint8, at least ``wire_bytes_of(slices)``. ``residuals``: those of all slices, one behind the other.
         """

@@ -186,7 +186,7 @@ def _serving(
     if x.device.type != "cuda":
         return None, 0
     for each in (codec, second):
-        if each is not None and not has_cuda_kernel(each.native, x.dtype, numel, width):  # type: ignore[arg-type]
+        if each is not None and not has_cuda_kernel(each.native, x.dtype, numel, width):
             return None, 0
     function = getattr(_extension, name + "_cuda")
     if x.device.index == torch.cuda.current_device():

@@ -267,7 +267,7 @@ class Rotated(Codec):
         return (fine - 8 * codes).square().sum(1) * eighths.long().square()
 
     def _coefficients(self, payload: Tensor, sizes: Sequence[int], blocks: int) -> tuple[Tensor, Tensor]:
-        """float32 coefficients [all blocks, block] of one payload, and the magnitude of each block's step or constant."""
+        """float32 coefficients [all blocks, block] of one payload; the magnitude of each block's step or constant."""
         *planes, scales, tops = split_sections(payload, sizes)
         codes = self._join(planes).view(-1, self.block).int()
         scale = scales.int()
@@ -351,7 +351,7 @@ def butterflies(x: Tensor) -> Tensor:
 
 @lru_cache(1024)
 def _fitted(codec: Rotated, width: int) -> Rotated:
-    """Of the codecs with blocks up to ``codec``'s, the one of the fewest bits for a row; of equals, the larger block."""
+    """Of the codecs with blocks up to ``codec``'s, the one of fewest bits for a row; of equals, the larger block."""
 
     def bits(block: int) -> float:
         blocks = math.ceil(width / block)

@@ -110,19 +110,19 @@ def test_residuals_equal_definition(dtype, codec, monkeypatch):
             expected = [codec.encode(each, residual=defined) for each in (x, x)]
         for isa in ISAS:
             use(isa)
-            compiled = before.clone()
+            mine = before.clone()
             for payload in expected:
-                assert same(codec.encode(x, residual=compiled), payload), isa
-            assert same(compiled, defined), isa
+                assert same(codec.encode(x, residual=mine), payload), isa
+            assert same(mine, defined), isa
 
 
 @pytest.mark.parametrize("codec", [Rotated(3, 16), Rotated(4.5, 32), Rotated(5, 64)], ids=str)
 def test_residuals_keep_the_sign_of_zero(codec):
     defined = torch.zeros(codec.residual_numel(3001), dtype=torch.float16)
-    compiled = {isa: defined.clone() for isa in ISAS}
+    kept = {isa: defined.clone() for isa in ISAS}
     for x in fading(3001):
         expected = codec.encode_residual_ref(x, defined)
-        for isa, residual in compiled.items():
+        for isa, residual in kept.items():
             use(isa)
             assert same(codec.encode(x, residual=residual), expected), isa
             assert same(residual, defined), isa

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -225,3 +226,41 @@ def test_threads_cut_rows_alike(monkeypatch: pytest.MonkeyPatch) -> None:
             payload = codec.encode(x, width=width)
             found.append((payload, codec.decode_sum([payload, payload], torch.empty_like(x), width)))
         assert torch.equal(found[0][0], found[1][0]) and same(found[0][1], found[1][1])
+
+
+HIDDEN_SIZES = (64, 80, 100, 576, 960, 2880, 3584, 4096, 5120)
+DESIGN = Path(__file__).resolve().parents[2] / "docs" / "design.md"
+
+
+def bits_a_value(codec: Codec, width: int) -> str:
+    """Of many rows, metadata included."""
+    return f"{8 * sum(codec.section_bytes(64 * width, width)) / (64 * width):.2f}"
+
+
+def table() -> str:
+    """Bits a value of both legs at 4 bits, by hidden size; `auto` also as if blocks never fitted the row."""
+    rows = [
+        "| hidden size | `auto` | blocks | padded instead | `flash-v1` | `flash-v2` | `mx` |",
+        "|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for width in HIDDEN_SIZES:
+        auto = RECIPES["auto"].legs(4, 32)
+        padded = []
+        for leg in auto:
+            blocks = math.ceil(width / leg.block)
+            bits = blocks * (leg.block * leg.bits + 8) + 16 * math.ceil(blocks / 32)  # type: ignore[attr-defined]
+            padded.append(f"{bits / width:.2f}")
+        cells = [" / ".join(bits_a_value(leg, width) for leg in auto)]
+        cells += [" / ".join(str(leg.fitted(width).block) for leg in auto), " / ".join(padded)]
+        cells += [
+            bits_a_value(RECIPES[name].legs(4, RECIPES[name].block).reduce, width)
+            for name in ("flash-v1", "flash-v2", "mx")
+        ]
+        rows.append(f"| {width} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def test_the_table_of_hidden_sizes_is_what_formats_take() -> None:
+    """docs/design.md; replace the table there by what this prints."""
+    print(table())
+    assert table() in DESIGN.read_text()

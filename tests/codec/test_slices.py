@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,17 +27,10 @@ needs_extension = pytest.mark.skipif(not compiled.available(), reason=f"no compi
 
 def cuts(codec: Codec) -> list[Slices]:
     """Slices of rows and of tensors of one row; short ones, empty ones, more ranks than rows."""
-    found = [
-        Slices(0, 576, 0, 2),
-        Slices(3 * 80, 80, 80, 8),
-        Slices(37 * 100, 100, 500, 8),
-        Slices(1000, 1000, 1000, 1),
-    ]
+    found = [Slices(0, 576, 0, 2), Slices(3 * 80, 80, 80, 8), Slices(37 * 100, 100, 500, 8), Slices(999, 999, 999, 1)]
     for world in (2, 3, 8):
-        found.append(Slices(11 * 576, 576, -(-11 // world) * 576, world))
-        length = -(-2500 // world // codec.unit) * codec.unit or codec.unit
-        found.append(Slices(2500, 2500, -(-2500 // world + codec.unit) // codec.unit * codec.unit, world))
-        assert length
+        found.append(Slices(5 * 576, 576, math.ceil(5 / world) * 576, world))
+        found.append(Slices(2500, 2500, math.ceil(2500 / world / codec.unit) * codec.unit, world))
     return found
 
 
@@ -96,7 +90,7 @@ PAIRS = [
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("reduce", "gather"), PAIRS, ids=str)
-@pytest.mark.parametrize(("rows", "width"), [(1, 77), (1, 70000), (21, 576), (40, 2880), (300, 80), (1, 0)])
+@pytest.mark.parametrize(("rows", "width"), [(1, 77), (1, 40000), (7, 576), (17, 2880), (40, 80), (1, 0)])
 def test_reduce_slices_equals_single_calls(
     reduce: Codec, gather: Codec, rows: int, width: int, dtype: torch.dtype
 ) -> None:
@@ -214,11 +208,11 @@ def test_wrong_batches_are_refused() -> None:
         codec.encode_slices(x, slices, out, torch.zeros(512))
     with pytest.raises(ValueError, match=r"decode: payloads has \d+ bytes"):
         codec.decode_slices(out[:-1], slices, x)
-    with pytest.raises(ValueError, match="decode: out is torch.float64"):
+    with pytest.raises(ValueError, match=r"decode: out is torch\.float64"):
         codec.decode_slices(out, slices, x.double())
     payload = codec.encode(x, width=64)
     with pytest.raises(ValueError, match="reduce: payload has 3 bytes"):
         codec.reduce_slices([payload], x, Rotated(5, 64), out[:3], width=64)
-    with pytest.raises(ValueError, match="reduce: residual is torch.float16"):
+    with pytest.raises(ValueError, match=r"reduce: residual is torch\.float16"):
         sent = torch.zeros(Rotated(5, 64).wire_bytes(512, 64), dtype=torch.uint8)
         codec.reduce_slices([payload], x, Rotated(5, 64), sent, torch.zeros(512, dtype=torch.float16), width=64)

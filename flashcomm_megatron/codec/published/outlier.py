@@ -78,7 +78,7 @@ class Outlier(Codec):
         return self.scales.size(1)
 
     def section_bytes(self, numel: int, width: int | None = None) -> list[int]:
-        """Unpadded length in bytes of both sections; rows are tokens. ValueError unless ``numel`` is a number of whole tokens."""
+        """Unpadded length in bytes of both sections; ValueError unless the values are whole tokens."""
         if numel % self.block:
             raise ValueError(f"outlier: expected tokens of {self.block} features, found {numel} values.")
         kept = numel // self.block * self.kept.numel()
