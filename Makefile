@@ -138,5 +138,5 @@ $(READY): pyproject.toml constraints.txt setup.py $(shell find csrc -type f)
 	@echo "== packages of constraints.txt, then the package with its extension (a minute or more)"
 	$(INSTALL) --quiet setuptools pybind11
 	$(INSTALL) --editable '.[examples,plots,test,wandb]'
-	@$(PY) -c 'from flashcomm_megatron.codec import extension; print("== ready:", extension.describe())'
+	@$(PY) -c 'from flashcomm_megatron.codec import native; print("== ready:", native.describe())'
 	@touch $@

@@ -17,13 +17,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from ..codec import Codec
-from ..codec.base import Slices
 from ..comm.communicator import Call, Transfer
 from .plan import Piece, Plan
 
@@ -66,10 +63,10 @@ def one_step(x: Tensor, out: Tensor, plan: Plan, call: Call, residuals: Residual
 def _one_step(x: Tensor, piece: Piece, number: int, plan: Plan, call: Call, residuals: Residuals | None) -> Legs:
     rank, world, size = plan.comm.rank, plan.comm.world, piece.sizes[0]
     inbox = torch.empty(world * size, dtype=torch.uint8, device=x.device)
-    lost = None if residuals is None else _residual(residuals, number, "reduce", plan.reduce, piece.slices, x)
+    lost = residuals and residuals.of(number, "reduce", plan.reduce.residual_numel_of(piece.slices), x)
     plan.reduce.encode_slices(x, piece.slices, inbox[rank * size : (rank + 1) * size], lost)
     yield plan.transport.gather(inbox, size, call)
-    plan.reduce.reduce_slices(inbox.view(world, size).unbind(), x)
+    plan.reduce.reduce_slices(inbox.view(world, size).unbind(), x, width=piece.slices.width)
 
 
 def two_step(x: Tensor, out: Tensor, plan: Plan, call: Call, residuals: Residuals | None = None) -> Steps:
@@ -80,7 +77,7 @@ def two_step(x: Tensor, out: Tensor, plan: Plan, call: Call, residuals: Residual
 
 def _two_step(x: Tensor, piece: Piece, number: int, plan: Plan, call: Call, residuals: Residuals | None) -> Legs:
     rank, world, slices = plan.comm.rank, plan.comm.world, piece.slices
-    lost = None if residuals is None else _residual(residuals, number, "reduce", plan.reduce, slices, x)
+    lost = residuals and residuals.of(number, "reduce", plan.reduce.residual_numel_of(slices), x)
     outbox = torch.empty(sum(piece.sizes), dtype=torch.uint8, device=x.device)
     plan.reduce.encode_slices(x, slices, outbox, lost)
     inbox = outbox.new_empty(world * piece.sizes[rank])
@@ -90,10 +87,8 @@ def _two_step(x: Tensor, piece: Piece, number: int, plan: Plan, call: Call, resi
     gathered = outbox.new_empty(world * size)
     mine = x[piece.start : piece.end]
     own = gathered[rank * size : rank * size + piece.own_size]
-    if residuals is not None:
-        numel = plan.gather.residual_numel(mine.numel())
-        lost = residuals.of(number, "gather", numel, x)
-    plan.reduce.reduce_slices(payloads, mine, plan.gather, own, lost)
+    lost = residuals and residuals.of(number, "gather", plan.gather.residual_numel(mine.numel(), slices.width), x)
+    plan.reduce.reduce_slices(payloads, mine, plan.gather, own, lost, slices.width)
     yield plan.transport.gather(gathered, size, call)
     plan.gather.decode_slices(gathered, slices, x)
 
@@ -104,12 +99,12 @@ def _two_step(x: Tensor, piece: Piece, number: int, plan: Plan, call: Call, resi
 def reduce_scatter(x: Tensor, out: Tensor, plan: Plan, call: Call, residuals: Residuals | None = None) -> Steps:
     """Sum of every rank's ``x``, this rank's slice of it in ``out``."""
     (piece,), flat = plan.pieces, x.view(-1)
-    lost = None if residuals is None else _residual(residuals, 0, "reduce", plan.reduce, piece.slices, flat)
+    lost = residuals and residuals.of(0, "reduce", plan.reduce.residual_numel_of(piece.slices), flat)
     outbox = torch.empty(sum(piece.sizes), dtype=torch.uint8, device=x.device)
     plan.reduce.encode_slices(flat, piece.slices, outbox, lost)
     inbox = torch.empty_like(outbox)
     yield plan.transport.exchange(outbox, piece.sizes, inbox, piece.incoming, call)
-    plan.reduce.reduce_slices(_received(inbox, outbox, piece, plan), out.view(-1))
+    plan.reduce.reduce_slices(_received(inbox, outbox, piece, plan), out.view(-1), width=piece.slices.width)
     return out
 
 
@@ -156,15 +151,6 @@ def _received(inbox: Tensor, outbox: Tensor, piece: Piece, plan: Plan) -> Sequen
     return payloads
 
 
-def _residual(residuals: Residuals, piece: int, leg: str, codec: Codec, slices: Slices, like: Tensor) -> Tensor:
-    return residuals.of(piece, leg, _residual_numel(codec, slices), like)
-
-
-@lru_cache(maxsize=1024)
-def _residual_numel(codec: Codec, slices: Slices) -> int:
-    return sum(codec.residual_numel(slices.size(number)) for number in range(slices.world))
-
-
 def fused_residuals(x: Tensor, plan: Plan, residuals: Residuals | None) -> list[Tensor]:
     """The residuals of the reduce and the gather leg, which a fused kernel reads and replaces; none without any.
 
@@ -173,8 +159,8 @@ def fused_residuals(x: Tensor, plan: Plan, residuals: Residuals | None) -> list[
     if residuals is None:
         return []
     (piece,), flat = plan.pieces, x.view(-1)
-    found = [_residual(residuals, 0, "reduce", plan.reduce, piece.slices, flat), flat[:0]]
+    found = [residuals.of(0, "reduce", plan.reduce.residual_numel_of(piece.slices), flat), flat[:0]]
     if plan.algorithm == "two-step":
-        numel = plan.gather.residual_numel(piece.slices.size(plan.comm.rank))
+        numel = plan.gather.residual_numel(piece.end - piece.start, piece.slices.width)
         found[1] = residuals.of(0, "gather", numel, flat)
     return found

@@ -56,16 +56,21 @@ def all_to_all(
         [part.view(-1) for part in torch.split(each, splits)] for each, splits in ((x, ins), (out, outs))
     )
     sizes = tuple(
-        [_size(part, plan) if r != rank else 0 for r, part in enumerate(each)] for each in (outgoing, incoming)
+        [_size(part, plan, _width(x)) if r != rank else 0 for r, part in enumerate(each)] for each in (outgoing, incoming)
     )
     plan = plan._replace(wire_bytes=sum(sizes[0]))
     handle = Handle(_steps(out, outgoing, incoming, sizes, plan, plan.call()), out, plan, None)
     return handle.start() if async_op else handle.finish()
 
 
-def _size(part: Tensor, plan: Plan) -> int:
+def _size(part: Tensor, plan: Plan, width: int | None) -> int:
     """Bytes of a message; every one starts at a multiple of 16."""
-    return padded(message_codec(part, plan).wire_bytes(part.numel()))
+    return padded(message_codec(part, plan).wire_bytes(part.numel(), width))
+
+
+def _width(x: Tensor) -> int | None:
+    """Values of a row, which stands alone in a message; None: a message is one row."""
+    return x.size(-1) if x.dim() > 1 else None
 
 
 def _steps(
@@ -77,17 +82,18 @@ def _steps(
     call: Call,
 ) -> Steps:
     """Send ``outgoing[r]`` to rank r and fill ``incoming[r]``, a view of ``out``, from it; 1-D, of any length."""
+    width = _width(out)
     outbox, inbox = (torch.empty(sum(each), dtype=torch.uint8, device=out.device) for each in sizes)
     for part, box in zip(outgoing, torch.split(outbox, list(sizes[0])), strict=True):
         if box.numel():
             codec = message_codec(part, plan)
-            codec.encode(part, box[: codec.wire_bytes(part.numel())])
+            codec.encode(part, box[: codec.wire_bytes(part.numel(), width)], width=width)
     yield plan.transport.exchange(outbox, sizes[0], inbox, sizes[1], call)
     incoming[plan.comm.rank].copy_(outgoing[plan.comm.rank])
     for part, box in zip(incoming, torch.split(inbox, list(sizes[1])), strict=True):
         if box.numel():
             codec = message_codec(part, plan)
-            codec.decode_sum([box[: codec.wire_bytes(part.numel())]], part)
+            codec.decode_sum([box[: codec.wire_bytes(part.numel(), width)]], part, width)
     return out
 
 

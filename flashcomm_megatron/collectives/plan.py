@@ -261,12 +261,13 @@ def _cut(plan: Plan, shape: Sequence[int], device: torch.device, piece: int) -> 
 
 def _piece(plan: Plan, first: int, slices: Slices) -> Piece:
     rank, world = plan.comm.rank, plan.comm.world
+    width = slices.width
     if slices.world == 1:  # one-step: every rank holds all of it
-        sizes = (plan.reduce.wire_bytes(slices.numel),) * world
+        sizes = (plan.reduce.wire_bytes(slices.numel, width),) * world
     else:
-        sizes = tuple(plan.reduce.wire_bytes(slices.size(each)) for each in range(world))
+        sizes = tuple(plan.reduce.wire_bytes(each, width) for each in slices.sizes)
     start, length = min(rank * slices.length, slices.numel), slices.size(rank)
-    gather = plan.gather.wire_bytes(length), plan.gather.wire_bytes(slices.length)
+    gather = plan.gather.wire_bytes(length, width), plan.gather.wire_bytes(slices.length, width)
     incoming = (sizes[rank],) * world
     return Piece(first, first + slices.numel, slices, sizes, incoming, start, start + length, *gather)
 

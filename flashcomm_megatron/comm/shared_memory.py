@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 from torch import Tensor
 
-from ..codec import extension
+from ..codec import native
 from . import votes
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class SharedMemory:
         self._process = os.getpid()
         self._under_way: deque[tuple[Any, Sequence[Tensor]]] = deque()  # and buffers, which live until delivered
         self._segments: list[Segment] = []
-        module = extension.module()
+        module = native.module()
         self.reason = votes.failure("" if module else "the compiled extension is missing", group)
         if module is None or self.reason:
             return

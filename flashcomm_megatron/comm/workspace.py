@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..codec import extension
+from ..codec import native as extension
 from . import shared_memory, votes
 from .host import HostInboxes
 from .peer import PeerInboxes

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from ..codec import extension
+from ..codec import native as extension
 from ..codec.recipes import RECIPES
 from ..config import Config, current
 from . import counters

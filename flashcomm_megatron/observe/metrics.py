@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from ..codec import extension
+from ..codec import native as extension
 from ..config import Config, current
 from ..version import __version__
 from . import error_sampling as sampling

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .. import environment
-from ..codec import extension
+from ..codec import native as extension
 from ..collectives import minimum_size
 from ..config import current
 from ..megatron import checkout, installation, patching, seams, training_log

@@ -16,7 +16,7 @@ from ranks import spawn
 
 import flashcomm_megatron
 from flashcomm_megatron import collectives
-from flashcomm_megatron.codec import extension
+from flashcomm_megatron.codec import native as extension
 from flashcomm_megatron.config import Config
 
 pytestmark = pytest.mark.skipif(extension.module() is None, reason="the extension is not built")

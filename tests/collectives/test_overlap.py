@@ -78,7 +78,7 @@ def test_a_missing_rank_is_named_by_wait() -> None:
 
 def lengths_that_do_not_divide(rank: int, world: int) -> None:
     for least in (0, 1 << 30):
-        with pytest.raises(ValueError, match="first dimension of .* is not a multiple of 2 ranks"):
+        with pytest.raises(ValueError, match=r"first dimension of .* is not a multiple of 2 ranks"):
             collectives.reduce_scatter(torch.ones(3, 64), None, Config(bits=4, min_bytes=least))
 
 

@@ -11,7 +11,7 @@ import torch
 from ranks import spawn
 from specification import planned
 
-from flashcomm_megatron.codec import extension
+from flashcomm_megatron.codec import native as extension
 from flashcomm_megatron.collectives.handle import Handle
 from flashcomm_megatron.comm import shared_memory
 from flashcomm_megatron.comm.progress import Progress

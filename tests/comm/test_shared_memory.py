@@ -18,7 +18,7 @@ from torch import Tensor
 
 import flashcomm_megatron as fc
 from flashcomm_megatron import collectives
-from flashcomm_megatron.codec import extension
+from flashcomm_megatron.codec import native as extension
 from flashcomm_megatron.comm import shared_memory
 from flashcomm_megatron.comm.communicator import Call, Communicator
 from flashcomm_megatron.comm.shared_memory import SharedMemory

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from ranks import spawn
 from specification import planned
 
-from flashcomm_megatron.codec import extension
+from flashcomm_megatron.codec import native as extension
 from flashcomm_megatron.collectives import all_reduce, prepare
 from flashcomm_megatron.comm import host, shared_memory, votes, workspace
 from flashcomm_megatron.config import Config

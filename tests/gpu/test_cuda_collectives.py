@@ -14,7 +14,8 @@ import torch
 from patience import patient
 from specification import carried, expected, outputs, plan_of, same, strange
 
-from flashcomm_megatron.codec import Uniform, extension
+from flashcomm_megatron.codec import Uniform
+from flashcomm_megatron.codec import native as extension
 from flashcomm_megatron.collectives import algorithms
 from flashcomm_megatron.collectives.algorithms import Residuals
 from flashcomm_megatron.config import Config

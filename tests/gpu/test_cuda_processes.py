@@ -14,7 +14,7 @@ import torch.distributed as dist
 from ranks import spawn
 from specification import expected, planned, same, strange
 
-from flashcomm_megatron.codec import extension
+from flashcomm_megatron.codec import native as extension
 from flashcomm_megatron.collectives import all_gather, all_reduce, prepare, reduce_scatter, stats
 from flashcomm_megatron.comm import workspace
 from flashcomm_megatron.config import Config

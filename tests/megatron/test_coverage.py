@@ -17,7 +17,7 @@ from torch.nn.modules import module as hooks
 
 import flashcomm_megatron as fc
 from flashcomm_megatron import config
-from flashcomm_megatron.codec import extension
+from flashcomm_megatron.codec import native as extension
 from flashcomm_megatron.megatron import coverage
 from flashcomm_megatron.observe import messages
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from ranks import spawn
 
 from flashcomm_megatron import collectives
-from flashcomm_megatron.codec import extension
+from flashcomm_megatron.codec import native as extension
 from flashcomm_megatron.comm import shared_memory
 from flashcomm_megatron.config import Config
 from flashcomm_megatron.megatron import context as where
