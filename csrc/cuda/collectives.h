@@ -23,9 +23,10 @@
 // Several ranks may run in one launch on one GPU (`ranks`), each with its own inbox, control words and blocks; they
 // exchange through the same inboxes and flags as ranks of different processes do.
 //
-// Waiting ends at a deadline: the block writes which flag was missing into its control words, leaves, and so do all
-// later calls; the host raises. Everything a call needs is in its argument or in device memory, so calls can be
-// captured into CUDA graphs.
+// Waiting ends at a deadline: the block writes which flag was missing into its control words and leaves, and so does
+// every block of every later call. The last block of such a call to end fills the whole output with NaN, so that a
+// replayed graph, which no host code watches, cannot pass partial sums on; the host raises at its next call.
+// Everything a call needs is in its argument or in device memory, so calls can be captured into CUDA graphs.
 #pragma once
 
 #include "cuda/protocol.h"
@@ -34,19 +35,24 @@
 
 namespace flashcomm::FLASHCOMM_ISA {
 
+// How a thread that waits for a flag polls, in nanoseconds: often at first; later so rarely that 66 blocks of a GPU
+// read 1.4 GB/s of flags from host memory (64 bytes every 3 us each), a twentieth of a PCIe link.
+constexpr uint64_t kSoon = 20'000;
+constexpr uint32_t kShortRest = 40, kLongRest = 2'000;
+
 struct Call {
     Collective kind;
     Shape shape;
     int world, first, ranks;  // of the group; the first of this launch and how many run in it
     Setting reduce, gather;
     int64_t region;
-    uint64_t deadline;  // nanoseconds a block waits for a flag
+    uint64_t deadline;         // nanoseconds a block waits for a flag
     const void* x[kMaxWorld];  // of the ranks of this launch
     void* out[kMaxWorld];
     Control* control[kMaxWorld];
-    uint8_t* own[kMaxWorld];    // what they send themselves
-    void* lost[kLegs][kMaxWorld];  // what their roundings lost in each leg, of codecs that carry it on
-    uint8_t* inbox[kMaxWorld];  // of every rank of the group, as this device addresses them
+    uint8_t* own[kMaxWorld];            // what they send themselves
+    void* residuals[kLegs][kMaxWorld];  // of each leg, where the codec keeps residuals
+    uint8_t* inbox[kMaxWorld];          // of every rank of the group, as this device addresses them
     // Tests alone set these: a rank that reads its inbox late, and the protocol without its second buffer.
     int stalled_rank;
     uint64_t stall;
@@ -72,7 +78,8 @@ template <class Reduce, class Gather, class T> struct alignas(16) Worker {
         const int scratch = max2(Reduce(reduce).scratch_bytes(), Gather(gather).scratch_bytes());
         return (int)sizeof(Worker) + shape.stride + max2(scratch, 2 * shape.stride);
     }
-    static Shape shape(Collective kind, int64_t numel, const Capacity& at, const Setting& reduce, const Setting& gather) {
+    static Shape shape(Collective kind, int64_t numel, const Capacity& at, const Setting& reduce,
+                       const Setting& gather) {
         const Reduce first(reduce);
         const Gather second(gather);
         return shape_of(kind, numel, at, {first.block(), first.unit()}, {second.block(), second.unit()}, kTileValues<T>,
@@ -113,30 +120,39 @@ private:
 
     FC_DEVICE const Word* x(int slice) const { return (const Word*)call.x[local] + call.shape.start(slice); }
     FC_DEVICE Word* out(int slice) const { return (Word*)call.out[local] + call.shape.start(slice); }
-    // What was lost so far in a leg of a tile of a slice.
-    template <class Codec> FC_DEVICE Word* lost(const Codec& codec, Leg leg, int slice, int64_t t) const {
-        if constexpr (Codec::kCarries)
-            return (Word*)call.lost[leg][local] + slice * codec.memory(call.shape.slice) + t * call.shape.tile;
+    // The residual of a leg of a tile of a slice.
+    template <class Codec> FC_DEVICE Word* residual(const Codec& codec, Leg leg, int slice, int64_t t) const {
+        if constexpr (Codec::kKeepsResiduals)
+            return (Word*)call.residuals[leg][local] + slice * codec.residual_numel(call.shape.slice) +
+                   t * call.shape.tile;
         else return nullptr;
     }
     FC_DEVICE int64_t tile(int d) const { return first + (int64_t)d * call.shape.blocks; }
 
+    // ---- a round, phase by phase ---------------------------------------------------------------------------------
+
     // False: a flag did not come.
     FC_DEVICE bool one_round() {
         if (reduces(call.kind)) {
+            // phase 1 (two-step, one-step, reduce-scatter): encode x, push the payloads, raise the flags
             send(reduce, kReduceLeg);
             announce(kReduceLeg);
+            // phase 2: wait for all ranks' payloads; decode them and sum. Two-step: encode the sum and push it
             if (!await(kReduceLeg)) return false;
             sum();
         } else {
+            // phases 1 and 2 of all-gather: encode this rank's slice and push it
             send(gather, kGatherLeg);
         }
         if (!gathers(call.kind)) return true;
+        // phase 3 (two-step, all-gather): raise the flags, wait for all ranks' payloads, decode them into the output
         announce(kGatherLeg);
         if (!await(kGatherLeg)) return false;
         decode();
         return true;
     }
+
+    // ---- phase 1: encode and push --------------------------------------------------------------------------------
 
     // Encodes this rank's part of x and pushes it: scattering, every rank's slice to that rank; sharing, all of it (in
     // one-step) or its slice of what all-gather returns to every rank.
@@ -149,22 +165,24 @@ private:
                 const int64_t t = tile(d);
                 const int values = call.shape.values(call.shape.size(leg == kGatherLeg ? rank : slice), t);
                 if (values == 0) continue;
-                encode(codec, x(slice) + t * call.shape.tile, values, lost(codec, leg, slice, t));
+                encode(codec, x(slice) + t * call.shape.tile, values, residual(codec, leg, slice, t));
                 if (scatter) push(peer, leg, d, codec.bytes(values));
                 else push_all(leg, d, codec.bytes(values));
             }
     }
 
-    template <class Codec> FC_DEVICE void encode(const Codec& codec, const Word* values, int count, Word* lost) {
+    template <class Codec> FC_DEVICE void encode(const Codec& codec, const Word* values, int count, Word* residual) {
         Octet<T> octets[kRows<T>];
         load<T>(values, count, octets);
-        encode(codec, octets, count, lost);
+        encode(codec, octets, count, residual);
     }
     template <class Codec>
-    FC_DEVICE void encode(const Codec& codec, const Octet<T> (&octets)[kRows<T>], int count, Word* lost) {
-        if constexpr (Codec::kCarries) codec.encode(octets, count, scratch(), payload(), lost);
+    FC_DEVICE void encode(const Codec& codec, const Octet<T> (&octets)[kRows<T>], int count, Word* residual) {
+        if constexpr (Codec::kKeepsResiduals) codec.encode(octets, count, scratch(), payload(), residual);
         else codec.encode(octets, count, scratch(), payload());
     }
+
+    // ---- phase 2: decode, sum, share ------------------------------------------------------------------------------
 
     // Adds up what all ranks sent for this rank's slice; two-step shares the sum, others keep it.
     FC_DEVICE void sum() {
@@ -176,11 +194,12 @@ private:
             do {
                 shrunk = huge;
                 clear(total);
-                receive<false>(reduce, kReduceLeg, d, [&](int) { return values(d); }, shrunk,
-                               [&](int, int row, int, float (&x)[8], bool is_huge) {
-                                   FC_UNROLL for (int i = 0; i < 8; i++) total[row][i] += x[i];
-                                   huge |= (uint32_t)is_huge << row;
-                               });
+                receive<false>(
+                    reduce, kReduceLeg, d, [&](int) { return values(d); }, shrunk,
+                    [&](int, int row, int, float (&x)[8], bool is_huge) {
+                        FC_UNROLL for (int i = 0; i < 8; i++) total[row][i] += x[i];
+                        huge |= (uint32_t)is_huge << row;
+                    });
             } while (Reduce::kRotates && !sync_and(huge == shrunk));
             if (values(d) == 0) continue;
             Octet<T> octets[kRows<T>];
@@ -196,9 +215,9 @@ private:
     FC_DEVICE void share_sum(Octet<T> (&octets)[kRows<T>], int values, int d) {
         const int lane = thread();
         FC_UNROLL for (int row = 0; row < kRows<T>; row++)
-            repeat_last(octets[row], values - 8 * (row * kThreads + lane));
+            repeat_last<T>(octets[row], values - 8 * (row * kThreads + lane));
         sync();  // all have decoded: what encoding needs takes the place of payloads
-        encode(gather, octets, values, lost(gather, kGatherLeg, 0, tile(d)));
+        encode(gather, octets, values, residual(gather, kGatherLeg, 0, tile(d)));
         push_all(kGatherLeg, d, gather.bytes(values));
     }
 
@@ -207,6 +226,8 @@ private:
         FC_UNROLL for (int row = 0; row < kRows<T>; row++)
             store<T>(to, values, 8 * (row * kThreads + lane), octets[row]);
     }
+
+    // ---- phase 3: decode -------------------------------------------------------------------------------------------
 
     FC_DEVICE void decode() {
         for (int d = 0; d < call.shape.depth; d++) {
@@ -217,18 +238,6 @@ private:
                               gather.template finish<true>(x, is_huge);
                               store<T>(out(source) + t * call.shape.tile, values_of(source), 8 * octet, narrow<T>(x));
                           });
-        }
-    }
-
-    // As load(): what a last, partial octet lacks is its last value.
-    static FC_DEVICE void repeat_last(Octet<T>& octet, int left) {
-        if (left <= 0 || left >= 8) return;
-        uint32_t last = 0;
-        FC_UNROLL for (int i = 0; i < 8; i++) {
-            const uint32_t word = i < left ? octet.at(i) : last;
-            last = word;
-            if constexpr (sizeof(Word) == 4) octet.w[i] = word;
-            else octet.w[i / 2] = i & 1 ? (octet.w[i / 2] & 0xFFFF) | word << 16 : (octet.w[i / 2] & 0xFFFF0000) | word;
         }
     }
 
@@ -304,7 +313,8 @@ private:
         bool came = true;
         if (thread() < call.world) {
             const uint64_t* flag = (const uint64_t*)(call.inbox[rank] + Inbox::flag(leg, thread(), block));
-            if (!reached(load_acquire(flag), round)) came = spin(flag, leg);
+            came = reached(load_relaxed(flag), round) || spin(flag, leg);
+            fence_acquire();
         }
         if (call.stall && call.stalled_rank == rank) wait_until(nanoseconds() + call.stall);
         return sync_and(came);
@@ -312,13 +322,18 @@ private:
 
     FC_DEVICE bool spin(const uint64_t* flag, Leg leg) const {
         const uint64_t start = nanoseconds();
-        while (!reached(load_acquire(flag), round)) {
-            if (nanoseconds() - start < call.deadline) continue;
-            const uint64_t error = Overdue{leg, thread(), block, round}.packed();
-            if (swap_if(&control->error, 0, error) == 0) store_release(control->host_error, error);
-            return false;
+        while (!reached(load_relaxed(flag), round)) {
+            const uint64_t waited = nanoseconds() - start;
+            if (waited >= call.deadline) return overdue(leg);
+            rest(waited < kSoon ? kShortRest : kLongRest);
         }
         return true;
+    }
+
+    FC_DEVICE bool overdue(Leg leg) const {
+        const uint64_t error = Overdue{leg, thread(), block, round}.packed();
+        if (swap_if(&control->error, 0, error) == 0) store_release(control->host_error, error);
+        return false;
     }
 
     static FC_DEVICE void wait_until(uint64_t time) {
@@ -328,9 +343,14 @@ private:
     // The last block of this rank to end hands the epoch to the next call.
     FC_DEVICE void end() const {
         sync();
-        if (thread() != 0 || count_up(&control->ended) + 1 != (uint32_t)call.shape.blocks) return;
-        control->ended = 0;
-        control->epoch += call.shape.rounds;
+        const bool is_last = thread() == 0 && count_up(&control->ended) + 1 == (uint32_t)call.shape.blocks;
+        if (is_last) {
+            control->ended = 0;
+            control->epoch += call.shape.rounds;
+        }
+        if (!sync_and(thread() != 0 || (is_last && load_relaxed(&control->error)))) return;
+        const int64_t values = call.kind == kReduceScatter ? call.shape.size(rank) : call.shape.numel;
+        for (int64_t i = thread(); i < values; i += kThreads) out(0)[i] = (Word)T::kNan;
     }
 };
 

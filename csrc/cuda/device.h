@@ -1,7 +1,7 @@
 // What the kernels need of the machine that runs them, in two dozen small functions.
 //
-// Compiled by nvcc these are CUDA. Compiled by a host compiler they are declared only: tests/support/emulator.cpp defines them
-// with one fiber for each thread, so that the kernels of tile.h and collectives.h run and are checked without a GPU.
+// Compiled by nvcc these are CUDA. Compiled by a host compiler they are only declared: tests/support/stand_ins/cuda
+// defines them with one fiber for each thread, so that the kernels run and are checked without a GPU.
 // What an emulation cannot show is the memory model; the PTX below is where that is decided.
 #pragma once
 
@@ -55,12 +55,15 @@ FC_DEVICE uint8_t* shared_memory() {
 }
 
 // System scope: the other end may be another GPU or the host. A barrier of the block before a release makes it cover
-// what all threads of the block wrote; one behind an acquire lets all of them read.
-FC_DEVICE uint64_t load_acquire(const uint64_t* word) {
+// what all threads of the block wrote. A reader polls with relaxed loads and fences once, when it has seen the flag;
+// a barrier behind the fence lets all threads of its block read.
+FC_DEVICE uint64_t load_relaxed(const uint64_t* word) {
     uint64_t value;
-    asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(word) : "memory");
+    asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(word) : "memory");
     return value;
 }
+FC_DEVICE void fence_acquire() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
+FC_DEVICE void rest(uint32_t nanoseconds) { __nanosleep(nanoseconds); }
 FC_DEVICE void store_release(uint64_t* word, uint64_t value) {
     asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(word), "l"(value) : "memory");
 }
@@ -98,7 +101,9 @@ uint32_t exchange(uint32_t mine, int apart);
 void exchange(const float (&mine)[8], int apart, float (&theirs)[8]);
 uint32_t votes(bool mine);
 uint8_t* shared_memory();
-uint64_t load_acquire(const uint64_t* word);
+uint64_t load_relaxed(const uint64_t* word);
+void fence_acquire();
+void rest(uint32_t nanoseconds);
 void store_release(uint64_t* word, uint64_t value);
 uint64_t swap_if(uint64_t* word, uint64_t expected, uint64_t value);
 uint32_t count_up(uint32_t* word);
@@ -195,7 +200,7 @@ template <class T> struct Keys {
 
 template <class T> FC_DEVICE Keys<T> extremes(const Octet<T>& octet) {
     using Word = typename T::Word;
-    Keys<T> keys = {(Word)~(Word)0, 0};
+    Keys<T> keys = {(Word) ~(Word)0, 0};
     FC_UNROLL for (int i = 0; i < 8; i++) {
         const Word key = ordered<T>((Word)octet.at(i));
         keys.low = key < keys.low ? key : keys.low;
@@ -225,13 +230,13 @@ FC_DEVICE Keys<T> paired_extremes(const Octet<T>& octet, Min least, Max most) {
 }
 template <> FC_DEVICE Keys<BFloat16> extremes(const Octet<BFloat16>& octet) {
     using Pair = __nv_bfloat162;
-    return paired_extremes<BFloat16, Pair>(octet, [](Pair a, Pair b) { return __hmin2_nan(a, b); },
-                                           [](Pair a, Pair b) { return __hmax2_nan(a, b); });
+    return paired_extremes<BFloat16, Pair>(
+        octet, [](Pair a, Pair b) { return __hmin2_nan(a, b); }, [](Pair a, Pair b) { return __hmax2_nan(a, b); });
 }
 template <> FC_DEVICE Keys<Float16> extremes(const Octet<Float16>& octet) {
     using Pair = __half2;
-    return paired_extremes<Float16, Pair>(octet, [](Pair a, Pair b) { return __hmin2_nan(a, b); },
-                                          [](Pair a, Pair b) { return __hmax2_nan(a, b); });
+    return paired_extremes<Float16, Pair>(
+        octet, [](Pair a, Pair b) { return __hmin2_nan(a, b); }, [](Pair a, Pair b) { return __hmax2_nan(a, b); });
 }
 #endif
 

@@ -16,7 +16,7 @@ struct RotatedCodes {
     };
 
     int levels, zero, word_bits, octet_shift;  // 1 << octet_shift octets are a block
-    uint32_t inverse, shift;  // number * inverse >> shift is number / levels
+    uint32_t inverse, shift;                   // number * inverse >> shift is number / levels
     bool is_paired;
 
     FC_INLINE explicit RotatedCodes(Setting with)
@@ -32,7 +32,7 @@ struct RotatedCodes {
     template <class Offset> FC_INLINE Offset blocks(Offset values) const {
         return (values + block() - 1) >> (octet_shift + 3);
     }
-    FC_INLINE int64_t memory(int64_t values) const { return memory_numel(blocks(values), block()); }
+    FC_INLINE int64_t residual_numel(int64_t values) const { return memory_numel(blocks(values), block()); }
     template <class Offset> FC_INLINE Offset octets(Offset values) const { return blocks(values) << octet_shift; }
     // The payload of `values` values alone, and in it the tile that starts at an octet.
     template <class Offset> FC_INLINE Place<Offset> own(Offset values) const {
@@ -57,14 +57,14 @@ struct RotatedCodes {
         zero_gap<Offset>(payload + place.tops, 2 * ((blocks + kFamily - 1) / kFamily));
     }
 
-    // ---- constants: their bits are spread over the first codes of a block --------------------------------------------
+    // ---- constants: their bits are spread over the first codes of a block ---------------------------------------
 
     FC_INLINE int constant_bits() const { return octet_shift == 1 ? 2 : 1; }
     FC_INLINE int constant_octets() const { return octet_shift == 1 ? 2 : 4; }
     FC_DEVICE uint32_t constant_part(const uint32_t (&codes)[2], int octet) const {
         uint32_t bits = 0;
-        FC_UNROLL for (int i = 0; i < 8; i++)
-            bits |= (byte_of(codes, i) & ((1u << constant_bits()) - 1)) << i * constant_bits();
+        FC_UNROLL for (int i = 0; i < 8; i++) bits |= (byte_of(codes, i) & ((1u << constant_bits()) - 1))
+                                                      << i * constant_bits();
         return bits << 8 * constant_bits() * octet;
     }
 

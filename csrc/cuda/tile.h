@@ -7,19 +7,21 @@
 //     block(), unit()                              slices are multiples of one, tiles of the other
 //     octets(values), bytes(values)                that a payload holds; its length, a multiple of 16
 //     scratch_bytes(), encode(octets, values, scratch, payload)    all threads; a barrier, then writes, then a barrier
-//     encode(octets, values, scratch, payload, memory)             the same with a memory, where kCarries
-//     memory(values)                               numbers of it that a tensor has
+//     encode(octets, values, scratch, payload, residual)           the same with a residual, where kKeepsResiduals
+//     residual_numel(values)                       numbers of the residual of a tensor
 //     decode<kAlone>(payload, values, octet, shrink, x)            eight numbers as float32; kAlone: not to be added
-//     finish<kAlone>(x, shrunk)                    a sum of such numbers, or one alone, becomes values; whole warps
+//     finish<kAlone>(x, shrunk)                    Inverse transform of decoded coefficients. All lanes of a warp must
+//                                                  call it.
 //
-// Most codecs decode values; a rotated one (kRotates) decodes coefficients, whose sums finish() turns back. Its decode()
-// says whether this block must shrink lest that overflow; then the sum is taken once more. kMostAhead bounds how many
-// 16-byte words of the next payload a thread reads ahead: as registers allow without spilling on sm_100 and sm_120.
+// Most codecs decode values; a rotated one (kRotates) decodes coefficients, and finish() transforms their sum back. Its
+// decode() returns whether this block's sum could overflow; the sum is then taken again, scaled down. kMostAhead: how
+// many 16-byte words of the next payload a thread prefetches, as registers allow without spilling on sm_100 and sm_120.
 //
-// UniformTile and ExactTile are here, the others in rotated_tile.h and spike_tile.h. Encoding goes in three stages with a barrier behind each: every thread the extremes of its octets; one thread for
-// each block the metadata, so that the divisions are done once for a block and not once for a thread; every thread
-// its codes. Extremes meet in shared memory rather than in shuffles: a block may be any multiple of 8, and for blocks
-// of 32 one 16-byte load replaces eight shuffles.
+// UniformTile and ExactTile are here, the others in rotated_tile.h and spike_tile.h. Encoding has three stages with a
+// barrier behind each: every thread finds the extremes of its octets; one thread for each block computes the metadata,
+// so that the divisions are done once for a block and not once for a thread; every thread computes its codes. Extremes
+// meet in shared memory rather than in shuffles: a block may be any multiple of 8, and for blocks of 32 one 16-byte
+// load replaces eight shuffles.
 //
 // Numbers: a bf16 value costs about 10 instructions to encode and 6 to decode; the memory of an H100 allows 18.
 #pragma once
@@ -31,6 +33,7 @@ namespace flashcomm::FLASHCOMM_ISA {
 
 constexpr int kThreads = 256;
 constexpr int kLeastTile = 8 * kThreads;  // values: one octet a thread
+
 template <class T> constexpr int kRows = 8 / (int)sizeof(typename T::Word);  // octets of one thread
 template <class T> constexpr int kTileOctets = kThreads * kRows<T>;
 template <class T> constexpr int kTileValues = 8 * kTileOctets<T>;
@@ -40,8 +43,7 @@ constexpr int kMinBlock = 8;
 // which changes no extreme.
 template <class T> FC_DEVICE void load(const typename T::Word* x, int values, int first, Octet<T>& octet) {
     if (((uintptr_t)x & 15) == 0 && first + 8 <= values) {
-        FC_UNROLL for (int v = 0; v < Octet<T>::kVectors; v++)
-            ((Vec16*)&octet)[v] = ((const Vec16*)(x + first))[v];
+        FC_UNROLL for (int v = 0; v < Octet<T>::kVectors; v++)((Vec16*)&octet)[v] = ((const Vec16*)(x + first))[v];
     } else if (first < values) {
         FC_UNROLL for (int i = 0; i < 8; i++) {
             const uint32_t word = x[first + i < values ? first + i : values - 1];
@@ -60,18 +62,27 @@ template <class T> FC_DEVICE void load(const typename T::Word* x, int values, Oc
 // Writes the octet that starts at value `first` of out[0 .. values).
 template <class T> FC_DEVICE void store(typename T::Word* out, int values, int first, const Octet<T>& octet) {
     if (((uintptr_t)out & 15) == 0 && first + 8 <= values) {
-        FC_UNROLL for (int v = 0; v < Octet<T>::kVectors; v++)
-            ((Vec16*)(out + first))[v] = ((const Vec16*)&octet)[v];
+        FC_UNROLL for (int v = 0; v < Octet<T>::kVectors; v++)((Vec16*)(out + first))[v] = ((const Vec16*)&octet)[v];
     } else {
-        FC_UNROLL for (int i = 0; i < 8; i++)
-            if (first + i < values) out[first + i] = (typename T::Word)octet.at(i);
+        FC_UNROLL for (int i = 0; i < 8; i++) if (first + i < values) out[first + i] = (typename T::Word)octet.at(i);
+    }
+}
+
+// Pads the octet of which `left` values are left with its last one, as load() does.
+template <class T> FC_DEVICE void repeat_last(Octet<T>& octet, int left) {
+    if (left <= 0 || left >= 8) return;
+    uint32_t last = 0;
+    FC_UNROLL for (int i = 0; i < 8; i++) {
+        const uint32_t word = i < left ? octet.at(i) : last;
+        last = word;
+        if constexpr (sizeof(typename T::Word) == 4) octet.w[i] = word;
+        else octet.w[i / 2] = i & 1 ? (octet.w[i / 2] & 0xFFFF) | word << 16 : (octet.w[i / 2] & 0xFFFF0000) | word;
     }
 }
 
 // -0 is what changes nothing when a float is added to it, -0 included.
 template <int kCount> FC_DEVICE void clear(float (&total)[kCount][8]) {
-    FC_UNROLL for (int row = 0; row < kCount; row++)
-        FC_UNROLL for (int i = 0; i < 8; i++) total[row][i] = -0.0f;
+    FC_UNROLL for (int row = 0; row < kCount; row++) FC_UNROLL for (int i = 0; i < 8; i++) total[row][i] = -0.0f;
 }
 
 template <class Size> FC_INLINE Size padded16(Size size) { return (size + 15) & ~(Size)15; }
@@ -174,7 +185,7 @@ template <class Size> FC_DEVICE void zero_gap(uint8_t* section, Size size) {
 // codec.h's format, kBits a compile-time constant so that planes cost no branch; the block is a runtime value.
 template <int kBits, class T> struct UniformTile {
     using Word = typename T::Word;
-    static constexpr bool kRotates = false, kCarries = false;
+    static constexpr bool kRotates = false, kKeepsResiduals = false;
     static constexpr int kMostAhead = 4;
     static constexpr int kMaxBytes = kTileOctets<T> * kBits + 2 * 2 * (kTileValues<T> / kMinBlock);
     static constexpr float kLevels = (float)((1 << kBits) - 1);
@@ -294,9 +305,8 @@ private:
     }
 
     FC_DEVICE void zero_gaps(const At& at, uint8_t* payload) const {
-        each_plane(kBits, at.octets, [&](auto width, int, int start) {
-            zero_gap(payload + start, at.octets * width.value);
-        });
+        each_plane(kBits, at.octets,
+                   [&](auto width, int, int start) { zero_gap(payload + start, at.octets * width.value); });
         zero_gap(payload + at.scales, 2 * at.blocks);
         zero_gap(payload + at.minima, 2 * at.blocks);
     }
@@ -304,7 +314,7 @@ private:
 
 // No compression: the tile itself. What the others are measured against over the same inboxes; finite values only.
 template <class T> struct ExactTile {
-    static constexpr bool kRotates = false, kCarries = false;
+    static constexpr bool kRotates = false, kKeepsResiduals = false;
     static constexpr int kMostAhead = 4;
     static constexpr int kMaxBytes = kTileValues<T> * sizeof(typename T::Word);
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import warnings
@@ -16,8 +17,9 @@ from .. import environment
 from ..codec import extension
 from ..collectives import thresholds
 from ..config import current
-from ..megatron import checkout, feedback, patching, seams, training_log
-from ..megatron.arguments import FLAG
+from ..megatron import checkout, installation, patching, seams, training_log
+from ..megatron.arguments import SEAMS as DOORS
+from ..observe import counters
 from ..version import __version__
 
 
@@ -41,7 +43,7 @@ def report() -> Report:
     try:
         with warnings.catch_warnings():  # Megatron's, about optimizers and the like
             warnings.simplefilter("ignore")
-            megatron, rows = seams.megatron_version(), patching.status(seams.rows()) + _training_seams()
+            megatron, rows = installation.megatron_version(), _installed_seams()
     except patching.PatchError as error:
         megatron, rows = f"none ({error.__cause__})", []
     return Report(
@@ -57,7 +59,7 @@ def report() -> Report:
             or "no FLASH_COMM_* variable set",
             "least bytes": _least(),
             "state": _state(),
-            "feedback": ", ".join(f"{n} x {what}" for what, n in feedback.counts().items()) or "no sum so far",
+            "feedback": _feedback(),
             "seams": rows,
         }
     )
@@ -74,9 +76,8 @@ def report_on(megatron: Path, transformer_engine: Path | None = None) -> Report:
     if installed is not None and installed.origin is not None:
         folders.append(Path(installed.origin).parent.parent)
     found = checkout.has("transformer_engine.pytorch", *folders)
-    rows = [*seams.rows_of(version, found)]
-    if checkout.has(FLAG.module, *folders):
-        rows += [FLAG, training_log.SEAM]
+    rows = [*seams.rows_of(version, found, with_tokens=True)]
+    rows += [row for row in (*DOORS, training_log.SEAM) if checkout.has(row.module, *folders)]
     return Report(
         {
             "flashcomm_megatron": __version__,
@@ -89,19 +90,30 @@ def report_on(megatron: Path, transformer_engine: Path | None = None) -> Report:
 
 def main(argv: list[str]) -> int:
     """``python -m flashcomm_megatron report``: print a report; 1 if a checkout's seams do not all fit."""
-    parser = argparse.ArgumentParser(prog="python -m flashcomm_megatron report", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m flashcomm_megatron report",
+        description="Say what is installed, what was found and what is in force. Exit code 1: with --megatron, a "
+        "seam does not fit that checkout.",
+        epilog="Example: python -m flashcomm_megatron report --json > report.json",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--megatron", type=Path, metavar="DIR", help="a checkout to read instead of what is installed")
     parser.add_argument("--transformer-engine", type=Path, metavar="DIR", help="Transformer Engine's sources for it")
     options = parser.parse_args(argv)
     if options.megatron is None:
-        print(report())
+        _print(report(), options.json)
         return 0
     try:
         found = report_on(options.megatron, options.transformer_engine)
     except patching.PatchError as error:
         parser.exit(2, f"{parser.prog}: error: {error}.\n")
-    print(found)
-    return int(any(state != "fits" for _, state in found["seams"]))
+    _print(found, options.json)
+    return int(not all(state.startswith("fits") for _, state in found["seams"]))
+
+
+def _print(found: Report, as_json: bool) -> None:
+    """The table, or an object whose "seams" are {path: state}."""
+    print(json.dumps(found | {"seams": {path: state for path, state in found["seams"]}}, indent=1) if as_json else found)
 
 
 def _state() -> str:
@@ -135,6 +147,15 @@ def _transports() -> list[str]:
     return ["peer"] * (extension.cuda() is not None) + ["host"] * extension.available() + ["group"]
 
 
-def _training_seams() -> list[tuple[str, str]]:
-    """The rows of parser and log, where they exist: the megatron-core wheel comes without megatron.training."""
-    return patching.status([FLAG, training_log.SEAM]) if find_spec("megatron.training") else []
+def _feedback() -> str:
+    """Whether residual feedback is on, and how many compressed sums had it, or had not and why."""
+    config, counted = current(), counters.stats()["feedback"]
+    state = f"{config.feedback}: " if config else ""
+    return state + (", ".join(f"{n} x {what}" for what, n in counted.items()) or "no sum so far")
+
+
+def _installed_seams() -> list[tuple[str, str]]:
+    """State of every row, the doors of arguments and log among them: the wheel comes without megatron.training."""
+    rows = [*installation.rows(with_tokens=True)]
+    rows += [*DOORS, training_log.SEAM] if find_spec("megatron.training") else []
+    return patching.status(rows)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,7 +13,7 @@ from flashcomm_megatron import cpu
 from flashcomm_megatron.codec import Raw
 from flashcomm_megatron.collectives.plan import message_codec
 from flashcomm_megatron.comm.wire import Wire
-from flashcomm_megatron.config import Config, set_current
+from flashcomm_megatron.config import Config
 from flashcomm_megatron.observe import counters
 
 SPLITS = [[3, 0, 40], [700, 1, 0], [5, 300, 2]]  # rows from (line) to (column)
@@ -131,28 +129,3 @@ def dispatched(rank: int, world: int) -> None:
 def test_the_token_dispatchers_tokens_but_not_its_probabilities() -> None:
     pytest.importorskip("megatron.core.transformer.moe.token_dispatcher")
     spawn(dispatched, 2)
-
-
-def test_arguments_of_newer_dispatchers_reach_the_original() -> None:
-    """Megatron 0.18 and later always pass ``use_nccl_stream``."""
-    from flashcomm_megatron.megatron import experts
-
-    calls: list[dict[str, Any]] = []
-
-    def all_to_all(
-        group: Any, input_: Any, output_split_sizes_: Any = None, input_split_sizes: Any = None, *,
-        use_nccl_stream: bool = False,
-    ) -> Any:  # fmt: skip
-        calls.append({"use_nccl_stream": use_nccl_stream})
-        return input_
-
-    replacement, x = experts._all_to_all(all_to_all), torch.ones(4, 8)
-    assert replacement(None, x, [4], [4], use_nccl_stream=True) is x
-    set_current(fc.Config(bits=8, experts=True))
-    try:
-        fc.reset_stats()
-        assert replacement(None, x, [4], [4], use_nccl_stream=True) is x
-    finally:
-        set_current(None)
-    assert calls == 2 * [{"use_nccl_stream": True}]
-    assert fc.stats()["deferred"] == {"argument use_nccl_stream": 1}

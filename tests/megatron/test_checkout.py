@@ -67,14 +67,14 @@ def seam(name: str, *params: str, module: str = "megatron.core.names") -> Seam:
     ],
     ids=lambda row: row.name,
 )
-def test_names_are_followed(folder: Path, row: Seam) -> None:
+def test_names_are_found_in_a_source_tree(folder: Path, row: Seam) -> None:
     assert checkout.status([row], folder) == [(row.path, "fits")]
 
 
 @pytest.mark.parametrize(
     ("row", "state"),
     [
-        (seam("here", "a", "c"), "expected parameters (a, c, ...), found (a: int, b, rest, others)"),
+        (seam("here", "a", "c"), "expected parameters (a, c, ...), found (a, b, rest, others)"),
         (seam("missing", "a"), "missing does not exist"),
         (seam("Layer.backward", "ctx"), "it does not exist"),
         (seam("number", "x"), "3 is not there"),
@@ -82,11 +82,11 @@ def test_names_are_followed(folder: Path, row: Seam) -> None:
     ],
     ids=lambda row: getattr(row, "name", ""),
 )
-def test_what_does_not_fit_is_told(folder: Path, row: Seam, state: str) -> None:
+def test_a_seam_that_does_not_fit_says_why(folder: Path, row: Seam, state: str) -> None:
     assert checkout.status([row], folder) == [(row.path, state)]
 
 
-def test_the_version_is_read(folder: Path, tmp_path: Path) -> None:
+def test_the_version_of_a_source_tree_is_read(folder: Path, tmp_path: Path) -> None:
     assert checkout.version(folder) == "0.16.2rc1"
     with pytest.raises(PatchError, match="holds no Megatron"):
         checkout.version(tmp_path / "megatron")
@@ -137,9 +137,10 @@ def test_the_page_tells_the_truth_about_the_installed_version(packages: Path) ->
     column = columns(PAGE.read_text()).get(version)
     assert column is not None, f"docs/versions.md has no column {version}: run benchmarks/version_matrix.py"
     live = dict(patching.status(seams.SEAMS))
-    assert {path: column.get(path) for path in live} == live
+    found = {path: column.get(path, "").partition(" ")[0] for path in live}
+    assert found == {path: state.partition(";")[0] for path, state in live.items()}
 
 
 def test_the_page_knows_every_seam() -> None:
     rows = {path for column in columns(PAGE.read_text()).values() for path in column}
-    assert {seam.path for seam in (*seams.SEAMS, *seams.OPTIONAL)} <= rows, "run benchmarks/version_matrix.py"
+    assert {seam.path for seam in {*seams.EVERY} - {*seams.COUNTED}} <= rows, "run benchmarks/version_matrix.py"

@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "examples" / "pretrain_gpt.sh"
 PARSE = (
     "import sys; sys.path.insert(0, '.')\n"
-    "from flashcomm_megatron import cpu, seams; cpu.enable(force=True, scripts=True); seams.install = list\n"
+    "from flashcomm_megatron import cpu; from flashcomm_megatron.megatron import installation\n"
+    "cpu.enable(force=True, scripts=True); installation.install = lambda *options: None\n"
     "from megatron.training.arguments import parse_args, validate_args\n"
     "args = parse_args(); validate_args(args)\n"
     "print(args.flash_comm_bits, args.tensor_model_parallel_size, args.train_iters, args.seed)"
@@ -34,7 +35,7 @@ def checkout(tmp_path: Path) -> str:
     return str(tmp_path)
 
 
-def test_it_is_valid_shell() -> None:
+def test_the_script_is_valid_shell() -> None:
     assert subprocess.run(["bash", "-n", str(SCRIPT)]).returncode == 0
     assert os.access(SCRIPT, os.X_OK)
 
@@ -52,7 +53,7 @@ def test_without_bits_there_is_no_flag_and_only_the_folder_differs(checkout: str
     assert compressed.replace(" --flash-comm-bits 6", "").replace("runs/6", "runs/exact") == exact
 
 
-def test_text_and_cpu(checkout: str) -> None:
+def test_a_users_text_and_cpu_mode_reach_the_command(checkout: str) -> None:
     words = script(checkout, DRY_RUN="1", CPU="1", DATA="my text", VOCAB="v.json", MERGES="m.txt").stdout
     assert "-m flashcomm_megatron --cpu " in words and "--mock-data" not in words
     assert shlex.split(words)[shlex.split(words).index("--data-path") + 1] == "my text"

@@ -197,8 +197,8 @@ class Recorder:
         # Copies, because the loss works in place on the logits.
         self.io[name] = args, tuple(each.clone() if isinstance(each, Tensor) else each for each in outputs)
 
-    def __call__(self, kind: str, collective: str, x: Tensor, group: Any) -> Any:
-        config, site = self.wanted(kind, collective, x, group), where.site()
+    def __call__(self, kind: str, collective: str, x: Tensor, *more: Any) -> Any:
+        config, site = self.wanted(kind, collective, x, *more), where.site()
         if config is None:
             self.passed.append(collective)
         else:

@@ -143,9 +143,9 @@ class Recorder:
     def _keep(self, name: str, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         self.io[name] = copies(args), {key: copies(value) for key, value in kwargs.items()}, copies(output)
 
-    def wanted(self, asked: Callable[..., Any], kind: str, collective: str, x: Tensor, group: Any) -> Any:
+    def wanted(self, asked: Callable[..., Any], kind: str, collective: str, x: Tensor, *more: Any) -> Any:
         """The answer to whether an activation is compressed, noted."""
-        answer, site = asked(kind, collective, x, group), where.site()
+        answer, site = asked(kind, collective, x, *more), where.site()
         return self._note(self.forward, answer, collective, x, site)
 
     def legs_of(self, asked: Callable[..., Any], collective: str, x: Tensor, group: Any, site: Any) -> Any:

@@ -107,7 +107,7 @@ def test_without_compression_ranks_change_nothing_but_the_order_of_additions(mod
         assert torch.allclose(model(tokens(), world, exact), model(tokens(), 1, exact), atol=1e-4)
 
 
-def test_a_cache_continues(model: Llama) -> None:
+def test_a_cache_continues_a_text_as_the_whole_does(model: Llama) -> None:
     whole, cache = model(tokens(), 1, exact), {}
     pieces = [model(part, 1, exact, cache) for part in (tokens()[:, :7], tokens()[:, 7:8], tokens()[:, 8:9])]
     assert torch.allclose(torch.cat(pieces, 1), whole[:, :9], atol=1e-4)
@@ -159,7 +159,7 @@ def test_one_rank_loses_nothing(bench: Bench) -> None:
     assert score.diverged_after == 12 and set(score.agreement_by_quarter) == {1.0}
 
 
-def test_scores_say_what_they_say(bench: Bench, model: Llama) -> None:
+def test_scores_are_those_of_their_definitions(bench: Bench, model: Llama) -> None:
     score = bench.score(Config(bits=3, min_bytes=0), 2, with_sites=True)
     reference = model(bench.windows, 1, exact)[:, :-1].log_softmax(-1)
     found = model(bench.windows, 2, Compressed(Config(bits=3, min_bytes=0), 2, {}))[:, :-1].log_softmax(-1)
@@ -187,7 +187,7 @@ def test_generation_diverges_where_the_text_does(bench: Bench, model: Llama) -> 
     assert bench.score(config, 2, with_sites=False).diverged_after == same
 
 
-def test_wider_is_better(bench: Bench) -> None:
+def test_wider_formats_are_closer(bench: Bench) -> None:
     for recipe in ("auto", "flash-v1", "flash-v2", "mx-int"):
         losses = [bench.score(Config(bits=bits, recipe=recipe, min_bytes=0), 2, False).kl for bits in (4, 8)]
         assert losses[1] < 0.2 * losses[0], recipe

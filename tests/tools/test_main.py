@@ -17,8 +17,8 @@ WARNING = "flash-comm is on (4-bit) but no tensor-parallel layer ran"
 OWN_PARSER = """
 import argparse
 import flashcomm_megatron as fc
-from flashcomm_megatron import announce, seams
-seams.install = lambda: announce.start("0 names patched", int)
+from flashcomm_megatron.megatron import coverage, installation
+installation.install = lambda *options: coverage.start("0 names patched")
 arguments = fc.add_arguments(argparse.ArgumentParser()).parse_args()
 print("bits", arguments.flash_comm_bits)
 """
@@ -106,7 +106,7 @@ def test_an_unknown_variable_is_refused_at_start(script: Path) -> None:
     assert ran.returncode == 2 and ran.stdout == "" and "FLASH_COMM_WIDTH is no variable of flash-comm" in ran.stderr
 
 
-def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_script_the_usage_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     assert main([]) == 2
     assert capsys.readouterr().out.count("torchrun --nproc-per-node 8 -m flashcomm_megatron pretrain_gpt.py") == 2

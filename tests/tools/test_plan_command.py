@@ -22,7 +22,7 @@ LAB = {"rate_bits_per_second": 8e9, "latency_seconds": 1e-3, "compute_seconds": 
 LAB |= {"encode_gbytes_per_second": 10.0, "decode_gbytes_per_second": 20.0}
 
 
-def test_a_measured_link(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_measured_link_replaces_the_assumed_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "lab.json"
     path.write_text(json.dumps(LAB))
     lab = measured.lab(path)
@@ -84,7 +84,7 @@ def test_everything_printed_says_that_it_is_a_projection(argv: list[str], capsys
 
 
 @pytest.mark.parametrize("argv", [[], ["--nodes", "4"]], ids=["one node", "four"])
-def test_sweeps_are_drawn(argv: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sweep_is_drawn(argv: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     path = tmp_path / "folder" / "sweep.png"
     assert plan_command.main(["--gpu", "A100", "--sweep", "--out", str(path), *argv]) == 0
