@@ -92,7 +92,7 @@ MUTATIONS = (
     Mutation(
         "5 never touched: the output layer",
         f"{PACKAGE}/megatron",
-        "_column_forward",
+        "column_forward",
         r"is_output_layer\( \w+ , \w+ \)",
         "False",
         "tests/megatron/test_seams.py",
@@ -115,11 +115,11 @@ MUTATIONS = (
     ),
     Mutation(
         "7 never silently off: the first forward that compressed nothing",
-        f"{PACKAGE}/observe",
+        f"{PACKAGE}/megatron",
         "judge",
-        r"elif nothing :",
+        r"elif now\[\"quantized\"\] == self\.before\[\"quantized\"\] :",
         "elif False:",
-        "tests/megatron/test_announce.py",
+        "tests/megatron/test_coverage.py",
     ),
     Mutation(
         "7 never silently off: strict",
@@ -133,7 +133,7 @@ MUTATIONS = (
         "8 reversible: disable() restores the very objects",
         f"{PACKAGE}/megatron",
         "disable",
-        r"seams\.uninstall\( \)",
+        r"installation\.uninstall\( \)",
         "pass",
         "tests/megatron/test_seams.py",
     ),
