@@ -93,7 +93,7 @@ MUTATIONS = (
         "5 never touched: the output layer",
         f"{PACKAGE}/megatron",
         "column_forward",
-        r"is_output_layer\( \w+ , \w+ \)",
+        r"(\w+\.)?is_output_layer\( \w+ , \w+ \)",
         "False",
         "tests/megatron/test_seams.py",
     ),
