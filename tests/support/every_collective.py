@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 
 from flashcomm_megatron.collectives import all_gather, all_reduce, reduce_scatter
 from flashcomm_megatron.collectives import plan as policy
@@ -48,6 +50,13 @@ def expected_all_reduce(config: Config, parts: list[torch.Tensor]) -> torch.Tens
     return torch.cat([through(plan.gather, piece, piece.dtype) for piece in sums]).view(parts[0].shape)
 
 
+def from_one(owner: int, like: torch.Tensor, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """What ``compute`` returns on rank ``owner``, like ``like`` in shape and dtype; the others need not compute it."""
+    result = compute().contiguous() if dist.get_rank() == owner else torch.empty_like(like)
+    dist.broadcast(result, owner)
+    return result
+
+
 def every_collective(rank: int, world: int, configs: list[Config]) -> int:
     """Compare each collective with its specification; number of comparisons made."""
     compared = 0
@@ -56,12 +65,16 @@ def every_collective(rank: int, world: int, configs: list[Config]) -> int:
             for dtype in DTYPES:
                 parts = [part(r, shape, dtype) for r in range(world)]
                 x = parts[rank].clone()
-                assert torch.equal(all_reduce(x, None, config), expected_all_reduce(config, parts))
-                assert torch.equal(x, expected_all_reduce(config, parts)), "a contiguous input is reduced in place"
+                total = from_one(compared % world, x, lambda p=parts, c=config: expected_all_reduce(c, p))
+                assert torch.equal(all_reduce(x, None, config), total)
+                assert torch.equal(x, total), "a contiguous input is reduced in place"
 
                 plan = policy.plan("all_reduce", x, world, config)
-                gathered = torch.cat([through(plan.gather, each, dtype) for each in parts])
-                assert torch.equal(all_gather(parts[rank], None, config), gathered)
+                found = all_gather(parts[rank], None, config)
+                for r, each in enumerate(found.chunk(world)):
+                    assert torch.equal(
+                        each, from_one(r, each, lambda p=parts[r], g=plan.gather: through(g, p, p.dtype))
+                    )
 
                 wide = [part(r, (world * 2, *shape), dtype) for r in range(world)]
                 mine = expected_sum(plan.reduce, [each.chunk(world)[rank] for each in wide])
