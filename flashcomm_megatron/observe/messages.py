@@ -5,7 +5,6 @@ Everything is said by rank 0 and once. What a strict configuration makes an erro
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Mapping
 
@@ -15,8 +14,8 @@ from ..codec import extension
 from ..codec.recipes import RECIPES
 from ..config import Config, current
 from . import counters
+from .screen import logger
 
-logger = logging.getLogger("flashcomm_megatron")
 KEPT_EXACT = "embedding, output layer, router, loss"
 # Beginnings of the reasons for which a user expects a collective to stay exact. All others are worth a word.
 EXPECTED = ("one rank", "empty", "below ", "dtype int", "dtype uint", "dtype bool", "gradients exact")
@@ -74,10 +73,10 @@ def unexpected(what: str, config: Config) -> None:
 
 
 def say(line: str) -> None:
-    """Print ``line`` on rank 0, once."""
+    """Say ``line`` on rank 0, once, at level INFO."""
     if _rank() == 0 and line not in _said:
         _said.add(line)
-        print(line, flush=True)
+        logger.info(line)
 
 
 def complain(what: str, fatal: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import warnings
@@ -89,19 +90,30 @@ def report_on(megatron: Path, transformer_engine: Path | None = None) -> Report:
 
 def main(argv: list[str]) -> int:
     """``python -m flashcomm_megatron report``: print a report; 1 if a checkout's seams do not all fit."""
-    parser = argparse.ArgumentParser(prog="python -m flashcomm_megatron report", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m flashcomm_megatron report",
+        description="Say what is installed, what was found and what is in force. Exit code 1: with --megatron, a "
+        "seam does not fit that checkout.",
+        epilog="Example: python -m flashcomm_megatron report --json > report.json",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--megatron", type=Path, metavar="DIR", help="a checkout to read instead of what is installed")
     parser.add_argument("--transformer-engine", type=Path, metavar="DIR", help="Transformer Engine's sources for it")
     options = parser.parse_args(argv)
     if options.megatron is None:
-        print(report())
+        _print(report(), options.json)
         return 0
     try:
         found = report_on(options.megatron, options.transformer_engine)
     except patching.PatchError as error:
         parser.exit(2, f"{parser.prog}: error: {error}.\n")
-    print(found)
+    _print(found, options.json)
     return int(not all(state.startswith("fits") for _, state in found["seams"]))
+
+
+def _print(found: Report, as_json: bool) -> None:
+    """The table, or an object whose "seams" are {path: state}."""
+    print(json.dumps(found | {"seams": {path: state for path, state in found["seams"]}}, indent=1) if as_json else found)
 
 
 def _state() -> str:
