@@ -21,7 +21,9 @@ def contribution(rank: int, step: int, shape: tuple[int, ...] = (6, 160)) -> Ten
     return torch.randn(shape, generator=torch.Generator().manual_seed(100 * step + rank))
 
 
-def drift(world: int, algorithm: str, steps: int, memory: list[Residuals | None]) -> tuple[Tensor, Tensor, policy.Plan]:
+def drift(
+    world: int, algorithm: str, steps: int, residuals: list[Residuals | None]
+) -> tuple[Tensor, Tensor, policy.Plan]:
     """Sum of ``steps`` simulated all-reduces, the exact one, and the plan."""
     config = Config(bits=4, min_bytes=0, algorithm=algorithm)
     plan = policy.plan("all_reduce", contribution(0, 0), world, config)
@@ -30,22 +32,22 @@ def drift(world: int, algorithm: str, steps: int, memory: list[Residuals | None]
     for step in range(steps):
         parts = [contribution(rank, step) for rank in range(world)]
         exact = exact + sum(parts)
-        stream = stream + lockstep.first(lambda link: start(parts[link.rank], link, plan, memory[link.rank]), world)  # noqa: B023
+        stream = stream + lockstep.first(lambda link: start(parts[link.rank], link, plan, residuals[link.rank]), world)  # noqa: B023
     return stream, exact, plan
 
 
-def drifted(world: int, algorithm: str, steps: int, has_memory: bool) -> float:
+def drifted(world: int, algorithm: str, steps: int, with_residuals: bool) -> float:
     """Squared error of :func:`drift` in the mean."""
-    memory = [Residuals() if has_memory else None for _ in range(world)]
-    stream, exact, _ = drift(world, algorithm, steps, memory)
+    residuals = [Residuals() if with_residuals else None for _ in range(world)]
+    stream, exact, _ = drift(world, algorithm, steps, residuals)
     return (stream - exact).square().mean().item()
 
 
 @pytest.mark.parametrize(("world", "algorithm"), [(2, "one-step"), (3, "two-step"), (8, "two-step")])
 def test_roundings_do_not_add_up(world: int, algorithm: str) -> None:
-    once = drifted(world, algorithm, 1, has_memory=False)
-    without = drifted(world, algorithm, 16, has_memory=False)
-    kept = drifted(world, algorithm, 16, has_memory=True)
+    once = drifted(world, algorithm, 1, with_residuals=False)
+    without = drifted(world, algorithm, 16, with_residuals=False)
+    kept = drifted(world, algorithm, 16, with_residuals=True)
     assert without > 10 * once
     assert kept < 2 * once
 
@@ -53,9 +55,9 @@ def test_roundings_do_not_add_up(world: int, algorithm: str) -> None:
 def _real(rank: int, world: int, algorithm: str) -> list[Tensor]:
     """The stream after each of three all-reduces with feedback, on real ranks."""
     config = Config(bits=4, min_bytes=0, algorithm=algorithm)
-    stream, memory, streams = torch.zeros(6, 160), Residuals(), []
+    stream, residuals, streams = torch.zeros(6, 160), Residuals(), []
     for step in range(3):
-        stream = stream + all_reduce(contribution(rank, step), None, config, residuals=memory)
+        stream = stream + all_reduce(contribution(rank, step), None, config, residuals=residuals)
         streams.append(stream)
     return streams
 
@@ -67,20 +69,20 @@ def test_simulated_ranks_are_real_ranks(algorithm: str) -> None:
         assert all(torch.equal(found, wanted) for found, wanted in zip(streams, expected, strict=True))
 
 
-def lacking(codec: Rotated, memory: Tensor, length: int) -> Tensor:
-    """The values that a leg's memory of slices of ``length`` stands for."""
-    slices = memory.split(codec.memory_numel(length))
+def lacking(codec: Rotated, residuals: Tensor, length: int) -> Tensor:
+    """The values that a leg's residual of slices of ``length`` stands for."""
+    slices = residuals.split(codec.residual_numel(length))
     numbers = [rotated._ungrouped(each, codec.block) / codec.block for each in slices]
     return torch.cat([rotated.butterflies(each).flatten()[:length] for each in numbers])
 
 
 @pytest.mark.parametrize(("world", "algorithm"), [(2, "one-step"), (3, "two-step")])
-def test_what_the_stream_lacks_is_what_the_ranks_remember(world: int, algorithm: str) -> None:
-    """Of the reduce leg the memories of all ranks, of the gather leg that of each slice's owner."""
-    memory = [Residuals() for _ in range(world)]
-    stream, exact, plan = drift(world, algorithm, 8, memory)
+def test_what_the_stream_lacks_is_what_the_ranks_keep(world: int, algorithm: str) -> None:
+    """Of the reduce leg the residuals of all ranks, of the gather leg that of each slice's owner."""
+    residuals = [Residuals() for _ in range(world)]
+    stream, exact, plan = drift(world, algorithm, 8, residuals)
     length = stream.numel() if algorithm == "one-step" else algorithms.slice_length(stream.numel(), world, plan)
-    legs = [each.parts[0] for each in memory]
+    legs = [each.parts[0] for each in residuals]
     missing = sum(lacking(plan.reduce, each.reduce, length)[: stream.numel()] for each in legs)
     if algorithm == "two-step":
         missing += torch.cat([lacking(plan.gather, each.gather, length) for each in legs])[: stream.numel()]
@@ -88,33 +90,33 @@ def test_what_the_stream_lacks_is_what_the_ranks_remember(world: int, algorithm:
     assert torch.allclose(stream + missing.view_as(stream), exact, atol=1e-4)
 
 
-def test_a_codec_without_a_memory_is_refused() -> None:
+def test_a_codec_without_residuals_is_refused() -> None:
     plan = policy.plan("all_reduce", contribution(0, 0), 2, Config(bits=4, min_bytes=0, recipe="flash-v1"))
     with pytest.raises(ValueError, match="only codecs of recipe auto"):
         lockstep.first(lambda link: algorithms.two_step(contribution(0, 0), link, plan, Residuals()), 2)
 
 
-def test_a_memory_of_another_shape_is_refused() -> None:
-    memory = [Residuals() for _ in range(2)]
-    drift(2, "one-step", 1, memory)
+def test_residuals_of_another_shape_are_refused() -> None:
+    residuals = [Residuals() for _ in range(2)]
+    drift(2, "one-step", 1, residuals)
     plan = policy.plan("all_reduce", torch.zeros(4096), 2, AUTO)
     with pytest.raises(ValueError, match=r"reduce leg remembers \d+ numbers, this tensor takes 4096; start with new"):
-        lockstep.first(lambda link: algorithms.one_step(torch.zeros(4096), link, plan, memory[link.rank]), 2)
+        lockstep.first(lambda link: algorithms.one_step(torch.zeros(4096), link, plan, residuals[link.rank]), 2)
 
 
 def _scattered(rank: int, world: int) -> tuple[float, float]:
-    """Squared error of a stream of reduce-scattered sums, without and with a memory."""
+    """Squared error of a stream of reduce-scattered sums, without and with residuals."""
     errors = []
-    for memory in (None, Residuals()):
+    for residuals in (None, Residuals()):
         stream = exact = torch.zeros(4, 160)
         for step in range(12):
             parts = [contribution(each, step, (8, 160)) for each in range(world)]
-            stream = stream + reduce_scatter(parts[rank], None, AUTO, residuals=memory)
+            stream = stream + reduce_scatter(parts[rank], None, AUTO, residuals=residuals)
             exact = exact + sum(parts).chunk(world)[rank]
         errors.append((stream - exact).square().mean().item())
     return errors[0], errors[1]
 
 
-def test_reduce_scatter_remembers_the_whole_partial_sum() -> None:
+def test_reduce_scatter_keeps_residuals_of_the_whole_partial_sum() -> None:
     for without, kept in spawn(_scattered, 2):
         assert kept < 0.2 * without
