@@ -89,7 +89,8 @@ def run(script: str, argv: list[str], on_cpu: bool = False) -> int:
     try:
         coverage.close()
     except RuntimeError as error:
-        return _refuse(str(error), 1)
+        own = left.code if left is not None else None
+        return _refuse(str(error), own if isinstance(own, int) and own else 1)
     if left is not None:
         raise left
     return 0

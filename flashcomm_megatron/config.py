@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from .codec.recipes import RECIPES, Legs
 
-TRANSPORTS = ("auto", "peer", "host", "group")
+TRANSPORTS = ("auto", "group", "shared-memory", "peer", "host")
 ALGORITHMS = ("auto", "one-step", "two-step", "hierarchical")
 FEEDBACK = ("auto", "off")
 EXACT = 16  # grad_bits that leave gradients to the original collectives
@@ -48,8 +48,8 @@ class Config:
     )
     transport: str = _option(
         "auto",
-        "How bytes move: peer (GPUs) or host memory shared by the ranks of a machine (CPUs elsewhere: connections), or "
-        "the process group.",
+        "How bytes move: group (the process group: NCCL, gloo); inside a machine also shared-memory (CPUs), "
+        "peer (GPU memory) or host (pinned memory of GPUs).",
     )
     algorithm: str = _option(
         "auto",

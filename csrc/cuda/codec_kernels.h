@@ -1,9 +1,9 @@
 // The codec over whole tensors on CUDA, in one launch whatever the number of slices.
 //
-// A tensor is cut into slices, each with a payload of its own (Cut), and slices into tiles (tile.h): a thread block takes
-// tiles of any slice in turn. TensorCodec packs a tile in shared memory and moves its sections to where the payload of
-// the slice has them, in 16-byte words, neighbours by neighbouring threads; DirectCodec writes them there at once. Both
-// offer
+// A tensor is cut into slices, each with a payload of its own (Cut), and slices into tiles (tile.h): a thread block
+// takes tiles of any slice in turn. TensorCodec packs a tile in shared memory and moves its sections to where the
+// payload of the slice has them, in 16-byte words, neighbours by neighbouring threads; DirectCodec writes them there at
+// once. Both offer
 //
 //     tile, tiles(), values(t)                    values of a tile; tiles of the slice; values of tile t
 //     encode_tile(t, octets, payload, residual)   all threads of the block
@@ -148,7 +148,7 @@ template <class Tile, class T> struct DirectCodec {
     DirectCodec(Setting with, int64_t numel, int tile)
         : codec(with), numel(numel), tile(tile), whole(codec.template own<int64_t>(numel)) {}
 
-    // The smallest tile of whole units that leaves `enough` tiles or fewer; 0: none fits, or no warp can rotate a block.
+    // The smallest tile of whole units that leaves `enough` tiles or fewer; 0: none fits, or a block exceeds a warp.
     static int tile_of(int64_t numel, int64_t unit, int64_t block, int64_t enough) {
         int tile = 0;
         for (int most = kLeastTile; most <= kTileValues<T> && (!tile || ceil_div(numel, tile) > enough); most *= 2)

@@ -1,5 +1,5 @@
-// The codec on CUDA for one part (instances.h), all slices of a tensor in one launch: tiles (codec_kernels.h) where blocks
-// make whole tiles; of uniform blocks the others too, codec.h one block or octet a thread.
+// The codec on CUDA for one part (instances.h), all slices of a tensor in one launch: tiles (codec_kernels.h) where
+// blocks make whole tiles; of uniform blocks the others too, codec.h one block or octet a thread.
 #include "cuda/codec_part.h"
 
 #include <algorithm>
@@ -40,7 +40,7 @@ struct SlicedLayout {
     FC_INLINE const Layout& of(int64_t slice) const { return slice == cut.short_slice() ? last : whole; }
 };
 
-FC_DEVICE int64_t thread_index() { return block_index() * kThreads + thread(); }
+[[maybe_unused]] FC_DEVICE int64_t thread_index() { return block_index() * kThreads + thread(); }
 
 template <class T>
 __global__ void scalar_encode_kernel(const typename T::Word* x, const __grid_constant__ SlicedLayout at,
@@ -126,7 +126,7 @@ SlicedLayout layout_of(const Slices& slices) {
 // Numbers of the residual of a whole slice.
 int64_t residual_numel(const Slices& slices) {
     if (slices.format != kRotatedFormat) return 0;
-    return memory_numel(ceil_div(slices.length, slices.block), slices.block);
+    return residual_of_blocks(ceil_div(slices.length, slices.block), slices.block);
 }
 
 }  // namespace
@@ -161,8 +161,10 @@ void CodecPart<T, kUniform>::decode(const Payloads& payloads, int count, const S
     if (tile)
         with_sliced<T, kUniform>(slices, false, tile, [&](const auto& codec) {
             using Codec = std::decay_t<decltype(codec.whole)>;
-            const Grid grid = a_block_each(codec.tiles(), codec.whole.decode_bytes(), stream);
-            launch("decode", decode_kernel<Codec, T>, grid, codec, payloads, count, x);
+            if constexpr (!decltype(codec.whole.codec)::kKeepsResiduals) {  // they decode as those without
+                const Grid grid = a_block_each(codec.tiles(), codec.whole.decode_bytes(), stream);
+                launch("decode", decode_kernel<Codec, T>, grid, codec, payloads, count, x);
+            }
         });
     else if constexpr (kUniform) {
         const SlicedLayout at = layout_of(slices);
@@ -192,6 +194,6 @@ bool CodecPart<T, kUniform>::reduce(const Payloads& payloads, int count, const S
     });
 }
 
-template struct CodecPart<FLASHCOMM_PART>;
+template struct CodecPart<FLASHCOMM_PART_TYPE, FLASHCOMM_PART_UNIFORM>;
 
 }  // namespace flashcomm

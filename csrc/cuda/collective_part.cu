@@ -1,4 +1,4 @@
-// The fused collectives of one part (instances.h): -DFLASHCOMM_PART=BFloat16,true compiles those of uniform blocks.
+// The fused collectives of one part (instances.h): FLASHCOMM_PART_TYPE and FLASHCOMM_PART_UNIFORM say which.
 #include "cuda/collective_part.h"
 
 #include "cuda/instances.h"
@@ -33,6 +33,6 @@ Kernel CollectivePart<T, kUniform>::kernel(const Request& request, const Setting
     return kernel;
 }
 
-template struct CollectivePart<FLASHCOMM_PART>;
+template struct CollectivePart<FLASHCOMM_PART_TYPE, FLASHCOMM_PART_UNIFORM>;
 
 }  // namespace flashcomm

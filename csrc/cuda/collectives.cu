@@ -1,4 +1,4 @@
-// Workspaces: memory and launches of the fused collectives. The kernels are in collective_part.cu, the idea in collectives.h.
+// Workspaces: memory and launches of the fused collectives. Kernels: collective_part.cu; the idea: collectives.h.
 #include "cuda/collective_part.h"
 
 #include <map>
@@ -167,8 +167,8 @@ void Workspace::launch(const Request& request) {
     end_turn((void*)request.stream);
 }
 
-// Kernels of one workspace must not overlap, whichever streams they are launched on: each waits for the event behind the
-// last one. In a capture the events are the graph's own edges; graphs and eager calls are ordered by whoever replays.
+// Kernels of one workspace must not overlap, whichever streams they are launched on: each waits for the event behind
+// the last one. In a capture the events are the graph's own edges. Who replays a graph orders it with other calls.
 void Workspace::take_turn(void* stream) {
     const uint64_t capture = capture_of(stream);
     if (stream == (capture ? captured_on_ : launched_on_) && capture == capture_) return;

@@ -1,7 +1,7 @@
 // What the kernels need of the machine that runs them, in two dozen small functions.
 //
-// Compiled by nvcc these are CUDA. Compiled by a host compiler they are declared only: tests/support/emulator.cpp defines them
-// with one fiber for each thread, so that the kernels of tile.h and collectives.h run and are checked without a GPU.
+// Compiled by nvcc these are CUDA. Compiled by a host compiler they are only declared: tests/support/stand_ins/cuda
+// defines them with one fiber for each thread, so that the kernels run and are checked without a GPU.
 // What an emulation cannot show is the memory model; the PTX below is where that is decided.
 #pragma once
 

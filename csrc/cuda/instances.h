@@ -40,8 +40,9 @@ template <class Visit> bool with_bits(int bits, Visit visit) {
 constexpr int kExactBits = 16;  // both legs uncompressed: what benchmarks compare with
 
 // Kernels are compiled in parts, each for one number type and either uniform blocks or the other formats, so that many
-// cores share the work: setup.py names the parts, FLASHCOMM_PART says which one is compiled. The width is in the type
-// where the time is in the planes, and a runtime value where it is in the arithmetic: 3 kernels a pair of legs, not 39.
+// cores share the work: setup.py lists the parts, FLASHCOMM_PART_TYPE and _UNIFORM say which one is compiled. The width
+// is in the type where the time is in the planes, and a runtime value where it is in the arithmetic: three kernels for
+// rotated blocks, not 39.
 
 // visit(tile codec) for a format whose width is a runtime value; false: not one of them.
 template <class T, class Visit> bool with_direct(int format, bool with_residuals, Visit visit) {

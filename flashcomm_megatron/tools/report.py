@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from .. import environment
-from ..codec import extension
-from ..collectives import thresholds
+from ..codec import native as extension
+from ..collectives import minimum_size
 from ..config import current
 from ..megatron import checkout, installation, patching, seams, training_log
 from ..megatron.arguments import SEAMS as DOORS
@@ -128,23 +128,24 @@ def _least() -> str:
     config = current()
     if config and config.min_bytes is not None:
         return str(config.min_bytes)
-    defaults = ", ".join(f"{wire} {nbytes}" for wire, nbytes in thresholds.DEFAULTS.items())
-    defaults += "".join(f"; {name} at least {nbytes} from each rank" for name, nbytes in thresholds.AT_LEAST.items())
+    defaults = ", ".join(f"{wire} {nbytes}" for wire, nbytes in minimum_size.DEFAULTS.items())
+    defaults += "".join(f"; {name} at least {nbytes} from each rank" for name, nbytes in minimum_size.AT_LEAST.items())
     if not config or not config.thresholds:
         return defaults
-    if reason := thresholds.problem(config.thresholds):
+    if reason := minimum_size.problem(config.thresholds):
         return reason
     rows = [
-        f"\n  {where}: {', '.join(map(str, case))}: {'never' if nbytes == thresholds.NEVER else nbytes}"
-        for where, table in thresholds.read(config.thresholds).items()
+        f"\n  {where}: {', '.join(map(str, case))}: {'never' if nbytes == minimum_size.NEVER else nbytes}"
+        for where, table in minimum_size.read(config.thresholds).items()
         for case, nbytes in table.items()
     ]
     return f"{config.thresholds}{''.join(rows)}\n  all others: {defaults}"
 
 
 def _transports() -> list[str]:
-    """What this build can use: kernels between GPUs, memory that ranks share, the process group."""
-    return ["peer"] * (extension.cuda() is not None) + ["host"] * extension.available() + ["group"]
+    """What this build can use: kernels between GPUs, memory that CPU ranks share, the process group."""
+    kernels = ["peer", "host"] if extension.cuda() is not None else []
+    return kernels + ["shared-memory"] * extension.available() + ["group"]
 
 
 def _feedback() -> str:

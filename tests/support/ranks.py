@@ -20,13 +20,15 @@ from typing import Any
 import torch
 from patience import Deadline
 
+PRELOADED = ["torch.distributed", "flashcomm_megatron"]  # imported once, by the server that forks ranks
+
 
 def spawn(
     fn: Callable[..., Any], world: int, *args: Any, seconds: float = 120.0, lost: Collection[int] = ()
 ) -> list[Any]:
     """Results of ``fn(rank, world, *args)`` for every rank, in rank order."""
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed", "flashcomm_megatron"])  # imported once, not once per rank
+    context.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory() as folder:
         deadline = Deadline(seconds)
         ranks = [
@@ -49,9 +51,9 @@ def spawn(
 
 def apart(rank: int) -> None:
     """Let this rank's group take every rank to be on a machine of its own; called before the group's first use."""
-    from flashcomm_megatron.comm import segment
+    from flashcomm_megatron.comm import shared_memory
 
-    segment.machine = lambda: f"machine {rank}"
+    shared_memory.machine = lambda: f"machine {rank}"
 
 
 def _join(ranks: list[Any], deadline: Deadline) -> list[int]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import spawn
+from specification import planned
 from torch import Tensor
 
 from flashcomm_megatron.collectives import all_reduce
@@ -125,24 +126,18 @@ def test_bits_are_those_of_the_payloads(model: Llama) -> None:
 
 
 def test_payloads_of_any_length_are_counted() -> None:
-    from flashcomm_megatron.collectives import plan as policy
-
-    config = Config(bits=4, recipe="flash-v1", min_bytes=0)
-    plan = policy.plan("all_reduce", torch.empty(1000), 3, config)
+    plan = planned("all_reduce", torch.empty(1000), 3, Config(bits=4, recipe="flash-v1", min_bytes=0))
     sizes = (384, 384, 232)  # thirds, rounded up to blocks
-    assert payload_bytes(1000, 3, plan) == sum(plan.reduce.wire_bytes(n) for n in sizes)
+    assert payload_bytes(plan) == sum(plan.reduce.wire_bytes(n) for n in sizes)
 
 
 def test_equal_bits_are_equal_bytes_sent() -> None:
     """Against the bytes that collectives count: (world - 1) / world of the tensor on each of two legs."""
-    from flashcomm_megatron.collectives import algorithms
-    from flashcomm_megatron.collectives import plan as policy
-
-    for name, sent in (("one-step", algorithms.one_step_bytes), ("two-step", algorithms.two_step_bytes)):
+    for name in ("one-step", "two-step"):
         config = Config(bits=4, recipe="flash-v1", min_bytes=0, algorithm=name)
         for world in (2, 4, 8):
-            plan = policy.plan("all_reduce", torch.empty(8192), world, config)
-            assert sent(8192, 0, world, plan) == 2 * (world - 1) / world * payload_bytes(8192, world, plan)
+            plan = planned("all_reduce", torch.empty(8192), world, config)
+            assert plan.wire_bytes == 2 * (world - 1) / world * payload_bytes(plan)
 
 
 # ---- scores ------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ SOURCES = [CSRC / name for name in ("cuda/collectives.cu", "cuda/codec_cuda.cu",
 SOURCES += [CSRC / "bindings_cuda.cpp", *(HERE / name for name in ("module.cpp", "runtime.cpp", "fibers.cpp"))]
 # As in setup.py: once for every part of csrc/cuda/instances.h.
 IN_PARTS = [CSRC / "cuda" / name for name in ("collective_part.cu", "codec_part.cu")]
-PARTS = [f"{dtype},{uniform}" for dtype in ("Float32", "Float16", "BFloat16") for uniform in ("true", "false")]
+PARTS = [(dtype, uniform) for dtype in ("Float32", "Float16", "BFloat16") for uniform in (1, 0)]
 # Names of its own, lest its types meet those of an extension that was built with nvcc.
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-pthread", "-Wall", "-Wextra"]
 FLAGS += [
@@ -40,14 +40,14 @@ HEADERS = [f"-isystem{path}" for path in (pybind11.get_include(), sysconfig.get_
 def build(folder: Path) -> Path:
     """The module, compiled into ``folder``."""
     compiler = shutil.which(os.environ.get("CXX", "g++").split()[0]) or "c++"
-    jobs = [(source, "") for source in SOURCES] + [(source, part) for source in IN_PARTS for part in PARTS]
-    objects = [folder / f"{source.name}-{part.replace(',', '-')}.o" for source, part in jobs]
+    jobs = [(source, ()) for source in SOURCES] + [(source, part) for source in IN_PARTS for part in PARTS]
+    objects = [folder / f"{'-'.join(map(str, (source.stem, *part)))}.o" for source, part in jobs]
 
-    def compile(job: tuple[Path, str], target: Path) -> None:
+    def compile(job: tuple[Path, tuple[()] | tuple[str, int]], target: Path) -> None:
         source, part = job
         language = ["-x", "c++"] if source.suffix == ".cu" else []
         headers = HEADERS if source.name in ("bindings_cuda.cpp", "module.cpp") else []
-        which = [f"-DFLASHCOMM_PART={part}"] if part else []
+        which = [f"-DFLASHCOMM_PART_TYPE={part[0]}", f"-DFLASHCOMM_PART_UNIFORM={part[1]}"] if part else []
         subprocess.run([compiler, *FLAGS, *which, *headers, *language, "-c", source, "-o", target], check=True)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:

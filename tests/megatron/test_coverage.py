@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,9 +17,11 @@ from torch.nn.modules import module as hooks
 
 import flashcomm_megatron as fc
 from flashcomm_megatron import config
-from flashcomm_megatron.codec import extension
-from flashcomm_megatron.observe import messages as announce
+from flashcomm_megatron.codec import native as extension
+from flashcomm_megatron.megatron import coverage
+from flashcomm_megatron.observe import messages
 
+ROOT = Path(__file__).resolve().parents[2]
 PATCHED = "8 names patched in megatron-core 0.16.1"
 
 
@@ -65,10 +71,11 @@ def count(name: str, *args: object) -> None:
 def on(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """4 bits in force, nothing said yet, no hook left behind."""
     monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.setattr(announce, "_said", set())
+    monkeypatch.setattr(messages, "_said", set())
+    monkeypatch.setattr(messages, "_failed", None)
     config.set_current(fc.Config(bits=4))
     yield
-    announce.stop()
+    coverage.stop()
     config.set_current(None)
     assert not hooks._global_forward_hooks and not hooks._global_forward_pre_hooks
 
@@ -83,12 +90,30 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 def started() -> None:
-    announce.start(PATCHED, RowParallelLinear)
+    coverage.start(PATCHED)
 
 
-def test_several_classes_may_be_in_reach(caplog: pytest.LogCaptureFixture) -> None:
-    announce.start(PATCHED, (RowParallelLinear, TERowParallelLinear))
-    forward(RowParallelLinear(quantize), InferenceRowParallelLinear())
+def test_any_class_is_in_reach_that_compresses_or_defers(caplog: pytest.LogCaptureFixture) -> None:
+    class AnyRowParallelLinear(RowParallelLinear):
+        pass
+
+    coverage.start(PATCHED)
+    forward(RowParallelLinear(quantize), AnyRowParallelLinear(defer))
+    assert warnings(caplog) == []
+
+
+def test_a_layer_that_sums_past_us_is_named_whatever_its_class(caplog: pytest.LogCaptureFixture) -> None:
+    """A subclass whose forward sums by a name that it imported earlier, among layers that are reached."""
+    coverage.start(PATCHED)
+    forward(RowParallelLinear(quantize), RowParallelLinear(lambda: None), RowParallelLinear(quantize))
+    assert "uses 1 x RowParallelLinear, whose communication is not patched (first: 1)" in caplog.text
+
+
+def test_layers_that_have_nothing_to_sum_are_not_named(caplog: pytest.LogCaptureFixture) -> None:
+    alone, expert = RowParallelLinear(lambda: None), RowParallelLinear(lambda: None)
+    alone.tp_group, expert.is_expert = SimpleNamespace(size=lambda: 1), True  # type: ignore[assignment]
+    coverage.start(PATCHED)
+    forward(RowParallelLinear(quantize), alone, expert)
     assert warnings(caplog) == []
 
 
@@ -108,14 +133,14 @@ def test_one_line_says_what_is_on(capsys: pytest.CaptureFixture[str], caplog: py
 )
 def test_the_line_says_what_happens_to_gradients(grad_bits: int, says: str, exact: str) -> None:
     config.set_current(fc.Config(bits=4, grad_bits=grad_bits))
-    line = announce.headline(PATCHED)
+    line = messages.headline(PATCHED)
     assert line.startswith(f"flash-comm: 4-bit auto (block 32), {says}{extension.describe()}")
     assert line.endswith(f"; exact: {exact}embedding, output layer, router, loss")
 
 
 def test_no_block_is_named_where_there_are_none() -> None:
     config.set_current(fc.Config(bits=4, recipe="outlier", calibration="ranges.safetensors"))
-    assert announce.headline(PATCHED).startswith("flash-comm: 4-bit outlier, ")
+    assert messages.headline(PATCHED).startswith("flash-comm: 4-bit outlier, ")
 
 
 def test_only_rank_0_speaks(
@@ -141,10 +166,9 @@ def test_a_first_forward_that_quantized_nothing_is_loud(caplog: pytest.LogCaptur
 
 def test_what_was_counted_before_is_not_the_models(caplog: pytest.LogCaptureFixture) -> None:
     quantize()
-    defer()
     started()
-    forward(RowParallelLinear(lambda: None))
-    assert "(deferred: nothing)" in caplog.text
+    forward(RowParallelLinear(defer))
+    assert "no collective was quantized (deferred: 1 x below 16384 bytes)" in caplog.text
 
 
 @pytest.mark.parametrize("foreign", [TERowParallelLinear, InferenceRowParallelLinear, TEFusedMLP])
@@ -152,16 +176,16 @@ def test_layers_out_of_reach_are_named(caplog: pytest.LogCaptureFixture, foreign
     started()
     forward(foreign(), foreign())
     assert warnings(caplog) == [
-        f"flash-comm is on (4-bit) but the model uses 2 x {foreign.__name__}, whose communication is not patched. "
-        "Add --transformer-impl local."
+        f"flash-comm is on (4-bit) but the model uses 2 x {foreign.__name__}, whose communication is not patched "
+        "(first: 0). Add --transformer-impl local, or expect these sums to stay exact."
     ]
 
 
-def test_layers_out_of_reach_are_named_even_if_others_are_in_reach(caplog: pytest.LogCaptureFixture) -> None:
+def test_strict_fails_when_one_layer_is_out_of_reach() -> None:
     config.set_current(fc.Config(bits=4, strict=True))
     started()
-    forward(TERowParallelLinear(), RowParallelLinear(quantize))  # strict: something was quantized, so no error
-    assert "1 x TERowParallelLinear" in caplog.text
+    with pytest.raises(RuntimeError, match="1 x TERowParallelLinear"):
+        forward(TERowParallelLinear(), RowParallelLinear(quantize))
 
 
 @pytest.mark.parametrize("layer", [RowParallelLinear(defer), TERowParallelLinear()])
@@ -204,8 +228,8 @@ def test_the_hooks_are_gone_after_the_first_forward() -> None:
 def test_the_end_is_loud_if_no_layer_ever_ran(caplog: pytest.LogCaptureFixture) -> None:
     started()
     forward(nn.Linear(1, 1))
-    announce.close()
-    announce.close()
+    coverage.close()
+    coverage.close()
     assert warnings(caplog) == ["flash-comm is on (4-bit) but no tensor-parallel layer ran, so nothing was compressed."]
 
 
@@ -214,13 +238,13 @@ def test_the_end_is_silent_after_a_forward_when_disabled_and_after_a_crash(
 ) -> None:
     started()
     forward(RowParallelLinear(quantize))
-    announce.close()
+    coverage.close()
     started()
-    announce.stop()
-    announce.close()
+    coverage.stop()
+    coverage.close()
     started()
     monkeypatch.setattr(sys, "last_value", ValueError("the script crashed"), raising=False)
-    announce.close()
+    coverage.close()
     assert warnings(caplog) == []
 
 
@@ -228,4 +252,28 @@ def test_strict_holds_at_the_end_as_well() -> None:
     config.set_current(fc.Config(bits=4, strict=True))
     started()
     with pytest.raises(RuntimeError, match="no tensor-parallel layer ran"):
-        announce.close()
+        coverage.close()
+
+
+EXITS = {
+    "return": ("", 1),
+    "exit 0": ("sys.exit(0)", 1),
+    "exit 3": ("sys.exit(3)", 1),
+    "exception": ("raise ValueError", 1),
+}
+
+
+@pytest.mark.parametrize("runner", [True, False], ids=["runner", "import"])
+@pytest.mark.parametrize("way", EXITS)
+def test_strict_fails_by_every_way_out(tmp_path: Path, way: str, runner: bool) -> None:
+    ending, code = EXITS[way]
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import sys\nimport flashcomm_megatron as fc\n"
+        "from flashcomm_megatron import config\nfrom flashcomm_megatron.megatron import coverage\n"
+        f"config.set_current(fc.Config(bits=4, strict=True))\ncoverage.start('0 names patched')\n{ending}\n"
+    )
+    command = [sys.executable, *(["-m", "flashcomm_megatron"] if runner else []), str(script)]
+    ran = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert ran.returncode == (3 if runner and way == "exit 3" else code), ran.stderr
+    assert way == "exception" or "no tensor-parallel layer ran" in ran.stderr
