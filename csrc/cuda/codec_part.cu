@@ -126,7 +126,7 @@ SlicedLayout layout_of(const Slices& slices) {
 // Numbers of the residual of a whole slice.
 int64_t residual_numel(const Slices& slices) {
     if (slices.format != kRotatedFormat) return 0;
-    return memory_numel(ceil_div(slices.length, slices.block), slices.block);
+    return residual_of_blocks(ceil_div(slices.length, slices.block), slices.block);
 }
 
 }  // namespace

@@ -71,14 +71,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from .base import Codec
-from .blocks import high_half_value, in_blocks
-from .planes import from_half_words, half_words, join_planes, join_sections, plane_bytes, split_planes, split_sections
+from .planes import (
+    from_blocks,
+    from_half_words,
+    half_words,
+    high_half_value,
+    in_blocks,
+    join_planes,
+    join_sections,
+    plane_bytes,
+    rows_of,
+    split_planes,
+    split_sections,
+)
 
 LEVELS = {2: 4, 2.5: 5, 3: 8, 3.5: 11, 4: 16, 4.5: 22, 5: 32, 5.5: 45, 6: 64, 6.5: 90, 7: 128, 7.5: 181, 8: 256}
 BLOCKS = (16, 32, 64, 128, 256, 512, 1024)
@@ -123,48 +135,76 @@ class Rotated(Codec):
         """The code of a coefficient that is zero."""
         return self.levels // 2
 
-    def section_bytes(self, numel: int) -> list[int]:
-        """Unpadded length in bytes of every section of a payload of ``numel`` values."""
-        blocks = math.ceil(numel / self.block)
-        words = blocks * self.block // self._together
-        planes = [size for width in self._widths for size in plane_bytes(words, width)]
-        return [*planes, blocks, 2 * math.ceil(blocks / FAMILY)]
+    def fitted(self, width: int) -> Rotated:
+        """This codec, or the one with smaller blocks that takes the fewest bytes for a row of ``width`` values."""
+        return _fitted(self, width)
 
-    def residual_numel(self, numel: int) -> int:
-        """Numbers of the residual of a tensor of ``numel`` values."""
-        group = GROUP * self.block
-        return math.ceil(numel / group) * group
+    def section_bytes(self, numel: int, width: int | None = None) -> list[int]:
+        """Unpadded length in bytes of every section of a payload of ``numel`` values in rows of ``width``."""
+        fitted = self.fitted(width or numel)
+        rows, row = rows_of(numel, width)
+        blocks, words = fitted._shape(row)
+        planes = [size for width in self._widths for size in plane_bytes(rows * words, width)]
+        return [*planes, rows * blocks, 2 * rows * math.ceil(blocks / FAMILY)]
 
-    def encode_ref(self, x: Tensor) -> Tensor:
+    def residual_numel(self, numel: int, width: int | None = None) -> int:
+        """Numbers of the residual of ``numel`` values in rows of ``width``."""
+        group = GROUP * self.fitted(width or numel).block
+        rows, row = rows_of(numel, width)
+        return rows * math.ceil(row / group) * group
+
+    def encode_ref(self, x: Tensor, width: int | None = None) -> Tensor:
         """Payload of a contiguous, non-empty 1-D floating tensor."""
-        return self._encode(x, None)
+        return self.fitted(width or x.numel())._encode(x, None, rows_of(x.numel(), width)[1])
 
-    def encode_residual_ref(self, x: Tensor, residual: Tensor) -> Tensor:
+    def encode_residual_ref(self, x: Tensor, residual: Tensor, width: int | None = None) -> Tensor:
         """The same of ``x + residual``; the residual is replaced by the new rounding error."""
-        return self._encode(x, residual)
+        return self.fitted(width or x.numel())._encode(x, residual, rows_of(x.numel(), width)[1])
 
-    def _encode(self, x: Tensor, memory: Tensor | None) -> Tensor:
-        values = in_blocks(x, self.block).float()
+    def decode_ref(self, payload: Tensor, numel: int, width: int | None = None) -> Tensor:
+        """float32 values [numel] of one payload, ``numel`` > 0."""
+        return self.decode_sum_ref([payload], numel, torch.float32, width)
+
+    def decode_sum_ref(
+        self, payloads: Sequence[Tensor], numel: int, dtype: torch.dtype, width: int | None = None
+    ) -> Tensor:
+        """What :meth:`decode_sum` does: one payload is limited to the finite range of ``dtype``; a sum may overflow."""
+        if numel == 0:
+            return torch.empty(0, dtype=dtype, device=payloads[0].device)
+        sizes = self.section_bytes(numel, width)
+        return self.fitted(width or numel)._decode_sum(payloads, sizes, rows_of(numel, width)[1], dtype)
+
+    # ---- the definition, for blocks that fit the rows ------------------------------------------------------------
+
+    def _shape(self, row: int) -> tuple[int, int]:
+        """Blocks of a row, and the words of its codes."""
+        blocks = math.ceil(row / self.block)
+        return blocks, blocks * self.block // self._together
+
+    def _encode(self, x: Tensor, residual: Tensor | None, row: int) -> Tensor:
+        values = in_blocks(x, self.block, row).float()
+        blocks = self._shape(row)[0]  # of a row
         finite = values.isfinite().all(1)
         values = torch.where(finite[:, None], values, 0.0)
         shrink = torch.where(values.abs().amax(1) >= HUGE, SHRINK, 1.0)
         coefficients = butterflies(values * shrink[:, None])
-        if memory is not None:
-            carried = coefficients + _ungrouped(memory, self.block)[: len(values)]
-            coefficients = torch.where((shrink == 1)[:, None], carried, coefficients)
+        if residual is not None:
+            repaid = coefficients + _ungrouped(residual, self.block, blocks)
+            coefficients = torch.where((shrink == 1)[:, None], repaid, coefficients)
             finite = finite & coefficients.isfinite().all(1)
 
         constant = finite & (coefficients[:, 1:] == 0).all(1)
         value = coefficients[:, 0] / (self.block * shrink)
         regular = finite & ~constant
         coefficients = torch.where(regular[:, None], coefficients, 0.0)
-        scales, tops, step = self._scales(coefficients, shrink, regular)
+        scales, tops, step = self._scales(coefficients, shrink, regular, blocks)
         inverse = 1.0 / (step * shrink * self.block)
         numbers = (coefficients * inverse[:, None]).round().clamp(-self.zero, self.levels - 1 - self.zero)
         numbers += 0.0  # never -0
-        if memory is not None:
+        if residual is not None:
             lost = coefficients - numbers * (step * self.block)[:, None]
-            memory.copy_(_grouped(torch.where((regular & (shrink == 1))[:, None], lost, 0.0), memory.dtype))
+            lost = torch.where((regular & (shrink == 1))[:, None], lost, 0.0)
+            residual.copy_(_grouped(lost, residual.dtype, blocks))
 
         codes = (numbers + self.zero).to(torch.uint8)
         codes = torch.where(constant[:, None], self._constant_codes(value), codes)
@@ -172,15 +212,9 @@ class Rotated(Codec):
         scales = torch.where(finite, torch.where(constant, CONSTANT, scales), NAN)
         return join_sections([*self._split(codes.flatten()), scales.to(torch.uint8), half_words(tops)])
 
-    def decode_ref(self, payload: Tensor, numel: int) -> Tensor:
-        """float32 values [numel] of one payload, ``numel`` > 0."""
-        return self.decode_sum_ref([payload], numel, torch.float32)
-
-    def decode_sum_ref(self, payloads: Sequence[Tensor], numel: int, dtype: torch.dtype) -> Tensor:
-        """What :meth:`decode_sum` does: one payload is limited to the finite range of ``dtype``; a sum may overflow."""
-        if numel == 0:
-            return torch.empty(0, dtype=dtype, device=payloads[0].device)
-        parts = [self._coefficients(payload, numel) for payload in payloads]
+    def _decode_sum(self, payloads: Sequence[Tensor], sizes: Sequence[int], row: int, dtype: torch.dtype) -> Tensor:
+        """Values of ``dtype`` [n] of payloads whose sections have these sizes."""
+        parts = [self._coefficients(payload, sizes, self._shape(row)[0]) for payload in payloads]
         largest = torch.stack([size for _, size in parts]).amax(0)
         shrink = torch.where(largest >= HUGE, SHRINK, 1.0)[:, None]
         total = parts[0][0] * shrink
@@ -190,10 +224,12 @@ class Rotated(Codec):
         if len(payloads) == 1:
             limit = torch.finfo(dtype).max
             values = values.clamp(-limit, limit)
-        return torch.where(values.isnan(), math.nan, values).to(dtype).flatten()[:numel]
+        return from_blocks(torch.where(values.isnan(), math.nan, values).to(dtype), row)
 
-    def _scales(self, coefficients: Tensor, shrink: Tensor, regular: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Scale bytes [blocks] and tops [families] as int32, and the signed steps float32 [blocks]."""
+    def _scales(
+        self, coefficients: Tensor, shrink: Tensor, regular: Tensor, blocks: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Scale bytes and tops as int32, and the signed steps float32, of rows of ``blocks`` blocks."""
         low, high = coefficients.amin(1), coefficients.amax(1)
         negative = high > -low
         largest = torch.maximum(high, -low)
@@ -203,10 +239,10 @@ class Rotated(Codec):
         keys = (keys + (shrink < 1).int() * (16 << 3)).clamp(min=LEAST_KEY)
         if self.levels <= SEARCHED:
             keys = self._best_keys(keys, coefficients, torch.where(negative, -shrink, shrink) * self.block)
-        families = keys.masked_fill(~regular, LEAST_KEY)
-        families = torch.nn.functional.pad(families, (0, -keys.numel() % FAMILY), value=LEAST_KEY).view(-1, FAMILY)
+        families = keys.masked_fill(~regular, LEAST_KEY).view(-1, blocks)
+        families = torch.nn.functional.pad(families, (0, -blocks % FAMILY), value=LEAST_KEY).view(-1, FAMILY)
         tops = families.amax(1)
-        top = tops.repeat_interleave(FAMILY)[: keys.numel()]
+        top = _of_each_block(tops, blocks)
         distance = (top - keys).clamp(0, LAST)
         step = ((top - distance) << KEY_SHIFT).view(torch.float32)
         return distance | negative.int() * 0x80, tops, torch.where(negative, -step, step)
@@ -230,13 +266,13 @@ class Rotated(Codec):
         eighths = (8 + (keys & 7)) << ((keys >> 3) - (finest >> 3))
         return (fine - 8 * codes).square().sum(1) * eighths.long().square()
 
-    def _coefficients(self, payload: Tensor, numel: int) -> tuple[Tensor, Tensor]:
-        """float32 coefficients [blocks, block] of one payload, and the magnitude of each block's step or constant."""
-        *planes, scales, tops = split_sections(payload, self.section_bytes(numel))
+    def _coefficients(self, payload: Tensor, sizes: Sequence[int], blocks: int) -> tuple[Tensor, Tensor]:
+        """float32 coefficients [all blocks, block] of one payload; the magnitude of each block's step or constant."""
+        *planes, scales, tops = split_sections(payload, sizes)
         codes = self._join(planes).view(-1, self.block).int()
         scale = scales.int()
         distance = scale & 0x7F
-        top = from_half_words(tops).repeat_interleave(FAMILY)[: scale.numel()]
+        top = _of_each_block(from_half_words(tops), blocks)
         step = ((top - distance.clamp(max=LAST)) << KEY_SHIFT).view(torch.float32)
         step = torch.where(distance == NAN, math.nan, step)
         coefficients = (codes - self.zero) * torch.where(scale > 0x7F, -step, step)[:, None] + 0.0  # never -0
@@ -313,14 +349,33 @@ def butterflies(x: Tensor) -> Tensor:
     return x
 
 
-def _ungrouped(memory: Tensor, block: int) -> Tensor:
-    """Numbers of a memory -> float32 [blocks, block]."""
-    return memory.view(-1, block // 4, GROUP, 4).transpose(1, 2).reshape(-1, block).float()
+@lru_cache(1024)
+def _fitted(codec: Rotated, width: int) -> Rotated:
+    """Of the codecs with blocks up to ``codec``'s, the one of fewest bits for a row; of equals, the larger block."""
+
+    def bits(block: int) -> float:
+        blocks = math.ceil(width / block)
+        return blocks * (block * codec.bits + 8) + 16 * math.ceil(blocks / FAMILY)
+
+    block = min((block for block in reversed(BLOCKS) if block <= codec.block), key=bits)
+    return codec if block == codec.block else replace(codec, block=block)
 
 
-def _grouped(lost: Tensor, dtype: torch.dtype) -> Tensor:
+def _of_each_block(tops: Tensor, blocks: int) -> Tensor:
+    """The top of every block, of rows of ``blocks`` blocks."""
+    families = math.ceil(blocks / FAMILY)
+    return tops.view(-1, families).repeat_interleave(FAMILY, dim=1)[:, :blocks].flatten()
+
+
+def _ungrouped(residual: Tensor, block: int, blocks: int) -> Tensor:
+    """Numbers of a residual -> float32 [all blocks, block], of rows of ``blocks`` blocks."""
+    numbers = residual.view(-1, block // 4, GROUP, 4).transpose(1, 2).reshape(-1, block).float()
+    return numbers.view(-1, math.ceil(blocks / GROUP) * GROUP, block)[:, :blocks].reshape(-1, block)
+
+
+def _grouped(lost: Tensor, dtype: torch.dtype, blocks: int) -> Tensor:
     """The way back, zeros for blocks that are missing; rounded to ``dtype`` as the module docstring has it."""
-    limit = torch.finfo(dtype).max
+    limit, block = torch.finfo(dtype).max, lost.size(1)
     lost = (high_half_value(lost) if dtype == torch.bfloat16 else lost.clamp(-limit, limit)).to(dtype)
-    lost = torch.nn.functional.pad(lost, (0, 0, 0, -len(lost) % GROUP))
-    return lost.view(-1, GROUP, lost.size(1) // 4, 4).transpose(1, 2).flatten()
+    lost = torch.nn.functional.pad(lost.view(-1, blocks, block), (0, 0, 0, -blocks % GROUP))
+    return lost.reshape(-1, GROUP, block // 4, 4).transpose(1, 2).flatten()

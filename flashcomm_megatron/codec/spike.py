@@ -50,9 +50,27 @@ import torch
 from torch import Tensor
 
 from .base import Codec
-from .blocks import BFLOAT16_MAX, NAN_BITS, finite_keys, from_high_half, from_ordered_keys, high_half, in_blocks
-from .blocks import ordered_keys as keys_of
-from .planes import from_half_words, half_words, join_planes, join_sections, plane_bytes, split_planes, split_sections
+from .planes import (
+    BFLOAT16_MAX,
+    NAN_BITS,
+    finite_keys,
+    from_blocks,
+    from_half_words,
+    from_high_half,
+    from_octets,
+    from_ordered_keys,
+    half_words,
+    high_half,
+    in_blocks,
+    in_octets,
+    join_planes,
+    join_sections,
+    plane_bytes,
+    rows_of,
+    split_planes,
+    split_sections,
+)
+from .planes import ordered_keys as keys_of
 
 CONSTANT = 255  # span code of a constant block in float32
 LARGEST_SPAN = 254
@@ -89,20 +107,29 @@ class Spike(Codec):
         """Width of a position inside a block."""
         return (self.block - 1).bit_length()
 
-    def section_bytes(self, numel: int) -> list[int]:
-        """Unpadded length in bytes of every section of a payload of ``numel`` values."""
-        blocks = math.ceil(numel / self.block)
+    def section_bytes(self, numel: int, width: int | None = None) -> list[int]:
+        """Unpadded length in bytes of every section of a payload of ``numel`` values in rows of ``width``."""
+        rows, row = rows_of(numel, width)
+        blocks = rows * math.ceil(row / self.block)
         positions = plane_bytes(2 * blocks, self.position_bits)
-        return [*plane_bytes(numel, self.bits), 2 * blocks, 2 * blocks, blocks, blocks, *positions]
+        return [
+            *plane_bytes(rows * math.ceil(row / 8) * 8, self.bits),
+            2 * blocks,
+            2 * blocks,
+            blocks,
+            blocks,
+            *positions,
+        ]
 
-    def encode_ref(self, x: Tensor) -> Tensor:
+    def encode_ref(self, x: Tensor, width: int | None = None) -> Tensor:
         """Payload of a contiguous, non-empty 1-D floating tensor."""
-        blocks = in_blocks(x, self.block)
+        row = rows_of(x.numel(), width)[1]
+        blocks = in_blocks(x, self.block, row)
         keys = keys_of(blocks)
         positions = torch.stack([keys.argmin(1), keys.argmax(1)])  # the first of equals
         lowest, highest = (keys.gather(1, each[:, None])[:, 0] for each in positions)
         finite = finite_keys(lowest, highest, x.dtype)
-        rest = self._extremes_of_rest(keys, positions, x.numel())
+        rest = self._extremes_of_rest(keys, positions, row)
         exact = [_values(key, finite, x.dtype) for key in (lowest, highest)]
         spikes = [each.bfloat16().float().clamp(-BFLOAT16_MAX, BFLOAT16_MAX) for each in exact]
         low, high = (_values(key, finite, x.dtype) for key in rest)
@@ -124,7 +151,7 @@ class Spike(Codec):
         maxima = torch.where(escaped, bits & 0xFFFF, torch.where(finite, high_half(spikes[1]), NAN_BITS))
         return join_sections(
             [
-                *split_planes(codes.flatten()[: x.numel()], self.bits),
+                *split_planes(in_octets(from_blocks(codes, row), row), self.bits),
                 half_words(minima),
                 half_words(maxima),
                 torch.where(escaped, CONSTANT, spans).to(torch.uint8),
@@ -133,15 +160,15 @@ class Spike(Codec):
             ]
         )
 
-    def decode_ref(self, payload: Tensor, numel: int) -> Tensor:
+    def decode_ref(self, payload: Tensor, numel: int, width: int | None = None) -> Tensor:
         """float32 values [numel] of one payload, ``numel`` > 0."""
-        count = math.ceil(numel / self.block)
-        sections = split_sections(payload, self.section_bytes(numel))
+        row = rows_of(numel, width)[1]
+        sections = split_sections(payload, self.section_bytes(numel, width))
         planes = len(plane_bytes(numel, self.bits))
-        codes = join_planes(sections[:planes], self.bits)
+        codes = in_blocks(from_octets(join_planes(sections[:planes], self.bits), row), self.block, row)
+        count = len(codes)
         minima, maxima, spans, lows = sections[planes : planes + 4]
         positions = join_planes(sections[planes + 4 :], self.position_bits)[: 2 * count].view(count, 2, 1).long()
-        codes = torch.nn.functional.pad(codes, (0, count * self.block - codes.numel())).view(count, self.block)
 
         words = from_half_words(minima), from_half_words(maxima)
         minimum, maximum = (from_high_half(each) for each in words)
@@ -152,17 +179,17 @@ class Spike(Codec):
         values.scatter_(1, positions[:, 1], maximum[:, None]).scatter_(1, positions[:, 0], minimum[:, None])
         values = torch.where(minimum.isnan()[:, None], math.nan, values)
         constant = (words[0] << 16 | words[1]).view(torch.float32)
-        return torch.where((spans == CONSTANT)[:, None], constant[:, None], values).flatten()[:numel]
+        return from_blocks(torch.where((spans == CONSTANT)[:, None], constant[:, None], values), row)
 
     def _step(self, span: Tensor) -> Tensor:
         """Distance of two codes' values; a scalar divisor is inverted on CUDA."""
         return span / torch.full_like(span, self.levels)
 
-    def _extremes_of_rest(self, keys: Tensor, positions: Tensor, numel: int) -> tuple[Tensor, Tensor]:
-        """Smallest and largest key of every row without its spikes and what lies beyond ``numel``; of an empty rest,
+    def _extremes_of_rest(self, keys: Tensor, positions: Tensor, row: int) -> tuple[Tensor, Tensor]:
+        """Smallest and largest key of every block without its spikes and what fills it at the row's end; of an empty rest,
         the smaller spike twice."""
         spike = torch.zeros_like(keys, dtype=torch.bool).scatter_(1, positions.t(), True)
-        spike.view(-1)[numel:] = True
+        spike.view(-1, math.ceil(row / self.block) * self.block)[:, row:] = True
         limits = torch.iinfo(keys.dtype)
         low = keys.masked_fill(spike, limits.max).amin(1)
         high = keys.masked_fill(spike, limits.min).amax(1)

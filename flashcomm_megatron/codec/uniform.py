@@ -50,13 +50,24 @@ import torch
 from torch import Tensor
 
 from .base import Codec
-from .blocks import NAN_BITS, extremes, from_high_half, high_half, high_half_value, in_blocks, next_up, round_down
 from .planes import (
+    NAN_BITS,
+    extremes,
+    from_blocks,
     from_half_words,
+    from_high_half,
+    from_octets,
     half_words,
+    high_half,
+    high_half_value,
+    in_blocks,
+    in_octets,
     join_planes,
     join_sections,
+    next_up,
     plane_bytes,
+    round_down,
+    rows_of,
     split_planes,
     split_sections,
 )
@@ -88,17 +99,18 @@ class Uniform(Codec):
         """Steps between the smallest and the largest code: 2**bits - 1."""
         return (1 << self.bits) - 1
 
-    def section_bytes(self, numel: int) -> list[int]:
-        """Unpadded length in bytes of every section of a payload of ``numel`` values."""
-        blocks = math.ceil(numel / self.block)
-        return [*plane_bytes(numel, self.bits), 2 * blocks, 2 * blocks]
+    def section_bytes(self, numel: int, width: int | None = None) -> list[int]:
+        """Unpadded length in bytes of every section of a payload of ``numel`` values in rows of ``width``."""
+        rows, row = rows_of(numel, width)
+        blocks = rows * math.ceil(row / self.block)
+        return [*plane_bytes(rows * math.ceil(row / 8) * 8, self.bits), 2 * blocks, 2 * blocks]
 
     # ---- the definition ------------------------------------------------------------------------------------
 
-    def encode_ref(self, x: Tensor) -> Tensor:
+    def encode_ref(self, x: Tensor, width: int | None = None) -> Tensor:
         """Payload of a contiguous, non-empty 1-D floating tensor."""
-        numel = x.numel()
-        blocks = in_blocks(x, self.block)
+        row = rows_of(x.numel(), width)[1]
+        blocks = in_blocks(x, self.block, row)
         low, high, finite = extremes(blocks)
         values = blocks.float()
         minimum = round_down(low)
@@ -115,18 +127,20 @@ class Uniform(Codec):
         minimum_bits = torch.where(finite, minimum_bits, NAN_BITS)
         scale_bits = torch.where(finite, scale_bits, NAN_BITS)
 
-        sections = [*split_planes(codes.flatten()[:numel], self.bits), half_words(scale_bits), half_words(minimum_bits)]
-        return join_sections(sections)
+        planes = split_planes(in_octets(from_blocks(codes, row), row), self.bits)
+        return join_sections([*planes, half_words(scale_bits), half_words(minimum_bits)])
 
-    def decode_ref(self, payload: Tensor, numel: int) -> Tensor:
+    def decode_ref(self, payload: Tensor, numel: int, width: int | None = None) -> Tensor:
         """float32 values [numel] of one payload, ``numel`` > 0."""
-        return self._decode_ref(payload, numel, torch.float32)
+        return self._decode(payload, numel, torch.float32, width)
 
-    def decode_sum_ref(self, payloads: Sequence[Tensor], numel: int, dtype: torch.dtype) -> Tensor:
+    def decode_sum_ref(
+        self, payloads: Sequence[Tensor], numel: int, dtype: torch.dtype, width: int | None = None
+    ) -> Tensor:
         """What :meth:`decode_sum` does, in torch."""
-        total = self._decode_ref(payloads[0], numel, dtype)
+        total = self._decode(payloads[0], numel, dtype, width)
         for payload in payloads[1:]:
-            total = total + self._decode_ref(payload, numel, dtype)
+            total = total + self._decode(payload, numel, dtype, width)
         return torch.where(total.isnan(), math.nan, total).to(dtype)
 
     def _scale(self, minimum: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -138,14 +152,13 @@ class Uniform(Codec):
         prescale = torch.where((scale > 0) & (scale < TINY), 2.0**64, halve)
         return scale, prescale, torch.where(scale > 0, 1.0 / (scale * prescale), 0.0)
 
-    def _decode_ref(self, payload: Tensor, numel: int, dtype: torch.dtype) -> Tensor:
-        """float32 values of one payload."""
+    def _decode(self, payload: Tensor, numel: int, dtype: torch.dtype, width: int | None) -> Tensor:
+        """float32 values of one payload, within the finite range of ``dtype``."""
         if numel == 0:
             return torch.empty(0, dtype=torch.float32, device=payload.device)
-        *planes, scales, minima = split_sections(payload, self.section_bytes(numel))
-        codes = join_planes(planes, self.bits)
-        blocks = scales.numel() // 2
-        codes = torch.nn.functional.pad(codes, (0, blocks * self.block - codes.numel())).view(blocks, self.block)
+        row = rows_of(numel, width)[1]
+        *planes, scales, minima = split_sections(payload, self.section_bytes(numel, width))
+        codes = in_blocks(from_octets(join_planes(planes, self.bits), row), self.block, row)
         scale_bits, minimum_bits = from_half_words(scales), from_half_words(minima)
         scale, minimum = from_high_half(scale_bits), from_high_half(minimum_bits)
 
@@ -159,4 +172,4 @@ class Uniform(Codec):
         escaped = ((scale_bits & 0x8000) != 0)[:, None]
         values = torch.where(escaped, constant_values, values)
         values = torch.where(scale.isnan()[:, None] & ~escaped, math.nan, values)
-        return values.flatten()[:numel]
+        return from_blocks(values, row)

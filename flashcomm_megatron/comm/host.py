@@ -10,8 +10,8 @@ from types import ModuleType
 
 import torch.distributed as dist
 
-from . import segment, votes
-from .segment import Segment
+from . import shared_memory, votes
+from .shared_memory import Segment
 
 
 class HostInboxes:
@@ -21,9 +21,9 @@ class HostInboxes:
         self._cuda = cuda
         self._pinned: list[Segment] = []
         self.addresses: list[int] = []
-        segments, self.reason = segment.share(size, group, range(group.size()))
+        segments, self.reason = shared_memory.share(size, group)
         if not self.reason:
-            self.reason = votes.failure(self._pin([segments[r] for r in sorted(segments)], device, size), group)
+            self.reason = votes.failure(self._pin(segments, device, size), group)
 
     def _pin(self, segments: list[Segment], device: int, size: int) -> str:
         try:

@@ -22,18 +22,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..codec import extension
-from ..collectives.plan import Plan
-from . import segment, votes
+from ..codec import native as extension
+from . import shared_memory, votes
 from .host import HostInboxes
 from .peer import PeerInboxes
-from .topology import nodes
 
 KINDS = {"one-step": 0, "two-step": 1, "reduce_scatter": 2, "all_gather": 3}  # enum Collective in csrc/cuda/shape.h
 WORLDS = range(2, 9)
 INBOXES: dict[str, type[PeerInboxes] | type[HostInboxes]] = {"peer": PeerInboxes, "host": HostInboxes}
 # What is tried in turn before the process group. auto: nothing, until the kernels have passed make gpu-check.
-CHAINS = {"auto": (), "peer": ("peer", "host"), "host": ("host",), "group": ()}
+CHAINS = {"auto": (), "peer": ("peer", "host"), "host": ("host",), "group": (), "shared-memory": ()}
 REGION_BYTES = 4 << 20  # of each (parity, leg, source): messages beyond take several rounds of one kernel
 
 FUSED = (0, 1, 2)  # formats of csrc/api.h that have fused kernels, for blocks whose units fit into a tile
@@ -127,7 +125,7 @@ def errors() -> list[str]:
 
 
 def serving(
-    group: dist.ProcessGroup, x: Tensor, plan: Plan, transport: str, with_residuals: bool = False
+    group: dist.ProcessGroup, x: Tensor, plan: Any, transport: str, with_residuals: bool = False
 ) -> Workspace | None:
     """The workspace that runs this call whole, made with the group's first such call; None: use the process group.
 
@@ -180,7 +178,6 @@ def _has_kernel(reduce: Native | None, gather: Native | None, dtype: torch.dtype
 def prepare(group: dist.ProcessGroup, transport: str) -> Workspace | None:
     """Make the group's workspace now, before a capture. On every rank."""
     refuse_capture()
-    nodes(group)
     return _of(group, torch.cuda.current_device(), transport)
 
 
@@ -268,7 +265,7 @@ def _place(cuda: ModuleType | None, device: int) -> tuple[bytes, str]:
         return b"", f"the extension has no CUDA kernels ({extension.reason()})"
     try:
         blocks = int(cuda.device_blocks(device)).to_bytes(4, "little")
-        return bytes(cuda.device_uuid(device) + blocks + segment.machine().encode()), ""
+        return bytes(cuda.device_uuid(device) + blocks + shared_memory.machine().encode()), ""
     except RuntimeError as error:
         return b"", str(error)
 

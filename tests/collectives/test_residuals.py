@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from ranks import spawn
+from specification import planned, simulate
 from torch import Tensor
 
 from flashcomm_megatron.codec import Rotated, rotated
-from flashcomm_megatron.collectives import algorithms, all_reduce, reduce_scatter
-from flashcomm_megatron.collectives import plan as policy
+from flashcomm_megatron.collectives import all_reduce, reduce_scatter
 from flashcomm_megatron.collectives.algorithms import Residuals
-from flashcomm_megatron.comm import simulated as lockstep
+from flashcomm_megatron.collectives.plan import Plan
 from flashcomm_megatron.config import Config
 
 AUTO = Config(bits=4, min_bytes=0)
@@ -21,19 +21,16 @@ def contribution(rank: int, step: int, shape: tuple[int, ...] = (6, 160)) -> Ten
     return torch.randn(shape, generator=torch.Generator().manual_seed(100 * step + rank))
 
 
-def drift(
-    world: int, algorithm: str, steps: int, residuals: list[Residuals | None]
-) -> tuple[Tensor, Tensor, policy.Plan]:
+def drift(world: int, algorithm: str, steps: int, residuals: list[Residuals | None]) -> tuple[Tensor, Tensor, Plan]:
     """Sum of ``steps`` simulated all-reduces, the exact one, and the plan."""
     config = Config(bits=4, min_bytes=0, algorithm=algorithm)
-    plan = policy.plan("all_reduce", contribution(0, 0), world, config)
-    start = {"one-step": algorithms.one_step, "two-step": algorithms.two_step}[algorithm]
+    plans = [planned("all_reduce", contribution(0, 0), world, config, rank) for rank in range(world)]
     stream = exact = torch.zeros(6, 160)
     for step in range(steps):
         parts = [contribution(rank, step) for rank in range(world)]
         exact = exact + sum(parts)
-        stream = stream + lockstep.first(lambda link: start(parts[link.rank], link, plan, residuals[link.rank]), world)  # noqa: B023
-    return stream, exact, plan
+        stream = stream + simulate(plans, parts, parts, residuals)[0]
+    return stream, exact, plans[0]
 
 
 def drifted(world: int, algorithm: str, steps: int, with_residuals: bool) -> float:
@@ -81,27 +78,30 @@ def test_what_the_stream_lacks_is_what_the_ranks_keep(world: int, algorithm: str
     """Of the reduce leg the residuals of all ranks, of the gather leg that of each slice's owner."""
     residuals = [Residuals() for _ in range(world)]
     stream, exact, plan = drift(world, algorithm, 8, residuals)
-    length = stream.numel() if algorithm == "one-step" else algorithms.slice_length(stream.numel(), world, plan)
-    legs = [each.parts[0] for each in residuals]
-    missing = sum(lacking(plan.reduce, each.reduce, length)[: stream.numel()] for each in legs)
+    length = plan.pieces[0].slices.length
+    missing = sum(lacking(plan.reduce, each.kept[0, "reduce"], length)[: stream.numel()] for each in residuals)
     if algorithm == "two-step":
-        missing += torch.cat([lacking(plan.gather, each.gather, length) for each in legs])[: stream.numel()]
+        missing += torch.cat([lacking(plan.gather, each.kept[0, "gather"], length) for each in residuals])[
+            : stream.numel()
+        ]
     assert missing.abs().max() > 0.1
     assert torch.allclose(stream + missing.view_as(stream), exact, atol=1e-4)
 
 
 def test_a_codec_without_residuals_is_refused() -> None:
-    plan = policy.plan("all_reduce", contribution(0, 0), 2, Config(bits=4, min_bytes=0, recipe="flash-v1"))
+    plan = planned("all_reduce", contribution(0, 0), 2, Config(bits=4, min_bytes=0, recipe="flash-v1"))
+    parts = [contribution(0, 0) for _ in range(2)]
     with pytest.raises(ValueError, match="only codecs of recipe auto"):
-        lockstep.first(lambda link: algorithms.two_step(contribution(0, 0), link, plan, Residuals()), 2)
+        simulate([plan] * 2, parts, parts, [Residuals(), Residuals()])
 
 
 def test_residuals_of_another_shape_are_refused() -> None:
     residuals = [Residuals() for _ in range(2)]
     drift(2, "one-step", 1, residuals)
-    plan = policy.plan("all_reduce", torch.zeros(4096), 2, AUTO)
+    parts = [torch.zeros(4096), torch.zeros(4096)]
+    plan = planned("all_reduce", parts[0], 2, AUTO)
     with pytest.raises(ValueError, match=r"reduce leg remembers \d+ numbers, this tensor takes 4096; start with new"):
-        lockstep.first(lambda link: algorithms.one_step(torch.zeros(4096), link, plan, residuals[link.rank]), 2)
+        simulate([plan] * 2, parts, parts, residuals)
 
 
 def _scattered(rank: int, world: int) -> tuple[float, float]:

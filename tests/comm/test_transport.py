@@ -10,11 +10,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import spawn
+from specification import planned
 
-from flashcomm_megatron.codec import extension
+from flashcomm_megatron.codec import native as extension
 from flashcomm_megatron.collectives import all_reduce, prepare
-from flashcomm_megatron.collectives import plan as policy
-from flashcomm_megatron.comm import host, segment, votes, workspace
+from flashcomm_megatron.comm import host, shared_memory, votes, workspace
 from flashcomm_megatron.config import Config
 
 
@@ -46,7 +46,7 @@ def _host_inboxes(rank: int, world: int) -> None:
     """What one rank writes into another's inbox is there, and no name is left."""
     inboxes = host.HostInboxes(FakeCuda(), 0, 8192, dist.group.WORLD)
     assert inboxes.reason == "" and len(inboxes.addresses) == world
-    assert not list(segment.FOLDER.glob(f"flash-comm-{os.getpid()}-*")), "the name is gone"
+    assert not list(shared_memory.FOLDER.glob(f"flash-comm-{os.getpid()}-*")), "the name is gone"
     for peer, pinned in enumerate(inboxes._pinned):
         pinned.mapping[100 * rank] = 10 + rank + peer
     dist.barrier()
@@ -84,29 +84,29 @@ def test_inboxes_that_one_rank_cannot_pin_leave_nothing_open():
 
 
 def test_a_segment_is_for_its_user_alone():
-    made = segment.create(4096)
+    made = shared_memory.create(4096)
     try:
-        assert (segment.FOLDER / made.name).stat().st_mode & 0o777 == 0o600
-        again = segment.attach(made.name, 4096)
+        assert (shared_memory.FOLDER / made.name).stat().st_mode & 0o777 == 0o600
+        again = shared_memory.attach(made.name, 4096)
         again.mapping[7] = 42
         assert made.mapping[7] == 42
     finally:
-        segment.remove(made.name)
+        shared_memory.remove(made.name)
     with pytest.raises(OSError):
-        segment.attach(made.name, 4096)
+        shared_memory.attach(made.name, 4096)
 
 
 def test_a_segment_that_does_not_fit_is_an_error_now_and_leaves_nothing():
     with pytest.raises(OSError):
-        segment.create(1 << 60)
-    assert not list(segment.FOLDER.glob(f"flash-comm-{os.getpid()}-*"))
+        shared_memory.create(1 << 60)
+    assert not list(shared_memory.FOLDER.glob(f"flash-comm-{os.getpid()}-*"))
 
 
 def serving(device: str, **options) -> object:
     """What serves a call on a tensor that claims to be on ``device``; the group knows its size and nothing else."""
     config = Config(bits=4, min_bytes=0, **options)
     x = torch.zeros(64)
-    plan = policy.plan("all_reduce", x, 2, config)
+    plan = planned("all_reduce", x, 2, config)
     claimed = SimpleNamespace(device=torch.device(device), dtype=x.dtype)
     return workspace.serving(SimpleNamespace(size=lambda: 2), claimed, plan, config.transport)  # type: ignore[arg-type]
 
@@ -174,7 +174,7 @@ def test_prepare_is_collective_and_leaves_collectives_right():
 def _cpu_ignores_transport(rank: int, world: int) -> torch.Tensor:
     results = [
         all_reduce(torch.arange(100.0) * (rank + 1), None, Config(bits=8, min_bytes=0, transport=transport))
-        for transport in ("auto", "peer", "host", "group")
+        for transport in ("auto", "peer", "host", "group", "shared-memory")
     ]
     assert all(torch.equal(each, results[0]) for each in results)
     return results[0]

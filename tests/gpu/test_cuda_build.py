@@ -19,7 +19,7 @@ import pytest
 import setuptools
 import torch
 
-from flashcomm_megatron.codec import extension
+from flashcomm_megatron.codec import native as extension
 
 ARCHITECTURES = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"]
 FLAGS = ["-Icsrc", "-std=c++17", "-O3", "-fmad=false", "-DFLASHCOMM_ISA=cuda", "-Xptxas=-v", "-c"]

@@ -17,12 +17,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import spawn
-from specification import carried, expected, same, strange
+from specification import carried, expected, planned, same, strange
 from test_cuda_processes import _collectives, config_of, raised_behind, use_device
 
 from flashcomm_megatron.codec import Uniform
 from flashcomm_megatron.collectives import all_gather, all_reduce, prepare, reduce_scatter
-from flashcomm_megatron.collectives import plan as policy
 from flashcomm_megatron.collectives.algorithms import Residuals
 from flashcomm_megatron.comm import votes, workspace
 from flashcomm_megatron.config import Config
@@ -99,7 +98,7 @@ def _fall_back(rank: int, world: int, faults: dict[str, int]) -> tuple[str, str]
         assert workspace.prepare(group, "peer") is made
     if made is not None:
         parts = [strange(5000, torch.bfloat16, r) for r in range(world)]
-        plan = policy.plan("all_reduce", parts[0].to(device), world, config)
+        plan = planned("all_reduce", parts[0].to(device), world, config)
         result = all_reduce(parts[rank].to(device), group, config)
         assert same(result, expected(plan.algorithm, (plan.reduce, plan.gather), parts)[rank])
     workspace.close(group)
@@ -170,7 +169,7 @@ def _carried(rank: int, world: int, transport: str) -> None:
     votes.device = lambda group: device if transport == "group" else torch.device("cpu")
     config = Config(bits=4, min_bytes=0, transport=transport)
     calls = [[strange(9000, torch.bfloat16, 10 * call + r) for r in range(world)] for call in range(3)]
-    plan = policy.plan("all_reduce", calls[0][0].to(device), world, config)
+    plan = planned("all_reduce", calls[0][0].to(device), world, config)
     legs = plan.reduce, plan.gather
     for parts, (wanted, _) in zip(calls, carried(plan.algorithm, legs, calls, world), strict=True):
         result = all_reduce(parts[rank].to(device), group, config, residuals=residuals)
@@ -216,13 +215,13 @@ def _over_the_group(rank: int, world: int) -> None:
             config = Config(bits=4, recipe=recipe, min_bytes=0, algorithm=algorithm)
             parts = [strange(30_000, torch.bfloat16, seed * 10 + r) for r in range(world)]
             x = parts[rank].to(device)
-            plan = policy.plan("all_reduce", x, world, config)
+            plan = planned("all_reduce", x, world, config)
             codecs = plan.reduce, plan.gather
             assert same(all_reduce(x, group, config), expected(algorithm, codecs, parts)[rank])
-        gathered = policy.plan("all_gather", parts[rank].to(device), world, config)
+        gathered = planned("all_gather", parts[rank].to(device), world, config)
         want = expected("all_gather", (gathered.reduce, gathered.gather), parts)[rank]
         assert same(all_gather(parts[rank].to(device), group, config), want)
-        scattered = policy.plan("reduce_scatter", parts[rank].to(device), world, config)
+        scattered = planned("reduce_scatter", parts[rank].to(device), world, config)
         want = expected("reduce_scatter", (scattered.reduce, scattered.gather), parts)[rank]
         assert same(reduce_scatter(parts[rank].to(device), group, config), want)
 

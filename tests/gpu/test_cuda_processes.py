@@ -12,11 +12,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import spawn
-from specification import expected, same, strange
+from specification import expected, planned, same, strange
 
-from flashcomm_megatron.codec import extension
+from flashcomm_megatron.codec import native as extension
 from flashcomm_megatron.collectives import all_gather, all_reduce, prepare, reduce_scatter, stats
-from flashcomm_megatron.collectives import plan as policy
 from flashcomm_megatron.comm import workspace
 from flashcomm_megatron.config import Config
 
@@ -54,7 +53,7 @@ def _collectives(rank: int, world: int, transport: str) -> str:
             config = config_of(transport, 4 + 4 * (seed % 2), algorithm)
             parts = [strange(numel, torch.bfloat16, seed * 10 + r) for r in range(world)]
             x = parts[rank].to(device)
-            plan = policy.plan("all_reduce", x, world, config)
+            plan = planned("all_reduce", x, world, config)
             codecs = (plan.reduce, plan.gather)
             result = all_reduce(x, group, config)
             assert result is x and same(x, expected(algorithm, codecs, parts)[rank])
@@ -112,7 +111,7 @@ def _many_streams(rank: int, world: int) -> None:
         with torch.cuda.stream(streams[call % 3]):
             all_reduce(each, group, config)
     torch.cuda.synchronize()
-    plan = policy.plan("all_reduce", x[0], world, config)
+    plan = planned("all_reduce", x[0], world, config)
     for each, parts in zip(x, calls, strict=True):
         assert same(each, expected(plan.algorithm, (plan.reduce, plan.gather), parts)[rank])
     workspace.close(group)
@@ -174,7 +173,7 @@ def _graph(rank: int, world: int) -> None:
         parts = [strange(5000, torch.bfloat16, replay * 10 + r) for r in range(world)]
         x.copy_(parts[rank])
         graph.replay()
-        plan = policy.plan("all_reduce", x, world, config)
+        plan = planned("all_reduce", x, world, config)
         assert same(x, expected(plan.algorithm, (plan.reduce, plan.gather), parts)[rank])
     workspace.close(group)
 

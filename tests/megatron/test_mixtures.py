@@ -16,10 +16,10 @@ import pytest
 import torch
 from mixtures import ATTENTION, DENSE, EXPERTS, TOKENS, Recorder, calls, recorded
 from ranks import spawn
+from specification import planned
 from torch import Tensor
 
 import flashcomm_megatron as fc
-from flashcomm_megatron.collectives import plan as policy
 from flashcomm_megatron.megatron import installation, modes, patching
 
 # Not imported here: the ranks import this file before they switch CPU mode on.
@@ -72,7 +72,7 @@ def seen() -> list[dict[str, Any]]:
 
 def bound() -> list[Any]:
     """The objects bound to every name of the tables."""
-    return [vars(owner)[attribute] for owner, attribute in map(patching._owner, installation.rows())]
+    return [patching.find(row)[2] for row in installation.rows()]
 
 
 def groups(**sizes: int) -> Any:
@@ -251,13 +251,12 @@ def test_capture_and_replay_decide_alike(monkeypatch: pytest.MonkeyPatch, device
     values = [torch.empty(size, dtype=torch.bfloat16, device=device) for size in sizes]
 
     def plans() -> list[Any]:
-        policy._plan.cache_clear()
-        return [policy.plan("all_reduce", x, 2, config) for x in values]
+        return [planned("all_reduce", x, 2, config)._replace(comm=None, transport=None) for x in values]
 
     eager = plans()
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with torch.inference_mode():
         captured = plans()
     assert captured == eager
-    deferred = [plan.reason is not None for plan in eager]
+    deferred = [plan.deferred is not None for plan in eager]
     assert deferred == sorted(deferred, reverse=True) and deferred[0] and not deferred[-1]  # both, by size alone

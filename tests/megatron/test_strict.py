@@ -11,8 +11,8 @@ import torch.distributed as dist
 from ranks import spawn
 
 from flashcomm_megatron import collectives
-from flashcomm_megatron.codec import extension
-from flashcomm_megatron.comm import segment
+from flashcomm_megatron.codec import native as extension
+from flashcomm_megatron.comm import shared_memory
 from flashcomm_megatron.config import Config
 from flashcomm_megatron.megatron import context as where
 from flashcomm_megatron.megatron import differentiable
@@ -49,13 +49,15 @@ def test_a_surprising_deferral_is_said_once_counted_and_an_error_if_strict() -> 
 
 
 def fallback(rank: int, world: int, strict: bool) -> str:
-    def full(size: int) -> segment.Segment:
+    def full(size: int) -> shared_memory.Segment:
         raise OSError(28, "No space left on device")
 
     if rank == 1:
-        segment.create = full
+        shared_memory.create = full
     try:
-        collectives.all_reduce(torch.ones(100), None, Config(bits=4, min_bytes=0, transport="host", strict=strict))
+        collectives.all_reduce(
+            torch.ones(100), None, Config(bits=4, min_bytes=0, transport="shared-memory", strict=strict)
+        )
     except RuntimeError as error:
         return str(error)
     return ""

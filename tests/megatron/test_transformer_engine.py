@@ -83,7 +83,7 @@ def seen() -> list[dict[str, Any]]:
 
 def bound() -> list[Any]:
     """The objects bound to every name of the tables."""
-    return [vars(owner)[attribute] for owner, attribute in map(patching._owner, installation.rows())]
+    return [patching.find(row)[2] for row in installation.rows()]
 
 
 # ---- single layers --------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from patience import patient
 import flashcomm_megatron as fc
 from flashcomm_megatron import config
 from flashcomm_megatron.__main__ import main
-from flashcomm_megatron.codec import extension
+from flashcomm_megatron.codec import native as extension
 from flashcomm_megatron.megatron import feedback, seams
 from flashcomm_megatron.observe import counters
 

@@ -43,8 +43,19 @@ import torch
 from torch import Tensor
 
 from ..base import Codec
-from ..blocks import extremes, in_blocks
-from ..planes import join_planes, join_sections, plane_bytes, split_planes, split_sections
+from ..planes import (
+    extremes,
+    from_blocks,
+    from_octets,
+    in_blocks,
+    in_octets,
+    join_planes,
+    join_sections,
+    plane_bytes,
+    rows_of,
+    split_planes,
+    split_sections,
+)
 
 BLOCKS = (8, 16, 32)
 SCALE_BIAS = 127
@@ -116,29 +127,32 @@ class Microscaling(Codec):
         if self.block not in BLOCKS:
             raise ValueError(f"block={self.block}: choose 8, 16 or 32 for microscaling.")
 
-    def section_bytes(self, numel: int) -> list[int]:
-        """Unpadded length in bytes of every section of a payload of ``numel`` values."""
-        return [*plane_bytes(numel, ELEMENTS[self.element].bits), math.ceil(numel / self.block)]
+    def section_bytes(self, numel: int, width: int | None = None) -> list[int]:
+        """Unpadded length in bytes of every section of a payload of ``numel`` values in rows of ``width``."""
+        rows, row = rows_of(numel, width)
+        octets = rows * math.ceil(row / 8)
+        return [*plane_bytes(8 * octets, ELEMENTS[self.element].bits), rows * math.ceil(row / self.block)]
 
-    def encode_ref(self, x: Tensor) -> Tensor:
+    def encode_ref(self, x: Tensor, width: int | None = None) -> Tensor:
         """Payload of a contiguous, non-empty 1-D floating tensor."""
-        element, blocks = ELEMENTS[self.element], in_blocks(x, self.block)
+        row = rows_of(x.numel(), width)[1]
+        element, blocks = ELEMENTS[self.element], in_blocks(x, self.block, row)
         low, high, finite = extremes(blocks)
         scale = (_exponent(torch.maximum(low.abs(), high.abs())) - element.emax).clamp(-SCALE_BIAS, SCALE_BIAS)
         values = torch.where(finite[:, None], blocks.float(), 0.0)
         codes = element.codes(_times_power_of_two(values, -scale[:, None]))
         scales = torch.where(finite, scale + SCALE_BIAS, NAN_SCALE).to(torch.uint8)
-        return join_sections([*split_planes(codes.flatten()[: x.numel()], element.bits), scales])
+        return join_sections([*split_planes(in_octets(from_blocks(codes, row), row), element.bits), scales])
 
-    def decode_ref(self, payload: Tensor, numel: int) -> Tensor:
+    def decode_ref(self, payload: Tensor, numel: int, width: int | None = None) -> Tensor:
         """float32 values [numel] of one payload, ``numel`` > 0."""
-        element = ELEMENTS[self.element]
-        *planes, scales = split_sections(payload, self.section_bytes(numel))
-        codes = join_planes(planes, element.bits)[:numel].int()
-        elements = element.table.to(payload.device).index_select(0, codes)
-        scale = scales.int().repeat_interleave(self.block)[:numel]
+        element, row = ELEMENTS[self.element], rows_of(numel, width)[1]
+        *planes, scales = split_sections(payload, self.section_bytes(numel, width))
+        codes = in_blocks(from_octets(join_planes(planes, element.bits), row), self.block, row).int()
+        elements = element.table.to(payload.device)[codes]
+        scale = scales.int()[:, None]
         values = _times_power_of_two(elements, scale - SCALE_BIAS)
-        return torch.where(scale == NAN_SCALE, math.nan, values)
+        return from_blocks(torch.where(scale == NAN_SCALE, math.nan, values), row)
 
 
 @lru_cache

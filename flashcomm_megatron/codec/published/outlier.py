@@ -40,8 +40,19 @@ import torch
 from torch import Tensor
 
 from ..base import Codec, summed
-from ..blocks import BFLOAT16_MAX, NAN_BITS, from_high_half, high_half
-from ..planes import from_half_words, half_words, join_planes, join_sections, plane_bytes, split_planes, split_sections
+from ..planes import (
+    BFLOAT16_MAX,
+    NAN_BITS,
+    from_half_words,
+    from_high_half,
+    half_words,
+    high_half,
+    join_planes,
+    join_sections,
+    plane_bytes,
+    split_planes,
+    split_sections,
+)
 
 BITS = 4
 LARGEST = 7  # codes run from -7 to 7
@@ -66,14 +77,14 @@ class Outlier(Codec):
         """Features of one token; tensors are cut between tokens."""
         return self.scales.size(1)
 
-    def section_bytes(self, numel: int) -> list[int]:
-        """Unpadded length in bytes of both sections; ValueError unless ``numel`` is a number of whole tokens."""
+    def section_bytes(self, numel: int, width: int | None = None) -> list[int]:
+        """Unpadded length in bytes of both sections; ValueError unless the values are whole tokens."""
         if numel % self.block:
             raise ValueError(f"outlier: expected tokens of {self.block} features, found {numel} values.")
         kept = numel // self.block * self.kept.numel()
         return [*plane_bytes(numel - kept, BITS), 2 * kept]
 
-    def encode_ref(self, x: Tensor) -> Tensor:
+    def encode_ref(self, x: Tensor, width: int | None = None) -> Tensor:
         """Payload of a contiguous, non-empty 1-D floating tensor, with this rank's scales."""
         tables, rows = _tables(self, x.device), x.view(-1, self.block).float()
         finite, values = rows.isfinite(), rows.nan_to_num(0.0, 0.0, 0.0)
@@ -84,11 +95,13 @@ class Outlier(Codec):
         plane = split_planes((codes & 0xF).view(torch.uint8).flatten(), BITS)
         return join_sections([*plane, half_words(words.flatten())])
 
-    def decode_ref(self, payload: Tensor, numel: int) -> Tensor:
+    def decode_ref(self, payload: Tensor, numel: int, width: int | None = None) -> Tensor:
         """float32 values [numel] of a payload that this rank encoded, ``numel`` > 0."""
         return self._decode_from(self.rank, payload, numel)
 
-    def decode_sum_ref(self, payloads: Sequence[Tensor], numel: int, dtype: torch.dtype) -> Tensor:
+    def decode_sum_ref(
+        self, payloads: Sequence[Tensor], numel: int, dtype: torch.dtype, width: int | None = None
+    ) -> Tensor:
         """Sum of one payload of each rank, in rank order; a single payload is this rank's own."""
         ranks = [self.rank] if len(payloads) == 1 else range(self.scales.size(0))
         if len(payloads) != len(ranks):
@@ -116,15 +129,15 @@ class Uncalibrated(Codec):
 
     block = 8
 
-    def section_bytes(self, numel: int) -> NoReturn:
+    def section_bytes(self, numel: int, width: int | None = None) -> NoReturn:
         """ValueError."""
         self._refuse()
 
-    def encode_ref(self, x: Tensor) -> NoReturn:
+    def encode_ref(self, x: Tensor, width: int | None = None) -> NoReturn:
         """ValueError."""
         self._refuse()
 
-    def decode_ref(self, payload: Tensor, numel: int) -> NoReturn:
+    def decode_ref(self, payload: Tensor, numel: int, width: int | None = None) -> NoReturn:
         """ValueError."""
         self._refuse()
 

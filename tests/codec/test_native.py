@@ -7,16 +7,16 @@ import importlib.util
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
-from codec_cases import DTYPES, KINDS, same, tensor
+from codec_cases import DTYPES, KINDS, native_decode_sum, native_encode, same, tensor
 from torch import Tensor
 
-from flashcomm_megatron.codec import Uniform, extension
+from flashcomm_megatron.codec import Microscaling, Uniform
+from flashcomm_megatron.codec import native as compiled
 
 ROOT = Path(__file__).resolve().parents[2]
 CODEC = Uniform(4, 32)
@@ -34,7 +34,7 @@ def payload(size: int = BYTES) -> Tensor:
 
 @pytest.mark.skipif(os.environ.get("FLASH_COMM_EXTENSION") == "0", reason="FLASH_COMM_EXTENSION=0")
 def test_the_extension_was_built() -> None:
-    assert extension.available(), f"the compiled codec is {extension.reason()}"
+    assert compiled.available(), f"the compiled codec is {compiled.reason()}"
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_the_extension_was_built() -> None:
 )
 def test_encode_refuses_wrong_tensors(x: Tensor, out: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=f"encode: {message}"):
-        extension.encode(CODEC, x, out)
+        native_encode(CODEC, x, out)
 
 
 @pytest.mark.parametrize(
@@ -69,21 +69,16 @@ def test_encode_refuses_wrong_tensors(x: Tensor, out: Tensor, message: str) -> N
 )
 def test_decode_sum_refuses_wrong_tensors(payloads: list[Tensor], out: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=f"decode_sum: {message}"):
-        extension.decode_sum(CODEC, payloads, out)
+        native_decode_sum(CODEC, payloads, out)
 
 
 def test_unknown_devices_and_codecs_are_left_to_the_reference() -> None:
-    @dataclass
-    class Stranger:
-        native = None
-
-        def wire_bytes(self, numel: int) -> int:
-            return numel
-
-    assert not extension.encode(CODEC, torch.zeros(100, device="meta"), payload().to("meta"))
-    assert not extension.decode_sum(CODEC, [payload().to("meta")], torch.zeros(100, device="meta"))
-    assert not extension.encode(Stranger(), torch.zeros(100), payload(100))
-    assert not extension.decode_sum(Stranger(), [payload(100)], torch.zeros(100))
+    assert not native_encode(CODEC, torch.zeros(100, device="meta"), payload().to("meta"))
+    assert not native_decode_sum(CODEC, [payload().to("meta")], torch.zeros(100, device="meta"))
+    stranger = Microscaling("e2m1", 32)
+    sent = payload(stranger.wire_bytes(100))
+    assert not native_encode(stranger, torch.zeros(100), sent)
+    assert not native_decode_sum(stranger, [sent], torch.zeros(100))
 
 
 def test_without_extension_the_reference_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,12 +89,12 @@ def test_without_extension_the_reference_gives_the_same_bits(monkeypatch: pytest
         return sent, CODEC.decode_sum([sent, sent], torch.empty_like(x))
 
     compiled = results()
-    monkeypatch.setattr(extension, "_extension", None)
-    monkeypatch.setattr(extension, "_reason", "not built: run pip install -e .")
+    monkeypatch.setattr(compiled, "_extension", None)
+    monkeypatch.setattr(compiled, "_reason", "not built: run pip install -e .")
     reference = results()
     assert torch.equal(compiled[0], reference[0]) and same(compiled[1], reference[1])
-    assert not extension.available() and extension.info() == {}
-    assert extension.describe() == "PyTorch codec (not built: run pip install -e .)"
+    assert not compiled.available() and compiled.info() == {}
+    assert compiled.describe() == "PyTorch codec (not built: run pip install -e .)"
 
 
 @pytest.mark.parametrize(
@@ -117,12 +112,12 @@ def test_the_reason_for_a_missing_extension_is_kept(
 
     monkeypatch.delenv("FLASH_COMM_EXTENSION", raising=False)
     monkeypatch.setattr(importlib, "import_module", fail)
-    assert extension._load() == (None, reason)
+    assert compiled._load() == (None, reason)
 
 
 def test_the_extension_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLASH_COMM_EXTENSION", "0")
-    assert extension._load() == (None, "FLASH_COMM_EXTENSION=0")
+    assert compiled._load() == (None, "FLASH_COMM_EXTENSION=0")
 
 
 def test_the_extension_describes_itself(native: ModuleType) -> None:
@@ -130,9 +125,9 @@ def test_the_extension_describes_itself(native: ModuleType) -> None:
     assert found["isa"] in found["isas"] and found["isas"][-1] == "baseline"
     assert bool(found["cuda"]) != bool(found["without_cuda"])
     assert not native.use_isa("abacus") and native.info() == found
-    if extension.available():
-        assert extension.describe().startswith(f"compiled codec ({found['isa']}; ")
-        assert extension.reason() == found["without_cuda"]
+    if compiled.available():
+        assert compiled.describe().startswith(f"compiled codec ({found['isa']}; ")
+        assert compiled.reason() == found["without_cuda"]
 
 
 def test_the_extension_loads_without_torch(native: ModuleType) -> None:
@@ -157,7 +152,7 @@ def test_cuda_without_a_driver_is_one_readable_error(native: ModuleType) -> None
     if torch.cuda.is_available():
         pytest.skip("there is a driver")
     with pytest.raises(RuntimeError, match=r"flash-comm: encode on CUDA failed: .*\(cudaError"):
-        native.encode_cuda(0, 0, 100, 0, 4, 32, 0, 0, 0)
+        native.encode_slices_cuda(0, 0, 0, (0, 4, 32), 0, 100, 100, 1, 0, 0, 0)
     with pytest.raises(RuntimeError, match=r"flash-comm: decode_sum on CUDA failed: .*\(cudaError"):
         native.decode_sum_cuda([0], 100, 0, 4, 32, 0, 0, 0)
 
@@ -175,10 +170,10 @@ def test_cuda_equals_the_definition(native: ModuleType, kind: str, dtype: torch.
                 codec = Uniform(bits, block)
                 expected = codec.encode_ref(x)
                 sent = torch.full((codec.wire_bytes(n),), 0xAA, dtype=torch.uint8, device="cuda")
-                assert extension.encode(codec, x.cuda(), sent)
+                assert native_encode(codec, x.cuda(), sent)
                 assert torch.equal(sent.cpu(), expected), f"{codec} {n}"
                 out = torch.empty(n, dtype=dtype, device="cuda")
-                assert extension.decode_sum(codec, [sent, sent], out)
+                assert native_decode_sum(codec, [sent, sent], out)
                 assert same(out.cpu(), codec.decode_sum_ref([expected, expected], n, dtype)), f"{codec} {n}"
 
 

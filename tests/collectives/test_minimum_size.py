@@ -11,50 +11,50 @@ from pathlib import Path
 import pytest
 import torch
 from patience import patient
+from specification import planned
 
-from flashcomm_megatron.collectives import plan as policy
-from flashcomm_megatron.collectives import thresholds
-from flashcomm_megatron.collectives.thresholds import Case
-from flashcomm_megatron.comm.wire import Wire
+from flashcomm_megatron.collectives import minimum_size
+from flashcomm_megatron.collectives.minimum_size import Case
 from flashcomm_megatron.config import Config
 from flashcomm_megatron.tools import tune as tuning
 from flashcomm_megatron.tools.tune import Timing
 
 CASE = Case("all_reduce", "bfloat16", 4, "auto")
-CPU = Wire("cpu", (0, 0))
 
 
-def place(world: int) -> str:
-    return thresholds.place(world, CPU)
+def place(world: int, machines: int = 1) -> str:
+    return minimum_size.place_of(world, range(machines), "cpu")
 
 
-def reason(numel: int, wire: Wire | None, **options: object) -> str | None:
+def reason(kind: str, numel: int, joined: str | None = None, **options: object) -> str | None:
     x = torch.empty(1, dtype=torch.bfloat16).expand(numel)
-    return policy.plan("all_reduce", x, 2, Config(bits=4, **options), wire=wire).reason
+    return planned(kind, x, 2, Config(bits=4, **options), joined=joined).deferred
 
 
-@pytest.mark.parametrize("wire", [None, Wire("shared memory", (0, 0)), Wire("connections", (0, 1))])
-def test_over_streams_compression_starts_earlier_than_over_the_process_group(wire: Wire | None) -> None:
-    assert reason(512, wire) is None
-    assert reason(511, wire) == "below 1024 bytes"
-    gathered = policy.plan("all_gather", torch.empty(8191), 2, Config(bits=4), wire=wire)
-    assert gathered.reason == "below 32768 bytes"
-    assert reason(1024, None, transport="group") == reason(1024, Wire("cpu", (0, 1))) == "below 262144 bytes"
-    assert reason(131072, Wire("cpu", (0, 1))) is None
+def test_through_shared_memory_compression_starts_earlier_than_over_the_process_group() -> None:
+    for joined in (None, "shared memory"):
+        assert reason("all_reduce", 512, joined) is None
+        assert reason("all_reduce", 511, joined) == "below 1024 bytes"
+        assert reason("all_gather", 8191, joined) == "below 32768 bytes"
+    assert reason("all_reduce", 1024, transport="group") == reason("all_reduce", 1024, "cpu") == "below 262144 bytes"
+    assert reason("all_reduce", 131072, "cpu") is None
+    assert reason("all_reduce", 131072, "cuda") == "below 1048576 bytes"
 
 
 def test_a_measured_file_decides_for_its_cases_and_its_number_of_ranks(tmp_path: Path) -> None:
     path = tmp_path / "tuned.json"
-    thresholds.write(path, place(2), {CASE: 4096})
-    thresholds.write(path, place(4), {CASE: thresholds.NEVER})
-    config = Config(bits=4, thresholds=str(path))
-    assert thresholds.least(CASE, 2, CPU, config) == 4096
-    assert thresholds.least(CASE, 4, CPU, config) == thresholds.NEVER, "one number of ranks does not erase another"
-    assert thresholds.least(CASE, 8, CPU, config) == thresholds.DEFAULTS["cpu"]
-    assert thresholds.least(CASE._replace(bits=8), 2, CPU, config) == thresholds.DEFAULTS["cpu"]
-    assert thresholds.least(CASE, 2, CPU._replace(nodes=(0, 1)), config) == thresholds.DEFAULTS["cpu"]
+    minimum_size.write(path, place(2), {CASE: 4096})
+    minimum_size.write(path, place(4), {CASE: minimum_size.NEVER})
+    config, default = Config(bits=4, thresholds=str(path)), minimum_size.DEFAULTS["cpu"]
+
+    def minimum(where: str, case: Case = CASE, config: Config = config) -> int:
+        return minimum_size.minimum_size(case, where, "cpu", config)
+
+    assert minimum(place(2)) == 4096
+    assert minimum(place(4)) == minimum_size.NEVER, "one number of ranks does not erase another"
+    assert minimum(place(8)) == minimum(place(2), CASE._replace(bits=8)) == minimum(place(2, machines=2)) == default
     asked = Config(bits=4, thresholds=str(path), min_bytes=7)
-    assert thresholds.least(CASE, 2, CPU, asked) == 7, "what the user says comes first"
+    assert minimum(place(2), config=asked) == 7, "what the user says comes first"
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_other_files_are_refused_in_a_sentence(tmp_path: Path, text: str | None,
     if text is not None:
         path.write_text(text)
     with pytest.raises(ValueError, match=complaint) as error:
-        thresholds.read(str(path))
+        minimum_size.read(str(path))
     assert "bench --tune" in str(error.value) and str(path) in str(error.value)
 
 
@@ -84,7 +84,7 @@ def test_the_threshold_is_where_all_larger_sizes_pay() -> None:
     faster, slower, noisy = (1.0, 0.5, 0.1), (1.0, 1.2, 0.1), (1.0, 0.97, 0.2)
     assert tuning.threshold([Timing(1, *slower), Timing(2, *faster), Timing(4, *faster)]) == 2
     assert tuning.threshold([Timing(1, *faster), Timing(2, *noisy), Timing(4, *faster)]) == 4
-    assert tuning.threshold([Timing(1, *faster), Timing(2, *slower)]) == thresholds.NEVER
+    assert tuning.threshold([Timing(1, *faster), Timing(2, *slower)]) == minimum_size.NEVER
 
 
 def test_bench_measures_on_real_ranks_and_its_file_is_used(tmp_path: Path) -> None:
@@ -103,8 +103,8 @@ def test_bench_measures_on_real_ranks_and_its_file_is_used(tmp_path: Path) -> No
     assert "all_reduce" in outputs[0] and not outputs[1]
     rows = json.loads(path.read_text())["least bytes by place"]["2 ranks, 1 machines, shared memory"]
     assert [row[0] for row in rows] == list(tuning.KINDS)
-    assert all(row[4] in (1 << 10, 1 << 16, thresholds.NEVER) for row in rows)
-    assert thresholds.read(str(path))["2 ranks, 1 machines, shared memory"].keys() == {
+    assert all(row[4] in (1 << 10, 1 << 16, minimum_size.NEVER) for row in rows)
+    assert minimum_size.read(str(path))["2 ranks, 1 machines, shared memory"].keys() == {
         CASE._replace(collective=kind) for kind in tuning.KINDS
     }
 

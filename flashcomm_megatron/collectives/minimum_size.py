@@ -1,4 +1,4 @@
-"""From how many bytes on compression pays: shipped defaults, or a file measured on the very machine that uses it.
+"""Minimum sizes, from which on compression pays: shipped defaults, or a file measured on the machine that uses it.
 
 A file is made by ``python -m flashcomm_megatron bench --tune`` (tuning.py) and named by ``--flash-comm-thresholds``;
 jobs measure nothing by themselves. It holds one row for each (collective, dtype, bits, recipe) and each place (so many
@@ -11,27 +11,27 @@ from __future__ import annotations
 import json
 import os
 import platform
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from ..comm.wire import Wire
 from ..config import Config
 from ..version import __version__
 
 NEVER = 2**62  # bytes: no size measured was worth it
 
-# By what joins the ranks (wire.py). CPUs of one machine: benchmarks/bench_collectives.py; of several, over
-# connections of our own and over the process group: link_lab.py, there. GPUs: not measured by us; the smallest size at
-# which published kernels of this kind win on fp16 (AMD QuickReduce's table, 1 to 16 MiB by number of ranks).
-DEFAULTS = {"shared memory": 1024, "connections": 1024, "cpu": 256 * 1024, "cuda": 1024 * 1024}
+# By what joins the ranks. CPUs of one machine: benchmarks/bench_collectives.py; CPUs over the process group:
+# benchmarks/link_lab.py. GPUs: not measured by us; the smallest size at which published kernels of this kind win on
+# fp16 (AMD QuickReduce's table, 1 to 16 MiB by number of ranks).
+DEFAULTS = {"shared memory": 1024, "cpu": 256 * 1024, "cuda": 1024 * 1024}
 AT_LEAST = {"all_gather": 32 * 1024}  # of a rank's share: torch.distributed's own is quick while it is small
 
 
 class Case(NamedTuple):
-    """What a threshold holds for."""
+    """What a minimum size holds for."""
 
     collective: str
     dtype: str
@@ -39,18 +39,18 @@ class Case(NamedTuple):
     recipe: str
 
 
-def least(case: Case, world: int, wire: Wire, config: Config) -> int:
-    """Smallest tensor, in bytes, that is compressed."""
+def minimum_size(case: Case, place: str, kind: str, config: Config) -> int:
+    """Smallest tensor, in bytes, that is compressed between ranks at ``place`` that are joined by ``kind``."""
     if config.min_bytes is not None:
         return config.min_bytes
     tables = read(config.thresholds) if config.thresholds else {}
-    default = DEFAULTS.get(wire.kind, DEFAULTS["cuda"])  # unknown devices are GPUs
-    return tables.get(place(world, wire), {}).get(case, max(default, AT_LEAST.get(case.collective, 0)))
+    default = DEFAULTS.get(kind, DEFAULTS["cuda"])  # unknown devices are GPUs
+    return tables.get(place, {}).get(case, max(default, AT_LEAST.get(case.collective, 0)))
 
 
-def place(world: int, wire: Wire) -> str:
+def place_of(world: int, nodes: Sequence[int], kind: str) -> str:
     """What a table of a file holds for."""
-    return f"{world} ranks, {len(set(wire.nodes)) or 1} machines, {wire.kind}"
+    return f"{world} ranks, {len(set(nodes))} machines, {kind}"
 
 
 @lru_cache
