@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..codec.recipes import Legs
-from ..comm import workspace
+from ..comm import fused
 from ..comm.communicator import Communicator
 from ..config import Config, current
 from ..observe import counters, error_sampling, messages
@@ -120,7 +120,7 @@ def stats() -> dict[str, Any]:
 
     gpu_errors: which ranks a fused kernel waited for in vain, a sentence each; results since then are NaN.
     """
-    return {**counters.stats(), "gpu_errors": workspace.errors()}
+    return {**counters.stats(), "gpu_errors": fused.errors()}
 
 
 def prepare(group: dist.ProcessGroup | None = None, config: Config | None = None) -> None:
@@ -129,12 +129,12 @@ def prepare(group: dist.ProcessGroup | None = None, config: Config | None = None
     On every rank. RuntimeError if the ranks hold different configurations, or during a capture.
     """
     group, config = resolve(group, config)
-    workspace.refuse_capture()
+    fused.refuse_capture()
     comm = Communicator.of(group)
     agree(group, config)
     _ = comm.nodes
-    if torch.cuda.is_available() and workspace.CHAINS.get(config.transport):
-        workspace.prepare(group, config.transport)
+    if torch.cuda.is_available() and fused.CHAINS.get(config.transport):
+        fused.prepare(group, config.transport)
 
 
 # ---- what they are made of, for callers that ask first and call later --------------------------------------------
@@ -200,11 +200,11 @@ def _exact(result: Tensor, work: dist.Work | None, async_op: bool) -> Any:
 
 def _launch_fused(plan: Plan, x: Tensor, out: Tensor, residuals: Residuals | None) -> bool:
     """Whether one kernel does the collective, with the same results: where there is a transport and a kernel for it."""
-    if plan.algorithm not in workspace.KINDS or not isinstance(plan.comm, Communicator):
+    if plan.algorithm not in fused.KINDS or not isinstance(plan.comm, Communicator):
         return False
     transport = plan.config.transport
-    made = workspace.serving(plan.comm.group, x, plan, transport, residuals is not None)
-    if made is None and transport in workspace.INBOXES:
+    made = fused.serving(plan.comm.group, x, plan, transport, residuals is not None)
+    if made is None and transport in fused.INBOXES:
         messages.unexpected(f"transport {transport} does not serve {plan.kind}; the process group does.", plan.config)
     if made is None:
         return False

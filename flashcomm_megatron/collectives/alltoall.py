@@ -55,8 +55,10 @@ def all_to_all(
     outgoing, incoming = (
         [part.view(-1) for part in torch.split(each, splits)] for each, splits in ((x, ins), (out, outs))
     )
+    width, peers = _width(x), [peer != rank for peer in range(world)]
     sizes = tuple(
-        [_size(part, plan, _width(x)) if r != rank else 0 for r, part in enumerate(each)] for each in (outgoing, incoming)
+        [_size(part, plan, width) * away for part, away in zip(each, peers, strict=True)]
+        for each in (outgoing, incoming)
     )
     plan = plan._replace(wire_bytes=sum(sizes[0]))
     handle = Handle(_steps(out, outgoing, incoming, sizes, plan, plan.call()), out, plan, None)

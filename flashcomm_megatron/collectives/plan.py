@@ -26,7 +26,7 @@ from torch import Tensor
 from ..codec import Codec, Raw
 from ..codec.base import Slices
 from ..codec.recipes import RECIPES, Legs
-from ..comm import workspace
+from ..comm import fused
 from ..comm.communicator import Call, Communicator, Transport
 from ..comm.simulated import Simulated
 from ..config import Config
@@ -115,7 +115,7 @@ def decide(
     """
     comm = Communicator.of(group)
     if x.is_cuda:
-        workspace.raise_errors(group)
+        fused.raise_errors(group)
     if not comm.agreed or comm.agreed[-1] is not config:
         agreement.check(comm, config)
     at = site.kind if site is not None else None

@@ -8,7 +8,7 @@ A collective knows two ways to send. In both, this rank's own bytes stay where t
 Buffers are contiguous uint8 tensors in which the ranks' parts lie one behind the other. Both return a transfer, whose
 ``wait()`` returns when everything has arrived; the buffers must stay untouched until then. Three things offer them:
 the process group itself (process_group.py), shared memory between CPU ranks of one machine (shared_memory.py), and
-simulated ranks (simulated.py). On GPUs a fused kernel may run a whole collective instead (workspace.py).
+simulated ranks (simulated.py). On GPUs a fused kernel may run a whole collective instead (fused.py).
 """
 
 from __future__ import annotations

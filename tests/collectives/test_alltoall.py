@@ -40,12 +40,12 @@ def exchanged(rank: int, world: int) -> None:
             codec = message_codec(rows(peer, rank), plan)
             expected = rows(peer, rank)
             if peer != rank and expected.numel():
-                payload = codec.encode(expected.view(-1))
-                expected = codec.decode_sum([payload], torch.empty_like(expected).view(-1)).view_as(expected)
+                payload = codec.encode(expected.view(-1), width=64)
+                expected = codec.decode_sum([payload], torch.empty_like(expected).view(-1), 64).view_as(expected)
             assert torch.equal(found[peer], expected), (transport, peer, rank)
             if peer != rank and transport == "auto":
                 leaving = rows(rank, peer)
-                sent += math.ceil(message_codec(leaving, plan).wire_bytes(leaving.numel()) / 16) * 16
+                sent += math.ceil(message_codec(leaving, plan).wire_bytes(leaving.numel(), 64) / 16) * 16
         if transport == "auto":
             assert counters.stats()["wire_bytes"] == sent
     whole = torch.arange(world * 2).view(-1, 1) + 100 * rank

@@ -66,11 +66,12 @@ def test_simulated_ranks_are_real_ranks(algorithm: str) -> None:
         assert all(torch.equal(found, wanted) for found, wanted in zip(streams, expected, strict=True))
 
 
-def lacking(codec: Rotated, residuals: Tensor, length: int) -> Tensor:
-    """The values that a leg's residual of slices of ``length`` stands for."""
-    slices = residuals.split(codec.residual_numel(length))
-    numbers = [rotated._ungrouped(each, codec.block) / codec.block for each in slices]
-    return torch.cat([rotated.butterflies(each).flatten()[:length] for each in numbers])
+def lacking(codec: Rotated, residuals: Tensor, width: int) -> Tensor:
+    """The values that a leg's residuals of rows of ``width`` stand for."""
+    codec = codec.fitted(width)
+    blocks = -(-width // codec.block)
+    numbers = rotated._ungrouped(residuals, codec.block, blocks) / codec.block
+    return rotated.butterflies(numbers).view(-1, blocks * codec.block)[:, :width]
 
 
 @pytest.mark.parametrize(("world", "algorithm"), [(2, "one-step"), (3, "two-step")])
@@ -78,12 +79,9 @@ def test_what_the_stream_lacks_is_what_the_ranks_keep(world: int, algorithm: str
     """Of the reduce leg the residuals of all ranks, of the gather leg that of each slice's owner."""
     residuals = [Residuals() for _ in range(world)]
     stream, exact, plan = drift(world, algorithm, 8, residuals)
-    length = plan.pieces[0].slices.length
-    missing = sum(lacking(plan.reduce, each.kept[0, "reduce"], length)[: stream.numel()] for each in residuals)
+    missing = sum(lacking(plan.reduce, each.kept[0, "reduce"], stream.size(1)) for each in residuals)
     if algorithm == "two-step":
-        missing += torch.cat([lacking(plan.gather, each.kept[0, "gather"], length) for each in residuals])[
-            : stream.numel()
-        ]
+        missing += torch.cat([lacking(plan.gather, each.kept[0, "gather"], stream.size(1)) for each in residuals])
     assert missing.abs().max() > 0.1
     assert torch.allclose(stream + missing.view_as(stream), exact, atol=1e-4)
 

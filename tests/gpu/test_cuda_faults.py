@@ -23,7 +23,7 @@ from test_cuda_processes import _collectives, config_of, raised_behind, use_devi
 from flashcomm_megatron.codec import Uniform
 from flashcomm_megatron.collectives import all_gather, all_reduce, prepare, reduce_scatter
 from flashcomm_megatron.collectives.algorithms import Residuals
-from flashcomm_megatron.comm import votes, workspace
+from flashcomm_megatron.comm import fused, votes
 from flashcomm_megatron.config import Config
 
 MODULE = os.environ.get("FLASHCOMM_CUDA_STAND_IN")
@@ -90,18 +90,18 @@ def test_memory_outlives_its_tensor_while_work_is_left():
 def _fall_back(rank: int, world: int, faults: dict[str, int]) -> tuple[str, str]:
     """What rank 1's faults leave to all ranks: the inboxes of transport peer, and what was printed over two calls."""
     device, group, config = use_device(rank), dist.group.WORLD, config_of("peer")
-    workspace.trial_seconds = 3.0
+    fused.trial_seconds = 3.0
     for function, error in faults.items() if rank == 1 else ():
         fault(function, error)
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        made = workspace.prepare(group, "peer")
-        assert workspace.prepare(group, "peer") is made
+        made = fused.prepare(group, "peer")
+        assert fused.prepare(group, "peer") is made
     if made is not None:
         parts = [strange(5000, torch.bfloat16, r) for r in range(world)]
         plan = planned("all_reduce", parts[0].to(device), world, config)
         result = all_reduce(parts[rank].to(device), group, config)
         assert same(result, expected(plan.algorithm, (plan.reduce, plan.gather), parts)[rank])
-    workspace.close(group)
+    fused.close(group)
     free, total = torch.cuda.mem_get_info()
     assert free == total, "what failed gave back all it had"
     return type(getattr(made, "_inboxes", None)).__name__, printed.getvalue()
@@ -131,7 +131,7 @@ def test_ranks_fall_back_together_and_say_why_once(faults, served, said):
 def _untried(rank: int, world: int) -> str:
     """One call over inboxes that are not the peers', by a workspace that nobody tried."""
     device, group, config = use_device(rank), dist.group.WORLD, config_of("peer", timeout=1.0)
-    workspace._trial = lambda made, group: ""
+    fused._trial = lambda made, group: ""
     fault("cudaIpcOpenMemHandle", NOBODYS)
     return raised_behind(torch.ones(1000, device=device), group, config)
 
@@ -151,10 +151,10 @@ def _rebuilt(rank: int, world: int) -> str:
     all_reduce(x, group, config_of("peer"))
     said = "" if rank == 1 else raised_behind(x.clone(), group, config)
     config = config_of("peer")
-    workspace.rebuild(group, "peer")
+    fused.rebuild(group, "peer")
     result = all_reduce(torch.full_like(x, rank + 1.0), group, config)
     assert torch.equal(result, torch.full_like(x, world * (world + 1) / 2))
-    workspace.close(group)
+    fused.close(group)
     return said
 
 
@@ -174,7 +174,7 @@ def _carried(rank: int, world: int, transport: str) -> None:
     for parts, (wanted, _) in zip(calls, carried(plan.algorithm, legs, calls, world), strict=True):
         result = all_reduce(parts[rank].to(device), group, config, residuals=residuals)
         assert same(result, wanted[rank])
-    workspace.close(group)
+    fused.close(group)
 
 
 @pytest.mark.parametrize(("world", "transport"), [(2, "peer"), (3, "peer"), (3, "group")])
@@ -196,7 +196,7 @@ def _on_another_gpu(rank: int, world: int) -> None:
     prepare(dist.group.WORLD, config_of("peer"))  # on GPU 0: nobody has chosen another yet
     with pytest.raises(RuntimeError, match=r"made on GPU 0.*tensor on GPU 1\. Call torch\.cuda\.set_device\(1\)"):
         all_reduce(torch.ones(1000, device="cuda:1"), dist.group.WORLD, config_of("peer"))
-    workspace.close(dist.group.WORLD)
+    fused.close(dist.group.WORLD)
 
 
 def test_a_tensor_on_another_gpu_than_the_workspace_is_refused():

@@ -20,6 +20,7 @@ import flashcomm_megatron as fc
 from flashcomm_megatron import config
 from flashcomm_megatron.megatron import patching, training_log
 from flashcomm_megatron.observe import error_sampling as sampling
+from flashcomm_megatron.observe.metrics import send
 
 CONFIG = fc.Config(bits=4, min_bytes=0)
 CODEC = CONFIG.legs.reduce

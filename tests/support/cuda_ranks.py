@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flashcomm_megatron.codec import native as extension
 from flashcomm_megatron.comm import shared_memory
-from flashcomm_megatron.comm.workspace import KINDS
+from flashcomm_megatron.comm.fused import KINDS
 
 # Where stand_ins/cuda runs the kernels, tests make fewer calls and wait longer.
 SLOWER = 100 if "FLASHCOMM_CUDA_STAND_IN" in os.environ else 1

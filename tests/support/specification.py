@@ -44,14 +44,14 @@ def same(found: Tensor, expected: Tensor) -> bool:
     return torch.equal(*bits)
 
 
-def through(codec: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """decode(encode(x))"""
-    return codec.decode_sum_ref([codec.encode_ref(x)], x.numel(), dtype)
+def through(codec: Any, x: Tensor, dtype: torch.dtype, width: int | None = None) -> Tensor:
+    """decode(encode(x)) of rows of ``width``."""
+    return codec.decode_sum_ref([codec.encode_ref(x, width)], x.numel(), dtype, width)
 
 
-def total(codec: Any, parts: Sequence[Tensor]) -> Tensor:
+def total(codec: Any, parts: Sequence[Tensor], width: int | None = None) -> Tensor:
     """Sum in rank order, float32, of the decoded parts."""
-    return codec.decode_sum_ref([codec.encode_ref(x) for x in parts], parts[0].numel(), parts[0].dtype)
+    return codec.decode_sum_ref([codec.encode_ref(x, width) for x in parts], parts[0].numel(), parts[0].dtype, width)
 
 
 def expected(kind: str, codecs: tuple[Any, Any], parts: Sequence[Tensor]) -> list[Tensor]:
@@ -60,15 +60,15 @@ def expected(kind: str, codecs: tuple[Any, Any], parts: Sequence[Tensor]) -> lis
     world, numel, width = len(parts), parts[0].numel(), parts[0].size(-1) if parts[0].dim() > 1 else parts[0].numel()
     parts = [part.reshape(-1) for part in parts]
     if kind == "one-step":
-        return [total(reduce, parts)] * world
+        return [total(reduce, parts, width)] * world
     if kind == "all_gather":
-        return [torch.cat([through(gather, x, x.dtype) for x in parts])] * world
+        return [torch.cat([through(gather, x, x.dtype, width) for x in parts])] * world
     if kind == "reduce_scatter":
-        return [total(reduce, [x.chunk(world)[rank] for x in parts]) for rank in range(world)]
+        return [total(reduce, [x.chunk(world)[rank] for x in parts], width) for rank in range(world)]
     grain = width if numel > width else math.lcm(reduce.unit, gather.unit)
     length = math.ceil(math.ceil(numel / grain) / world) * grain
     slices = zip(*(x.split(length) for x in parts), strict=True)
-    return [torch.cat([through(gather, total(reduce, s), s[0].dtype) for s in slices])] * world
+    return [torch.cat([through(gather, total(reduce, s, width), s[0].dtype, width) for s in slices])] * world
 
 
 def outputs(kind: str, parts: Sequence[Tensor]) -> list[Tensor]:

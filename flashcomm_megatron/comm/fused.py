@@ -2,7 +2,7 @@
 
 :func:`serving` says whether a call runs here or over the process group. Every rank gives the same answer: it depends
 on configuration, codecs, dtype and device kind, and on a workspace all ranks made together or none. Making one tries
-``peer``, then ``host`` (peer.py, host.py), each step voted on; a real exchange of data is checked before it is
+``peer``, then ``host`` (inboxes.py), each step voted on; a real exchange of data is checked before it is
 trusted, for the driver's word is not enough. What failed is printed once.
 
 Calls may come on any stream: each waits, by an event, for the group's call before it. CUDA graphs may capture calls;
@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -23,9 +23,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..codec import native as extension
+from ..observe import messages
 from . import shared_memory, votes
-from .host import HostInboxes
-from .peer import PeerInboxes
+from .inboxes import HostInboxes, PeerInboxes
 
 KINDS = {"one-step": 0, "two-step": 1, "reduce_scatter": 2, "all_gather": 3}  # enum Collective in csrc/cuda/shape.h
 WORLDS = range(2, 9)
@@ -100,7 +100,7 @@ class Workspace:
         if error:
             raise RuntimeError(
                 f"flash-comm: {error}. Results since then are NaN. Look for that rank's own error; to go on in "
-                "this process, let every rank call flashcomm_megatron.comm.workspace.rebuild(group, transport)."
+                "this process, let every rank call flashcomm_megatron.comm.fused.rebuild(group, transport)."
             )
 
     def close(self, group: dist.ProcessGroup) -> None:
@@ -208,16 +208,17 @@ def _make(group: dist.ProcessGroup, device: int, transport: str) -> Workspace | 
     for name in CHAINS[transport]:
         made, reason = _try(name, group, device)
         if made is not None:
-            _say(group, reasons, name)
+            _say(group, transport, reasons, name)
             return made
         reasons.append(f"{name}: {reason}")
-    _say(group, reasons, "group")
+    _say(group, transport, reasons, "group")
     return None
 
 
-def _say(group: dist.ProcessGroup, reasons: list[str], name: str) -> None:
+def _say(group: dist.ProcessGroup, asked: str, reasons: list[str], name: str) -> None:
     if reasons and group.rank() == 0:
-        print(f"flash-comm: transport {name} ({'; '.join(reasons)})", flush=True)
+        ranks = dist.get_process_group_ranks(group)
+        messages.fell_back(f"transport {asked}", ranks, f"transport {name} ({'; '.join(reasons)})")
 
 
 def _try(name: str, group: dist.ProcessGroup, device: int) -> tuple[Workspace | None, str]:
@@ -277,9 +278,7 @@ def _blocks(places: Sequence[bytes]) -> int:
 
 def _trial(made: Workspace, group: dist.ProcessGroup) -> str:
     """Gather known numbers twice, once through each buffer; why they did not all arrive, or nothing."""
-    from ..codec import Uniform  # only here: a transport knows no codec
-
-    codec, device = Uniform(8, 32), torch.device("cuda", made.device)
+    codec, device = _Known(), torch.device("cuda", made.device)
     try:
         for turn in range(2):
             parts = [_known(rank, turn, device) for rank in range(group.size())]
@@ -292,6 +291,12 @@ def _trial(made: Workspace, group: dist.ProcessGroup) -> str:
     except RuntimeError as error:
         return str(error)
     return ""
+
+
+class _Known(NamedTuple):
+    """The number format of the trial: 8-bit integers in blocks of 32, as csrc/api.h numbers it."""
+
+    native: Native = (0, 8, 32)
 
 
 def _known(rank: int, turn: int, device: torch.device) -> Tensor:
