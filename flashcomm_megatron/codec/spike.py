@@ -186,8 +186,8 @@ class Spike(Codec):
         return span / torch.full_like(span, self.levels)
 
     def _extremes_of_rest(self, keys: Tensor, positions: Tensor, row: int) -> tuple[Tensor, Tensor]:
-        """Smallest and largest key of every block without its spikes and what fills it at the row's end; of an empty rest,
-        the smaller spike twice."""
+        """Smallest and largest key of every block without its spikes and what fills it at the row's end. If nothing is
+        left, the smaller spike twice."""
         spike = torch.zeros_like(keys, dtype=torch.bool).scatter_(1, positions.t(), True)
         spike.view(-1, math.ceil(row / self.block) * self.block)[:, row:] = True
         limits = torch.iinfo(keys.dtype)
