@@ -32,8 +32,8 @@ CUDA_SOURCES = ["cuda/collectives.cu", "cuda/codec_cuda.cu", "cuda/shared_memory
 # Compiled once for every part of csrc/cuda/instances.h, so that many cores share the work; the longest first.
 CUDA_IN_PARTS = [(dtype, uniform) for uniform in (1, 0) for dtype in ("BFloat16", "Float16", "Float32")]
 PARTS = [f"{dtype},{uniform}" for uniform in ("true", "false") for dtype in ("BFloat16", "Float16", "Float32")]
-# Once for every instruction set. -O3 throughout: with -O2, g++ 12 runs rotated blocks of 64 at half the speed and the spike
-# codec at a quarter (docs/log.md).
+# Once for every instruction set. -O3 throughout: with -O2, g++ 12 runs rotated blocks of 64 at half the speed and the
+# spike codec at a quarter (docs/log.md).
 CPU_SOURCES = ("cpu/codec_cpu.cpp", "cpu/rotated_cpu.cpp", "cpu/spike_cpu.cpp")
 HOST_SOURCES = ("cpu/streams.cpp", "cpu/ring.cpp", "cpu/codec_threads.cpp")
 INSTRUCTION_SETS = {"baseline": []}

@@ -31,8 +31,8 @@ Rotated, the largest coefficient is 1.29, the step 1.29 / 8, rounded to 0.156; t
 The wire
 --------
 Each row is cut into blocks of its own, ``ceil(width / block)``, the last one filled with the row's last value; so are
-super-blocks. For a width where smaller blocks take fewer bytes they are used, down to 16 (``fitted``). Sections, aligned
-as in planes.py::
+super-blocks. For a width where smaller blocks take fewer bytes they are used, down to 16 (``fitted``). Sections,
+aligned as in planes.py::
 
     | planes of the codes             | scales      | tops               |
     | blocks * block * bits / 8 bytes | blocks x u8 | super-blocks x u16 |
@@ -51,8 +51,8 @@ compared as integers, in eighths of a step, so that the order of summation does 
 
 ``top`` is the largest key of 32 blocks, ``scale = negative << 7 | d`` the block's own: ``key = top - d``. A block whose
 step would lie more than 125 eighths of an octave below the largest takes ``d = 125``. Steps are at least 2**-100: a
-block far below decodes to zeros. ``negative``, the step's sign bit, is set when the step is negative: the sign is chosen
-so that the largest coefficient maps to code 0.
+block far below decodes to zeros. ``negative``, the step's sign bit, is set when the step is negative: the sign is
+chosen so that the largest coefficient maps to code 0.
 Two values of ``scale`` are escapes:
 
 - 127: the block held a NaN or an Inf and decodes to NaN.
@@ -75,15 +75,15 @@ rotated back. With ``h = H x = block * c``::
 The product is exact and ``q`` is never -0. Numbers have the tensor's dtype and are finite: float16 is rounded and
 clamped, bfloat16 is truncated to the upper half of a float32. A block of NaN, Inf, an exact constant (of ``h'``) or
 values from 2**100 on leaves zeros; the last ones are encoded without a residual. The layout is that of 512-bit vectors:
-four blocks of a row together, the first four coefficients of each, then their next four, to the last. A row's blocks are
-padded to a multiple of four.
+four blocks of a row together, the first four coefficients of each, then their next four, to the last. A row's blocks
+are padded to a multiple of four.
 
 Error: a coefficient is off by at most ``step / 2``, or by what it lies beyond the first or last code's value. ``step``
 is ``max|c| / zero`` within -1/17 and +1/16, beyond 32 levels within +1/8, unless one of the floors above is larger; up
 to 16 levels it may be 4/5 of that, with fewer than 8 levels 2/3. A value is off by at most the sum of its block's
 coefficients' errors, and the squared errors of a block sum to ``block`` times those of its coefficients. With a
-residual all this is the error of ``h'``, so that errors of calls telescope: what the sum of all that was decoded lacks of the
-sum of all values is the last residual, ``H residual / block``, and what truncating and clamping took from those before.
+residual all this is the error of ``h'``, so that errors of calls telescope: what the sum of all that was decoded lacks
+of the sum of all values is the last residual, ``H residual / block``, and what truncating and clamping took before.
 """
 
 from __future__ import annotations

@@ -25,8 +25,8 @@ bfloat16, to -1.203 and 0.2207. The 8 codes are 32 bits, so 16 bytes of bfloat16
 
 The wire
 --------
-Rows of ``width`` values have ``ceil(width / block)`` blocks each, the last one short where the block does not divide the
-width, and ``ceil(width / 8)`` octets of codes. Sections start on a 16-byte boundary, gaps are zero::
+Rows of ``width`` values have ``ceil(width / block)`` blocks each, the last one short where the block does not divide
+the width, and ``ceil(width / 8)`` octets of codes. Sections start on a 16-byte boundary, gaps are zero::
 
     | 8-, 4-, 2-, 1-bit planes ...        | scales         | minima         |
     | octets * w bytes for each plane w   | blocks x bf16  | blocks x bf16  |

@@ -13,8 +13,8 @@ each feature that never changes. Every rank knows all scales, so payloads carry 
 Features and scales are static and known to every rank, so no metadata travels: the receiver decodes rank i's payload
 with rank i's scales. That makes this the one format that knows its sender and its place in the model.
 
-A token of 8 features. The fourth reaches furthest and is kept; the others reached 1.4 in the calibration, so their scale
-is 0.2, and 1.5 becomes 1.4::
+A token of 8 features. The fourth reaches furthest and is kept; the others reached 1.4 in the calibration, so their
+scale is 0.2, and 1.5 becomes 1.4::
 
     >>> reach = torch.tensor([[1.4, 1.4, 1.4, 9.0, 1.4, 1.4, 1.4, 1.4]])
     >>> codec = from_ranges(-reach, reach, rank=0)
