@@ -217,6 +217,14 @@ MUTATIONS = (
         "return None",
         "tests/collectives/test_collectives.py -k deferred",
     ),
+    Mutation(  # a format without compiled form: that would write payloads of other lengths
+        "12 a row stands alone: no block spans two rows",
+        f"{PACKAGE}/codec",
+        "rows_of",
+        r"if width is None or width >= numel :",
+        "if True:",
+        "tests/codec/test_rows.py -k beside_a_row and Microscaling",
+    ),
 )
 
 
