@@ -30,10 +30,10 @@ COMMON = [INCLUDE, "-std=c++17", "-O2", "-g0", "-fPIC", "-fvisibility=hidden", "
 CUDA = [INCLUDE, "-std=c++17", "-O3", "-fmad=false", "-DFLASHCOMM_ISA=cuda"]
 CUDA_SOURCES = ["cuda/collectives.cu", "cuda/codec_cuda.cu", "cuda/shared_memory.cu"]
 # Compiled once for every part of csrc/cuda/instances.h, so that many cores share the work; the longest first.
-CUDA_IN_PARTS = [(dtype, uniform) for uniform in (1, 0) for dtype in ("BFloat16", "Float16", "Float32")]
-PARTS = [f"{dtype},{uniform}" for uniform in ("true", "false") for dtype in ("BFloat16", "Float16", "Float32")]
+CUDA_IN_PARTS = ["cuda/collective_part.cu", "cuda/codec_part.cu"]
+PARTS = [(dtype, uniform) for uniform in (1, 0) for dtype in ("BFloat16", "Float16", "Float32")]
 CPU_SOURCES = ("cpu/codec_cpu.cpp", "cpu/rotated_cpu.cpp", "cpu/spike_cpu.cpp")  # once for every instruction set
-HOST_SOURCES = ("cpu/streams.cpp", "cpu/ring.cpp", "cpu/sockets.cpp", "cpu/codec_threads.cpp")
+HOST_SOURCES = ("cpu/streams.cpp", "cpu/ring.cpp", "cpu/codec_threads.cpp")
 INSTRUCTION_SETS = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
     AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c", "-mprefer-vector-width=512"]
@@ -139,12 +139,12 @@ class Build(build_ext):
         """How far the compiler optimizes a source of the codec.
 
         -O3 takes up to four times as long as -O2 with its model of what vectorizing costs, for the same speed where the
-        source is written with vectors (docs/log.md). The baseline is for machines of before 2013.
+        source is written with vectors (docs/log.md). The baseline of x86 is for machines of before 2013.
         """
         is_clang = (
             b"clang" in subprocess.run([self.compiler.compiler_cxx[0], "--version"], stdout=subprocess.PIPE).stdout
         )
-        if instruction_set == "baseline":
+        if instruction_set == "baseline" and len(INSTRUCTION_SETS) > 1:
             return ["-O2"]
         if is_clang or source == "cpu/codec_cpu.cpp":
             return ["-O3"]

@@ -1,4 +1,6 @@
-"""Put the results of bench_accuracy.py into docs/accuracy.md, between ``<!-- recipes -->`` and ``<!-- end -->`` etc.
+"""Put the results of bench_accuracy.py and bench_smollm2.py into docs/accuracy.md.
+
+Each table stands between its mark, ``<!-- recipes -->`` for example, and ``<!-- end -->``.
 
 run as:  python benchmarks/accuracy_tables.py
 """
@@ -20,6 +22,7 @@ SPEEDS = ("encode GB/s", "decode GB/s")
 def main() -> None:
     page = PAGE.read_text()
     tables: dict[str, Callable[[list[Row]], list[list[str]]]] = {
+        "smollm2": smollm2,
         "recipes": recipes,
         "feedback": feedback,
         "blocks": blocks,
@@ -31,9 +34,36 @@ def main() -> None:
         path = RESULTS / f"accuracy_{name}.json"
         if path.exists():
             found = json.loads(path.read_text())
-            text = markdown(table(found["rows"])) + f"\n\n{origin(found['circumstances'])}"
+            text = markdown(table(found["rows"])) + f"\n\n{source(found)}"
             page = re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)", rf"\g<1>{text}\n\g<2>", page, count=1, flags=re.S)
     PAGE.write_text(page)
+
+
+def source(found: dict[str, Any]) -> str:
+    """Where the rows come from; of the real model also the text."""
+    row = found["rows"][0]
+    text = f" {row['sequences']} windows of {row['length']} tokens." if "exact_perplexity" in row else ""
+    return f"{origin(found['circumstances'])}{text}"
+
+
+def smollm2(rows: list[Row]) -> list[list[str]]:
+    """The real model: rises with their standard errors over the windows."""
+    first = rows[0]
+    exact = f"exact: {first['exact_perplexity']:.2f} +- {first['exact_perplexity_error']:.2f}"
+    table = [["recipe", "bits", "on the wire", f"perplexity ({exact})", "rise", "agreement", "KL, nats a token"]]
+    for row in rows:
+        table.append(
+            [
+                row["recipe"],
+                str(row["bits"]),
+                f"{row['wire_bits']:.2f}",
+                f"{row['perplexity']:.2f}",
+                f"{row['rise']:+.2%} +- {row['rise_error']:.2%}",
+                f"{row['agreement']:.1%}",
+                f"{row['kl']:.5f}",
+            ]
+        )
+    return table
 
 
 def drift(rows: list[Row]) -> list[list[str]]:

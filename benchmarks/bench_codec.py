@@ -21,7 +21,8 @@ import record
 import torch
 from torch import Tensor
 
-from flashcomm_megatron.codec import Uniform, extension
+from flashcomm_megatron.codec import Uniform
+from flashcomm_megatron.codec import native as compiled
 
 KIB, MIB = 2**10, 2**20
 SIZES = [256 * KIB, 64 * MIB]  # bytes of the tensor: one that stays in the second-level cache, one that fits no cache
@@ -33,10 +34,10 @@ SECONDS = 0.002  # least duration of one timing: smaller calls are repeated insi
 def main() -> None:
     options = parse()
     torch.set_num_threads(1)
-    if not extension.available():
-        raise SystemExit(f"bench_codec: no compiled codec ({extension.reason()}).")
+    if not compiled.available():
+        raise SystemExit(f"bench_codec: no compiled codec ({compiled.reason()}).")
     print(
-        f"{record.circumstances()['cpu']}, one core, {extension.describe()}, block {options.block}, GB/s of the tensor"
+        f"{record.circumstances()['cpu']}, one core, {compiled.describe()}, block {options.block}, GB/s of the tensor"
     )
     print("| dtype | KiB | bits | memcpy | encode | decode | sum2 | encode ratio | decode ratio | torch enc. | dec. |")
     print("|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|")

@@ -30,7 +30,7 @@ import torch.multiprocessing as mp
 from training_loop import Shape, Training, join
 
 import flashcomm_megatron as fc
-from flashcomm_megatron.collectives import plan as policy
+from flashcomm_megatron.collectives.plan import exact_bytes
 
 WORLD = 2
 
@@ -141,7 +141,7 @@ def metered() -> Iterator[list[int]]:
     def noting(original: Callable[..., Any], collective: str, position: int) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
             if kwargs.get("group") is group:
-                sent.append(policy.exact_bytes(collective, args[position].nbytes, group.size()))
+                sent.append(exact_bytes(collective, args[position].nbytes, group.size()))
             return original(*args, **kwargs)
 
         return run

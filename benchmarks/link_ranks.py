@@ -23,7 +23,8 @@ import torch
 import torch.distributed as dist
 
 import flashcomm_megatron as fc
-from flashcomm_megatron.collectives import plan as policy
+from flashcomm_megatron.collectives import plan
+from flashcomm_megatron.comm.communicator import Communicator
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
@@ -90,15 +91,16 @@ def collective(kind: str, nbytes: int, bits: int, options: argparse.Namespace) -
 
 
 def in_one_piece(call: Callable[[], Any]) -> None:
-    """``call`` without overlap of encoding, sending and decoding (pieces.py)."""
-    pieces = dict(policy.PIECE)
-    policy.PIECE.clear()
-    policy._plan.cache_clear()
+    """``call`` without overlap of encoding, sending and decoding (plan.py)."""
+    assert dist.group.WORLD is not None
+    plans, pieces = Communicator.of(dist.group.WORLD).plans, dict(plan.PIECE)
+    plan.PIECE.clear()
+    plans.clear()
     try:
         call()
     finally:
-        policy.PIECE.update(pieces)
-        policy._plan.cache_clear()
+        plan.PIECE.update(pieces)
+        plans.clear()
 
 
 def traffic(nbytes: int, calls: int = 10) -> dict[str, Any]:

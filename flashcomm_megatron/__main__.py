@@ -2,7 +2,13 @@
 
     torchrun --nproc-per-node 8 -m flashcomm_megatron pretrain_gpt.py ... --flash-comm-bits 4
     torchrun --nproc-per-node 2 -m flashcomm_megatron --cpu pretrain_gpt.py ... --flash-comm-bits 4
-    python -m flashcomm_megatron report
+    python -m flashcomm_megatron report                what was found; --json for programs
+    python -m flashcomm_megatron plan --gpu L40 --tp 8 --model llama-3-70b
+    python -m flashcomm_megatron accuracy --model DIR --text FILE --tp 8 --bits 8,6,4
+    python -m flashcomm_megatron compare exact.jsonl flash-4.jsonl
+    torchrun --nproc-per-node 8 -m flashcomm_megatron bench --tune tuned.json
+    torchrun --nproc-per-node 8 -m flashcomm_megatron calibrate pretrain_gpt.py ... --out ranges.safetensors
+    python -m flashcomm_megatron --version
 
 The script runs as ``__main__`` with its own arguments and its own folder first on ``sys.path``, as if python had been
 given its path, or ``-m`` and its name; the import of this package is all that is added. ``--cpu``, before the script,
@@ -26,6 +32,7 @@ from .tools.compare.command import main as compare
 from .tools.plan.command import main as plan
 from .tools.report import main as report
 from .tools.tune import main as bench
+from .version import __version__
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "report": report,
@@ -40,8 +47,11 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 def main(argv: list[str]) -> int:
     """Exit code of the command, or of the script, in ``argv``."""
     if not argv or argv[0] in ("-h", "--help"):
-        print(f"{__doc__}\nCommands: {', '.join(COMMANDS)}.")
+        print(f"{__doc__}\nCommands: {', '.join(COMMANDS)}; each has --help with an example.")
         return 0 if argv else 2
+    if argv[0] == "--version":
+        print(f"flashcomm_megatron {__version__}")
+        return 0
     try:
         environment.check()
     except ValueError as error:
@@ -79,7 +89,8 @@ def run(script: str, argv: list[str], on_cpu: bool = False) -> int:
     try:
         coverage.close()
     except RuntimeError as error:
-        return _refuse(str(error), 1)
+        own = left.code if left is not None else None
+        return _refuse(str(error), own if isinstance(own, int) and own else 1)
     if left is not None:
         raise left
     return 0

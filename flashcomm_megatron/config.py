@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from .codec.recipes import RECIPES, Legs
 
-TRANSPORTS = ("auto", "peer", "host", "group")
+TRANSPORTS = ("auto", "group", "shared-memory", "peer", "host")
 ALGORITHMS = ("auto", "one-step", "two-step", "hierarchical")
 FEEDBACK = ("auto", "off")
 EXACT = 16  # grad_bits that leave gradients to the original collectives
@@ -31,16 +31,16 @@ class Config:
 
     bits: int = field(
         metadata={
-            "help": "Bits per value on the wire, 2 to 8, of tensor-parallel sums and gathers. Switches flash-comm on."
+            "help": "Bits per value, 2 to 8, of tensor-parallel sums and gathers on the wire. Switches compression on."
         }
     )
-    recipe: str = _option("auto", "Number format and algorithm: auto (best measured) or a published method.")
-    block: int | None = _option(None, "Values that share one scale. Smaller is more accurate and costs more bytes.")
+    recipe: str = _option("auto", "Number format and algorithm: auto (ours, the most accurate) or a published method.")
+    block: int | None = _option(None, "Values that share one scale. Smaller is more accurate and sends more bytes.")
     min_bytes: int | None = _option(
         None,
-        "Leave tensors of fewer bytes than this to the original collective. Default: where compression starts to pay.",
+        "Tensors of fewer bytes go through Megatron's own collective. Default: the size from which compression pays.",
     )
-    thresholds: str | None = _option(None, "File of measured thresholds, made by bench --tune, for the same purpose.")
+    thresholds: str | None = _option(None, "File of minimum sizes measured on this machine, made by bench --tune.")
     feedback: str = _option(
         "auto",
         "Residual feedback in evaluation and inference: auto (where a layer was measured to add its sums to its input "
@@ -48,8 +48,8 @@ class Config:
     )
     transport: str = _option(
         "auto",
-        "How bytes move: peer (GPUs) or host memory shared by the ranks of a machine (CPUs elsewhere: connections), or "
-        "the process group.",
+        "How bytes move: group (the process group: NCCL, gloo); inside a machine also shared-memory (CPUs), "
+        "peer (GPU memory) or host (pinned memory of GPUs).",
     )
     algorithm: str = _option(
         "auto",
@@ -57,18 +57,16 @@ class Config:
         "exact within a node, quantized between nodes).",
     )
     timeout: float | None = _option(
-        None, "Seconds a rank waits for another one that does nothing. Default: the process group's own timeout."
+        None, "Seconds a rank waits for one that sends nothing. Default: the process group's timeout."
     )
-    grad_bits: int = _option(8, "Bits per value of gradients in backward, 2 to 8; 16 leaves them exact.")
-    experts: bool = _option(False, "Compress the tokens of a mixture of experts as well (all-to-all dispatcher).")
-    calibration: str | None = _option(None, "File of calibrated ranges, made by calibrate; for recipe outlier only.")
-    strict: bool = _option(
-        False, "Make an error of whatever was asked for and is not done: a collective left exact, a fallback."
-    )
+    grad_bits: int = _option(8, "Bits per value of gradients in backward, 2 to 8; 16 sends them uncompressed.")
+    experts: bool = _option(False, "Also compress the tokens of a mixture of experts (all-to-all dispatcher).")
+    calibration: str | None = _option(None, "File of calibrated ranges, made by calibrate. Only for recipe outlier.")
+    strict: bool = _option(False, "Fail instead of falling back to an uncompressed collective or a slower transport.")
     log_interval: int | None = _option(
-        None, "Iterations between two lines of metrics. Default: Megatron's --log-interval."
+        None, "Log metrics every so many iterations. Default: Megatron's --log-interval."
     )
-    metrics: str | None = _option(None, "Also write the metrics, with the loss, to this file of JSON lines.")
+    metrics: str | None = _option(None, "Also write metrics and losses to this file, as JSON lines.")
 
     text: ClassVar[str]  # set for each: all of it as a line of JSON, ready for a compiled graph (traced.py)
 
@@ -120,7 +118,7 @@ class Config:
 
     @property
     def legs(self) -> Legs:
-        """The codecs of both legs. A calibrated recipe has another reduce leg at every site (sites.py)."""
+        """The codecs of both legs. A calibrated recipe has another reduce leg at every site."""
         row = RECIPES[self.recipe]
         return row.legs(self.bits, self.block or row.block)
 

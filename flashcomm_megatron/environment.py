@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 KNOWN = {
     "FLASH_COMM_BITS": "2 to 8 switches compression on where no command line and no call of enable() does.",
+    "FLASH_COMM_FEEDBACK": "auto or off: residual feedback for FLASH_COMM_BITS. Reinforcement learning needs off.",
     "FLASH_COMM_DISABLE": "1 keeps Megatron untouched, whatever flags and scripts ask for. Set it on every rank.",
     "FLASH_COMM_EXTENSION": "0 leaves the compiled extension out: the PyTorch codec gives the same bits, slower.",
 }
@@ -23,9 +25,14 @@ def is_disabled() -> bool:
     return os.environ.get("FLASH_COMM_DISABLE", "0") not in ("", "0")
 
 
-def bits() -> int | None:
-    """What FLASH_COMM_BITS says; None if it is not set. ValueError if it is no number; Config knows which are right."""
-    text = os.environ.get("FLASH_COMM_BITS", "")
-    if text and not text.isdigit():
-        raise ValueError(f"FLASH_COMM_BITS={text} is no number: choose 2 to 8.")
-    return int(text) if text else None
+def options() -> dict[str, Any]:
+    """Options of a configuration that variables ask for; none without FLASH_COMM_BITS.
+
+    ValueError if that is no number; Config knows which numbers and words are right.
+    """
+    bits, feedback = (os.environ.get(f"FLASH_COMM_{name}", "") for name in ("BITS", "FEEDBACK"))
+    if not bits:
+        return {}
+    if not bits.isdigit():
+        raise ValueError(f"FLASH_COMM_BITS={bits} is no number: choose 2 to 8.")
+    return {"bits": int(bits)} | ({"feedback": feedback} if feedback else {})

@@ -8,7 +8,7 @@
 // The loops are written for compilers to vectorise, and setup.py compiles this file once for every instruction set,
 // each in its own namespace. Two 16-bit values share a 32-bit lane all the way, which spares every shuffle.
 // Strange blocks (NaN, escaped, huge or tiny scales, saturating) run through the loops like all others and are then
-// done again by codec.h, as are short last blocks and block sizes other than 32, 64 and 128.
+// done again by codec.h, which also does blocks of other sizes than 32, 64 and 128 values.
 #include "api.h"
 
 #include "format/codec.h"
@@ -35,6 +35,15 @@ struct alignas(64) Strip {
     float minima[kMaxBlocks], inverses[kMaxBlocks], scales[kMaxBlocks];
 };
 
+template <int kValue> struct Int {
+    static constexpr int value = kValue;
+};
+
+// Where a strip begins.
+struct Place {
+    int64_t block, octet, value;
+};
+
 // ---- encode --------------------------------------------------------------------------------------------------
 
 // Smallest and largest key of every block, in explicit vectors, since compilers differ most in reductions. The last
@@ -56,7 +65,7 @@ void extremes(const typename T::Word* __restrict x, int blocks, uint32_t* __rest
             least = key < least ? key : least;
             most = key > most ? key : most;
         }
-        Word low[kLanes], high[kLanes], low_key = (Word)~(Word)0, high_key = low_key;
+        Word low[kLanes], high[kLanes], low_key = (Word) ~(Word)0, high_key = low_key;
         most = ~most;
         __builtin_memcpy(low, &least, kBytes);
         __builtin_memcpy(high, &most, kBytes);
@@ -134,15 +143,15 @@ void store_metadata(const Layout& at, int64_t first, int blocks, const uint32_t*
 }
 
 template <class T, int kBlock>
-void encode_strip(const typename T::Word* x, const Layout& at, int64_t first, int blocks, uint8_t* payload, Strip& s) {
-    x += first * kBlock;
+void encode_strip(const typename T::Word* x, const Layout& at, Place from, int blocks, uint8_t* payload, Strip& s) {
+    x += from.value;
     extremes<T, kBlock>(x, blocks, s.low_keys, s.high_keys);
     fit<T, Bf16Pair>(s.low_keys, s.high_keys, blocks, at.levels(), s.minima, s.inverses, s.metadata, s.strange);
-    uint8_t* codes = at.bits == 8 ? payload + first * kBlock : s.codes;  // a plane of 8 bits is the codes themselves
+    uint8_t* codes = at.bits == 8 ? payload + 8 * from.octet : s.codes;  // a plane of 8 bits is the codes themselves
     quantize<T, kBlock>(x, s.minima, s.inverses, blocks, codes);
     if (any(s.strange, blocks)) quantize_strange<T, kBlock>(x, blocks, at.levels(), s, codes);
-    pack(at, first * kBlock / 8, blocks * kBlock, codes, payload);
-    store_metadata(at, first, blocks, s.metadata, payload);
+    pack(at, from.octet, blocks * kBlock, codes, payload);
+    store_metadata(at, from.block, blocks, s.metadata, payload);
 }
 
 // ---- decode --------------------------------------------------------------------------------------------------
@@ -219,72 +228,89 @@ void accumulate(const uint8_t* __restrict codes, const float* __restrict minima,
 }
 
 template <class T, int kBlock>
-void decode_strip(const uint8_t* const* payloads, int count, const Layout& at, int64_t first, int blocks,
+void decode_strip(const uint8_t* const* payloads, int count, const Layout& at, Place from, int blocks,
                   typename T::Word* out, Strip& s) {
-    const int64_t begin = first * kBlock;
     for (int b = 0; b < blocks; b++) s.strange[b] = 0;
     for (int p = 0; p < count; p++) {
         const bool is_last = p == count - 1;
-        const auto add = p == 0 ? is_last ? accumulate<T, kBlock, true, true> : accumulate<T, kBlock, true, false>
-                         : is_last ? accumulate<T, kBlock, false, true> : accumulate<T, kBlock, false, false>;
-        const uint8_t* codes = at.bits == 8 ? payloads[p] + begin : s.codes;
-        unpack(payloads[p], at, begin / 8, blocks * kBlock, s.codes);
-        load_metadata<T>(payloads[p], at, first, blocks, s.minima, s.scales, s.strange);
-        add(codes, s.minima, s.scales, blocks, s.sums, out + begin);
+        const auto add = p == 0    ? is_last ? accumulate<T, kBlock, true, true> : accumulate<T, kBlock, true, false>
+                         : is_last ? accumulate<T, kBlock, false, true>
+                                   : accumulate<T, kBlock, false, false>;
+        const uint8_t* codes = at.bits == 8 ? payloads[p] + 8 * from.octet : s.codes;
+        unpack(payloads[p], at, from.octet, blocks * kBlock, s.codes);
+        load_metadata<T>(payloads[p], at, from.block, blocks, s.minima, s.scales, s.strange);
+        add(codes, s.minima, s.scales, blocks, s.sums, out + from.value);
     }
     if (!any(s.strange, blocks)) return;
     for (int b = 0; b < blocks; b++)
         for (int i = 0; s.strange[b] && i < kBlock / 8; i++)
-            decode_octet<T>(payloads, count, at, (begin + b * kBlock) / 8 + i, out);
+            decode_octet<T>(payloads, count, at, from.octet + b * (kBlock / 8) + i, out);
 }
 
 // ---- ranges of blocks ----------------------------------------------------------------------------------------
 
-// Full blocks of [first, last) in strips; returns the first block not done.
-template <class T, int kBlock>
-int64_t encode_strips(const typename T::Word* x, const Layout& at, int64_t first, int64_t last, uint8_t* payload) {
-    const int64_t full = at.numel / kBlock < last ? at.numel / kBlock : last, step = kStrip / kBlock;
-    Strip strip = {};
-    for (; first < full; first += step) {
-        const int blocks = (int)(full - first < step ? full - first : step);
-        encode_strip<T, kBlock>(x, at, first, blocks, payload, strip);
+// code(size, place, blocks) for all blocks first .. last - 1: runs of whole blocks, and blocks that end a row, alone.
+template <class Code> void each_run(const Rows& rows, int64_t first, int64_t last, Code code) {
+    const bool flat = rows.is_flat(), ends_short = rows.width % rows.block != 0;
+    while (first < last) {
+        const int64_t row_end = flat ? rows.all_blocks() : (first / rows.blocks + 1) * rows.blocks;
+        const int64_t end = row_end < last ? row_end : last;
+        const int64_t whole = end - (ends_short && end == row_end);
+        const auto place = [&rows](int64_t b) { return Place{b, rows.first_octet(b), rows.first_value(b)}; };
+        if (first < whole) code(rows.block, place(first), whole - first);
+        if (whole < end) code(rows.values(whole), place(whole), 1);
+        first = end;
     }
-    return full;
 }
 
-template <class T, int kBlock>
-int64_t decode_strips(const uint8_t* const* payloads, int count, const Layout& at, int64_t first, int64_t last,
-                      typename T::Word* out) {
-    const int64_t full = at.numel / kBlock < last ? at.numel / kBlock : last, step = kStrip / kBlock;
-    Strip strip = {};
-    for (; first < full; first += step) {
-        const int blocks = (int)(full - first < step ? full - first : step);
-        decode_strip<T, kBlock>(payloads, count, at, first, blocks, out, strip);
+// strip(place, blocks) until `blocks` blocks are done.
+template <int kBlock, class Each> void each_strip(Place from, int64_t blocks, Each strip) {
+    constexpr int kStep = kStrip / kBlock;
+    for (; blocks > 0; blocks -= kStep) {
+        strip(from, (int)(blocks < kStep ? blocks : kStep));
+        from = {from.block + kStep, from.octet + kStrip / 8, from.value + kStrip};
     }
-    return full;
 }
 
 template <class T> void encode_range(const void* x, const Layout& at, uint8_t* payload, int64_t first, int64_t last) {
     const auto* words = (const typename T::Word*)x;
-    if (at.block == 32) first = encode_strips<T, 32>(words, at, first, last, payload);
-    if (at.block == 64) first = encode_strips<T, 64>(words, at, first, last, payload);
-    if (at.block == 128) first = encode_strips<T, 128>(words, at, first, last, payload);
-    for (; first < last; first++) encode_block<T>(words, at, first, payload);
+    Strip strip = {};
+    each_run(at.rows, first, last, [&](int64_t size, Place from, int64_t blocks) {
+        const auto in_strips = [&](auto kBlock) {
+            each_strip<kBlock.value>(from, blocks, [&](Place place, int count) {
+                encode_strip<T, kBlock.value>(words, at, place, count, payload, strip);
+            });
+        };
+        if (size == 32) in_strips(Int<32>{});
+        else if (size == 64) in_strips(Int<64>{});
+        else if (size == 128) in_strips(Int<128>{});
+        else
+            for (int64_t i = 0; i < blocks; i++) encode_block<T>(words, at, from.block + i, payload);
+    });
     if (last == at.blocks) at.zero_gaps(payload);
 }
 
 template <class T>
 void decode_range(const uint8_t* const* payloads, int count, const Layout& at, void* out, int64_t first, int64_t last) {
     auto* words = (typename T::Word*)out;
-    if (at.block == 32) first = decode_strips<T, 32>(payloads, count, at, first, last, words);
-    if (at.block == 64) first = decode_strips<T, 64>(payloads, count, at, first, last, words);
-    if (at.block == 128) first = decode_strips<T, 128>(payloads, count, at, first, last, words);
-    const int64_t octets = last * at.block / 8 < at.octets ? last * at.block / 8 : at.octets;
-    for (int64_t i = first * at.block / 8; i < octets; i++) decode_octet<T>(payloads, count, at, i, words);
+    Strip strip = {};
+    each_run(at.rows, first, last, [&](int64_t size, Place from, int64_t blocks) {
+        const auto in_strips = [&](auto kBlock) {
+            each_strip<kBlock.value>(from, blocks, [&](Place place, int n) {
+                decode_strip<T, kBlock.value>(payloads, count, at, place, n, words, strip);
+            });
+        };
+        if (size == 32) in_strips(Int<32>{});
+        else if (size == 64) in_strips(Int<64>{});
+        else if (size == 128) in_strips(Int<128>{});
+        else
+            for (int64_t i = 0; i < (blocks * size + 7) / 8; i++)
+                decode_octet<T>(payloads, count, at, from.octet + i, words);
+    });
 }
 
 void encode(const void* x, void*, int dtype, const Spec& spec, uint8_t* payload, int64_t first, int64_t last) {
-    const Layout at(spec.numel, spec.bits, spec.block);
+    const Layout at(spec.numel, spec.bits, spec.block, spec.width);
     if (dtype == kFloat32) encode_range<Float32>(x, at, payload, first, last);
     if (dtype == kFloat16) encode_range<Float16>(x, at, payload, first, last);
     if (dtype == kBFloat16) encode_range<BFloat16>(x, at, payload, first, last);
@@ -292,7 +318,7 @@ void encode(const void* x, void*, int dtype, const Spec& spec, uint8_t* payload,
 
 void decode_sum(const uint8_t* const* payloads, int count, const Spec& spec, void* out, int dtype, int64_t first,
                 int64_t last) {
-    const Layout at(spec.numel, spec.bits, spec.block);
+    const Layout at(spec.numel, spec.bits, spec.block, spec.width);
     if (dtype == kFloat32) decode_range<Float32>(payloads, count, at, out, first, last);
     if (dtype == kFloat16) decode_range<Float16>(payloads, count, at, out, first, last);
     if (dtype == kBFloat16) decode_range<BFloat16>(payloads, count, at, out, first, last);

@@ -62,7 +62,7 @@ void wait_for_change(std::atomic<uint32_t>& doorbell, uint32_t seen) {
 #endif
 }
 
-SharedMemory::SharedMemory(int rank, int peer, int world, uint8_t* mine, uint8_t* theirs, int lock, uint64_t capacity)
+Rings::Rings(int rank, int peer, int world, uint8_t* mine, uint8_t* theirs, int lock, uint64_t capacity)
     : capacity_(capacity),
       lock_(lock),
       mine_((SegmentHeader*)mine),
@@ -72,7 +72,7 @@ SharedMemory::SharedMemory(int rank, int peer, int world, uint8_t* mine, uint8_t
       out_data_(data_of(mine, peer, world, capacity)),
       in_data_(data_of(theirs, rank, world, capacity)) {}
 
-uint64_t SharedMemory::write(const uint8_t* from, uint64_t bytes, bool more) {
+uint64_t Rings::write(const uint8_t* from, uint64_t bytes, bool more) {
     const uint64_t written = out_->written.value.load(std::memory_order_relaxed);
     const uint64_t room = capacity_ - (written - out_->taken.value.load());
     const uint64_t moved = piece(bytes, room, written, capacity_);
@@ -83,7 +83,7 @@ uint64_t SharedMemory::write(const uint8_t* from, uint64_t bytes, bool more) {
     return moved;
 }
 
-uint64_t SharedMemory::read(uint8_t* to, uint64_t bytes) {
+uint64_t Rings::read(uint8_t* to, uint64_t bytes) {
     const uint64_t taken = in_->taken.value.load(std::memory_order_relaxed);
     const uint64_t held = in_->written.value.load() - taken;
     const uint64_t moved = piece(bytes, held, taken, capacity_);
@@ -94,17 +94,17 @@ uint64_t SharedMemory::read(uint8_t* to, uint64_t bytes) {
     return moved;
 }
 
-Failure SharedMemory::state() {
+Failure Rings::state() const {
     if (lock_ >= 0 && !is_locked(lock_)) return Failure::died;
     return theirs_->failed.load() ? Failure::gave_up : Failure::none;
 }
 
-void SharedMemory::give_up() {
+void Rings::give_up() {
     mine_->failed.store(1);
     ring();
 }
 
-void SharedMemory::ring() {
+void Rings::ring() {
     if (theirs_->asleep.load()) wake(theirs_->doorbell);
 }
 

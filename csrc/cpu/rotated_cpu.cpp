@@ -1,10 +1,10 @@
 // The rotated codec on the CPU: families of any block size and any numbers, a block at a time.
 //
-//     encode   load -> butterflies, + memory -> largest coefficient; then, with the family's top known, round -> pack
+//     encode   load -> butterflies, + residual -> largest coefficient; then, with the family's top known, round -> pack
 //     decode   unpack -> multiply by the step -> add, for every payload; butterflies -> write
 //
-// There are shorter ways for families of zeros (rotated_zeros.h), and for families of the usual blocks without strange
-// numbers: constants, NaN, Inf, huge (rotated_plain.h).
+// There are faster paths for families of zeros (rotated_zeros.h), and for families of blocks of 32 or 64 values without
+// constants, NaN, Inf and huge numbers (rotated_plain.h).
 #include <stdlib.h>
 
 #include "api.h"
@@ -30,7 +30,7 @@ template <int kBlock> struct Family : Steps {
 template <class T>
 uint32_t widen(const typename T::Word* __restrict x, int count, float* __restrict out) {
     using Word = typename T::Word;
-    constexpr Word kMagnitude = (Word)((Word)~(Word)0 >> 1);
+    constexpr Word kMagnitude = (Word)((Word) ~(Word)0 >> 1);
     Word largest = 0;
     for (int i = 0; i < count; i++) {
         const Word magnitude = x[i] & kMagnitude;
@@ -59,18 +59,17 @@ uint32_t key_of_block(const float* c, float largest, bool is_negative, float shr
     });
 }
 
-// What a memory holds of a block, or nothing.
-template <class T> void add_memory(const typename T::Word* memory, int64_t index, int64_t block, float* x) {
-    for (int64_t i = 0; memory && i < block; i++) {
-        const auto word = memory[memory_place(index, i, block)];
+// Adds what a family's residual, or null, holds of block b.
+template <class T> void add_residual(const typename T::Word* residual, int b, int64_t block, float* x) {
+    for (int64_t i = 0; residual && i < block; i++) {
+        const auto word = residual[residual_index(b, i, block)];
         x[i] += (word & T::kInfinity) == T::kInfinity ? float_of(Float32::kNan) : T::widen(word);
     }
 }
 
-// Rotates block b of the family, which is block `index` of all and whose largest value is known, and notes its
-// step's key, or which escape it takes.
+// Rotates block b of the family, whose largest value is known, and notes its step's key, or which escape it takes.
 template <class T, class Family>
-void measure(Family& f, int b, const Coding& at, int64_t index, uint32_t magnitude, const typename T::Word* memory) {
+void measure(Family& f, int b, const Coding& at, uint32_t magnitude, const typename T::Word* residual) {
     float* x = f.coefficients + b * at.block;
     f.shrinks[b] = 1;
     f.keys[b] = kLeastKey;
@@ -79,7 +78,7 @@ void measure(Family& f, int b, const Coding& at, int64_t index, uint32_t magnitu
     if (float_of(magnitude) >= kHugeStep) f.shrinks[b] = kShrink;
     for (int64_t i = 0; f.shrinks[b] < 1 && i < at.block; i++) x[i] *= kShrink;
     butterflies(x, (int)at.block);
-    if (f.shrinks[b] == 1) add_memory<T>(memory, index, at.block, x);
+    if (f.shrinks[b] == 1) add_residual<T>(residual, b, at.block, x);
     const uint32_t largest = largest_key(x, (int)at.block);
     if (largest >> 1 >= Float32::kInfinity) return;
     if (are_zeros(x + 1, at.block - 1)) {
@@ -109,22 +108,22 @@ void quantize_escape(uint32_t kind, uint32_t constant, const Coding& at, uint8_t
 
 // Codes and metadata of the family's blocks, whose coefficients are known.
 template <class Family>
-void finish(Family& f, const Coding& at, int64_t family, int blocks, uint8_t* payload) {
-    fit(f, at, blocks);
-    for (int b = 0; b < blocks; b++) {
+void finish(Family& f, const Coding& at, int64_t family, const Span& s, uint8_t* payload) {
+    fit(f, at, s.blocks);
+    for (int b = 0; b < s.blocks; b++) {
         uint8_t* codes = f.codes + b * at.block;
         if (is_escape(f.scales[b])) quantize_escape(f.scales[b], f.constants[b], at, codes);
         else quantize(f.coefficients + b * at.block, at, f.inverses[b], codes);
     }
-    const int words = words_of(at, blocks);
-    uint8_t* __restrict low = low_bytes(payload, at, family, f.bytes.low);
+    const int words = words_of(at, s);
+    uint8_t* __restrict low = low_bytes(payload, at, s, f.bytes.low);
     for (int i = 0; at.together == 1 && i < words; i++) low[i] = f.codes[i];
     for (int i = 0; at.together == 2 && i < words; i++) {
         const int number = f.codes[2 * i] + f.codes[2 * i + 1] * at.radix;
         low[i] = (uint8_t)number, f.bytes.high[i] = (uint8_t)(number >> 8);
     }
-    pack(low, f.bytes.high, at, octet_of(at, family), words, payload);
-    store_steps(f, at, family, blocks, payload);
+    pack(low, f.bytes.high, at, octet_of(at, s), words, payload);
+    store_steps(f, at, family, s, payload);
 }
 
 // ---- decode ----------------------------------------------------------------------------------------------------
@@ -158,10 +157,10 @@ float add(const uint8_t* __restrict codes, uint32_t scale, uint32_t top, const C
 }
 
 template <class Family>
-void load_codes(const uint8_t* payload, const Coding& at, int64_t family, int blocks, Family& f) {
-    const int words = words_of(at, blocks);
-    const uint8_t* low = low_bytes(payload, at, family, f.bytes.low);
-    unpack(payload, at, octet_of(at, family), words, f.bytes.low, f.bytes.high);
+void load_codes(const uint8_t* payload, const Coding& at, const Span& s, Family& f) {
+    const int words = words_of(at, s);
+    const uint8_t* low = low_bytes(payload, at, s, f.bytes.low);
+    unpack(payload, at, octet_of(at, s), words, f.bytes.low, f.bytes.high);
     const uint32_t inverse = at.inverse, radix = (uint32_t)at.radix, shift = 16 + at.shift;
     Word16* both = (Word16*)f.codes;
     for (int i = 0; at.together == 1 && i < words; i++) f.codes[i] = low[i];
@@ -172,11 +171,11 @@ void load_codes(const uint8_t* payload, const Coding& at, int64_t family, int bl
 }
 
 template <bool kFirst, class Family>
-void add_family(const uint8_t* payload, const Coding& at, int64_t family, int blocks, Family& f) {
-    const uint8_t* scales = payload + at.scales + family * kFamily;
+void add_family(const uint8_t* payload, const Coding& at, int64_t family, const Span& s, Family& f) {
+    const uint8_t* scales = payload + at.scales + s.block;
     const uint32_t top = top_of(payload, at, family);
-    load_codes(payload, at, family, blocks, f);
-    for (int b = 0; b < blocks; b++) {
+    load_codes(payload, at, s, f);
+    for (int b = 0; b < s.blocks; b++) {
         const int64_t start = b * at.block;
         const float size = add<kFirst>(f.codes + start, scales[b], top, at, f.shrinks[b], f.coefficients + start);
         f.sizes[b] = size > f.sizes[b] ? size : f.sizes[b];
@@ -186,17 +185,16 @@ void add_family(const uint8_t* payload, const Coding& at, int64_t family, int bl
 // The sums of all payloads' values, float32, in f.coefficients, still to be multiplied by 1 / f.shrinks. Blocks whose
 // butterflies could overflow are found while adding, and then everything is added once more, those shrunk.
 template <class Family>
-void sum_family(const uint8_t* const* payloads, int count, const Coding& at, int64_t family, int blocks,
-                Family& f) {
-    for (int b = 0; b < blocks; b++) f.shrinks[b] = 1, f.sizes[b] = 0;
+void sum_family(const uint8_t* const* payloads, int count, const Coding& at, int64_t family, const Span& s, Family& f) {
+    for (int b = 0; b < s.blocks; b++) f.shrinks[b] = 1, f.sizes[b] = 0;
     for (bool is_done = false; !is_done;) {
-        add_family<true>(payloads[0], at, family, blocks, f);
-        for (int p = 1; p < count; p++) add_family<false>(payloads[p], at, family, blocks, f);
+        add_family<true>(payloads[0], at, family, s, f);
+        for (int p = 1; p < count; p++) add_family<false>(payloads[p], at, family, s, f);
         is_done = true;
-        for (int b = 0; b < blocks; b++)
+        for (int b = 0; b < s.blocks; b++)
             if (f.sizes[b] >= kHugeStep && f.shrinks[b] == 1) f.shrinks[b] = kShrink, is_done = false;
     }
-    for (int b = 0; b < blocks; b++) butterflies(f.coefficients + b * at.block, (int)at.block);
+    for (int b = 0; b < s.blocks; b++) butterflies(f.coefficients + b * at.block, (int)at.block);
 }
 
 // One payload's values are limited to the finite range of the tensor's dtype.
@@ -211,42 +209,46 @@ void write(const float* __restrict sums, int count, float grow, float limit, typ
 
 // ---- families of a tensor ----------------------------------------------------------------------------------------
 
-// What the codes of block b lose.
+// Values of block b that the tensor has.
+int count_of(const Coding& at, const Span& s, int b) {
+    const int64_t left = s.values - b * at.block;
+    return (int)(left < at.block ? left : at.block);
+}
+
+// Replaces block b's part of the family's residual by what its codes lose.
 template <class T, class Family>
-void keep_loss(const Family& f, int b, const Coding& at, int64_t index, typename T::Word* memory) {
+void keep_loss(const Family& f, int b, const Coding& at, typename T::Word* residual) {
     const bool keeps = !is_escape(f.scales[b]) && f.shrinks[b] == 1;
     const float step = step_of(f.top, f.scales[b]) * (float)at.block;
     for (int64_t i = 0, at_block = b * at.block; i < at.block; i++) {
         const float number = (float)((int)f.codes[at_block + i] - at.zero);
         const float loss = keeps ? f.coefficients[at_block + i] - number * step : 0;
-        memory[memory_place(index, i, at.block)] = (typename T::Word)T::narrow(kept_number<T>(loss));
+        residual[residual_index(b, i, at.block)] = (typename T::Word)T::narrow(kept_number<T>(loss));
     }
 }
 
 template <class T, class Family>
-void encode_family(const typename T::Word* x, typename T::Word* memory, const Coding& at, int64_t family,
-                   uint8_t* payload, Family& f) {
-    const int blocks = blocks_of(at, family);
-    for (int b = 0; b < blocks; b++) {
-        const int64_t index = family * kFamily + b;
-        const int count = count_of(at, index);
+void encode_family(const typename T::Word* x, typename T::Word* residual, const Coding& at, int64_t family,
+                   const Span& s, uint8_t* payload, Family& f) {
+    if (residual) residual += s.residual;
+    for (int b = 0; b < s.blocks; b++) {
+        const int count = count_of(at, s, b);
         float* values = f.coefficients + b * at.block;
-        const uint32_t magnitude = widen<T>(x + index * at.block, count, values);
+        const uint32_t magnitude = widen<T>(x + s.value + b * at.block, count, values);
         for (int i = count; i < at.block; i++) values[i] = values[count - 1];
-        measure<T>(f, b, at, index, magnitude, memory);
+        measure<T>(f, b, at, magnitude, residual);
     }
-    finish(f, at, family, blocks, payload);
-    for (int b = 0; memory && b < blocks; b++) keep_loss<T>(f, b, at, family * kFamily + b, memory);
+    finish(f, at, family, s, payload);
+    for (int b = 0; residual && b < s.blocks; b++) keep_loss<T>(f, b, at, residual);
 }
 
 template <class T, class Family>
-void decode_family(const uint8_t* const* payloads, int count, const Coding& at, int64_t family, float limit,
-                   typename T::Word* out, Family& f) {
-    const int blocks = blocks_of(at, family);
-    sum_family(payloads, count, at, family, blocks, f);
-    for (int b = 0; b < blocks; b++) {
-        const int64_t index = family * kFamily + b;
-        write<T>(f.coefficients + b * at.block, count_of(at, index), 1 / f.shrinks[b], limit, out + index * at.block);
+void decode_family(const uint8_t* const* payloads, int count, const Coding& at, int64_t family, const Span& s,
+                   float limit, typename T::Word* out, Family& f) {
+    sum_family(payloads, count, at, family, s, f);
+    for (int b = 0; b < s.blocks; b++) {
+        const int64_t start = b * at.block;
+        write<T>(f.coefficients + start, count_of(at, s, b), 1 / f.shrinks[b], limit, out + s.value + start);
     }
 }
 
@@ -263,17 +265,19 @@ template <int kBlock> struct Room {
 };
 
 template <class T, int kBlock>
-void encode_families(const void* x, void* remembered, const Coding& at, uint8_t* payload, int64_t first,
-                     int64_t last, void* room) {
-    auto* memory = (typename T::Word*)remembered;
+void encode_families(const void* x, void* lost, const Coding& at, uint8_t* payload, int64_t first, int64_t last,
+                     void* room) {
+    auto* residual = (typename T::Word*)lost;
     auto* values = (const typename T::Word*)x;
     auto& f = *(Room<kBlock>*)room;
     for (int64_t family = first; family < last; family++) {
+        const Span s = at.span(family);
         if constexpr (kBlock != 0)
-            if (memory ? encode_plain<T, kBlock, true>(values, memory, at, family, payload, f.plain)
-                       : encode_plain<T, kBlock, false>(values, memory, at, family, payload, f.plain)) continue;
-        if (encode_zeros(values, memory, at, family, payload)) continue;
-        encode_family<T>(values, memory, at, family, payload, f.any);
+            if (residual ? encode_plain<T, kBlock, true>(values, residual, at, family, s, payload, f.plain)
+                         : encode_plain<T, kBlock, false>(values, residual, at, family, s, payload, f.plain))
+                continue;
+        if (encode_zeros(values, residual, at, family, s, payload)) continue;
+        encode_family<T>(values, residual, at, family, s, payload, f.any);
     }
 }
 
@@ -284,10 +288,11 @@ void decode_families(const uint8_t* const* payloads, int count, const Coding& at
     auto* values = (typename T::Word*)out;
     auto& f = *(Room<kBlock>*)room;
     for (int64_t family = first; family < last; family++) {
+        const Span s = at.span(family);
         if constexpr (kBlock != 0)
-            if (decode_plain<T, kBlock>(payloads, count, at, family, limit, values, f.parts())) continue;
-        if (decode_zeros(payloads, count, at, family, values)) continue;
-        decode_family<T>(payloads, count, at, family, limit, values, f.any);
+            if (decode_plain<T, kBlock>(payloads, count, at, family, s, limit, values, f.parts())) continue;
+        if (decode_zeros(payloads, count, at, s, values)) continue;
+        decode_family<T>(payloads, count, at, family, s, limit, values, f.any);
     }
 }
 
@@ -305,14 +310,15 @@ void* room_for(int64_t block, int payloads) {
 
 }  // namespace
 
-void encode_rotated(const void* x, void* memory, int dtype, const Spec& spec, uint8_t* payload, int64_t first,
+void encode_rotated(const void* x, void* residual, int dtype, const Spec& spec, uint8_t* payload, int64_t first,
                     int64_t last) {
     const Coding at(spec);
     void* room = room_for(at.block, 0);
-    const auto encode = dtype == kFloat32 ? encoder_of<Float32>(at.block)
-                      : dtype == kFloat16 ? encoder_of<Float16>(at.block) : encoder_of<BFloat16>(at.block);
-    encode(x, memory, at, payload, first / kFamily, (last + kFamily - 1) / kFamily, room);
-    if (last == at.blocks) zero_gaps(at, payload);
+    const auto encode = dtype == kFloat32   ? encoder_of<Float32>(at.block)
+                        : dtype == kFloat16 ? encoder_of<Float16>(at.block)
+                                            : encoder_of<BFloat16>(at.block);
+    encode(x, residual, at, payload, first, last, room);
+    if (last == at.families) zero_gaps(at, payload);
     free(room);
 }
 
@@ -320,9 +326,10 @@ void decode_sum_rotated(const uint8_t* const* payloads, int count, const Spec& s
                         int64_t first, int64_t last) {
     const Coding at(spec);
     void* room = room_for(at.block, count);
-    const auto decode = dtype == kFloat32 ? decoder_of<Float32>(at.block)
-                      : dtype == kFloat16 ? decoder_of<Float16>(at.block) : decoder_of<BFloat16>(at.block);
-    decode(payloads, count, at, out, first / kFamily, (last + kFamily - 1) / kFamily, room);
+    const auto decode = dtype == kFloat32   ? decoder_of<Float32>(at.block)
+                        : dtype == kFloat16 ? decoder_of<Float16>(at.block)
+                                            : decoder_of<BFloat16>(at.block);
+    decode(payloads, count, at, out, first, last, room);
     free(room);
 }
 

@@ -16,22 +16,9 @@ struct alignas(64) Steps {
 
 inline bool is_escape(uint32_t scale) { return (scale & 0x7F) > kLast; }
 
-inline int count_of(const RotatedLayout& at, int64_t block) {
-    const int64_t left = at.numel - block * at.block;
-    return (int)(left < at.block ? left : at.block);
-}
-
-inline int blocks_of(const RotatedLayout& at, int64_t family) {
-    const int64_t left = at.blocks - family * kFamily;
-    return (int)(left < kFamily ? left : kFamily);
-}
-
-// Where a family's codes begin in the planes, and how many blocks' are, in octets of words and in words.
-inline int64_t octet_of(const RotatedLayout& at, int64_t family) {
-    return family * kFamily * at.block / at.together / 8;
-}
-
-inline int words_of(const RotatedLayout& at, int blocks) { return (int)(blocks * at.block / at.together); }
+// Where a family's codes start in the planes, in groups of 8 words; its number of words.
+inline int64_t octet_of(const RotatedLayout& at, const Span& s) { return s.block * at.block / at.together / 8; }
+inline int words_of(const RotatedLayout& at, const Span& s) { return (int)(s.blocks * at.block / at.together); }
 
 inline uint32_t top_of(const uint8_t* payload, const RotatedLayout& at, int64_t family) {
     uint16_t top;
@@ -61,11 +48,11 @@ inline void fit(Steps& f, const RotatedLayout& at, int blocks) {
     }
 }
 
-inline void store_steps(const Steps& f, const RotatedLayout& at, int64_t family, int blocks, uint8_t* payload) {
+inline void store_steps(const Steps& f, const RotatedLayout& at, int64_t family, const Span& s, uint8_t* payload) {
     const uint16_t top = (uint16_t)f.top;
     uint8_t scales[kFamily];
     for (int b = 0; b < kFamily; b++) scales[b] = (uint8_t)f.scales[b];
-    __builtin_memcpy(payload + at.scales + family * kFamily, scales, blocks);
+    __builtin_memcpy(payload + at.scales + s.block, scales, s.blocks);
     __builtin_memcpy(payload + at.tops + 2 * family, &top, 2);
 }
 
@@ -80,7 +67,7 @@ struct Coding : RotatedLayout {
     Plane plane[4];
 
     explicit Coding(const Spec& spec)
-        : RotatedLayout(spec.numel, spec.bits, spec.block), last(levels - 1), radix(levels) {
+        : RotatedLayout(spec.numel, spec.bits, spec.block, spec.width), last(levels - 1), radix(levels) {
         while (radix > 2 << shift) shift++;
         inverse = (uint16_t)(((1u << (16 + shift)) + radix - 1) / radix);
         each_plane([&](int width, int first_bit, int64_t start) { plane[planes++] = {width, first_bit, start}; });
@@ -93,9 +80,9 @@ template <int kBlock> struct Bytes {
 };
 
 // Where a family's low bytes belong: a plane of 8 bits is those bytes.
-inline uint8_t* low_bytes(const uint8_t* payload, const Coding& at, int64_t family, uint8_t* otherwise) {
+inline uint8_t* low_bytes(const uint8_t* payload, const Coding& at, const Span& s, uint8_t* otherwise) {
     const auto& first = at.plane[0];
-    return first.width == 8 ? const_cast<uint8_t*>(payload) + first.start + 8 * octet_of(at, family) : otherwise;
+    return first.width == 8 ? const_cast<uint8_t*>(payload) + first.start + 8 * octet_of(at, s) : otherwise;
 }
 
 // Words to the planes, from `octet` on.

@@ -1,7 +1,7 @@
 // Plain families of rotated blocks on the CPU: whole blocks of 32 or 64 values, none constant, strange or huge.
 //
-//     encode   load -> butterflies, + memory -> coefficients, largest; with the family's top known, round -> bytes ->
-//              planes; what that loses -> memory
+//     encode   load -> butterflies, + residual -> coefficients, largest; with the family's top known, round -> bytes ->
+//              planes; the rounding errors -> residual
 //     decode   planes -> bytes -> codes, for every payload multiply by the step and add; butterflies -> store
 //
 // Nearly all families are plain, and everything but the planes happens in registers, a block in every track (tracks.h).
@@ -17,6 +17,20 @@ namespace {
 
 constexpr uint32_t kHugeMagnitude = (127 + 99) << 24;  // magnitude_key from which on a block is not plain
 constexpr int kUnits = kFamily / kTracks;              // a unit: the blocks that are worked on at once, one in a track
+
+// A family's units. The last one may lack blocks (a row's last family need not fill it): it works on copies at the edge.
+struct Units {
+    int count, whole, rest;  // `rest` blocks, in the last unit, if the others are whole
+    explicit Units(int blocks)
+        : count((blocks + kTracks - 1) / kTracks), whole(blocks / kTracks), rest(blocks % kTracks) {}
+};
+
+// All ones in the first `tracks` tracks.
+FC_INLINE Words first_tracks(int tracks) {
+    Words x;
+    for (int i = 0; i < kLanes; i++) x[i] = i / 4 < tracks ? ~0u : 0;
+    return x;
+}
 
 // Room for one family while it is coded.
 template <int kBlock> struct Plain : Steps {
@@ -37,18 +51,18 @@ template <int kFirst, int kEnd> FC_INLINE Words largest_of(const Vector* v) {
     }
 }
 
-// Coefficients and largest keys of a unit; false if all but the first four coefficients of a block are zero, as a
-// constant's are.
+// Coefficients and largest keys of a unit of `tracks` blocks; false if all but the first four coefficients of a block are
+// zero, as a constant's are.
 template <class T, int kBlock, bool kCarries>
-FC_INLINE bool rotate_unit(const typename T::Word* x, const typename T::Word* memory, Vector (&numbers)[kBlock / 4],
-                           Words& keys) {
+FC_INLINE bool rotate_unit(const typename T::Word* x, const typename T::Word* residual, Vector (&numbers)[kBlock / 4],
+                           Words& keys, int tracks = kTracks) {
     Vector v[kBlock / 4];
     load_values<T>(x, v);
     rotate(v);
     if constexpr (kCarries) {
 #pragma GCC unroll 32
         for (int i = 0; i < kBlock / 4; i += 2) {
-            const auto more = load_numbers<T>(memory + i * 4 * kGroup);
+            const auto more = load_numbers<T>(residual + i * 4 * kGroup);
             v[i] = v[i] + more.first, v[i + 1] = v[i + 1] + more.second;
         }
     }
@@ -57,20 +71,35 @@ FC_INLINE bool rotate_unit(const typename T::Word* x, const typename T::Word* me
 #pragma GCC unroll 32
     for (int i = 0; i < kBlock / 4; i++) numbers[i] = v[i];
     const uint32_t lanes = nonzero(rest >> 1), pairs = lanes | lanes >> 1;
-    return ((pairs | pairs >> 2) & 0x1111) == 0x1111 >> (16 - kLanes);
+    const uint32_t needed = 0x1111u >> (16 - 4 * tracks);
+    return ((pairs | pairs >> 2) & needed) == needed;
 }
 
-// Where a memory has the first numbers of a unit.
-template <int kBlock> FC_INLINE int memory_of(int unit) { return (int)memory_place(unit * kTracks, 0, kBlock); }
+// Where a residual has the first numbers of a unit.
+template <int kBlock> FC_INLINE int residual_of(int unit) { return (int)residual_index(unit * kTracks, 0, kBlock); }
 
 template <class T, int kBlock, bool kCarries>
-bool rotate_family(const typename T::Word* x, const typename T::Word* memory, int units, Plain<kBlock>& f) {
+bool rotate_edge(const typename T::Word* x, const typename T::Word* residual, Units units, Plain<kBlock>& f) {
+    typename T::Word edge[kTracks * kBlock] = {};
+    __builtin_memcpy(edge, x, units.rest * kBlock * sizeof(*x));
+    auto& numbers = f.numbers[units.whole];
+    Words& largest = f.largest[units.whole];
+    const bool varies = rotate_unit<T, kBlock, kCarries>(edge, residual, numbers, largest, units.rest);
+    const Words there = first_tracks(units.rest);
+    for (Vector& each : numbers) each = (Vector)((Words)each & there);
+    largest &= there;
+    return varies;
+}
+
+template <class T, int kBlock, bool kCarries>
+bool rotate_family(const typename T::Word* x, const typename T::Word* residual, Units units, Plain<kBlock>& f) {
     bool varies = true;
-    for (int u = 0; u < units; u++)
-        varies &= rotate_unit<T, kBlock, kCarries>(x + u * kTracks * kBlock,
-                                                   kCarries ? memory + memory_of<kBlock>(u) : memory, f.numbers[u],
-                                                   f.largest[u]);
-    for (int u = units; u < kUnits; u++) f.largest[u] = Words{};
+    const auto from = [&](int u) { return kCarries ? residual + residual_of<kBlock>(u) : residual; };
+    for (int u = 0; u < units.whole; u++)
+        varies &= rotate_unit<T, kBlock, kCarries>(x + u * kTracks * kBlock, from(u), f.numbers[u], f.largest[u]);
+    if (units.rest)
+        varies &= rotate_edge<T, kBlock, kCarries>(x + units.whole * kTracks * kBlock, from(units.whole), units, f);
+    for (int u = units.count; u < kUnits; u++) f.largest[u] = Words{};
     return varies;
 }
 
@@ -106,7 +135,9 @@ FC_INLINE void add_errors(const Plain<kBlock>& f, int unit, const Coding& at, Wo
 // best_key for every block: `keys` of the largest coefficients become those of the steps taken.
 template <int kBlock>
 void search(Plain<kBlock>& f, const Coding& at, int units, const Words (&signs)[kVectors], Words (&keys)[kVectors]) {
-    const auto tried = [&at, &keys](int i, int n) { return larger(keys[i] - apart(at.levels) * n, Words{} + kLeastKey); };
+    const auto tried = [&at, &keys](int i, int n) {
+        return larger(keys[i] - apart(at.levels) * n, Words{} + kLeastKey);
+    };
     for (int n = 0; n < kTried; n++)
         for (int i = 0; i < kVectors; i++) {
             const Vector step = (Vector)(tried(i, n) << kKeyShift | signs[i]);
@@ -187,9 +218,9 @@ FC_INLINE void store_codes(const Shorts (&codes)[kBlock / 8], const Coding& at, 
     store_pieces(highs, high);
 }
 
-// Codes of the family's blocks, as bytes; where something is carried on, also what they lose.
+// Codes of the family's blocks, as bytes; with a residual, also what they lose.
 template <class T, int kBlock, bool kCarries>
-void quantize(typename T::Word* memory, int units, Coding at, uint8_t* low, Plain<kBlock>& f) {
+void quantize(typename T::Word* residual, int units, Coding at, uint8_t* low, Plain<kBlock>& f) {
     const auto code_of = [&at](Vector x) {
         return smaller(larger(nearest(x), Lanes{} - at.zero), Lanes{} + (at.last - at.zero));
     };
@@ -198,14 +229,14 @@ void quantize(typename T::Word* memory, int units, Coding at, uint8_t* low, Plai
         Shorts codes[kBlock / 8];
 #pragma GCC unroll 32
         for (int i = 0; i < kBlock / 8; i++) {
-            const Vector *numbers = f.numbers[u] + 2 * i;
+            const Vector* numbers = f.numbers[u] + 2 * i;
             if constexpr (kCarries) {
                 const Lanes first = code_of(numbers[0] * inverse);
                 const Lanes second = code_of(numbers[1] * inverse);
                 codes[i] = joined(Both<Lanes>{first, second});
                 store_numbers<T>(scaled(__builtin_convertvector(first, Vector), -step, numbers[0]),
                                  scaled(__builtin_convertvector(second, Vector), -step, numbers[1]),
-                                 memory + memory_of<kBlock>(u) + i * 8 * kGroup);
+                                 residual + residual_of<kBlock>(u) + i * 8 * kGroup);
             } else {
                 codes[i] = joined(Both<Lanes>{nearest(numbers[0] * inverse), nearest(numbers[1] * inverse)});
             }
@@ -215,19 +246,21 @@ void quantize(typename T::Word* memory, int units, Coding at, uint8_t* low, Plai
     }
 }
 
-// Encodes a family of whole units, and keeps what that loses; false, and nothing done, if it is not plain.
+// Encodes a family and replaces its residual; false, and nothing done, if it is not plain.
 template <class T, int kBlock, bool kCarries>
-bool encode_plain(const typename T::Word* x, typename T::Word* memory, const Coding& at,
-                  int64_t family, uint8_t* payload, Plain<kBlock>& f) {
-    const int blocks = blocks_of(at, family), units = blocks / kTracks;
-    const int64_t begin = family * kFamily * kBlock;
-    if (begin + blocks * kBlock > at.numel || blocks % kTracks) return false;
-    x += begin, memory += kCarries ? begin : 0;
-    if (!rotate_family<T, kBlock, kCarries>(x, memory, units, f) || !fit(f, at, units)) return false;
-    uint8_t* low = low_bytes(payload, at, family, f.bytes.low);
-    quantize<T, kBlock, kCarries>(memory, units, at, low, f);
-    pack(low, f.bytes.high, at, octet_of(at, family), words_of(at, blocks), payload);
-    store_steps(f, at, family, blocks, payload);
+bool encode_plain(const typename T::Word* x, typename T::Word* residual, const Coding& at, int64_t family,
+                  const Span& s, uint8_t* payload, Plain<kBlock>& f) {
+    const Units units(s.blocks);
+    if (s.values < s.blocks * kBlock) return false;
+    if (kCarries) residual += s.residual;
+    if (!rotate_family<T, kBlock, kCarries>(x + s.value, residual, units, f) || !fit(f, at, units.count)) return false;
+    const int64_t octet = octet_of(at, s);
+    const int words = words_of(at, s);
+    uint8_t* low = units.rest ? f.bytes.low : low_bytes(payload, at, s, f.bytes.low);
+    quantize<T, kBlock, kCarries>(residual, units.count, at, low, f);
+    if (units.rest && at.plane[0].width == 8) __builtin_memcpy(payload + at.plane[0].start + 8 * octet, low, words);
+    pack(low, f.bytes.high, at, octet, words, payload);
+    store_steps(f, at, family, s, payload);
     return true;
 }
 
@@ -242,9 +275,9 @@ template <int kBlock> struct Part {
 
 // False if a block of the family is an escape or so large that its butterflies could overflow.
 template <int kBlock>
-bool load_part(const uint8_t* payload, const Coding& at, int64_t family, int blocks, Part<kBlock>& part) {
+bool load_part(const uint8_t* payload, const Coding& at, int64_t family, const Span& s, Part<kBlock>& part) {
     uint8_t scales[kFamily] = {}, largest = 0;
-    __builtin_memcpy(scales, payload + at.scales + family * kFamily, blocks);
+    __builtin_memcpy(scales, payload + at.scales + s.block, s.blocks);
     for (int b = 0; b < kFamily; b++) {
         const uint8_t distance = scales[b] & 0x7F;
         largest = distance > largest ? distance : largest;
@@ -252,8 +285,13 @@ bool load_part(const uint8_t* payload, const Coding& at, int64_t family, int blo
     const uint32_t top = top_of(payload, at, family);
     if (largest > kLast || top >= kHugeKey) return false;
     for (int b = 0; b < kFamily; b++) part.steps[b] = step_of(top, scales[b]);
-    part.low = low_bytes(payload, at, family, part.bytes.low);
-    unpack(payload, at, octet_of(at, family), words_of(at, blocks), part.bytes.low, part.bytes.high);
+    const int words = words_of(at, s);
+    part.low = low_bytes(payload, at, s, part.bytes.low);
+    if (s.blocks % kTracks && part.low != part.bytes.low) {  // the last unit reads beyond the family
+        __builtin_memcpy(part.bytes.low, part.low, words);
+        part.low = part.bytes.low;
+    }
+    unpack(payload, at, octet_of(at, s), words, part.bytes.low, part.bytes.high);
     return true;
 }
 
@@ -361,8 +399,9 @@ template <class T> FC_INLINE Vector limited(Vector x, float limit) {
 }
 
 template <class T, int kBlock, bool kOne>
-void write_family(const Part<kBlock>* parts, int count, Coding at, int units, float limit, typename T::Word* out) {
-    for (int u = 0; u < units; u++) {
+void write_family(const Part<kBlock>* parts, int count, Coding at, Units units, float limit, typename T::Word* out) {
+    typename T::Word edge[kTracks * kBlock];
+    for (int u = 0; u < units.count; u++) {
         Vector v[kBlock / 4] = {};
         if constexpr (kOne) {
             decode_one(parts[0], u, at, v);
@@ -372,21 +411,20 @@ void write_family(const Part<kBlock>* parts, int count, Coding at, int units, fl
         }
 #pragma GCC unroll 32
         for (Vector& each : v) each = limited<T>(each, limit);
-        store_quads<T>(v, out + u * kTracks * kBlock);
+        store_quads<T>(v, u < units.whole ? out + u * kTracks * kBlock : edge);
     }
+    if (units.rest) __builtin_memcpy(out + units.whole * kTracks * kBlock, edge, units.rest * kBlock * sizeof(*out));
 }
 
-// Decodes a family of whole units and writes the sum of all payloads; false, and nothing done, if it is not plain.
+// Decodes a family and writes the sum of all payloads; false, and nothing done, if it is not plain.
 template <class T, int kBlock>
-bool decode_plain(const uint8_t* const* payloads, int count, const Coding& at, int64_t family, float limit,
-                  typename T::Word* out, Part<kBlock>* parts) {
-    const int blocks = blocks_of(at, family), units = blocks / kTracks;
-    if ((family * kFamily + blocks) * kBlock > at.numel || blocks % kTracks) return false;
+bool decode_plain(const uint8_t* const* payloads, int count, const Coding& at, int64_t family, const Span& s,
+                  float limit, typename T::Word* out, Part<kBlock>* parts) {
+    if (s.values < s.blocks * kBlock) return false;
     for (int p = 0; p < count; p++)
-        if (!load_part<kBlock>(payloads[p], at, family, blocks, parts[p])) return false;
-    out += family * kFamily * kBlock;
-    if (count == 1) write_family<T, kBlock, true>(parts, count, at, units, limit, out);
-    else write_family<T, kBlock, false>(parts, count, at, units, limit, out);
+        if (!load_part<kBlock>(payloads[p], at, family, s, parts[p])) return false;
+    if (count == 1) write_family<T, kBlock, true>(parts, count, at, Units(s.blocks), limit, out + s.value);
+    else write_family<T, kBlock, false>(parts, count, at, Units(s.blocks), limit, out + s.value);
     return true;
 }
 

@@ -6,7 +6,7 @@
 namespace flashcomm::FLASHCOMM_ISA {
 namespace {
 
-// Whether all bits of `count` values are zero; the first few of others tell.
+// Whether all bits of `count` values are zero. Returns early on the first non-zero chunk.
 template <class Word> bool are_zero(const Word* values, int64_t count) {
     constexpr int kAtOnce = 64;
     int64_t i = 0;
@@ -19,41 +19,37 @@ template <class Word> bool are_zero(const Word* values, int64_t count) {
     return true;
 }
 
-// The family's values and, where something is carried on, its memory are zero: its payload.
+// Encodes a family whose values, and whose residual if there is one, are zero; false, and nothing done, if they are not.
 template <class Word>
-bool encode_zeros(const Word* x, const Word* memory, const Coding& at, int64_t family, uint8_t* payload) {
-    const int64_t begin = family * kFamily * at.block, left = at.numel - begin;
-    const int64_t count = left < kFamily * at.block ? left : kFamily * at.block;
-    const int blocks = blocks_of(at, family);
-    if (!are_zero(x + begin, count)) return false;
-    if (memory && !are_zero(memory + begin, memory_numel(blocks, at.block))) return false;
+bool encode_zeros(const Word* x, const Word* residual, const Coding& at, int64_t family, const Span& s,
+                  uint8_t* payload) {
+    if (!are_zero(x + s.value, s.values)) return false;
+    if (residual && !are_zero(residual + s.residual, grouped(s.blocks) * at.block)) return false;
     const uint16_t top = kLeastKey;
     for (int i = 0; i < at.planes; i++) {
         const auto& plane = at.plane[i];
-        uint8_t* codes = payload + plane.start + octet_of(at, family) * plane.width;
-        __builtin_memset(codes, 0, words_of(at, blocks) / 8 * plane.width);
+        uint8_t* codes = payload + plane.start + octet_of(at, s) * plane.width;
+        __builtin_memset(codes, 0, words_of(at, s) / 8 * plane.width);
     }
-    __builtin_memset(payload + at.scales + family * kFamily, kConstant, blocks);
+    __builtin_memset(payload + at.scales + s.block, kConstant, s.blocks);
     __builtin_memcpy(payload + at.tops + 2 * family, &top, 2);
     return true;
 }
 
 // All payloads hold the family as encode_zeros writes it: its values.
 template <class Word>
-bool decode_zeros(const uint8_t* const* payloads, int payload_count, const Coding& at, int64_t family, Word* out) {
-    const int blocks = blocks_of(at, family);
+bool decode_zeros(const uint8_t* const* payloads, int payload_count, const Coding& at, const Span& s, Word* out) {
     for (int p = 0; p < payload_count; p++) {
-        const uint8_t* scales = payloads[p] + at.scales + family * kFamily;
-        for (int b = 0; b < blocks; b++)
+        const uint8_t* scales = payloads[p] + at.scales + s.block;
+        for (int b = 0; b < s.blocks; b++)
             if (scales[b] != kConstant) return false;
         for (int i = 0; i < at.planes; i++) {
             const auto& plane = at.plane[i];
-            const uint8_t* codes = payloads[p] + plane.start + octet_of(at, family) * plane.width;
-            if (!are_zero(codes, words_of(at, blocks) / 8 * plane.width)) return false;
+            const uint8_t* codes = payloads[p] + plane.start + octet_of(at, s) * plane.width;
+            if (!are_zero(codes, words_of(at, s) / 8 * plane.width)) return false;
         }
     }
-    const int64_t begin = family * kFamily * at.block, left = at.numel - begin;
-    __builtin_memset(out + begin, 0, (left < kFamily * at.block ? left : kFamily * at.block) * sizeof(Word));
+    __builtin_memset(out + s.value, 0, s.values * sizeof(Word));
     return true;
 }
 

@@ -96,7 +96,7 @@ template <class T, int kBlock>
 void encode_block(const typename T::Word* x, int count, const SpikeLayout& at, int64_t index, uint8_t* payload,
                   uint8_t* __restrict codes, uint8_t* positions) {
     const int block = kBlock ? kBlock : (int)at.block;
-    constexpr uint32_t above = ordered<T>(T::kInfinity), below = (typename T::Word)~above;
+    constexpr uint32_t above = ordered<T>(T::kInfinity), below = (typename T::Word) ~above;
     uint32_t keys[kLargestBlock];
     for (int i = 0; i < (count == kBlock ? kBlock : count); i++) keys[i] = ordered<T>(x[i]);
     for (int i = count; i < block; i++) keys[i] = keys[count - 1];
@@ -134,18 +134,18 @@ void encode_block(const typename T::Word* x, int count, const SpikeLayout& at, i
 template <class T, int kBlock>
 void encode_strips(const void* x, const SpikeLayout& at, uint8_t* payload, int64_t first, int64_t last) {
     SpikeStrip strip = {};
-    const int block = (int)at.block;
     for (; first < last; first += kStripBlocks) {
         const int blocks = (int)(last - first < kStripBlocks ? last - first : kStripBlocks);
+        const int64_t octet = at.rows.first_octet(first);
+        int codes = 0;
         for (int b = 0; b < blocks; b++) {
-            const int64_t begin = (first + b) * block, left = at.numel - begin;
-            encode_block<T, kBlock>((const typename T::Word*)x + begin, (int)(left < block ? left : block), at,
-                                    first + b, payload, strip.codes + b * block, strip.positions + 2 * b);
+            const int count = (int)at.rows.values(first + b);
+            encode_block<T, kBlock>((const typename T::Word*)x + at.rows.first_value(first + b), count, at, first + b,
+                                    payload, strip.codes + codes, strip.positions + 2 * b);
+            codes += (count + 7) / 8 * 8;
         }
         for (int i = 2 * blocks; i < 2 * kStripBlocks; i++) strip.positions[i] = 0;
-        const int64_t left = (at.numel + 7) / 8 * 8 - first * block;
-        const int values = (int)(left < blocks * block ? left : blocks * block);
-        pack_all(at.bits, at.octets, first * block / 8, values, strip.codes, payload);
+        pack_all(at.bits, at.octets, octet, codes, strip.codes, payload);
         pack_all(at.position_bits, at.pairs, first / 4, (2 * blocks + 7) / 8 * 8, strip.positions,
                  payload + at.positions);
     }
@@ -155,9 +155,8 @@ void zero_gaps(const SpikeLayout& at, uint8_t* payload) {
     const auto zero = [](uint8_t* section, int64_t size) {
         for (int64_t i = size; i < Layout::padded(size); i++) section[i] = 0;
     };
-    SpikeLayout::each_plane(at.bits, at.octets, [&](int width, int, int64_t start) {
-        zero(payload + start, at.octets * width);
-    });
+    SpikeLayout::each_plane(at.bits, at.octets,
+                            [&](int width, int, int64_t start) { zero(payload + start, at.octets * width); });
     SpikeLayout::each_plane(at.position_bits, at.pairs, [&](int width, int, int64_t start) {
         zero(payload + at.positions + start, at.pairs * width);
     });
@@ -205,6 +204,10 @@ template <bool kFirst> void add(const float* __restrict values, int count, float
     }
 }
 
+template <class T> void write(const float* __restrict sums, int count, typename T::Word* __restrict out) {
+    for (int i = 0; i < count; i++) out[i] = sums[i] == sums[i] ? (typename T::Word)T::narrow(sums[i]) : T::kNan;
+}
+
 template <class T, int kBlock>
 void decode_strips(const uint8_t* const* payloads, int count, const SpikeLayout& at, void* out, int64_t first,
                    int64_t last) {
@@ -213,52 +216,56 @@ void decode_strips(const uint8_t* const* payloads, int count, const SpikeLayout&
     float values[kLargestBlock];
     for (; first < last; first += kStripBlocks) {
         const int blocks = (int)(last - first < kStripBlocks ? last - first : kStripBlocks);
-        const int64_t left = at.numel - first * block;
-        const int wanted = (int)(left < blocks * block ? left : blocks * block);
+        const int64_t octet = at.rows.first_octet(first), end = at.rows.first_octet(first + blocks);
         for (int p = 0; p < count; p++) {
-            unpack_all(at.bits, at.octets, first * block / 8, (wanted + 7) / 8 * 8, payloads[p], strip.codes);
+            unpack_all(at.bits, at.octets, octet, (int)(end - octet) * 8, payloads[p], strip.codes);
             unpack_all(at.position_bits, at.pairs, first / 4, (2 * blocks + 7) / 8 * 8, payloads[p] + at.positions,
                        strip.positions);
+            const uint8_t* codes = strip.codes;
             for (int b = 0; b < blocks; b++) {
                 float* sums = strip.sums + b * block;
-                decode_block<kBlock>(payloads[p], at, first + b, strip.codes + b * block, strip.positions + 2 * b,
-                                     values);
+                decode_block<kBlock>(payloads[p], at, first + b, codes, strip.positions + 2 * b, values);
                 p ? add<false>(values, block, T::kMax, sums) : add<true>(values, block, T::kMax, sums);
+                codes += (at.rows.values(first + b) + 7) / 8 * 8;
             }
         }
-        auto* __restrict to = (typename T::Word*)out + first * block;
-        for (int i = 0; i < wanted; i++) {
-            const float sum = strip.sums[i];
-            to[i] = sum == sum ? (typename T::Word)T::narrow(sum) : T::kNan;
-        }
+        for (int b = 0; b < blocks; b++)
+            write<T>(strip.sums + b * block, (int)at.rows.values(first + b),
+                     (typename T::Word*)out + at.rows.first_value(first + b));
     }
 }
 
 template <class T> constexpr auto encoder_of(int64_t block) {
-    return block == 32 ? encode_strips<T, 32> : block == 64 ? encode_strips<T, 64>
-         : block == 128 ? encode_strips<T, 128> : encode_strips<T, 0>;
+    return block == 32    ? encode_strips<T, 32>
+           : block == 64  ? encode_strips<T, 64>
+           : block == 128 ? encode_strips<T, 128>
+                          : encode_strips<T, 0>;
 }
 
 template <class T> constexpr auto decoder_of(int64_t block) {
-    return block == 32 ? decode_strips<T, 32> : block == 64 ? decode_strips<T, 64>
-         : block == 128 ? decode_strips<T, 128> : decode_strips<T, 0>;
+    return block == 32    ? decode_strips<T, 32>
+           : block == 64  ? decode_strips<T, 64>
+           : block == 128 ? decode_strips<T, 128>
+                          : decode_strips<T, 0>;
 }
 
 }  // namespace
 
 void encode_spike(const void* x, void*, int dtype, const Spec& spec, uint8_t* payload, int64_t first, int64_t last) {
-    const SpikeLayout at(spec.numel, spec.bits, spec.block);
-    const auto encode = dtype == kFloat32 ? encoder_of<Float32>(at.block)
-                      : dtype == kFloat16 ? encoder_of<Float16>(at.block) : encoder_of<BFloat16>(at.block);
+    const SpikeLayout at(spec.numel, spec.bits, spec.block, spec.width);
+    const auto encode = dtype == kFloat32   ? encoder_of<Float32>(at.block)
+                        : dtype == kFloat16 ? encoder_of<Float16>(at.block)
+                                            : encoder_of<BFloat16>(at.block);
     encode(x, at, payload, first, last);
     if (last == at.blocks) zero_gaps(at, payload);
 }
 
 void decode_sum_spike(const uint8_t* const* payloads, int count, const Spec& spec, void* out, int dtype, int64_t first,
                       int64_t last) {
-    const SpikeLayout at(spec.numel, spec.bits, spec.block);
-    const auto decode = dtype == kFloat32 ? decoder_of<Float32>(at.block)
-                      : dtype == kFloat16 ? decoder_of<Float16>(at.block) : decoder_of<BFloat16>(at.block);
+    const SpikeLayout at(spec.numel, spec.bits, spec.block, spec.width);
+    const auto decode = dtype == kFloat32   ? decoder_of<Float32>(at.block)
+                        : dtype == kFloat16 ? decoder_of<Float16>(at.block)
+                                            : decoder_of<BFloat16>(at.block);
     decode(payloads, count, at, out, first, last);
 }
 

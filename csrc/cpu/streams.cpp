@@ -2,9 +2,8 @@
 #include "cpu/streams.h"
 
 #include <algorithm>
+#include <cstring>
 #include <thread>
-
-#include "cpu/sockets.h"
 
 namespace flashcomm {
 
@@ -14,7 +13,6 @@ using Clock = std::chrono::steady_clock;
 
 constexpr auto kPatience = std::chrono::milliseconds(50);  // before asking whether the user is still there
 constexpr auto kSpin = std::chrono::microseconds(40);
-constexpr long kNap = 20'000'000, kGlance = 100'000;  // nanoseconds asleep at sockets: alone, or beside a doorbell
 
 void pause() {
 #if defined(__x86_64__)
@@ -52,22 +50,16 @@ template <class Message> bool finished(const Message& message) {
 
 }  // namespace
 
-Streams::Streams(int rank, const std::vector<End>& ends, uint64_t capacity) : peers_(ends.size()) {
+Streams::Streams(int rank, const std::vector<End>& ends, uint64_t capacity)
+    : mine_((SegmentHeader*)ends[rank].segment),
+      spins_(ends.size() <= std::thread::hardware_concurrency()),
+      peers_(ends.size()) {
     const int world = (int)ends.size();
-    mine_ = ends[rank].segment ? (SegmentHeader*)ends[rank].segment : &alone_;
-    long here = 1;
     for (int r = 0; r < world; r++) {
         if (r == rank) continue;
-        const End& end = ends[r];
-        if (end.segment) {
-            peers_[r].channel = std::make_unique<SharedMemory>(rank, r, world, (uint8_t*)ends[rank].segment,
-                                                               (uint8_t*)end.segment, end.lock, capacity);
-            here++;
-        } else if (end.socket >= 0) {
-            peers_[r].channel = std::make_unique<Socket>(end.socket);
-        }
+        peers_[r].rings = std::make_unique<Rings>(rank, r, world, (uint8_t*)ends[rank].segment,
+                                                  (uint8_t*)ends[r].segment, ends[r].lock, capacity);
     }
-    spins_ = here > 1 && here <= (long)std::thread::hardware_concurrency();
     const std::lock_guard<std::mutex> guard(groups().mutex);
     groups().all.push_back(this);
 }
@@ -79,18 +71,18 @@ Streams::~Streams() {
 }
 
 Streams::Handle Streams::start(const std::vector<Posting>& sends, const std::vector<Posting>& receives,
-                               const std::string& what) {
+                               uint64_t number, const std::string& what) {
     const std::lock_guard<std::mutex> guard(mutex_);
     auto handle = std::make_shared<Exchange>();
     const auto post = [&](std::deque<Message>& queue, const Posting& posting) {
         if (!posting.bytes) return;
-        Message message{{posting.bytes, {}}, {}, (uint8_t*)posting.address, 0, handle};
+        Message message{{posting.bytes, number, {}}, {}, (uint8_t*)posting.address, 0, handle};
         std::strncpy(message.frame.what, what.c_str(), sizeof message.frame.what - 1);
         queue.push_back(std::move(message));
         handle->open++;
     };
     for (size_t r = 0; r < peers_.size(); r++) {
-        if (!peers_[r].channel) continue;
+        if (!peers_[r].rings) continue;
         post(peers_[r].sends, sends[r]);
         post(peers_[r].receives, receives[r]);
     }
@@ -148,7 +140,7 @@ bool Streams::push(Peer& peer) {
         Message& message = peer.sends.front();
         const Span span = rest(message, message.frame);
         const bool is_frame = message.done < sizeof(Frame);
-        const uint64_t bytes = peer.channel->write(span.start, span.bytes, is_frame);
+        const uint64_t bytes = peer.rings->write(span.start, span.bytes, is_frame);
         if (!bytes) break;
         message.done += bytes;
         moved = true;
@@ -164,12 +156,15 @@ bool Streams::pull(Peer& peer, int rank) {
     while (!peer.receives.empty() && first_.failure == Failure::none) {
         Message& message = peer.receives.front();
         const Span span = rest(message, message.arrived);
-        const uint64_t bytes = peer.channel->read(span.start, span.bytes);
+        const uint64_t bytes = peer.rings->read(span.start, span.bytes);
         if (!bytes) break;
         message.done += bytes;
         moved = true;
         if (message.done == sizeof(Frame) && std::memcmp(&message.arrived, &message.frame, sizeof(Frame))) {
-            fail(Failure::mismatch, rank, std::string(message.arrived.what, strnlen(message.arrived.what, 55)));
+            const Frame& theirs = message.arrived;
+            fail(Failure::mismatch, rank,
+                 "#" + std::to_string(theirs.number) + "/" +
+                     std::string(theirs.what, strnlen(theirs.what, sizeof theirs.what)));
         } else if (finished(message)) {
             message.owner->open--;
             peer.receives.pop_front();
@@ -182,14 +177,14 @@ void Streams::fail(Failure failure, int peer, std::string theirs) {
     if (first_.failure != Failure::none) return;
     first_ = {failure, peer, std::move(theirs)};
     for (Peer& each : peers_)
-        if (each.channel) each.channel->give_up();
+        if (each.rings) each.rings->give_up();
 }
 
 // Called when nothing moves: whoever this rank waits for may have given up or be gone. What they wrote before is read.
 void Streams::check_peers() {
     for (int r = 0; r < (int)peers_.size(); r++) {
         if (!peers_[r].waits()) continue;
-        const Failure found = peers_[r].channel->state();
+        const Failure found = peers_[r].rings->state();
         if (found != Failure::none && !progress()) fail(found, r);
     }
 }
@@ -203,15 +198,6 @@ void Streams::give_up() {
 }
 
 void Streams::sleep() {
-    std::vector<Awaited> sockets;
-    bool near = false;
-    for (const Peer& peer : peers_) {
-        if (!peer.waits()) continue;
-        const int socket = peer.channel->descriptor();
-        if (socket >= 0) sockets.push_back({socket, !peer.receives.empty(), !peer.sends.empty()});
-        near |= socket < 0;
-    }
-    if (!sockets.empty()) return wait_for_sockets(sockets, near ? kGlance : kNap);
     const uint32_t seen = mine_->doorbell.load();
     mine_->asleep.store(1);
     if (!progress() && first_.failure == Failure::none) wait_for_change(mine_->doorbell, seen);

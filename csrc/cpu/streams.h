@@ -1,30 +1,28 @@
 // Messages between the ranks of a group: in any pattern, any number under way, each wait bounded.
 //
-// A message is a frame (length and what it is) and its bytes, moved over the peer's channel: shared memory inside a
-// machine (ring.h), a connection between machines (sockets.h). Messages to one peer queue up and move in order,
-// whenever any rank's thread is inside start() or wait(); both ends of a pair post theirs in the same order. A rank of
-// several groups moves the messages of all while it waits in one, or ranks could wait for each other in a circle.
+// A message is a frame (length, call number and what it is) and its bytes, moved through shared memory (ring.h).
+// Messages to one peer queue up and move in order, whenever any rank's thread is inside start() or wait(); both ends of
+// a pair post theirs in the same order. A rank of several groups moves the messages of all while it waits in one, or
+// ranks could wait for each other in a circle.
 //
 // A rank with nothing to do spins, then sleeps. Nobody waits for ever: a deadline passes, a peer says it gave up, or is
 // seen to be gone.
 #pragma once
 
 #include <chrono>
-#include <cstring>
 #include <deque>
 #include <memory>
 #include <mutex>
 #include <string>
 #include <vector>
 
-#include "cpu/channel.h"
 #include "cpu/ring.h"
 
 namespace flashcomm {
 
 struct Frame {
-    uint64_t bytes;
-    char what[56];  // kind, call number, shape and dtype: the same on every rank, or something is wrong
+    uint64_t bytes, number;  // of the message; of the group's call
+    char what[48];           // digest, kind, shape and dtype: the same on every rank, or something is wrong
 };
 
 struct Posting {  // of start(): one for every rank, empty where nothing is sent or awaited
@@ -35,14 +33,13 @@ struct Posting {  // of start(): one for every rank, empty where nothing is sent
 struct Outcome {
     Failure failure = Failure::none;
     int peer = -1;
-    std::string theirs;  // of a mismatch: the frame that came
+    std::string theirs;  // of a mismatch: number and text of the frame that came
 };
 
-// Where one rank of the group is reached. Neither segment nor socket: it is not reached, and sent nothing.
+// Where one rank of the group is reached.
 struct End {
     std::uintptr_t segment = 0;  // where its segment lies here, zeroed by its owner
     int lock = -1;               // descriptor of that segment, whose owner holds a lock on it; -1: unknown
-    int socket = -1;             // descriptor of a connection to it
 };
 
 class Streams {
@@ -52,13 +49,14 @@ class Streams {
     };
     using Handle = std::shared_ptr<Exchange>;
 
-    // ends[rank] is this rank's own; without a segment nobody can ring.
+    // ends[rank] is this rank's own.
     Streams(int rank, const std::vector<End>& ends, uint64_t capacity);
 
     ~Streams();
 
     // Post messages and move what can be moved at once. The memory must stay untouched until wait() says so.
-    Handle start(const std::vector<Posting>& sends, const std::vector<Posting>& receives, const std::string& what);
+    Handle start(const std::vector<Posting>& sends, const std::vector<Posting>& receives, uint64_t number,
+                 const std::string& what);
 
     // Move bytes until everything that `handle` posted has arrived and left, or `seconds` passed without any movement.
     // The first failure is kept: the streams are out of step from then on.
@@ -73,7 +71,7 @@ class Streams {
         Handle owner;
     };
     struct Peer {
-        std::unique_ptr<Channel> channel;
+        std::unique_ptr<Rings> rings;  // none to itself
         std::deque<Message> sends, receives;
         bool waits() const { return !sends.empty() || !receives.empty(); }
     };
@@ -88,7 +86,6 @@ class Streams {
     void give_up();
     void sleep();
 
-    SegmentHeader alone_{};  // in place of a segment
     SegmentHeader* mine_;
     bool spins_;  // a rank that waits may burn a core
     std::vector<Peer> peers_;

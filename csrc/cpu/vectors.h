@@ -316,7 +316,7 @@ template <class T> FC_INLINE Words narrowed(Vector first, Vector second) {
 #endif
 }
 
-// ---- numbers of a memory (rotated.h), as vectors hold them -----------------------------------------------------------
+// ---- numbers of a residual (rotated.h), as vectors hold them -----------------------------------------------------------
 
 // Two neighbouring vectors.
 template <class T> FC_INLINE Both<Vector> load_numbers(const typename T::Word* from) {

@@ -163,7 +163,7 @@ private:
 
     // Where a residual has the first four coefficients of an octet; the other four are 4 * kGroup further.
     FC_DEVICE int residual_place(int octet) const {
-        return (int)memory_place(octet >> octet_shift, 8 * (octet & ((1 << octet_shift) - 1)), block());
+        return (int)residual_index(octet >> octet_shift, 8 * (octet & ((1 << octet_shift) - 1)), block());
     }
     FC_DEVICE void add_residual(const Word* residual, int octet, float (&c)[8]) const {
         Octet<T> before;

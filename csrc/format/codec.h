@@ -1,10 +1,10 @@
 // Block integers of 2 to 8 bits: the format in C++ and CUDA, one value, one octet or one block at a time.
 //
 // flashcomm_megatron/codec/uniform.py is the definition and explains the idea; this header equals it bit for bit
-// and is what every faster path must equal in turn. A payload of n values in blocks:
+// and is what every faster path must equal in turn. A payload of rows in blocks (rows.h):
 //
 //     | 8-, 4-, 2-, 1-bit planes ...          | scales        | minima        |   sections start on 16 bytes,
-//     | ceil(n / 8) * w bytes for each plane  | blocks x bf16 | blocks x bf16 |   gaps are zero, little endian
+//     | octets * w bytes for each plane       | blocks x bf16 | blocks x bf16 |   gaps are zero, little endian
 //
 //     planes      the set bits of `bits`, widest first (7 = 4 + 2 + 1); the first holds the low bits of every code
 //     octet       eight codes are w whole bytes in the plane of width w: value i sits at bit i * w
@@ -16,19 +16,8 @@
 // says about itself) and planes (Layout and the octets). Compile with -ffp-contract=off (nvcc: -fmad=false).
 #pragma once
 
-#include <stdint.h>
+#include "format/rows.h"
 
-#if defined(__CUDACC__)
-#define FC_BOTH __host__ __device__
-#else
-#define FC_BOTH
-#endif
-#define FC_INLINE FC_BOTH inline __attribute__((always_inline))
-#ifndef FLASHCOMM_ISA
-#define FLASHCOMM_ISA baseline
-#endif
-
-// One namespace for each instruction set: the linker must never merge code compiled with different flags.
 namespace flashcomm::FLASHCOMM_ISA {
 
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the wire is little endian");
@@ -190,11 +179,13 @@ FC_INLINE uint32_t code_of(float x, const Fit& fit) {
 
 struct Layout {
     int bits;
+    Rows rows;
     int64_t numel, block, octets, blocks;
     int64_t scales, minima, bytes;  // offsets of the metadata sections, length of the payload
 
-    FC_INLINE Layout(int64_t numel, int bits, int64_t block)
-        : bits(bits), numel(numel), block(block), octets((numel + 7) / 8), blocks((numel + block - 1) / block) {
+    FC_INLINE Layout(int64_t numel, int bits, int64_t block, int64_t width = 0)
+        : bits(bits), rows(numel, width, block), numel(numel), block(block), octets(rows.all_octets()),
+          blocks(rows.all_blocks()) {
         scales = 0;
         for (int width = 8; width; width >>= 1) scales += bits & width ? padded(octets * width) : 0;
         minima = scales + padded(2 * blocks);
@@ -259,45 +250,47 @@ private:
 
 // ---- the codec -----------------------------------------------------------------------------------------------
 
-// Encodes block `index` of the tensor x; the last block may be short.
+// Encodes block `index` of the tensor x; a row's last block may be short.
 template <class T>
 FC_BOTH void encode_block(const typename T::Word* x, const Layout& at, int64_t index, uint8_t* payload) {
     using Word = typename T::Word;
-    const int64_t begin = index * at.block, end = begin + at.block < at.numel ? begin + at.block : at.numel;
+    const int64_t count = at.rows.values(index), octet = at.rows.first_octet(index);
+    x += at.rows.first_value(index);
     Word low = (Word) ~(Word)0, high = 0;
-    for (int64_t i = begin; i < end; i++) {
+    for (int64_t i = 0; i < count; i++) {
         const Word key = ordered<T>(x[i]);
         low = key < low ? key : low;
         high = key > high ? key : high;
     }
     const Fit fit = Bf16Pair::fit<T>(low, high, at.levels());
-    for (int64_t octet = begin / 8; octet * 8 < end; octet++) {
+    for (int64_t first = 0; first < count; first += 8) {
         uint8_t codes[8];
-        for (int64_t i = 0; i < 8; i++) {
-            const int64_t j = octet * 8 + i;
-            codes[i] = j < end ? (uint8_t)code_of(T::widen(x[j]), fit) : 0;
-        }
-        at.store_codes(payload, octet, codes);
+        for (int64_t i = 0; i < 8; i++)
+            codes[i] = first + i < count ? (uint8_t)code_of(T::widen(x[first + i]), fit) : 0;
+        at.store_codes(payload, octet + first / 8, codes);
     }
     at.store(payload, index, fit.scale_bits, fit.minimum_bits);
 }
 
-// Decodes eight values of `count` payloads and writes their float32 sum, in the order given, into the tensor out.
+// Decodes eight values of `count` payloads, which lie `offset` bytes behind their addresses, and writes their float32
+// sum, in the order given, into the tensor out.
 template <class T>
 FC_BOTH void decode_octet(const uint8_t* const* payloads, int count, const Layout& at, int64_t octet,
-                          typename T::Word* out) {
+                          typename T::Word* out, int64_t offset = 0) {
+    const int64_t row = octet / at.rows.octets, first = octet % at.rows.octets * 8;
     float sum[8] = {};
     for (int p = 0; p < count; p++) {
-        const Bf16Pair pair = at.load(payloads[p], octet * 8 / at.block);
+        const Bf16Pair pair = at.load(payloads[p] + offset, row * at.rows.blocks + first / at.block);
         uint8_t codes[8];
-        at.load_codes(payloads[p], octet, codes);
+        at.load_codes(payloads[p] + offset, octet, codes);
         for (int i = 0; i < 8; i++) {
             const float part = pair.value<T>(codes[i]);
             sum[i] = p ? sum[i] + part : part;
         }
     }
-    for (int i = 0; i < 8 && octet * 8 + i < at.numel; i++)
-        out[octet * 8 + i] = sum[i] == sum[i] ? (typename T::Word)T::narrow(sum[i]) : T::kNan;
+    out += row * at.rows.width + first;
+    for (int i = 0; i < 8 && first + i < at.rows.width; i++)
+        out[i] = sum[i] == sum[i] ? (typename T::Word)T::narrow(sum[i]) : T::kNan;
 }
 
 }  // namespace flashcomm::FLASHCOMM_ISA

@@ -1,10 +1,12 @@
 // Rotated block integers of 2 to 8 bits in half-bit steps: sizes, steps and escapes, for host and device.
 //
 // flashcomm_megatron/codec/rotated.py is the definition and explains the idea; everything here equals it bit for bit.
-// A payload of n values, always whole blocks (the last one filled with the last value):
+// A payload of rows (rows.h), always whole blocks (a row's last one filled with its last value):
 //
 //     | planes of the codes              | scales      | tops                  |   sections start on 16 bytes,
 //     | words * width / 8 bytes in all   | blocks x u8 | families x u16        |   gaps are zero, little endian
+//
+//     family   up to 32 blocks of one row that share a top
 //
 //     words    a code each at whole widths; at half widths two codes, q[2i] + q[2i + 1] * levels, in 2 * bits bits.
 //              Wider than a byte, their low byte is a plane of 8 bits and the rest follows as planes of its own
@@ -21,25 +23,50 @@ constexpr int kNanBlock = 127, kConstant = 126, kLast = 125;  // of the scale by
 constexpr int kKeyShift = 20;                                 // a key counts float32 bit patterns in units of 2**20
 constexpr int kNearest = 32;                      // steps of at most this many levels round to nearest, others up
 constexpr uint32_t kLeastKey = (127 - 100) << 3;  // 2**-100
-constexpr int kGroup = 4;                         // blocks whose numbers lie together in a memory
+constexpr int kGroup = 4;                         // blocks whose numbers lie together in a residual
 constexpr float kHugeStep = 0x1p100f;             // from here on butterflies could overflow: shrink first
 constexpr uint32_t kHugeKey = (127 + 100) << 3;   // its key
 constexpr float kShrink = 0x1p-16f, kGrow = 0x1p16f;
 
-// Where everything lies. `half_bits` is twice the width.
+// A family: its first value, block and number of the residual, in the tensor; its blocks, and how many values they have.
+struct Span {
+    int64_t value, block, residual;
+    int blocks, values;
+};
+
+// Blocks that a residual has of a row: whole groups.
+FC_INLINE int64_t grouped(int64_t blocks) { return (blocks + kGroup - 1) / kGroup * kGroup; }
+
+FC_INLINE int64_t residual_numel(int64_t numel, int64_t width, int64_t block) {
+    const Rows rows(numel, width, block);
+    return rows.count * grouped(rows.blocks) * block;
+}
+
+// Where everything lies. `half_bits` is twice the width of a code.
 struct RotatedLayout {
     int half_bits, levels, zero, together, word_bits;
-    int64_t numel, block, blocks, families, words;
+    Rows rows;
+    int64_t numel, block, blocks, families_of_row, families, words;
     int64_t scales, tops, bytes;
 
-    FC_INLINE RotatedLayout(int64_t numel, int half_bits, int64_t block)
+    FC_INLINE RotatedLayout(int64_t numel, int half_bits, int64_t block, int64_t width = 0)
         : half_bits(half_bits), levels(levels_of(half_bits)), zero(levels / 2), together(half_bits & 1 ? 2 : 1),
-          word_bits(half_bits * together / 2), numel(numel), block(block), blocks((numel + block - 1) / block),
-          families((blocks + kFamily - 1) / kFamily), words(blocks * block / together) {
+          word_bits(half_bits * together / 2), rows(numel, width, block), numel(numel), block(block),
+          blocks(rows.all_blocks()), families_of_row((rows.blocks + kFamily - 1) / kFamily),
+          families(rows.count * families_of_row), words(blocks * block / together) {
         scales = 0;
         each_plane([&](int width, int, int64_t) { scales += Layout::padded(words / 8 * width); });
         tops = scales + Layout::padded(blocks);
         bytes = tops + Layout::padded(2 * families);
+    }
+
+    FC_INLINE Span span(int64_t family) const {
+        const int64_t row = family / families_of_row, first = family % families_of_row * kFamily;
+        const int64_t left = rows.blocks - first, blocks = left < kFamily ? left : kFamily;
+        const int64_t values = rows.width - first * block;
+        return {row * rows.width + first * block, row * rows.blocks + first,
+                (row * grouped(rows.blocks) + first) * block, (int)blocks,
+                (int)(values < blocks * block ? values : blocks * block)};
     }
 
     // 2 ** (half_bits / 2), rounded down, so that two codes fit in half_bits bits.
@@ -79,15 +106,15 @@ FC_INLINE float step_of(uint32_t top, uint32_t scale) {
     return float_of(((top - (distance > kLast ? kLast : distance)) << kKeyShift) | (scale & 0x80) << 24);
 }
 
-// Where a memory has coefficient i of a block: of every kGroup blocks the first four coefficients, then the next.
-FC_INLINE int64_t memory_place(int64_t index, int64_t i, int64_t block) {
+// Where a residual has coefficient i of block `index` of a row: of every kGroup blocks the first four coefficients, then the next.
+FC_INLINE int64_t residual_index(int64_t index, int64_t i, int64_t block) {
     return index / kGroup * kGroup * block + i / 4 * 4 * kGroup + index % kGroup * 4 + i % 4;
 }
-FC_INLINE int64_t memory_numel(int64_t blocks, int64_t block) {
+FC_INLINE int64_t residual_of_blocks(int64_t blocks, int64_t block) {
     return (blocks + kGroup - 1) / kGroup * kGroup * block;
 }
 
-// What a memory of this type keeps of a loss: its upper half, or what is in range and still to be rounded.
+// What a residual of this type keeps of a loss: its upper half, or the loss within range, still to be rounded.
 template <class T> FC_INLINE float kept_number(float loss) {
     if (T::kInfinity == BFloat16::kInfinity) return high_half(loss);
     return loss < -T::kMax ? -T::kMax : loss > T::kMax ? T::kMax : loss;

@@ -1,10 +1,10 @@
 // Bit splitting with spike reserving, 2 to 8 bits: sizes, spans and escapes of the format.
 //
 // flashcomm_megatron/codec/spike.py is the definition and explains the idea; everything here equals it bit for bit.
-// A payload of n values in blocks, sections starting on 16 bytes, gaps zero:
+// A payload of rows in blocks (rows.h), sections starting on 16 bytes, gaps zero:
 //
 //     | planes of the codes | spike minima  | spike maxima  | spans       | lows        | planes of the positions |
-//     | n8 * bits / 8 bytes | blocks x bf16 | blocks x bf16 | blocks x u8 | blocks x i8 | 2 * blocks codes        |
+//     | octets * bits bytes | blocks x bf16 | blocks x bf16 | blocks x u8 | blocks x i8 | 2 * blocks codes        |
 #pragma once
 
 #include "format/codec.h"
@@ -20,12 +20,13 @@ constexpr int kLargestBlock = 256;
 // Where everything lies.
 struct SpikeLayout {
     int bits, position_bits;
+    Rows rows;
     int64_t numel, block, blocks, octets, pairs;  // pairs: octets of positions
     int64_t minima, maxima, spans, lows, positions, bytes;
 
-    SpikeLayout(int64_t numel, int bits, int64_t block)
-        : bits(bits), position_bits(0), numel(numel), block(block), blocks((numel + block - 1) / block),
-          octets((numel + 7) / 8), pairs((2 * blocks + 7) / 8) {
+    SpikeLayout(int64_t numel, int bits, int64_t block, int64_t width = 0)
+        : bits(bits), position_bits(0), rows(numel, width, block), numel(numel), block(block),
+          blocks(rows.all_blocks()), octets(rows.all_octets()), pairs((2 * blocks + 7) / 8) {
         while (1 << position_bits < block) position_bits++;
         minima = end_of(bits, octets);
         maxima = minima + Layout::padded(2 * blocks);

@@ -1,10 +1,13 @@
 """What every number format offers the collectives, and the fallback of those without a compiled form.
 
 A codec turns a contiguous tensor of rows [numel / width, width] into a uint8 *payload* whose length depends on the
-shape alone. A format derives from :class:`Codec` and says three things: how long its sections are, how one tensor is
-encoded, how one payload is decoded, all in torch: that is its definition. What the collectives call is made of these
-here, in batches: all slices of a tensor at once, so that a collective costs two or three native calls whatever the
-number of ranks:
+shape alone. A row is one token. Rows stand alone: no block, and nothing else that is shared, holds values of two rows,
+so a row decodes to the same bits whatever stands beside it. Every method takes ``width``. None, or a width beyond the
+number of values, means one row: all values, or a part of a longer row.
+
+A format derives from :class:`Codec` and says three things: how long its sections are, how one tensor is encoded, how
+one payload is decoded, all in torch: that is its definition. What the collectives call is made of these here, in
+batches, all slices of a tensor at once, so that a collective costs two or three native calls for any number of ranks:
 
     encode_slices   the payloads of all slices of a tensor         reduce leg, first half
     reduce_slices   the sum of one payload of each rank, encoded   reduce leg, second half, and the gather leg's first
@@ -21,12 +24,13 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import extension
+from . import native as compiled
 from .planes import padded
 
 logger = logging.getLogger("flashcomm_megatron")
@@ -49,6 +53,11 @@ class Slices(NamedTuple):
         """The slices of a flat tensor, views."""
         return [x[number * self.length : number * self.length + self.size(number)] for number in range(self.world)]
 
+    @property
+    def sizes(self) -> list[int]:
+        """Values of every slice."""
+        return [self.size(number) for number in range(self.world)]
+
 
 class Codec(ABC):
     """A number format. Codecs are immutable and hashable."""
@@ -63,84 +72,101 @@ class Codec(ABC):
 
     @property
     def unit(self) -> int:
-        """Values at whose multiples a single row may be cut without changing a bit."""
+        """A tensor of one row (a 1-D gradient) is cut into slices at multiples of this many values."""
         return self.block
+
+    def fitted(self, width: int) -> Codec:
+        """The codec that serves rows of ``width`` values: this one, or the same format with smaller blocks."""
+        return self
 
     # ---- the definition --------------------------------------------------------------------------------------
 
     @abstractmethod
-    def section_bytes(self, numel: int) -> list[int]:
-        """Unpadded length in bytes of every section of a payload of ``numel`` values."""
+    def section_bytes(self, numel: int, width: int | None = None) -> list[int]:
+        """Unpadded length in bytes of every section of a payload of ``numel`` values in rows of ``width``."""
 
     @abstractmethod
-    def encode_ref(self, x: Tensor) -> Tensor:
+    def encode_ref(self, x: Tensor, width: int | None = None) -> Tensor:
         """Payload of a contiguous, non-empty 1-D floating tensor."""
 
     @abstractmethod
-    def decode_ref(self, payload: Tensor, numel: int) -> Tensor:
+    def decode_ref(self, payload: Tensor, numel: int, width: int | None = None) -> Tensor:
         """float32 values [numel] of one payload, ``numel`` > 0."""
 
-    def decode_sum_ref(self, payloads: Sequence[Tensor], numel: int, dtype: torch.dtype) -> Tensor:
-        """What :meth:`decode_sum` does, in torch."""
-        if numel == 0:
-            return torch.empty(0, dtype=dtype, device=payloads[0].device)
-        return summed((self.decode_ref(payload, numel) for payload in payloads), dtype)
-
-    # ---- one tensor ------------------------------------------------------------------------------------------
-
-    def wire_bytes(self, numel: int) -> int:
-        """Length in bytes of the payload of ``numel`` values."""
-        return sum(padded(size) for size in self.section_bytes(numel))
-
-    def residual_numel(self, numel: int) -> int:
-        """Numbers of the residual of a tensor of ``numel`` values. ValueError for codecs that keep none."""
-        raise ValueError(f"residuals: {self} keeps none of what it loses; only codecs of recipe auto do.")
-
-    def encode(self, x: Tensor, out: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
-        """Encode a contiguous 1-D floating tensor into a uint8 payload of ``wire_bytes(x.numel())``.
-
-        ``residual`` [residual_numel(x.numel())], of the dtype of ``x`` and zeros at first: encode ``x + residual``; the
-        residual is replaced by the new rounding error.
-        """
-        if out is None:
-            out = torch.empty(self.wire_bytes(x.numel()), dtype=torch.uint8, device=x.device)
-        if x.numel() and not extension.encode(self, x, out, residual):
-            _tell(self)
-            out.copy_(self.encode_ref(x) if residual is None else self.encode_residual_ref(x, residual))
-        return out
-
-    def encode_residual_ref(self, x: Tensor, residual: Tensor) -> Tensor:
+    def encode_residual_ref(self, x: Tensor, residual: Tensor, width: int | None = None) -> Tensor:
         """What :meth:`encode` does with a residual, in torch."""
         raise ValueError(f"residuals: {self} keeps none of what it loses; only codecs of recipe auto do.")
 
-    def decode_sum(self, payloads: Sequence[Tensor], out: Tensor) -> Tensor:
+    def decode_sum_ref(
+        self, payloads: Sequence[Tensor], numel: int, dtype: torch.dtype, width: int | None = None
+    ) -> Tensor:
+        """What :meth:`decode_sum` does, in torch."""
+        if numel == 0:
+            return torch.empty(0, dtype=dtype, device=payloads[0].device)
+        return summed((self.decode_ref(payload, numel, width) for payload in payloads), dtype)
+
+    # ---- one tensor ------------------------------------------------------------------------------------------
+
+    def wire_bytes(self, numel: int, width: int | None = None) -> int:
+        """Length in bytes of the payload of ``numel`` values in rows of ``width``."""
+        return _wire_bytes(self, numel, width)
+
+    def residual_numel(self, numel: int, width: int | None = None) -> int:
+        """Numbers of the residual of ``numel`` values in rows of ``width``. ValueError for codecs that keep none."""
+        raise ValueError(f"residuals: {self} keeps none of what it loses; only codecs of recipe auto do.")
+
+    def encode(
+        self, x: Tensor, out: Tensor | None = None, residual: Tensor | None = None, width: int | None = None
+    ) -> Tensor:
+        """Encode a contiguous 1-D floating tensor into a uint8 payload of ``wire_bytes(x.numel(), width)``.
+
+        ``residual`` [residual_numel(x.numel(), width)], of the dtype of ``x`` and zeros at first: encode
+        ``x + residual``; the residual is replaced by the new rounding error.
+        """
+        numel = x.numel()
+        if out is None:
+            out = torch.empty(self.wire_bytes(numel, width), dtype=torch.uint8, device=x.device)
+        if numel and not compiled.encode_slices(self, x, Slices(numel, width or numel, numel, 1), out, residual):
+            _tell(self)
+            out.copy_(self.encode_ref(x, width) if residual is None else self.encode_residual_ref(x, residual, width))
+        return out
+
+    def decode_sum(self, payloads: Sequence[Tensor], out: Tensor, width: int | None = None) -> Tensor:
         """Write the float32 sum, in the order given, of the decoded payloads into ``out`` (1-D, any float dtype).
 
         With one payload this is plain decoding. Every part is limited to the finite range of ``out.dtype``;
         the sum may overflow to Inf as an exact sum would.
         """
-        if out.numel() and not extension.decode_sum(self, payloads, out):
+        numel = out.numel()
+        if numel and not compiled.reduce_slices(self, payloads, out, width or numel, None, None, None):
             _tell(self)
-            out.copy_(self.decode_sum_ref(payloads, out.numel(), out.dtype))
+            out.copy_(self.decode_sum_ref(payloads, numel, out.dtype, width))
         return out
 
     # ---- all slices of a tensor --------------------------------------------------------------------------------
 
-    def encode_slices(self, x: Tensor, slices: Slices, out: Tensor, residuals: Tensor | None = None) -> None:
-        """Encode every slice of flat ``x``: payload r lies at ``r * wire_bytes(slices.length)`` in ``out`` (uint8).
+    def wire_bytes_of(self, slices: Slices) -> int:
+        """Bytes of all payloads: each but the last takes ``wire_bytes(slices.length, slices.width)``."""
+        return _wire_bytes_of(self, slices)
 
-        ``residuals``: those of all slices, one behind the other.
+    def residual_numel_of(self, slices: Slices) -> int:
+        """Numbers of the residuals of all slices."""
+        return _residual_numel_of(self, slices)
+
+    def encode_slices(self, x: Tensor, slices: Slices, out: Tensor, residuals: Tensor | None = None) -> None:
+        """Encode every slice of flat ``x``: payload r lies at ``r * wire_bytes(slices.length, slices.width)``.
+
+        ``out``: uint8, at least ``wire_bytes_of(slices)``. ``residuals``: those of all slices, one behind the other.
         """
-        stride = self.wire_bytes(slices.length)
-        ends = [0] * slices.world
-        if residuals is not None:
-            ends = [self.residual_numel(slices.size(number)) for number in range(slices.world)]
-        first = 0
+        out = out[: self.wire_bytes_of(slices)]
+        if slices.numel == 0 or compiled.encode_slices(self, x, slices, out, residuals):
+            return
+        stride, first = self.wire_bytes(slices.length, slices.width), 0
         for number, part in enumerate(slices.of(x)):
-            residual = None if residuals is None else residuals[first : first + ends[number]]
-            first += ends[number]
-            start = number * stride
-            self.encode(part, out[start : start + self.wire_bytes(part.numel())], residual)
+            payload = out[number * stride :][: self.wire_bytes(part.numel(), slices.width)]
+            end = first if residuals is None else first + self.residual_numel(part.numel(), slices.width)
+            self.encode(part, payload, None if residuals is None else residuals[first:end], slices.width)
+            first = end
 
     def reduce_slices(
         self,
@@ -149,21 +175,45 @@ class Codec(ABC):
         gather: Codec | None = None,
         payload: Tensor | None = None,
         residual: Tensor | None = None,
+        width: int | None = None,
     ) -> None:
         """Write the float32 sum, in the order given, of one payload of each rank into flat ``out``.
 
         With ``gather`` the sum, as ``out`` holds it, is encoded by that codec into ``payload``, with its ``residual``.
         """
-        self.decode_sum(payloads, out)
+        numel = out.numel()
+        if numel == 0 or compiled.reduce_slices(self, payloads, out, width or numel, gather, payload, residual):
+            return
+        self.decode_sum(payloads, out, width)
         if gather is not None:
-            gather.encode(out, payload, residual)
+            gather.encode(out, payload, residual, width)
 
     def decode_slices(self, payloads: Tensor, slices: Slices, out: Tensor) -> None:
-        """Decode payload r, at ``r * wire_bytes(slices.length)`` in ``payloads``, into slice r of flat ``out``."""
-        stride = self.wire_bytes(slices.length)
+        """Decode payload r, at ``r * wire_bytes(slices.length, slices.width)``, into slice r of flat ``out``."""
+        payloads = payloads[: self.wire_bytes_of(slices)]
+        if slices.numel == 0 or compiled.decode_slices(self, payloads, slices, out):
+            return
+        stride = self.wire_bytes(slices.length, slices.width)
         for number, part in enumerate(slices.of(out)):
-            start = number * stride
-            self.decode_sum([payloads[start : start + self.wire_bytes(part.numel())]], part)
+            payload = payloads[number * stride :][: self.wire_bytes(part.numel(), slices.width)]
+            self.decode_sum([payload], part, slices.width)
+
+
+@lru_cache(4096)
+def _wire_bytes(codec: Codec, numel: int, width: int | None) -> int:
+    return sum(padded(size) for size in codec.section_bytes(numel, width))
+
+
+@lru_cache(4096)
+def _wire_bytes_of(codec: Codec, slices: Slices) -> int:
+    stride = codec.wire_bytes(slices.length, slices.width)
+    last = [number for number, size in enumerate(slices.sizes) if size]
+    return last[-1] * stride + codec.wire_bytes(slices.size(last[-1]), slices.width) if last else 0
+
+
+@lru_cache(4096)
+def _residual_numel_of(codec: Codec, slices: Slices) -> int:
+    return sum(codec.residual_numel(size, slices.width) for size in slices.sizes)
 
 
 def summed(parts: Iterable[Tensor], dtype: torch.dtype) -> Tensor:

@@ -18,28 +18,30 @@ class Raw(Codec):
     dtype: torch.dtype
     block: int = 1
 
-    def wire_bytes(self, numel: int) -> int:
+    def wire_bytes(self, numel: int, width: int | None = None) -> int:
         """Length in bytes of the payload of ``numel`` values."""
         return numel * self.dtype.itemsize
 
-    def section_bytes(self, numel: int) -> list[int]:
+    def section_bytes(self, numel: int, width: int | None = None) -> list[int]:
         """The one section: the values."""
         return [self.wire_bytes(numel)]
 
-    def encode_ref(self, x: Tensor) -> Tensor:
+    def encode_ref(self, x: Tensor, width: int | None = None) -> Tensor:
         """The bytes of ``x``, which must be of ``dtype``."""
         return x.view(torch.uint8)
 
-    def decode_ref(self, payload: Tensor, numel: int) -> Tensor:
+    def decode_ref(self, payload: Tensor, numel: int, width: int | None = None) -> Tensor:
         """float32 values [numel]."""
         return payload.view(self.dtype).float()
 
-    def encode(self, x: Tensor, out: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    def encode(
+        self, x: Tensor, out: Tensor | None = None, residual: Tensor | None = None, width: int | None = None
+    ) -> Tensor:
         """The bytes of ``x``, which must be of ``dtype``; without ``out`` they are not copied."""
         payload = self.encode_ref(x)
         return payload if out is None else out.copy_(payload)
 
-    def decode_sum(self, payloads: Sequence[Tensor], out: Tensor) -> Tensor:
+    def decode_sum(self, payloads: Sequence[Tensor], out: Tensor, width: int | None = None) -> Tensor:
         """Write the float32 sum, in order, into ``out`` (1-D, any float dtype); one payload is copied as it is."""
         parts = [payload.view(self.dtype) for payload in payloads]
         return out.copy_(parts[0] if len(parts) == 1 else summed((part.float() for part in parts), out.dtype))

@@ -3,22 +3,39 @@
 The idea
 --------
 A few features of a transformer's activations are many times larger than the rest, and a scale that covers them leaves
-the others two or three levels. A Walsh-Hadamard rotation inside each block spreads an outlier evenly over the block;
-what comes out is close to a centred Gaussian whatever went in, so the format needs no minimum, and its scale fits in
-one byte that counts down from the largest scale of 32 blocks::
+the others two or three levels. So each block is multiplied by a Hadamard matrix before it is rounded. Each result, a
+*coefficient*, is a sum of all values of the block with signs, so an outlier is spread evenly over the block, and no
+coefficient is much larger than the others. Coefficients are close to a centred Gaussian whatever went in, so the format
+needs no minimum: a block has one scale, and integers on both sides of zero. The decoder multiplies by the same matrix.
+The scale fits in one byte: it counts down, in steps of an eighth of an octave, from the largest scale of 32 blocks, a
+*super-block* (``FAMILY``). Half-bit widths exist because two codes of 22 levels fit in 9 bits::
 
     c = H x / block        step = max|c| / zero        q = zero + round(+-c / step)        x' = H c'
 
 with ``H`` the Hadamard matrix of ``block`` rows, ``levels`` codes 0 .. levels - 1 and ``zero = levels // 2``. The
 sign is chosen so that the largest coefficient becomes code 0, which is the end of the range that reaches farther.
 
+A block of 8 numbers at 4 bits (real blocks have 16 to 1024). Rounded plainly, the 9 would stretch the step to 0.64.
+Rotated, the largest coefficient is 1.29, the step 1.29 / 8, rounded to 0.156; the sign makes the largest code 0::
+
+    >>> x = torch.tensor([[0.3, -0.2, 0.7, 9.0, -0.4, 0.0, 0.5, -0.6]])
+    >>> c = butterflies(x) / 8
+    >>> [round(value, 2) for value in c[0].tolist()]
+    [1.16, -0.89, -1.24, 0.91, 1.29, -1.06, -1.16, 1.29]
+    >>> q = (8 + (c / -0.15625).round()).clamp(0, 15)
+    >>> q[0].int().tolist()
+    [1, 14, 15, 2, 0, 15, 15, 0]
+    >>> [round(value, 2) for value in butterflies((q - 8) * -0.15625)[0].tolist()]
+    [0.31, 0.0, 0.31, 8.75, -0.31, 0.0, 0.31, -0.62]
+
 The wire
 --------
-Sections for ``n`` values, ``blocks = ceil(n / block)`` (the last one filled with the last value), aligned as in
-wire.py::
+Each row is cut into blocks of its own, ``ceil(width / block)``, the last one filled with the row's last value; so are
+super-blocks. For a width where smaller blocks take fewer bytes they are used, down to 16 (``fitted``). Sections,
+aligned as in planes.py::
 
-    | planes of the codes           | scales      | tops                     |
-    | blocks * block * bits / 8 bytes | blocks x u8 | ceil(blocks / 32) x u16 |
+    | planes of the codes             | scales      | tops               |
+    | blocks * block * bits / 8 bytes | blocks x u8 | super-blocks x u16 |
 
     bits    2   2.5   3   3.5   4   4.5   5   5.5   6   6.5   7   7.5   8
     levels  4   5     8   11    16  22    32  45    64  90    128 181   256
@@ -34,7 +51,8 @@ compared as integers, in eighths of a step, so that the order of summation does 
 
 ``top`` is the largest key of 32 blocks, ``scale = negative << 7 | d`` the block's own: ``key = top - d``. A block whose
 step would lie more than 125 eighths of an octave below the largest takes ``d = 125``. Steps are at least 2**-100: a
-block far below decodes to zeros. ``negative`` says that the largest coefficient is positive.
+block far below decodes to zeros. ``negative``, the step's sign bit, is set when the step is negative: the sign is
+chosen so that the largest coefficient maps to code 0.
 Two values of ``scale`` are escapes:
 
 - 127: the block held a NaN or an Inf and decodes to NaN.
@@ -46,44 +64,57 @@ fixed order, strides 1, 2, 4, ..., (a, b) -> (a + b, a - b); every product is by
 decoded coefficient is -0, so that all implementations agree bit for bit, also those that rotate one payload's codes as
 integers.
 
-The memory
-----------
-Residual feedback (feedback.py) adds what one encoding lost to the next one. Only the next encoding of a tensor with the
-same codec and shape reads it, so it is kept where rounding happens, among the coefficients, and nothing is rotated
-back. With ``h = H x = block * c``::
+The residual
+------------
+Residual feedback (feedback.py) adds the rounding error of one encoding to the next one. Only the next encoding of a
+tensor with the same codec and shape reads it, so it is kept where rounding happens, as coefficients, and nothing is
+rotated back. With ``h = H x = block * c``::
 
-    h' = h + memory        q as above, of h'        memory = h' - q * step * block
+    h' = h + residual        q as above, of h'        residual = h' - q * step * block
 
-the product being exact and ``q`` never -0. Numbers have the tensor's dtype and are finite: float16 is rounded and
-limited, bfloat16 is cut, the upper half of a float32. A block of NaN, Inf, an exact constant (of ``h'``) or values from
-2**100 on leaves zeros; the last ones are encoded without a memory. Numbers lie as vectors of 512 bits hold them, always
-four blocks together: the first four coefficients of each, then their next four, to the last.
+The product is exact and ``q`` is never -0. Numbers have the tensor's dtype and are finite: float16 is rounded and
+clamped, bfloat16 is truncated to the upper half of a float32. A block of NaN, Inf, an exact constant (of ``h'``) or
+values from 2**100 on leaves zeros; the last ones are encoded without a residual. The layout is that of 512-bit vectors:
+four blocks of a row together, the first four coefficients of each, then their next four, to the last. A row's blocks
+are padded to a multiple of four.
 
 Error: a coefficient is off by at most ``step / 2``, or by what it lies beyond the first or last code's value. ``step``
 is ``max|c| / zero`` within -1/17 and +1/16, beyond 32 levels within +1/8, unless one of the floors above is larger; up
 to 16 levels it may be 4/5 of that, with fewer than 8 levels 2/3. A value is off by at most the sum of its block's
-coefficients' errors, and the squared errors of a block sum to ``block`` times those of its coefficients. With a memory
-all this is the error of ``h'``, so that errors of calls telescope: what the sum of all that was decoded lacks of the
-sum of all values is the last memory, ``H memory / block``, and what cutting and limiting took from those before.
+coefficients' errors, and the squared errors of a block sum to ``block`` times those of its coefficients. With a
+residual all this is the error of ``h'``, so that errors of calls telescope: what the sum of all that was decoded lacks
+of the sum of all values is the last residual, ``H residual / block``, and what truncating and clamping took before.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from .base import Codec
-from .blocks import high_half_value, in_blocks
-from .planes import from_half_words, half_words, join_planes, join_sections, plane_bytes, split_planes, split_sections
+from .planes import (
+    from_blocks,
+    from_half_words,
+    half_words,
+    high_half_value,
+    in_blocks,
+    join_planes,
+    join_sections,
+    plane_bytes,
+    rows_of,
+    split_planes,
+    split_sections,
+)
 
 LEVELS = {2: 4, 2.5: 5, 3: 8, 3.5: 11, 4: 16, 4.5: 22, 5: 32, 5.5: 45, 6: 64, 6.5: 90, 7: 128, 7.5: 181, 8: 256}
 BLOCKS = (16, 32, 64, 128, 256, 512, 1024)
 FAMILY = 32  # blocks that share a top
-GROUP = 4  # blocks whose numbers lie together in a memory
+GROUP = 4  # blocks whose numbers lie together in a residual
 NAN, CONSTANT, LAST = 127, 126, 125  # of the scale byte without its sign; LAST is the largest distance from the top
 KEY_SHIFT = 20  # a key counts float32 bit patterns in units of 2**20: eight steps an octave
 NEAREST = 32  # steps of at most this many levels are rounded to nearest, others up
@@ -123,48 +154,76 @@ class Rotated(Codec):
         """The code of a coefficient that is zero."""
         return self.levels // 2
 
-    def section_bytes(self, numel: int) -> list[int]:
-        """Unpadded length in bytes of every section of a payload of ``numel`` values."""
-        blocks = math.ceil(numel / self.block)
-        words = blocks * self.block // self._together
-        planes = [size for width in self._widths for size in plane_bytes(words, width)]
-        return [*planes, blocks, 2 * math.ceil(blocks / FAMILY)]
+    def fitted(self, width: int) -> Rotated:
+        """This codec, or the one with smaller blocks that takes the fewest bytes for a row of ``width`` values."""
+        return _fitted(self, width)
 
-    def residual_numel(self, numel: int) -> int:
-        """Numbers of the residual of a tensor of ``numel`` values."""
-        group = GROUP * self.block
-        return math.ceil(numel / group) * group
+    def section_bytes(self, numel: int, width: int | None = None) -> list[int]:
+        """Unpadded length in bytes of every section of a payload of ``numel`` values in rows of ``width``."""
+        fitted = self.fitted(width or numel)
+        rows, row = rows_of(numel, width)
+        blocks, words = fitted._shape(row)
+        planes = [size for width in self._widths for size in plane_bytes(rows * words, width)]
+        return [*planes, rows * blocks, 2 * rows * math.ceil(blocks / FAMILY)]
 
-    def encode_ref(self, x: Tensor) -> Tensor:
+    def residual_numel(self, numel: int, width: int | None = None) -> int:
+        """Numbers of the residual of ``numel`` values in rows of ``width``."""
+        group = GROUP * self.fitted(width or numel).block
+        rows, row = rows_of(numel, width)
+        return rows * math.ceil(row / group) * group
+
+    def encode_ref(self, x: Tensor, width: int | None = None) -> Tensor:
         """Payload of a contiguous, non-empty 1-D floating tensor."""
-        return self._encode(x, None)
+        return self.fitted(width or x.numel())._encode(x, None, rows_of(x.numel(), width)[1])
 
-    def encode_residual_ref(self, x: Tensor, residual: Tensor) -> Tensor:
+    def encode_residual_ref(self, x: Tensor, residual: Tensor, width: int | None = None) -> Tensor:
         """The same of ``x + residual``; the residual is replaced by the new rounding error."""
-        return self._encode(x, residual)
+        return self.fitted(width or x.numel())._encode(x, residual, rows_of(x.numel(), width)[1])
 
-    def _encode(self, x: Tensor, memory: Tensor | None) -> Tensor:
-        values = in_blocks(x, self.block).float()
+    def decode_ref(self, payload: Tensor, numel: int, width: int | None = None) -> Tensor:
+        """float32 values [numel] of one payload, ``numel`` > 0."""
+        return self.decode_sum_ref([payload], numel, torch.float32, width)
+
+    def decode_sum_ref(
+        self, payloads: Sequence[Tensor], numel: int, dtype: torch.dtype, width: int | None = None
+    ) -> Tensor:
+        """What :meth:`decode_sum` does: one payload is limited to the finite range of ``dtype``; a sum may overflow."""
+        if numel == 0:
+            return torch.empty(0, dtype=dtype, device=payloads[0].device)
+        sizes = self.section_bytes(numel, width)
+        return self.fitted(width or numel)._decode_sum(payloads, sizes, rows_of(numel, width)[1], dtype)
+
+    # ---- the definition, for blocks that fit the rows ------------------------------------------------------------
+
+    def _shape(self, row: int) -> tuple[int, int]:
+        """Blocks of a row, and the words of its codes."""
+        blocks = math.ceil(row / self.block)
+        return blocks, blocks * self.block // self._together
+
+    def _encode(self, x: Tensor, residual: Tensor | None, row: int) -> Tensor:
+        values = in_blocks(x, self.block, row).float()
+        blocks = self._shape(row)[0]  # of a row
         finite = values.isfinite().all(1)
         values = torch.where(finite[:, None], values, 0.0)
         shrink = torch.where(values.abs().amax(1) >= HUGE, SHRINK, 1.0)
         coefficients = butterflies(values * shrink[:, None])
-        if memory is not None:
-            carried = coefficients + _ungrouped(memory, self.block)[: len(values)]
-            coefficients = torch.where((shrink == 1)[:, None], carried, coefficients)
+        if residual is not None:
+            repaid = coefficients + _ungrouped(residual, self.block, blocks)
+            coefficients = torch.where((shrink == 1)[:, None], repaid, coefficients)
             finite = finite & coefficients.isfinite().all(1)
 
         constant = finite & (coefficients[:, 1:] == 0).all(1)
         value = coefficients[:, 0] / (self.block * shrink)
         regular = finite & ~constant
         coefficients = torch.where(regular[:, None], coefficients, 0.0)
-        scales, tops, step = self._scales(coefficients, shrink, regular)
+        scales, tops, step = self._scales(coefficients, shrink, regular, blocks)
         inverse = 1.0 / (step * shrink * self.block)
         numbers = (coefficients * inverse[:, None]).round().clamp(-self.zero, self.levels - 1 - self.zero)
         numbers += 0.0  # never -0
-        if memory is not None:
+        if residual is not None:
             lost = coefficients - numbers * (step * self.block)[:, None]
-            memory.copy_(_grouped(torch.where((regular & (shrink == 1))[:, None], lost, 0.0), memory.dtype))
+            lost = torch.where((regular & (shrink == 1))[:, None], lost, 0.0)
+            residual.copy_(_grouped(lost, residual.dtype, blocks))
 
         codes = (numbers + self.zero).to(torch.uint8)
         codes = torch.where(constant[:, None], self._constant_codes(value), codes)
@@ -172,15 +231,9 @@ class Rotated(Codec):
         scales = torch.where(finite, torch.where(constant, CONSTANT, scales), NAN)
         return join_sections([*self._split(codes.flatten()), scales.to(torch.uint8), half_words(tops)])
 
-    def decode_ref(self, payload: Tensor, numel: int) -> Tensor:
-        """float32 values [numel] of one payload, ``numel`` > 0."""
-        return self.decode_sum_ref([payload], numel, torch.float32)
-
-    def decode_sum_ref(self, payloads: Sequence[Tensor], numel: int, dtype: torch.dtype) -> Tensor:
-        """What :meth:`decode_sum` does: one payload is limited to the finite range of ``dtype``; a sum may overflow."""
-        if numel == 0:
-            return torch.empty(0, dtype=dtype, device=payloads[0].device)
-        parts = [self._coefficients(payload, numel) for payload in payloads]
+    def _decode_sum(self, payloads: Sequence[Tensor], sizes: Sequence[int], row: int, dtype: torch.dtype) -> Tensor:
+        """Values of ``dtype`` [n] of payloads whose sections have these sizes."""
+        parts = [self._coefficients(payload, sizes, self._shape(row)[0]) for payload in payloads]
         largest = torch.stack([size for _, size in parts]).amax(0)
         shrink = torch.where(largest >= HUGE, SHRINK, 1.0)[:, None]
         total = parts[0][0] * shrink
@@ -190,10 +243,12 @@ class Rotated(Codec):
         if len(payloads) == 1:
             limit = torch.finfo(dtype).max
             values = values.clamp(-limit, limit)
-        return torch.where(values.isnan(), math.nan, values).to(dtype).flatten()[:numel]
+        return from_blocks(torch.where(values.isnan(), math.nan, values).to(dtype), row)
 
-    def _scales(self, coefficients: Tensor, shrink: Tensor, regular: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Scale bytes [blocks] and tops [families] as int32, and the signed steps float32 [blocks]."""
+    def _scales(
+        self, coefficients: Tensor, shrink: Tensor, regular: Tensor, blocks: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Scale bytes and tops as int32, and the signed steps float32, of rows of ``blocks`` blocks."""
         low, high = coefficients.amin(1), coefficients.amax(1)
         negative = high > -low
         largest = torch.maximum(high, -low)
@@ -203,10 +258,10 @@ class Rotated(Codec):
         keys = (keys + (shrink < 1).int() * (16 << 3)).clamp(min=LEAST_KEY)
         if self.levels <= SEARCHED:
             keys = self._best_keys(keys, coefficients, torch.where(negative, -shrink, shrink) * self.block)
-        families = keys.masked_fill(~regular, LEAST_KEY)
-        families = torch.nn.functional.pad(families, (0, -keys.numel() % FAMILY), value=LEAST_KEY).view(-1, FAMILY)
+        families = keys.masked_fill(~regular, LEAST_KEY).view(-1, blocks)
+        families = torch.nn.functional.pad(families, (0, -blocks % FAMILY), value=LEAST_KEY).view(-1, FAMILY)
         tops = families.amax(1)
-        top = tops.repeat_interleave(FAMILY)[: keys.numel()]
+        top = _of_each_block(tops, blocks)
         distance = (top - keys).clamp(0, LAST)
         step = ((top - distance) << KEY_SHIFT).view(torch.float32)
         return distance | negative.int() * 0x80, tops, torch.where(negative, -step, step)
@@ -230,13 +285,13 @@ class Rotated(Codec):
         eighths = (8 + (keys & 7)) << ((keys >> 3) - (finest >> 3))
         return (fine - 8 * codes).square().sum(1) * eighths.long().square()
 
-    def _coefficients(self, payload: Tensor, numel: int) -> tuple[Tensor, Tensor]:
-        """float32 coefficients [blocks, block] of one payload, and the magnitude of each block's step or constant."""
-        *planes, scales, tops = split_sections(payload, self.section_bytes(numel))
+    def _coefficients(self, payload: Tensor, sizes: Sequence[int], blocks: int) -> tuple[Tensor, Tensor]:
+        """float32 coefficients [all blocks, block] of one payload; the magnitude of each block's step or constant."""
+        *planes, scales, tops = split_sections(payload, sizes)
         codes = self._join(planes).view(-1, self.block).int()
         scale = scales.int()
         distance = scale & 0x7F
-        top = from_half_words(tops).repeat_interleave(FAMILY)[: scale.numel()]
+        top = _of_each_block(from_half_words(tops), blocks)
         step = ((top - distance.clamp(max=LAST)) << KEY_SHIFT).view(torch.float32)
         step = torch.where(distance == NAN, math.nan, step)
         coefficients = (codes - self.zero) * torch.where(scale > 0x7F, -step, step)[:, None] + 0.0  # never -0
@@ -313,14 +368,33 @@ def butterflies(x: Tensor) -> Tensor:
     return x
 
 
-def _ungrouped(memory: Tensor, block: int) -> Tensor:
-    """Numbers of a memory -> float32 [blocks, block]."""
-    return memory.view(-1, block // 4, GROUP, 4).transpose(1, 2).reshape(-1, block).float()
+@lru_cache(1024)
+def _fitted(codec: Rotated, width: int) -> Rotated:
+    """Of the codecs with blocks up to ``codec``'s, the one of fewest bits for a row; of equals, the larger block."""
+
+    def bits(block: int) -> float:
+        blocks = math.ceil(width / block)
+        return blocks * (block * codec.bits + 8) + 16 * math.ceil(blocks / FAMILY)
+
+    block = min((block for block in reversed(BLOCKS) if block <= codec.block), key=bits)
+    return codec if block == codec.block else replace(codec, block=block)
 
 
-def _grouped(lost: Tensor, dtype: torch.dtype) -> Tensor:
+def _of_each_block(tops: Tensor, blocks: int) -> Tensor:
+    """The top of every block, of rows of ``blocks`` blocks."""
+    families = math.ceil(blocks / FAMILY)
+    return tops.view(-1, families).repeat_interleave(FAMILY, dim=1)[:, :blocks].flatten()
+
+
+def _ungrouped(residual: Tensor, block: int, blocks: int) -> Tensor:
+    """Numbers of a residual -> float32 [all blocks, block], of rows of ``blocks`` blocks."""
+    numbers = residual.view(-1, block // 4, GROUP, 4).transpose(1, 2).reshape(-1, block).float()
+    return numbers.view(-1, math.ceil(blocks / GROUP) * GROUP, block)[:, :blocks].reshape(-1, block)
+
+
+def _grouped(lost: Tensor, dtype: torch.dtype, blocks: int) -> Tensor:
     """The way back, zeros for blocks that are missing; rounded to ``dtype`` as the module docstring has it."""
-    limit = torch.finfo(dtype).max
+    limit, block = torch.finfo(dtype).max, lost.size(1)
     lost = (high_half_value(lost) if dtype == torch.bfloat16 else lost.clamp(-limit, limit)).to(dtype)
-    lost = torch.nn.functional.pad(lost, (0, 0, 0, -len(lost) % GROUP))
-    return lost.view(-1, GROUP, lost.size(1) // 4, 4).transpose(1, 2).flatten()
+    lost = torch.nn.functional.pad(lost.view(-1, blocks, block), (0, 0, 0, -blocks % GROUP))
+    return lost.reshape(-1, GROUP, block // 4, 4).transpose(1, 2).flatten()

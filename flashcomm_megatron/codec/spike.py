@@ -2,10 +2,23 @@
 
 The idea
 --------
-The minimum and the maximum of a block, its *spikes*, travel as floating-point numbers with their positions. The
-integer range then only has to cover the rest, which is what makes 2 bits usable::
+A few values of an activation are many times larger than the rest. Plain block integers (uniform.py) spread their steps
+over such values and leave the others two or three steps. Here the minimum and the maximum of each block, its *spikes*,
+travel as bfloat16 numbers of their own, with their positions in the block. The integers only have to cover the rest,
+whose range is often ten times smaller. That is what makes 2 and 3 bits usable. The decoder computes the rest from the
+integers, then writes the two spikes into their places. The price is metadata: two numbers, two positions, a span and an
+offset a block, so blocks are larger, 64 values::
 
     span >= max(rest) - min(rest)        x' = low + q * span / (2**bits - 1)        spikes: themselves, in bfloat16
+
+A block of 8 numbers at 2 bits. The spikes are 9 and -6; the rest lies within -0.4 and 0.7 and gets all four codes::
+
+    >>> x = torch.tensor([0.3, -0.2, 0.7, 9.0, -0.4, 0.0, 0.5, -6.0])
+    >>> payload = Spike(2, 8).encode(x)
+    >>> join_planes([payload[:2]], 2).tolist()  # the spikes' codes are not used
+    [2, 1, 3, 0, 0, 1, 2, 0]
+    >>> [round(value, 2) for value in Spike(2, 8).decode_ref(payload, 8).tolist()]
+    [0.4, -0.01, 0.82, 9.0, -0.43, -0.01, 0.4, -6.0]
 
 At 2 bits the metadata would outweigh the codes, so it is compressed against what the decoder knows already, the
 spikes: the span is an 8-bit float whose exponent counts down from that of the larger spike, and ``low`` is an 8-bit
@@ -14,10 +27,11 @@ layouts open; they are ours.
 
 The wire
 --------
-Sections for ``n`` values, ``blocks = ceil(n / block)``, aligned as in wire.py::
+Sections for rows of ``ceil(width / block)`` blocks, a row's last one short where the block does not divide the width,
+and ``ceil(width / 8)`` octets of codes, aligned as in planes.py::
 
     | planes of the codes | spike minima  | spike maxima  | spans       | lows        | planes of the positions |
-    | n8 * bits / 8 bytes | blocks x bf16 | blocks x bf16 | blocks x u8 | blocks x i8 | 2 * blocks codes        |
+    | octets * bits bytes | blocks x bf16 | blocks x bf16 | blocks x u8 | blocks x i8 | 2 * blocks codes        |
 
 Positions take ``log2(block)`` bits, rounded up; a block's minimum and maximum follow each other. Bits per value, all
 included::
@@ -50,9 +64,27 @@ import torch
 from torch import Tensor
 
 from .base import Codec
-from .blocks import BFLOAT16_MAX, NAN_BITS, finite_keys, from_high_half, from_ordered_keys, high_half, in_blocks
-from .blocks import ordered_keys as keys_of
-from .planes import from_half_words, half_words, join_planes, join_sections, plane_bytes, split_planes, split_sections
+from .planes import (
+    BFLOAT16_MAX,
+    NAN_BITS,
+    finite_keys,
+    from_blocks,
+    from_half_words,
+    from_high_half,
+    from_octets,
+    from_ordered_keys,
+    half_words,
+    high_half,
+    in_blocks,
+    in_octets,
+    join_planes,
+    join_sections,
+    plane_bytes,
+    rows_of,
+    split_planes,
+    split_sections,
+)
+from .planes import ordered_keys as keys_of
 
 CONSTANT = 255  # span code of a constant block in float32
 LARGEST_SPAN = 254
@@ -89,20 +121,29 @@ class Spike(Codec):
         """Width of a position inside a block."""
         return (self.block - 1).bit_length()
 
-    def section_bytes(self, numel: int) -> list[int]:
-        """Unpadded length in bytes of every section of a payload of ``numel`` values."""
-        blocks = math.ceil(numel / self.block)
+    def section_bytes(self, numel: int, width: int | None = None) -> list[int]:
+        """Unpadded length in bytes of every section of a payload of ``numel`` values in rows of ``width``."""
+        rows, row = rows_of(numel, width)
+        blocks = rows * math.ceil(row / self.block)
         positions = plane_bytes(2 * blocks, self.position_bits)
-        return [*plane_bytes(numel, self.bits), 2 * blocks, 2 * blocks, blocks, blocks, *positions]
+        return [
+            *plane_bytes(rows * math.ceil(row / 8) * 8, self.bits),
+            2 * blocks,
+            2 * blocks,
+            blocks,
+            blocks,
+            *positions,
+        ]
 
-    def encode_ref(self, x: Tensor) -> Tensor:
+    def encode_ref(self, x: Tensor, width: int | None = None) -> Tensor:
         """Payload of a contiguous, non-empty 1-D floating tensor."""
-        blocks = in_blocks(x, self.block)
+        row = rows_of(x.numel(), width)[1]
+        blocks = in_blocks(x, self.block, row)
         keys = keys_of(blocks)
         positions = torch.stack([keys.argmin(1), keys.argmax(1)])  # the first of equals
         lowest, highest = (keys.gather(1, each[:, None])[:, 0] for each in positions)
         finite = finite_keys(lowest, highest, x.dtype)
-        rest = self._extremes_of_rest(keys, positions, x.numel())
+        rest = self._extremes_of_rest(keys, positions, row)
         exact = [_values(key, finite, x.dtype) for key in (lowest, highest)]
         spikes = [each.bfloat16().float().clamp(-BFLOAT16_MAX, BFLOAT16_MAX) for each in exact]
         low, high = (_values(key, finite, x.dtype) for key in rest)
@@ -124,7 +165,7 @@ class Spike(Codec):
         maxima = torch.where(escaped, bits & 0xFFFF, torch.where(finite, high_half(spikes[1]), NAN_BITS))
         return join_sections(
             [
-                *split_planes(codes.flatten()[: x.numel()], self.bits),
+                *split_planes(in_octets(from_blocks(codes, row), row), self.bits),
                 half_words(minima),
                 half_words(maxima),
                 torch.where(escaped, CONSTANT, spans).to(torch.uint8),
@@ -133,15 +174,15 @@ class Spike(Codec):
             ]
         )
 
-    def decode_ref(self, payload: Tensor, numel: int) -> Tensor:
+    def decode_ref(self, payload: Tensor, numel: int, width: int | None = None) -> Tensor:
         """float32 values [numel] of one payload, ``numel`` > 0."""
-        count = math.ceil(numel / self.block)
-        sections = split_sections(payload, self.section_bytes(numel))
+        row = rows_of(numel, width)[1]
+        sections = split_sections(payload, self.section_bytes(numel, width))
         planes = len(plane_bytes(numel, self.bits))
-        codes = join_planes(sections[:planes], self.bits)
+        codes = in_blocks(from_octets(join_planes(sections[:planes], self.bits), row), self.block, row)
+        count = len(codes)
         minima, maxima, spans, lows = sections[planes : planes + 4]
         positions = join_planes(sections[planes + 4 :], self.position_bits)[: 2 * count].view(count, 2, 1).long()
-        codes = torch.nn.functional.pad(codes, (0, count * self.block - codes.numel())).view(count, self.block)
 
         words = from_half_words(minima), from_half_words(maxima)
         minimum, maximum = (from_high_half(each) for each in words)
@@ -152,17 +193,17 @@ class Spike(Codec):
         values.scatter_(1, positions[:, 1], maximum[:, None]).scatter_(1, positions[:, 0], minimum[:, None])
         values = torch.where(minimum.isnan()[:, None], math.nan, values)
         constant = (words[0] << 16 | words[1]).view(torch.float32)
-        return torch.where((spans == CONSTANT)[:, None], constant[:, None], values).flatten()[:numel]
+        return from_blocks(torch.where((spans == CONSTANT)[:, None], constant[:, None], values), row)
 
     def _step(self, span: Tensor) -> Tensor:
         """Distance of two codes' values; a scalar divisor is inverted on CUDA."""
         return span / torch.full_like(span, self.levels)
 
-    def _extremes_of_rest(self, keys: Tensor, positions: Tensor, numel: int) -> tuple[Tensor, Tensor]:
-        """Smallest and largest key of every row without its spikes and what lies beyond ``numel``; of an empty rest,
-        the smaller spike twice."""
+    def _extremes_of_rest(self, keys: Tensor, positions: Tensor, row: int) -> tuple[Tensor, Tensor]:
+        """Smallest and largest key of every block without its spikes and what fills it at the row's end. If nothing is
+        left, the smaller spike twice."""
         spike = torch.zeros_like(keys, dtype=torch.bool).scatter_(1, positions.t(), True)
-        spike.view(-1)[numel:] = True
+        spike.view(-1, math.ceil(row / self.block) * self.block)[:, row:] = True
         limits = torch.iinfo(keys.dtype)
         low = keys.masked_fill(spike, limits.max).amin(1)
         high = keys.masked_fill(spike, limits.min).amax(1)

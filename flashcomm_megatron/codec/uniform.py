@@ -2,21 +2,34 @@
 
 The idea
 --------
-A tensor is cut into blocks of ``block`` values. Each block travels as a minimum, a scale and one small integer
-per value::
+Neighbouring values of an activation have similar magnitudes. So each row is cut into blocks of ``block`` values. Each
+block travels as its minimum, a scale and one small integer for each value. The integers count steps of the scale,
+starting at the minimum; the largest integer reaches the maximum. Decoding is one multiplication and one addition. The
+error of a value is at most half a step. One large value makes the steps of its whole block large, so small blocks are
+more accurate, and cost more bytes: minimum and scale take 32 bits a block::
 
     scale = (max - min) / (2**bits - 1)        q = round((x - min) / scale)        x' = min + q * scale
 
 Sending the minimum instead of a rounded zero point keeps blocks that do not straddle zero exact to half a
 step (a zero point clamped into the integer range is off by the whole offset), and makes constants exact.
 
+A block of 8 numbers at 4 bits. The minimum is -1.2, the range 3.3, so the scale is 3.3 / 15 = 0.22; both are rounded to
+bfloat16, to -1.203 and 0.2207. The 8 codes are 32 bits, so 16 bytes of bfloat16 have become 8::
+
+    >>> x = torch.tensor([0.3, -1.2, 0.7, 2.1, -0.4, 0.0, 1.5, -0.9])
+    >>> plane, scales, minima = split_sections(Uniform(4, 8).encode(x), [4, 2, 2])
+    >>> join_planes([plane], 4).tolist()
+    [7, 0, 9, 15, 4, 5, 12, 1]
+    >>> [round(value, 2) for value in Uniform(4, 8).decode_ref(Uniform(4, 8).encode(x), 8).tolist()]
+    [0.34, -1.2, 0.78, 2.11, -0.32, -0.1, 1.45, -0.98]
+
 The wire
 --------
-One payload for ``n`` values. ``n8`` is ``n`` rounded up to 8, ``blocks`` is ``ceil(n / block)``; every section
-starts on a 16-byte boundary, gaps are zero::
+Rows of ``width`` values have ``ceil(width / block)`` blocks each, the last one short where the block does not divide
+the width, and ``ceil(width / 8)`` octets of codes. Sections start on a 16-byte boundary, gaps are zero::
 
     | 8-, 4-, 2-, 1-bit planes ...        | scales         | minima         |
-    | n8 * w / 8 bytes for each plane w   | blocks x bf16  | blocks x bf16  |
+    | octets * w bytes for each plane w   | blocks x bf16  | blocks x bf16  |
 
     bits    8  7      6    5    4  3    2
     planes  8  4+2+1  4+2  4+1  4  2+1  2       the first plane holds the low bits of every code
@@ -24,7 +37,7 @@ starts on a 16-byte boundary, gaps are zero::
 Inside a plane, values follow each other from the least significant bit of a byte upwards: 4-bit plane, byte 0 =
 ``q[0] | q[1] << 4``. Eight values are always whole bytes in every plane, so odd widths cost no bit twiddling.
 
-Metadata is bfloat16 whatever the tensor's dtype, so a payload's size depends on ``n`` alone and it can be
+Metadata is bfloat16 whatever the tensor's dtype, so a payload's size depends on the shape alone and it can be
 decoded to any dtype. The minimum is rounded down and the scale up, so every value of the block lies in
 ``[min, min + levels * scale]`` and the error is at most half a scale. Two escapes use codes the pair cannot
 otherwise take:
@@ -50,13 +63,24 @@ import torch
 from torch import Tensor
 
 from .base import Codec
-from .blocks import NAN_BITS, extremes, from_high_half, high_half, high_half_value, in_blocks, next_up, round_down
 from .planes import (
+    NAN_BITS,
+    extremes,
+    from_blocks,
     from_half_words,
+    from_high_half,
+    from_octets,
     half_words,
+    high_half,
+    high_half_value,
+    in_blocks,
+    in_octets,
     join_planes,
     join_sections,
+    next_up,
     plane_bytes,
+    round_down,
+    rows_of,
     split_planes,
     split_sections,
 )
@@ -88,17 +112,18 @@ class Uniform(Codec):
         """Steps between the smallest and the largest code: 2**bits - 1."""
         return (1 << self.bits) - 1
 
-    def section_bytes(self, numel: int) -> list[int]:
-        """Unpadded length in bytes of every section of a payload of ``numel`` values."""
-        blocks = math.ceil(numel / self.block)
-        return [*plane_bytes(numel, self.bits), 2 * blocks, 2 * blocks]
+    def section_bytes(self, numel: int, width: int | None = None) -> list[int]:
+        """Unpadded length in bytes of every section of a payload of ``numel`` values in rows of ``width``."""
+        rows, row = rows_of(numel, width)
+        blocks = rows * math.ceil(row / self.block)
+        return [*plane_bytes(rows * math.ceil(row / 8) * 8, self.bits), 2 * blocks, 2 * blocks]
 
     # ---- the definition ------------------------------------------------------------------------------------
 
-    def encode_ref(self, x: Tensor) -> Tensor:
+    def encode_ref(self, x: Tensor, width: int | None = None) -> Tensor:
         """Payload of a contiguous, non-empty 1-D floating tensor."""
-        numel = x.numel()
-        blocks = in_blocks(x, self.block)
+        row = rows_of(x.numel(), width)[1]
+        blocks = in_blocks(x, self.block, row)
         low, high, finite = extremes(blocks)
         values = blocks.float()
         minimum = round_down(low)
@@ -115,18 +140,20 @@ class Uniform(Codec):
         minimum_bits = torch.where(finite, minimum_bits, NAN_BITS)
         scale_bits = torch.where(finite, scale_bits, NAN_BITS)
 
-        sections = [*split_planes(codes.flatten()[:numel], self.bits), half_words(scale_bits), half_words(minimum_bits)]
-        return join_sections(sections)
+        planes = split_planes(in_octets(from_blocks(codes, row), row), self.bits)
+        return join_sections([*planes, half_words(scale_bits), half_words(minimum_bits)])
 
-    def decode_ref(self, payload: Tensor, numel: int) -> Tensor:
+    def decode_ref(self, payload: Tensor, numel: int, width: int | None = None) -> Tensor:
         """float32 values [numel] of one payload, ``numel`` > 0."""
-        return self._decode_ref(payload, numel, torch.float32)
+        return self._decode(payload, numel, torch.float32, width)
 
-    def decode_sum_ref(self, payloads: Sequence[Tensor], numel: int, dtype: torch.dtype) -> Tensor:
+    def decode_sum_ref(
+        self, payloads: Sequence[Tensor], numel: int, dtype: torch.dtype, width: int | None = None
+    ) -> Tensor:
         """What :meth:`decode_sum` does, in torch."""
-        total = self._decode_ref(payloads[0], numel, dtype)
+        total = self._decode(payloads[0], numel, dtype, width)
         for payload in payloads[1:]:
-            total = total + self._decode_ref(payload, numel, dtype)
+            total = total + self._decode(payload, numel, dtype, width)
         return torch.where(total.isnan(), math.nan, total).to(dtype)
 
     def _scale(self, minimum: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -138,14 +165,13 @@ class Uniform(Codec):
         prescale = torch.where((scale > 0) & (scale < TINY), 2.0**64, halve)
         return scale, prescale, torch.where(scale > 0, 1.0 / (scale * prescale), 0.0)
 
-    def _decode_ref(self, payload: Tensor, numel: int, dtype: torch.dtype) -> Tensor:
-        """float32 values of one payload."""
+    def _decode(self, payload: Tensor, numel: int, dtype: torch.dtype, width: int | None) -> Tensor:
+        """float32 values of one payload, within the finite range of ``dtype``."""
         if numel == 0:
             return torch.empty(0, dtype=torch.float32, device=payload.device)
-        *planes, scales, minima = split_sections(payload, self.section_bytes(numel))
-        codes = join_planes(planes, self.bits)
-        blocks = scales.numel() // 2
-        codes = torch.nn.functional.pad(codes, (0, blocks * self.block - codes.numel())).view(blocks, self.block)
+        row = rows_of(numel, width)[1]
+        *planes, scales, minima = split_sections(payload, self.section_bytes(numel, width))
+        codes = in_blocks(from_octets(join_planes(planes, self.bits), row), self.block, row)
         scale_bits, minimum_bits = from_half_words(scales), from_half_words(minima)
         scale, minimum = from_high_half(scale_bits), from_high_half(minimum_bits)
 
@@ -159,4 +185,4 @@ class Uniform(Codec):
         escaped = ((scale_bits & 0x8000) != 0)[:, None]
         values = torch.where(escaped, constant_values, values)
         values = torch.where(scale.isnan()[:, None] & ~escaped, math.nan, values)
-        return values.flatten()[:numel]
+        return from_blocks(values, row)

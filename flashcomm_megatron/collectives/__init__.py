@@ -1,6 +1,10 @@
-"""Quantized all_reduce, reduce_scatter and all_gather over (codec, group): what callers use.
+"""Quantized all_reduce, reduce_scatter and all_gather over process groups: what callers use.
 
-The arithmetic is in algorithms.py; here it is planned, tied to a process group and counted.
+One call is one decision (plan.py) and one run of an algorithm (algorithms.py):
+
+    plan = decide(kind, x, group, config, site)     communicator, codecs, algorithm, sizes: found by one lookup
+    if plan.deferred: ...                           left to torch.distributed, counted with the reason
+    run(plan, x, ...)                               one fused kernel, or ALGORITHMS[plan.algorithm]
 
 Ranks end with identical bits: each rank's own part passes through the codec as well, sums run in rank order, and the
 payload everybody decodes is the same bytes. Results are what ``sum(decode(encode(part)) for part in rank order)`` says.
@@ -8,6 +12,7 @@ payload everybody decodes is the same bytes. Results are what ``sum(decode(encod
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
@@ -15,33 +20,28 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..codec.recipes import Legs
-from ..comm import links, topology, workspace
-from ..config import Config
-from ..observe import counters
-from ..observe import error_sampling as sampling
-from ..observe import messages as announce
-from . import agreement, algorithms, hierarchical, hierarchical_halves
-from . import compile as traced
-from . import handle as calls
-from . import plan as policy
-from .algorithms import Residuals, Steps
+from ..comm import fused
+from ..comm.communicator import Communicator
+from ..config import Config, current
+from ..observe import counters, error_sampling, messages
+from . import agreement, algorithms, compile
+from .algorithms import Residuals
+from .handle import Handle, Launched
+from .hierarchical import hierarchical
+from .plan import Plan, Site, decide
 
-ALL_REDUCE = {
-    "one-step": (algorithms.one_step, algorithms.one_step_bytes),
-    "two-step": (algorithms.two_step, algorithms.two_step_bytes),
-    "hierarchical": (hierarchical.hierarchical, hierarchical.sent_bytes),
-}
-REDUCE_SCATTER = {
-    "flat": (algorithms.reduce_scatter, algorithms.reduce_scatter_bytes),
-    "hierarchical": (hierarchical_halves.reduce_scatter, hierarchical_halves.reduce_scatter_bytes),
-}
-ALL_GATHER = {
-    "flat": (algorithms.all_gather, algorithms.all_gather_bytes),
-    "hierarchical": (hierarchical_halves.all_gather, hierarchical_halves.all_gather_bytes),
+__all__ = ["agree", "all_gather", "all_reduce", "count_deferred", "decide", "prepare", "reduce_scatter", "run", "stats"]
+
+ALGORITHMS = {
+    "one-step": algorithms.one_step,
+    "two-step": algorithms.two_step,
+    "hierarchical": hierarchical,
+    "reduce_scatter": algorithms.reduce_scatter,
+    "all_gather": algorithms.all_gather,
 }
 
 
-# ---- public ---------------------------------------------------------------------------------------------------
+# ---- public -----------------------------------------------------------------------------------------------------
 
 
 def all_reduce(
@@ -55,22 +55,18 @@ def all_reduce(
     """Sum ``x`` (any shape) over the ranks of ``group``; into ``x`` itself when it is contiguous.
 
     Use the returned tensor (with ``async_op``: the returned handle's ``wait()``). ``config`` defaults to the one in
-    force. Integers, float64, empty and small tensors go through ``torch.distributed`` unchanged (policy.py).
+    force. Integers, float64, empty and small tensors go through ``torch.distributed`` unchanged (plan.py).
     ``legs``: the codecs of a calibrated site, the same site on every rank.
     """
     if torch.compiler.is_compiling() and not async_op and legs is None and residuals is None:
-        return traced.all_reduce(x, group, config)
-    group, config = calls.resolve(group, config)
+        return compile.all_reduce(x, group, config)
+    group, config = resolve(group, config)
     x = x.contiguous()
-    if not wants("all_reduce", x, group, config, legs):
-        return calls.exact(x, dist.all_reduce(x, group=group, async_op=async_op), async_op)
-    plan = _plan("all_reduce", x, group, config, legs)
-    algorithm, sent = ALL_REDUCE[plan.algorithm]
-    sampling.sample("all_reduce", x, plan.reduce)
-    sent_bytes = sent(x.numel(), group.rank(), group.size(), plan)
-    steps = _fused(plan.algorithm, x, x, group, plan, config, residuals)
-    steps = steps or algorithm(x, calls.link("all_reduce", x.shape, x, group, config), plan, residuals)
-    return calls.run(steps, plan.exact_bytes, sent_bytes, async_op)
+    plan = decide("all_reduce", x, group, config, legs=legs)
+    if plan.deferred:
+        count_deferred(plan)
+        return _exact(x, dist.all_reduce(x, group=group, async_op=async_op), async_op)
+    return run(plan, x, None, async_op, residuals)
 
 
 def reduce_scatter(
@@ -84,23 +80,15 @@ def reduce_scatter(
 ) -> Any:
     """Sum ``x`` [N * s, ...] over N ranks and return this rank's slice [s, ...]. ValueError if N does not divide."""
     if torch.compiler.is_compiling() and not async_op and out is None and legs is None and residuals is None:
-        return traced.reduce_scatter(x, group, config)
-    group, config = calls.resolve(group, config)
-    world = group.size()
-    if x.dim() == 0 or x.size(0) % world:
-        raise ValueError(f"reduce_scatter: first dimension of {list(x.shape)} is not a multiple of {world} ranks.")
+        return compile.reduce_scatter(x, group, config)
+    group, config = resolve(group, config)
     x = x.contiguous()
-    out = _output(out, x, x.size(0) // world)
-    if not wants("reduce_scatter", x, group, config, legs):
-        return calls.exact(out, dist.reduce_scatter_tensor(out, x, group=group, async_op=async_op), async_op)
-    plan = _plan("reduce_scatter", x, group, config, legs)
-    algorithm, sent = REDUCE_SCATTER[plan.algorithm]
-    sampling.sample("reduce_scatter", x, plan.reduce)
-    steps = _fused("reduce_scatter", x, out, group, plan, config, residuals)
-    if steps is None:
-        link = calls.link("reduce_scatter", x.shape, x, group, config)
-        steps = algorithm(x, out, link, plan, residuals)
-    return calls.run(steps, plan.exact_bytes, sent(out.numel(), group.rank(), world, plan), async_op)
+    plan = decide("reduce_scatter", x, group, config, legs=legs)
+    out = output("reduce_scatter", x, group.size(), out)
+    if plan.deferred:
+        count_deferred(plan)
+        return _exact(out, dist.reduce_scatter_tensor(out, x, group=group, async_op=async_op), async_op)
+    return run(plan, x, out, async_op, residuals)
 
 
 def all_gather(
@@ -116,33 +104,15 @@ def all_gather(
     A tensor without dimensions counts as [1].
     """
     if torch.compiler.is_compiling() and not async_op and out is None and legs is None:
-        return traced.all_gather(x, group, config)
-    group, config = calls.resolve(group, config)
-    world = group.size()
+        return compile.all_gather(x, group, config)
+    group, config = resolve(group, config)
     x = x.contiguous() if x.dim() else x.view(1)
-    out = _output(out, x, world * x.size(0))
-    if not wants("all_gather", x, group, config, legs):
-        return calls.exact(out, dist.all_gather_into_tensor(out, x, group=group, async_op=async_op), async_op)
-    plan = _plan("all_gather", x, group, config, legs)
-    algorithm, sent = ALL_GATHER[plan.algorithm]
-    sampling.sample("all_gather", x, plan.gather)
-    steps = _fused("all_gather", x, out, group, plan, config)
-    steps = steps or algorithm(x, out, calls.link("all_gather", x.shape, x, group, config), plan)
-    return calls.run(steps, plan.exact_bytes, sent(x.numel(), group.rank(), world, plan), async_op)
-
-
-def wants(collective: str, x: Tensor, group: dist.ProcessGroup, config: Config, legs: Legs | None = None) -> bool:
-    """Whether ``collective`` over ``x`` is to be quantized; if not, the deferral is counted with its reason.
-
-    The first use of a group compares the ranks' configurations, deferred or not (agreement.py).
-    """
-    workspace.raise_errors(group)
-    agreement.check(group, config)
-    plan = _plan(collective, x, group, config, legs)
-    if plan.reason is None:
-        return True
-    announce.deferred(plan.reason, plan.exact_bytes, config)
-    return False
+    out = output("all_gather", x, group.size(), out)
+    plan = decide("all_gather", x, group, config, legs=legs)
+    if plan.deferred:
+        count_deferred(plan)
+        return _exact(out, dist.all_gather_into_tensor(out, x, group=group, async_op=async_op), async_op)
+    return run(plan, x, out, async_op)
 
 
 def stats() -> dict[str, Any]:
@@ -150,7 +120,7 @@ def stats() -> dict[str, Any]:
 
     gpu_errors: which ranks a fused kernel waited for in vain, a sentence each; results since then are NaN.
     """
-    return {**counters.stats(), "gpu_errors": workspace.errors()}
+    return {**counters.stats(), "gpu_errors": fused.errors()}
 
 
 def prepare(group: dist.ProcessGroup | None = None, config: Config | None = None) -> None:
@@ -158,56 +128,88 @@ def prepare(group: dist.ProcessGroup | None = None, config: Config | None = None
 
     On every rank. RuntimeError if the ranks hold different configurations, or during a capture.
     """
-    group, config = calls.resolve(group, config)
-    workspace.refuse_capture()
-    agreement.check(group, config)
-    topology.nodes(group)
-    if torch.cuda.is_available() and workspace.CHAINS[config.transport]:
-        workspace.prepare(group, config.transport)
+    group, config = resolve(group, config)
+    fused.refuse_capture()
+    comm = Communicator.of(group)
+    agree(group, config)
+    _ = comm.nodes
+    if torch.cuda.is_available() and fused.CHAINS.get(config.transport):
+        fused.prepare(group, config.transport)
 
 
-traced.eager.update(all_reduce=all_reduce, reduce_scatter=reduce_scatter, all_gather=all_gather)
+# ---- what they are made of, for callers that ask first and call later --------------------------------------------
 
 
-# ---- pieces ---------------------------------------------------------------------------------------------------
-
-
-def _plan(collective: str, x: Tensor, group: dist.ProcessGroup, config: Config, legs: Legs | None) -> policy.Plan:
-    return policy.plan(collective, x, group.size(), config, legs, links.wire(group, x.device, config))
-
-
-def _fused(
-    kind: str,
+def run(
+    plan: Plan,
     x: Tensor,
-    out: Tensor,
-    group: dist.ProcessGroup,
-    plan: policy.Plan,
-    config: Config,
+    out: Tensor | None = None,
+    async_op: bool = False,
     residuals: Residuals | None = None,
-) -> Steps | None:
-    """The whole collective as one kernel, with the same results, where there is a transport and a kernel for it."""
-    if kind not in workspace.KINDS:
-        return None
-    made = workspace.serving(group, x, plan, config.transport, residuals is not None)
-    if made is None and x.is_cuda and config.transport in workspace.INBOXES:
-        announce.unexpected(f"transport {config.transport} does not serve {kind}; the process group does.", config)
-    if made is None:
-        return None
-    lost = [] if residuals is None else algorithms.fused_memories(kind, x, group.rank(), group.size(), plan, residuals)
-    return _in_one_step(made, kind, x, out, plan, lost, links.seconds(group, config))
+    site: Site | None = None,
+) -> Any:
+    """The result of a planned collective over ``x``, or its handle; in ``out`` if given, of an all_reduce in ``x``."""
+    x = x.contiguous()
+    if out is None:
+        out = x if plan.kind == "all_reduce" else output(plan.kind, x, plan.comm.world)
+    error_sampling.sample(plan.label, x, plan.gather if plan.kind == "all_gather" else plan.reduce)
+    if x.is_cuda and _launch_fused(plan, x, out, residuals):
+        return Launched(out, None) if async_op else out
+    steps = ALGORITHMS[plan.algorithm](x, out, plan, plan.call(), residuals)
+    handle = Handle(steps, out, plan, site)
+    return handle.start() if async_op else handle.finish()
 
 
-def _in_one_step(
-    made: workspace.Workspace, kind: str, x: Tensor, out: Tensor, plan: policy.Plan, lost: list[Tensor], seconds: float
-) -> Steps:
-    return made.run(kind, (plan.reduce, plan.gather), x, out, lost, seconds=seconds)
-    yield  # nothing to wait for: the stream does
+def agree(group: dist.ProcessGroup, config: Config) -> None:
+    """RuntimeError on every rank unless all hold ``config``; :func:`decide` asks as well."""
+    agreement.check(Communicator.of(group), config)
 
 
-def _output(out: Tensor | None, x: Tensor, rows: int) -> Tensor:
-    shape = (rows, *x.shape[1:])
+def count_deferred(plan: Plan) -> None:
+    """Count a call that is left to the original collective; RuntimeError where ``strict`` forbids it."""
+    messages.deferred(plan.deferred or "", plan.exact_bytes, plan.config)
+
+
+def resolve(group: dist.ProcessGroup | None, config: Config | None) -> tuple[dist.ProcessGroup, Config]:
+    """The group and the configuration that a call without them means. ValueError if flash-comm is off."""
+    config = config or current()
+    if config is None:
+        raise ValueError("flash-comm is off: pass config=Config(bits=4) or call enable(bits=4) first.")
+    if not isinstance(config, Config):
+        raise ValueError(f"config={config!r}: expected a Config, as in config=Config(bits=4).")
+    group = group or dist.group.WORLD
+    if group is None:
+        raise ValueError("flash-comm has no process group: call torch.distributed.init_process_group() first.")
+    return group, config
+
+
+def output(kind: str, x: Tensor, world: int, out: Tensor | None = None) -> Tensor:
+    """Where a reduce_scatter or an all_gather of ``x`` writes: ``out`` if given. ValueError for what does not fit."""
+    shape = (x.size(0) // world if kind == "reduce_scatter" else x.size(0) * world, *x.shape[1:])
     if out is None:
         return torch.empty(shape, dtype=x.dtype, device=x.device)
     if out.shape != shape or out.dtype != x.dtype or not out.is_contiguous():
         raise ValueError(f"out: expected a contiguous {x.dtype} of {list(shape)}, found {out.dtype} {list(out.shape)}.")
     return out
+
+
+def _exact(result: Tensor, work: dist.Work | None, async_op: bool) -> Any:
+    """The result, or the handle, of a collective that was left to torch.distributed."""
+    return Launched(result, work) if async_op else result
+
+
+def _launch_fused(plan: Plan, x: Tensor, out: Tensor, residuals: Residuals | None) -> bool:
+    """Whether one kernel does the collective, with the same results: where there is a transport and a kernel for it."""
+    if plan.algorithm not in fused.KINDS or not isinstance(plan.comm, Communicator):
+        return False
+    transport = plan.config.transport
+    made = fused.serving(plan.comm.group, x, plan, transport, residuals is not None)
+    if made is None and transport in fused.INBOXES:
+        messages.unexpected(f"transport {transport} does not serve {plan.kind}; the process group does.", plan.config)
+    if made is None:
+        return False
+    started = time.perf_counter()
+    lost = algorithms.fused_residuals(x, plan, residuals)
+    made.run(plan.algorithm, (plan.reduce, plan.gather), x, out, lost, seconds=plan.seconds)
+    counters.count_quantized(plan, time.perf_counter() - started)
+    return True

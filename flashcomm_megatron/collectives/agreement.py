@@ -2,7 +2,7 @@
 
 The first use of a group compares version and configuration of all its ranks and refuses any difference on every rank,
 with a table of who holds what. A configuration that is new to the group, because of a later ``enable`` say, is compared
-in the same way; a rank that did not change is by then in another call, and both hear of it (transport/link.py).
+in the same way; a rank that did not change is by then in another call, and both hear of it (comm/communicator.py).
 A rank that goes back to a configuration compared earlier is not asked again: every message carries its digest.
 """
 
@@ -11,36 +11,30 @@ from __future__ import annotations
 import hashlib
 from dataclasses import asdict
 from functools import lru_cache
-from weakref import WeakKeyDictionary
 
 import torch
-import torch.distributed as dist
 
 from ..codec.published import ranges
-from ..comm import links, votes
-from ..comm.link import Link
+from ..comm import votes
+from ..comm.communicator import Call, Communicator
 from ..config import Config
 from ..version import __version__
-from . import thresholds
+from . import minimum_size
 
 TEXT_BYTES = 1024  # every rank sends its description as this many bytes, zero padded; its digest comes first
 FIRST = "comparison of configurations at the group's first use (is flash-comm on at every rank?)"
 LATER = "change of configuration"
 
-_agreed: WeakKeyDictionary[dist.ProcessGroup, list[Config]] = WeakKeyDictionary()  # the last one is in force
 
-
-def check(group: dist.ProcessGroup, config: Config) -> None:
-    """Raise RuntimeError on every rank of ``group`` unless all of them hold ``config``; remembered per group."""
-    agreed = _agreed.setdefault(group, [])
+def check(comm: Communicator, config: Config) -> None:
+    """Raise RuntimeError on every rank of ``comm`` unless all of them hold ``config``; remembered there."""
+    agreed = comm.agreed
     if agreed and agreed[-1] is config:
         return
     if config in agreed:
         agreed.remove(config)
-    elif group.size() > 1:
-        device = votes.device(group)  # gloo passes messages in main memory only, whatever the tensors' device
-        link = links.aside(group, device, agreed[-1] if agreed else config, LATER if agreed else FIRST)
-        _compare(_gather(_describe(config), link, device), dist.get_process_group_ranks(group))
+    elif comm.world > 1:
+        _compare(_gather(comm, config, agreed[-1] if agreed else None), comm.ranks)
     agreed.append(config)
 
 
@@ -70,15 +64,17 @@ def _options(config: Config) -> str:
     if config.calibration is not None:
         options += f" (calibration: {ranges.digest(config.calibration)})"
     if config.thresholds is not None:
-        options += f" (thresholds: {thresholds.problem(config.thresholds) or ranges.digest(config.thresholds)})"
+        options += f" (thresholds: {minimum_size.problem(config.thresholds) or ranges.digest(config.thresholds)})"
     return f"{__version__} {options}"
 
 
-def _gather(text: str, link: Link, device: torch.device) -> list[str]:
-    """Every rank's text, in rank order."""
-    mine = torch.tensor(list(text.encode()[:TEXT_BYTES].ljust(TEXT_BYTES, b"\0")), dtype=torch.uint8, device=device)
-    everyone = [torch.empty_like(mine) for _ in range(link.world)]
-    everyone[link.rank] = mine
-    for transfer in link.exchange([mine] * link.world, everyone):
-        transfer.wait()
-    return [bytes(each.tolist()).rstrip(b"\0").decode(errors="replace") for each in everyone]
+def _gather(comm: Communicator, config: Config, before: Config | None) -> list[str]:
+    """Every rank's description, in rank order; the message goes where the calls before it went."""
+    device = votes.device(comm.group)  # gloo passes messages in main memory only, whatever the tensors' device
+    comm.progress.drain()
+    call = Call(0, LATER if before else FIRST, 0, comm.seconds(before or config))
+    text = _describe(config).encode()[:TEXT_BYTES].ljust(TEXT_BYTES, b"\0")
+    inbox = torch.zeros(comm.world, TEXT_BYTES, dtype=torch.uint8, device=device)
+    inbox[comm.rank] = torch.tensor(list(text), dtype=torch.uint8, device=device)
+    comm.opened(device, before or config).gather(inbox.view(-1), TEXT_BYTES, call).wait()
+    return [bytes(each.tolist()).rstrip(b"\0").decode(errors="replace") for each in inbox]

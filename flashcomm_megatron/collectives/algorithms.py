@@ -6,237 +6,165 @@
   them. One rounding instead of two, world / 2 times the bytes.
 - **reduce_scatter** and **all_gather** are the two halves of two-step.
 
-Large tensors are cut into pieces that are under way together (pieces.py). Each algorithm is a generator that yields the
-transfers it has to wait for. Run to its end it is a blocking collective; started and left at its first transfer it is
-an asynchronous one; N of them in turns are N ranks in one process (transport/lockstep.py).
+Codec calls are batched: three and two exchanges for a two-step sum, two and one for the others, for any number of
+ranks. Each algorithm is a generator that yields the transfers it has to wait for. Run to its end it is a blocking
+collective; on a thread or stream of its own an asynchronous one; N of them in turns are N ranks in one process
+(comm/simulated.py).
 """
 
 from __future__ import annotations
 
-import math
+from collections import deque
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
 
 import torch
 from torch import Tensor
 
-from ..codec import Codec
-from ..comm.link import Link, Transfer
-from . import pieces
-from .plan import ONE_STEP_WORLD, Plan
+from ..comm.communicator import Call, Transfer
+from .plan import Piece, Plan
 
-Going = Generator[Sequence[Transfer], None, None]
-Steps = Generator[Sequence[Transfer], None, Tensor]
-Memories = Sequence[Tensor | None]
+Steps = Generator[Transfer, None, Tensor]  # returns the collective's result
+Legs = Generator[Transfer, None, None]  # of one piece
 
 
-@dataclass
 class Residuals:
-    """What this rank's last roundings lost, by leg, to be added to its next contribution (feedback.py).
+    """What this rank's last roundings lost, to be added to its next contribution (feedback.py).
 
     Made by the first collective that is handed them; later ones must have the same shape, dtype, device and codecs,
     which alone know what the numbers mean. Those of a leg's slices lie one behind the other.
     """
 
-    reduce: Tensor | None = None
-    gather: Tensor | None = None
-    parts: dict[int, Residuals] = field(default_factory=dict)  # of the tensor's pieces
+    def __init__(self) -> None:
+        self.kept: dict[tuple[int, str], Tensor] = {}  # by piece and leg
+
+    def of(self, piece: int, leg: str, numel: int, like: Tensor) -> Tensor:
+        """The ``numel`` numbers of one leg ("reduce" or "gather") of a piece; zeros at first."""
+        found = self.kept.get((piece, leg))
+        if found is None:
+            found = self.kept[piece, leg] = like.new_zeros(numel)
+        if found.numel() != numel:
+            raise ValueError(
+                f"residuals: the {leg} leg remembers {found.numel()} numbers, this tensor takes {numel}; start with "
+                "new Residuals() where shape, world or codec change."
+            )
+        return found
 
 
-def one_step(x: Tensor, link: Link, plan: Plan, residuals: Residuals | None = None) -> Steps:
+# ---- all_reduce -------------------------------------------------------------------------------------------------
+
+
+def one_step(x: Tensor, out: Tensor, plan: Plan, call: Call, residuals: Residuals | None = None) -> Steps:
     """All-reduce of ``x`` in place."""
-    return in_pieces(_one_step, x, link, plan, residuals)
-
-
-def two_step(x: Tensor, link: Link, plan: Plan, residuals: Residuals | None = None) -> Steps:
-    """All-reduce of ``x`` in place."""
-    return in_pieces(_two_step, x, link, plan, residuals)
-
-
-def reduce_scatter(x: Tensor, out: Tensor, link: Link, plan: Plan, residuals: Residuals | None = None) -> Steps:
-    """Sum of every rank's ``x``, this rank's slice of it in ``out``."""
-    slices = x.view(-1).chunk(link.world)
-    yield from pieces.together(
-        _reduce_scatter(
-            [each[first:last] for each in slices], out.view(-1)[first:last], link, plan, part(residuals, number)
-        )
-        for number, (first, last) in enumerate(pieces.cuts(out.numel(), plan.piece))
-    )
-    return out
-
-
-def all_gather(x: Tensor, out: Tensor, link: Link, plan: Plan) -> Steps:
-    """Every rank's ``x`` in rank order, in ``out``."""
-    return gather_in_pieces(_all_gather, x, out, link, plan)
-
-
-def in_pieces(algorithm: Callable[..., Going], x: Tensor, link: Link, plan: Plan, residuals: Residuals | None) -> Steps:
-    """Run ``algorithm``, an all-reduce in place of a 1-D tensor, on every piece of ``x``."""
-    flat = x.view(-1)
-    yield from pieces.together(
-        algorithm(flat[first:last], link, plan, part(residuals, number))
-        for number, (first, last) in enumerate(pieces.cuts(flat.numel(), plan.piece))
-    )
+    yield from pipelined(_one_step, x.view(-1), plan, call, residuals)
     return x
 
 
-def gather_in_pieces(algorithm: Callable[..., Going], x: Tensor, out: Tensor, link: Link, plan: Plan) -> Steps:
-    """Run ``algorithm``, an all-gather of a 1-D tensor into one for each rank, on every piece of ``x``."""
-    flat, slices = x.view(-1), out.view(-1).chunk(link.world)
-    yield from pieces.together(
-        algorithm(flat[first:last], [each[first:last] for each in slices], link, plan)
-        for first, last in pieces.cuts(flat.numel(), plan.piece)
+def _one_step(x: Tensor, piece: Piece, number: int, plan: Plan, call: Call, residuals: Residuals | None) -> Legs:
+    rank, world, size = plan.comm.rank, plan.comm.world, piece.sizes[0]
+    inbox = torch.empty(world * size, dtype=torch.uint8, device=x.device)
+    lost = None if residuals is None else residuals.of(number, "reduce", plan.reduce.residual_numel_of(piece.slices), x)
+    plan.reduce.encode_slices(x, piece.slices, inbox[rank * size : (rank + 1) * size], lost)
+    yield plan.transport.gather(inbox, size, call)
+    plan.reduce.reduce_slices(inbox.view(world, size).unbind(), x, width=piece.slices.width)
+
+
+def two_step(x: Tensor, out: Tensor, plan: Plan, call: Call, residuals: Residuals | None = None) -> Steps:
+    """All-reduce of ``x`` in place."""
+    yield from pipelined(_two_step, x.view(-1), plan, call, residuals)
+    return x
+
+
+def _two_step(x: Tensor, piece: Piece, number: int, plan: Plan, call: Call, residuals: Residuals | None) -> Legs:
+    rank, world, slices = plan.comm.rank, plan.comm.world, piece.slices
+    lost = None if residuals is None else residuals.of(number, "reduce", plan.reduce.residual_numel_of(slices), x)
+    outbox = torch.empty(sum(piece.sizes), dtype=torch.uint8, device=x.device)
+    plan.reduce.encode_slices(x, slices, outbox, lost)
+    inbox = outbox.new_empty(world * piece.sizes[rank])
+    yield plan.transport.exchange(outbox, piece.sizes, inbox, piece.incoming, call)
+    payloads, size = _received(inbox, outbox, piece, plan), piece.gather_size
+
+    gathered = outbox.new_empty(world * size)
+    mine = x[piece.start : piece.end]
+    own = gathered[rank * size : rank * size + piece.own_size]
+    lost = (
+        None
+        if residuals is None
+        else residuals.of(number, "gather", plan.gather.residual_numel(mine.numel(), slices.width), x)
     )
+    plan.reduce.reduce_slices(payloads, mine, plan.gather, own, lost, slices.width)
+    yield plan.transport.gather(gathered, size, call)
+    plan.gather.decode_slices(gathered, slices, x)
+
+
+# ---- halves -----------------------------------------------------------------------------------------------------
+
+
+def reduce_scatter(x: Tensor, out: Tensor, plan: Plan, call: Call, residuals: Residuals | None = None) -> Steps:
+    """Sum of every rank's ``x``, this rank's slice of it in ``out``."""
+    (piece,), flat = plan.pieces, x.view(-1)
+    lost = None if residuals is None else residuals.of(0, "reduce", plan.reduce.residual_numel_of(piece.slices), flat)
+    outbox = torch.empty(sum(piece.sizes), dtype=torch.uint8, device=x.device)
+    plan.reduce.encode_slices(flat, piece.slices, outbox, lost)
+    inbox = torch.empty_like(outbox)
+    yield plan.transport.exchange(outbox, piece.sizes, inbox, piece.incoming, call)
+    plan.reduce.reduce_slices(_received(inbox, outbox, piece, plan), out.view(-1), width=piece.slices.width)
     return out
 
 
-def flat(world: int) -> Callable[..., Going]:
-    """The all-reduce in place of a whole 1-D tensor that suits ``world`` ranks."""
-    return _one_step if world <= ONE_STEP_WORLD else _two_step
+def all_gather(x: Tensor, out: Tensor, plan: Plan, call: Call, residuals: Residuals | None = None) -> Steps:
+    """Every rank's ``x`` in rank order, in ``out``."""
+    (piece,), flat = plan.pieces, x.view(-1)
+    rank, size, whole = plan.comm.rank, piece.gather_size, piece.slices
+    inbox = torch.empty(plan.comm.world * size, dtype=torch.uint8, device=x.device)
+    mine = whole._replace(numel=whole.length, world=1)
+    plan.gather.encode_slices(flat, mine, inbox[rank * size : (rank + 1) * size])
+    yield plan.transport.gather(inbox, size, call)
+    plan.gather.decode_slices(inbox, whole, out.view(-1))
+    return out
 
 
-def _one_step(flat: Tensor, link: Link, plan: Plan, residuals: Residuals | None) -> Going:
-    inbox = _inbox(plan.reduce, flat, link)
-    (memory,) = memories(residuals, "reduce", plan.reduce, [flat])
-    encode(plan.reduce, flat, memory, inbox[link.rank])
-    yield link.exchange([inbox[link.rank]] * link.world, inbox)
-    plan.reduce.decode_sum(inbox, flat)
+# ---- pieces -----------------------------------------------------------------------------------------------------
 
 
-def _reduce_scatter(slices: list[Tensor], mine: Tensor, link: Link, plan: Plan, residuals: Residuals | None) -> Going:
-    lost = memories(residuals, "reduce", plan.reduce, slices)
-    return reduce_leg(slices, lost, mine, link, plan.reduce)
+def pipelined(algorithm: Callable[..., Legs], x: Tensor, plan: Plan, call: Call, residuals: Residuals | None) -> Legs:
+    """Run ``algorithm`` on every piece of flat ``x``, all at once.
 
-
-def _all_gather(mine: Tensor, slices: list[Tensor], link: Link, plan: Plan) -> Going:
-    return gather_leg(mine, None, slices, link, plan.gather)
-
-
-def _two_step(flat: Tensor, link: Link, plan: Plan, residuals: Residuals | None) -> Going:
-    length = slice_length(flat.numel(), link.world, plan)
-    slices = _slices(flat, length, link)
-    mine = slices[link.rank]
-    lost = memories(residuals, "reduce", plan.reduce, slices)
-    yield from reduce_leg(slices, lost, mine, link, plan.reduce)
-    (memory,) = memories(residuals, "gather", plan.gather, [mine])
-    yield from gather_leg(mine, memory, slices, link, plan.gather)
-
-
-def reduce_leg(slices: list[Tensor], lost: Memories, mine: Tensor, link: Link, codec: Codec) -> Going:
-    """Send every rank its slice; write the sum of what all ranks sent here into ``mine``."""
-    outbox = [encode(codec, each, memory) for each, memory in zip(slices, lost, strict=True)]
-    inbox = _inbox(codec, mine, link)
-    inbox[link.rank] = outbox[link.rank]
-    yield link.exchange(outbox, inbox)
-    codec.decode_sum(inbox, mine)
-
-
-def gather_leg(mine: Tensor, memory: Tensor | None, slices: list[Tensor], link: Link, codec: Codec) -> Going:
-    """Send ``mine`` to every rank; decode what rank r sent, also this one, into ``slices[r]``."""
-    payload = encode(codec, mine, memory)
-    inbox = [payload.new_empty(codec.wire_bytes(part.numel())) for part in slices]
-    inbox[link.rank] = payload
-    yield link.exchange([payload] * link.world, inbox)
-    for part, received in zip(slices, inbox, strict=True):
-        codec.decode_sum([received], part)
-
-
-def encode(codec: Codec, x: Tensor, memory: Tensor | None, out: Tensor | None = None) -> Tensor:
-    """The payload of ``x``, or of ``x`` and what the last one lost, which then becomes what this one loses."""
-    return codec.encode(x, out, memory)
-
-
-def part(residuals: Residuals | None, number: int) -> Residuals | None:
-    """The memory of one piece of the tensor."""
-    return None if residuals is None else residuals.parts.setdefault(number, Residuals())
-
-
-def memories(residuals: Residuals | None, leg: str, codec: Codec, parts: Sequence[Tensor]) -> Memories:
-    """What was lost so far in ``leg`` ("reduce" or "gather") of every part, zeros at first; Nones without residuals."""
-    if residuals is None:
-        return [None] * len(parts)
-    sizes = [codec.residual_numel(each.numel()) for each in parts]
-    if getattr(residuals, leg) is None:
-        setattr(residuals, leg, parts[0].new_zeros(sum(sizes)))
-    found: Tensor = getattr(residuals, leg)
-    if found.numel() != sum(sizes):
-        raise ValueError(
-            f"residuals: the {leg} leg remembers {found.numel()} numbers, this tensor takes {sum(sizes)}; start with "
-            "new Residuals() where shape, world or codec change."
-        )
-    return list(torch.split(found, sizes))
-
-
-def fused_memories(kind: str, x: Tensor, rank: int, world: int, plan: Plan, residuals: Residuals) -> list[Tensor]:
-    """What a fused collective carries on and replaces: the memories of the reduce and the gather leg, here made alike.
-
-    They are those of the algorithm of that kind above over tensors that are not cut into pieces. A leg that is not
-    there has an empty one.
+    All pieces are started first, so that the link is busy from the first piece's encoding to the last one's decoding;
+    then each goes on in turn, as its messages arrive.
     """
-    flat, memory = x.view(-1), residuals.parts.setdefault(0, Residuals())
-    length = slice_length(flat.numel(), world, plan)
-    parts = {"one-step": [flat], "two-step": torch.split(flat, length), "reduce_scatter": flat.chunk(world)}[kind]
-    memories(memory, "reduce", plan.reduce, parts)
-    if kind == "two-step":
-        memories(memory, "gather", plan.gather, [flat[rank * length : (rank + 1) * length]])
-    return [flat[:0] if each is None else each for each in (memory.reduce, memory.gather)]
+    if len(plan.pieces) == 1:
+        return (yield from algorithm(x, plan.pieces[0], 0, plan, call, residuals))
+    under_way: deque[tuple[Legs, Transfer]] = deque()
+    for number, piece in enumerate(plan.pieces):
+        legs = algorithm(x[piece.first : piece.last], piece, number, plan, call, residuals)
+        under_way.append((legs, next(legs)))
+    while under_way:
+        legs, transfer = under_way.popleft()
+        yield transfer
+        with suppress(StopIteration):
+            under_way.append((legs, next(legs)))
 
 
-def _slices(flat: Tensor, length: int, link: Link) -> list[Tensor]:
-    """Cut [n] into one slice a rank; the last ones may be short or empty."""
-    return [flat[rank * length : (rank + 1) * length] for rank in range(link.world)]
+def _received(inbox: Tensor, outbox: Tensor, piece: Piece, plan: Plan) -> Sequence[Tensor]:
+    """The payloads of this rank's slice by rank; its own is still where it was encoded."""
+    rank, size = plan.comm.rank, piece.incoming[0]
+    payloads = list(inbox.view(plan.comm.world, size).unbind())
+    start = rank * piece.sizes[0]
+    payloads[rank] = outbox[start : start + size]
+    return payloads
 
 
-def _inbox(codec: Codec, values: Tensor, link: Link) -> list[Tensor]:
-    """One empty payload per rank, each for as many values as ``values`` has."""
-    size = codec.wire_bytes(values.numel())
-    return [torch.empty(size, dtype=torch.uint8, device=values.device) for _ in range(link.world)]
+def fused_residuals(x: Tensor, plan: Plan, residuals: Residuals | None) -> list[Tensor]:
+    """The residuals of the reduce and the gather leg, which a fused kernel reads and replaces; none without any.
 
-
-# ---- bytes ------------------------------------------------------------------------------------------------------
-
-
-def flat_bytes(numel: int, rank: int, world: int, plan: Plan) -> int:
-    """Bytes that ``rank`` sends in what :func:`flat` returns."""
-    if world <= ONE_STEP_WORLD:
-        return (world - 1) * plan.reduce.wire_bytes(numel)
-    return _two_step_bytes(numel, rank, world, plan)
-
-
-def wire_bytes(codec: Codec, numel: int, piece: int) -> int:
-    """Bytes of the payloads of ``numel`` values in pieces."""
-    return sum(codec.wire_bytes(last - first) for first, last in pieces.cuts(numel, piece))
-
-
-def reduce_scatter_bytes(numel: int, rank: int, world: int, plan: Plan) -> int:
-    """Bytes that ``rank`` sends; ``numel``: values of a slice."""
-    return (world - 1) * wire_bytes(plan.reduce, numel, plan.piece)
-
-
-def all_gather_bytes(numel: int, rank: int, world: int, plan: Plan) -> int:
-    """Bytes that ``rank`` sends; ``numel``: values of a slice."""
-    return (world - 1) * wire_bytes(plan.gather, numel, plan.piece)
-
-
-def slice_length(numel: int, world: int, plan: Plan) -> int:
-    """Values of a two-step slice: a multiple of both legs' blocks; the last ranks' slices may be short or empty."""
-    unit = math.lcm(plan.reduce.block, plan.gather.block)
-    return math.ceil(math.ceil(numel / world) / unit) * unit
-
-
-def one_step_bytes(numel: int, rank: int, world: int, plan: Plan) -> int:
-    """Bytes that ``rank`` sends."""
-    return (world - 1) * wire_bytes(plan.reduce, numel, plan.piece)
-
-
-def two_step_bytes(numel: int, rank: int, world: int, plan: Plan) -> int:
-    """Bytes that ``rank`` sends: every other rank its slice, then this rank's slice to each of them."""
-    cuts = pieces.cuts(numel, plan.piece)
-    return sum(_two_step_bytes(last - first, rank, world, plan) for first, last in cuts)
-
-
-def _two_step_bytes(numel: int, rank: int, world: int, plan: Plan) -> int:
-    length = slice_length(numel, world, plan)
-    sizes = [min(max(numel - peer * length, 0), length) for peer in range(world)]
-    reduce = sum(plan.reduce.wire_bytes(size) for peer, size in enumerate(sizes) if peer != rank)
-    return reduce + (world - 1) * plan.gather.wire_bytes(sizes[rank])
+    Those of the algorithm above over a tensor in one piece. A leg that is not there has an empty one.
+    """
+    if residuals is None:
+        return []
+    (piece,), flat = plan.pieces, x.view(-1)
+    found = [residuals.of(0, "reduce", plan.reduce.residual_numel_of(piece.slices), flat), flat[:0]]
+    if plan.algorithm == "two-step":
+        numel = plan.gather.residual_numel(piece.end - piece.start, piece.slices.width)
+        found[1] = residuals.of(0, "gather", numel, flat)
+    return found

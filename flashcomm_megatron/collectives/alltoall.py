@@ -7,24 +7,21 @@ copied. Nobody else has to hold the same values, so there is nothing to agree on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..codec import Codec
+from ..codec.planes import padded
 from ..codec.recipes import Legs
-from ..comm import links
-from ..comm.link import Link
+from ..comm.communicator import Call
 from ..config import Config
-from ..observe import messages as announce
-from . import agreement
-from . import handle as calls
-from . import plan as policy
+from . import count_deferred, resolve
 from .algorithms import Steps
+from .handle import Handle, Launched
+from .plan import Plan, decide, message_codec
 
 
 def all_to_all(
@@ -41,48 +38,70 @@ def all_to_all(
     As ``torch.distributed.all_to_all_single``: rows arrive in rank order, and without splits every rank gets equally
     many. Messages are coded by the gather leg's codec. ValueError if the splits do not fit.
     """
-    group, config = calls.resolve(group, config)
-    world, x = group.size(), x.contiguous()
+    group, config = resolve(group, config)
+    world, rank, x = group.size(), group.rank(), x.contiguous()
     outs, ins = _splits(output_splits, x, world), _splits(input_splits, x, world)
     if sum(ins) != x.size(0) or len(ins) != world or len(outs) != world:
         raise ValueError(f"all_to_all: splits {ins} and {outs} do not fit {x.size(0)} rows on {world} ranks.")
-    kept, awaited = ins[group.rank()], outs[group.rank()]
-    if kept != awaited:
-        raise ValueError(f"all_to_all: this rank keeps {kept} of its own rows and awaits {awaited} of them.")
+    if ins[rank] != outs[rank]:
+        raise ValueError(f"all_to_all: this rank keeps {ins[rank]} of its own rows and awaits {outs[rank]} of them.")
     out = x.new_empty((sum(outs), *x.shape[1:]))
-    agreement.check(group, config)
-    outgoing, incoming = ([part.view(-1) for part in each] for each in (torch.split(x, ins), torch.split(out, outs)))
-    leaving = [part for rank, part in enumerate(outgoing) if rank != group.rank()]
-    exact_bytes = sum(part.nbytes for part in leaving)
-    if world == 1 or x.dtype not in policy.DTYPES:
-        reason = "one rank" if world == 1 else f"dtype {str(x.dtype).removeprefix('torch.')}"
-        announce.deferred(reason, exact_bytes, config)
-        return calls.exact(out, dist.all_to_all_single(out, x, outs, ins, group=group, async_op=async_op), async_op)
-    wire = links.wire(group, x.device, config)
-    codec_of = partial(policy.message_codec, world=world, config=config, legs=legs or config.legs, wire=wire)
-    link = calls.link("all_to_all", ["*", *x.shape[1:]], x, group, config)
-    wire_bytes = sum(codec_of(part).wire_bytes(part.numel()) for part in leaving)
-    return calls.run(steps(out, outgoing, incoming, link, codec_of), exact_bytes, wire_bytes, async_op)
+    plan = decide("all_to_all", x, group, config, legs=legs)
+    plan = plan._replace(exact_bytes=(x.size(0) - ins[rank]) * x[:1].nbytes)
+    if plan.deferred:
+        count_deferred(plan)
+        work = dist.all_to_all_single(out, x, outs, ins, group=group, async_op=async_op)
+        return Launched(out, work) if async_op else out
+    outgoing, incoming = (
+        [part.view(-1) for part in torch.split(each, splits)] for each, splits in ((x, ins), (out, outs))
+    )
+    width, peers = _width(x), [peer != rank for peer in range(world)]
+    sizes = tuple(
+        [_size(part, plan, width) * away for part, away in zip(each, peers, strict=True)]
+        for each in (outgoing, incoming)
+    )
+    plan = plan._replace(wire_bytes=sum(sizes[0]))
+    handle = Handle(_steps(out, outgoing, incoming, sizes, plan, plan.call()), out, plan, None)
+    return handle.start() if async_op else handle.finish()
 
 
-def steps(
-    out: Tensor, outgoing: Sequence[Tensor], incoming: Sequence[Tensor], link: Link, codec_of: Callable[[Tensor], Codec]
+def _size(part: Tensor, plan: Plan, width: int | None) -> int:
+    """Bytes of a message; every one starts at a multiple of 16."""
+    return padded(message_codec(part, plan).wire_bytes(part.numel(), width))
+
+
+def _width(x: Tensor) -> int | None:
+    """Values of a row, which stands alone in a message; None: a message is one row."""
+    return x.size(-1) if x.dim() > 1 else None
+
+
+def _steps(
+    out: Tensor,
+    outgoing: Sequence[Tensor],
+    incoming: Sequence[Tensor],
+    sizes: tuple[Sequence[int], ...],
+    plan: Plan,
+    call: Call,
 ) -> Steps:
     """Send ``outgoing[r]`` to rank r and fill ``incoming[r]``, a view of ``out``, from it; 1-D, of any length."""
-    nothing = out.new_empty(0, dtype=torch.uint8)
-    outbox = [nothing if r == link.rank else codec_of(part).encode(part) for r, part in enumerate(outgoing)]
-    codecs = [codec_of(part) for part in incoming]
-    sizes = [0 if r == link.rank else codecs[r].wire_bytes(part.numel()) for r, part in enumerate(incoming)]
-    inbox = [nothing.new_empty(size) for size in sizes]
-    incoming[link.rank].copy_(outgoing[link.rank])
-    yield link.exchange(outbox, inbox)
-    for codec, payload, part in zip(codecs, inbox, incoming, strict=True):
-        if payload.numel():
-            codec.decode_sum([payload], part)
+    width = _width(out)
+    outbox, inbox = (torch.empty(sum(each), dtype=torch.uint8, device=out.device) for each in sizes)
+    for part, box in zip(outgoing, torch.split(outbox, list(sizes[0])), strict=True):
+        if box.numel():
+            codec = message_codec(part, plan)
+            codec.encode(part, box[: codec.wire_bytes(part.numel(), width)], width=width)
+    yield plan.transport.exchange(outbox, sizes[0], inbox, sizes[1], call)
+    incoming[plan.comm.rank].copy_(outgoing[plan.comm.rank])
+    for part, box in zip(incoming, torch.split(inbox, list(sizes[1])), strict=True):
+        if box.numel():
+            codec = message_codec(part, plan)
+            codec.decode_sum([box[: codec.wire_bytes(part.numel(), width)]], part, width)
     return out
 
 
 def _splits(given: Sequence[int] | None, x: Tensor, world: int) -> list[int]:
+    if x.dim() == 0:
+        raise ValueError("all_to_all: a tensor without dimensions has no rows to send.")
     if given is not None:
         return list(given)
     if x.size(0) % world:

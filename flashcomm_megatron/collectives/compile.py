@@ -8,9 +8,7 @@ so groups travel by their name and configurations as a line of JSON.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,25 +16,29 @@ from torch import Tensor
 
 from ..config import Config
 
-eager: dict[str, Callable[..., Any]] = {}  # what the operators run: filled by collectives.py
-
 
 @torch.library.custom_op("flashcomm::all_reduce", mutates_args=("x",))
 def _all_reduce(x: Tensor, group: str, config: str) -> None:
-    result = eager["all_reduce"](x, _group(group), _config(config))
+    from . import all_reduce  # as in the two below: the package imports this file
+
+    result = all_reduce(x, _group(group), _config(config))
     if result is not x:
         x.copy_(result)
 
 
 @torch.library.custom_op("flashcomm::reduce_scatter", mutates_args=())
 def _reduce_scatter(x: Tensor, group: str, world: int, config: str) -> Tensor:
-    result: Tensor = eager["reduce_scatter"](x, _group(group), _config(config))
+    from . import reduce_scatter
+
+    result: Tensor = reduce_scatter(x, _group(group), _config(config))
     return result
 
 
 @torch.library.custom_op("flashcomm::all_gather", mutates_args=())
 def _all_gather(x: Tensor, group: str, world: int, config: str) -> Tensor:
-    result: Tensor = eager["all_gather"](x, _group(group), _config(config))
+    from . import all_gather
+
+    result: Tensor = all_gather(x, _group(group), _config(config))
     return result
 
 

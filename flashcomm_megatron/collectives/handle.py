@@ -1,106 +1,99 @@
-"""One call of a collective: its group and configuration, its link, and the handle that finishes it.
+"""Running a collective's algorithm: to its end, or in the background behind a handle.
 
-An asynchronous call stops at its first transfer; the handle's ``wait()`` finishes the arithmetic.
+An asynchronous collective is at work from its start: on CPUs the communicator's thread finishes it, on GPUs it is
+launched on a stream of its own. Work is begun in the order of the calls, which is the same on every rank.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..comm import links
-from ..comm.link import Link, Transfer
-from ..config import Config, current
 from ..observe import counters
-from ..observe import error_sampling as sampling
-from . import agreement
 from .algorithms import Steps
-
-
-def resolve(group: dist.ProcessGroup | None, config: Config | None) -> tuple[dist.ProcessGroup, Config]:
-    """The group and the configuration that a call without them means. ValueError if flash-comm is off."""
-    config = config or current()
-    if config is None:
-        raise ValueError("flash-comm is off: pass config=Config(bits=4) or call enable(bits=4) first.")
-    if not isinstance(config, Config):
-        raise ValueError(f"config={config!r}: expected a Config, as in config=Config(bits=4).")
-    group = group or dist.group.WORLD
-    if group is None:
-        raise ValueError("flash-comm has no process group: call torch.distributed.init_process_group() first.")
-    return group, config
-
-
-def link(kind: str, shape: Sequence[object], x: Tensor, group: dist.ProcessGroup, config: Config) -> Link:
-    """This rank's end for a call that errors name by ``kind``, ``shape`` (alike on every rank), dtype and site."""
-    words = (kind, list(shape), str(x.dtype).removeprefix("torch."), sampling.site())
-    text = " ".join(str(word) for word in words if word is not None)
-    return links.link(group, x.device, config, text, agreement.digest(config))
-
-
-def run(steps: Steps, exact_bytes: int, wire_bytes: int, async_op: bool) -> Any:
-    """The result of ``steps``, or the handle of them started."""
-    handle = Handle(steps, exact_bytes, wire_bytes)
-    return handle if async_op else handle.wait()
-
-
-def exact(result: Tensor, work: dist.Work | None, async_op: bool) -> Any:
-    """The result, or the handle, of a collective that was left to torch.distributed."""
-    return Exact(result, work) if async_op else result
+from .plan import Plan, Site
 
 
 class Handle:
-    """A started collective. ``wait()`` finishes it and returns its result; waiting twice is allowed."""
+    """A started collective. ``wait()`` returns its result; waiting twice is allowed."""
 
-    def __init__(self, steps: Steps, exact_bytes: int, wire_bytes: int) -> None:
-        self._steps = steps
-        self._bytes = exact_bytes, wire_bytes
-        self._seconds = 0.0
-        self._transfers: Sequence[Transfer] = []
-        self._result: Tensor | None = None
+    def __init__(self, steps: Steps, result: Tensor, plan: Plan, site: Site | None) -> None:
+        self._steps, self._result, self._plan, self._site = steps, result, plan, site
+        self._is_done = False
         self._error: BaseException | None = None
-        self._advance()
+        self._event: Any = None  # on a GPU: when the result is there
+
+    def finish(self) -> Tensor:
+        """Run the collective now, behind those begun before, and return its result."""
+        progress = self._plan.comm.progress
+        if progress.open:
+            progress.drain()
+        self._run()
+        return self.wait()
+
+    def start(self) -> Handle:
+        """Begin the collective and return at once."""
+        if self._result.is_cuda:
+            self._launch_aside()
+        else:
+            is_inference = torch.is_inference_mode_enabled()
+            self._plan.comm.progress.submit(lambda: self._run_aside(is_inference))
+        return self
+
+    def is_completed(self) -> bool:
+        """Whether the result is there: wait() would return at once."""
+        return self._is_done and (self._event is None or self._event.query())
 
     def wait(self) -> Tensor:
         """Block (on a GPU: make the current stream wait) until the result is there, and return it; or its error."""
-        while self._result is None:
-            if self._error is not None:
-                raise self._error
-            self._advance()
+        if not self._is_done:
+            self._plan.comm.progress.wait_for(lambda: self._is_done)
+        if self._error is not None:
+            raise self._told(self._error)
+        if self._event is not None:
+            torch.cuda.current_stream(self._result.device).wait_event(self._event)
         return self._result
 
-    @torch.no_grad()
-    def _advance(self) -> None:
+    def _run(self) -> None:
         started = time.perf_counter()
         try:
-            self._receive()
-            self._transfers = next(self._steps)
-        except StopIteration as end:
-            self._result = end.value
+            with torch.no_grad():
+                for transfer in self._steps:
+                    transfer.wait()
+            counters.count_quantized(self._plan, time.perf_counter() - started)
         except BaseException as error:
             self._error = error
-            raise
-        self._seconds += time.perf_counter() - started
-        if self._result is not None:
-            counters.count_quantized(*self._bytes, self._seconds)
+        self._is_done = True
 
-    def _receive(self) -> None:
-        try:
-            for transfer in self._transfers:
-                transfer.wait()
-        except RuntimeError as error:
-            layer = sampling.layer()
-            if layer is None:
-                raise
-            raise RuntimeError(f"{error} (This rank was in {layer}.)") from error
+    def _run_aside(self, is_inference: bool) -> None:
+        with torch.inference_mode(is_inference):
+            self._run()
+
+    def _launch_aside(self) -> None:
+        """Launch everything on a stream of its own, behind what the current one holds."""
+        device = self._result.device
+        aside = side_stream(device)
+        aside.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(aside):
+            self._run()
+            self._event = aside.record_event()
+
+    def _told(self, error: BaseException) -> BaseException:
+        """The error with the layer's name, where there is one."""
+        if self._site is None or not isinstance(error, RuntimeError) or not str(error).startswith("flash-comm: #"):
+            return error
+        named = RuntimeError(f"{error} (This rank was in {self._site.name}.)")
+        named.__cause__ = error
+        self._error, self._site = named, None
+        return named
 
 
-class Exact:
-    """Handle of a collective that was left to torch.distributed."""
+class Launched:
+    """Handle of a collective that was left to torch.distributed, or that one kernel does."""
 
     def __init__(self, result: Tensor, work: dist.Work | None) -> None:
         self._result, self._work = result, work
@@ -110,3 +103,13 @@ class Exact:
         if self._work is not None:
             self._work.wait()
         return self._result
+
+
+_side_streams: dict[torch.device, Any] = {}
+
+
+def side_stream(device: torch.device) -> Any:
+    """The stream of this process on which asynchronous collectives run."""
+    if device not in _side_streams:
+        _side_streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    return _side_streams[device]

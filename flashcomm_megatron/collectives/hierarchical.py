@@ -1,130 +1,76 @@
-"""All-reduce over several machines: exact inside each, quantized between them, where the wire is slow.
+"""All-reduce over several machines: exact inside each, quantized between them, where the link is slow.
 
 Every machine sums its ranks' tensors, each of its ranks a slice of them; the ranks that hold the same slice on
-different machines all-reduce it quantized; then each machine spreads the results. A machine may hold any number of
-ranks: the tensor has as many slices as the largest holds ranks, and where there are fewer, a rank holds several.
+different machines all-reduce it quantized; then each machine spreads the results. All machines hold equally many ranks.
 
-The sum is ``sum(decode(encode(exact sum of a machine)) for machines in order)``: fewer roundings than one per rank,
-and the same bits everywhere, because every machine adds the same payloads in the same order.
+The sum is ``sum(decode(encode(exact sum of a machine)) for machines)``, in the order of the ranks that hold the slice:
+fewer roundings than one per rank, and the same bits everywhere, because all machines add the same payloads in the same
+order.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..codec import Raw
-from ..comm.link import Link, Transfer
-from . import algorithms, pieces
-from .algorithms import Going, Residuals, Steps
+from ..comm.communicator import Call, Communicator, Transfer, Transport
+from ..comm.simulated import Simulated
+from .algorithms import Residuals, Steps, one_step, two_step
 from .plan import Plan
 
 
-class Layout(NamedTuple):
-    """Who holds what of ``numel`` values. ``members``: the ranks of every machine, in order."""
+class Part:
+    """Some of a communicator's ranks in ascending order, this one among them; and what carries their messages."""
 
-    members: list[list[int]]
-    length: int  # of a slice
-    numel: int
+    def __init__(self, comm: Communicator | Simulated, transport: Transport, ranks: Sequence[int]) -> None:
+        self.rank, self.world = ranks.index(comm.rank), len(ranks)
+        self.nodes = tuple(comm.nodes[rank] for rank in ranks)
+        self._whole, self._ranks, self._transport = comm.world, ranks, transport
 
-    @property
-    def slices(self) -> int:
-        """How many slices there are."""
-        return max(map(len, self.members))
+    def exchange(
+        self, outbox: Tensor, out_sizes: Sequence[int], inbox: Tensor, in_sizes: Sequence[int], call: Call
+    ) -> Transfer:
+        """Send each of the ranks its part of ``outbox`` and receive from each its part of ``inbox``."""
+        return self._transport.exchange(outbox, self._spread(out_sizes), inbox, self._spread(in_sizes), call)
 
-    def node(self, rank: int) -> int:
-        """The machine of ``rank``."""
-        return next(node for node, ranks in enumerate(self.members) if rank in ranks)
+    def gather(self, inbox: Tensor, size: int, call: Call) -> Transfer:
+        """Send the ranks the ``size`` bytes at this rank's place in ``inbox``, and receive theirs."""
+        own = inbox[self.rank * size : (self.rank + 1) * size]
+        sizes = [size] * self.world
+        return self.exchange(own.repeat(self.world), sizes, inbox, sizes, call)
 
-    def owner(self, node: int, number: int) -> int:
-        """The rank that holds slice ``number`` on machine ``node``."""
-        ranks = self.members[node]
-        return ranks[number * len(ranks) // self.slices]
-
-    def held(self, node: int, rank: int) -> list[int]:
-        """The slices that ``rank`` of machine ``node`` holds: neighbours."""
-        return [number for number in range(self.slices) if self.owner(node, number) == rank]
-
-    def span(self, first: int, last: int) -> slice:
-        """The values of the slices ``first`` to ``last``."""
-        return slice(min(first * self.length, self.numel), min((last + 1) * self.length, self.numel))
-
-    def spans(self, node: int) -> list[slice]:
-        """The values that each rank of machine ``node`` holds."""
-        held = [self.held(node, rank) for rank in self.members[node]]
-        return [self.span(numbers[0], numbers[-1]) for numbers in held]
+    def _spread(self, sizes: Sequence[int]) -> list[int]:
+        """Sizes by rank of the whole communicator."""
+        spread = [0] * self._whole
+        for rank, size in zip(self._ranks, sizes, strict=True):
+            spread[rank] = size
+        return spread
 
 
-@lru_cache
-def members_of(nodes: tuple[int, ...]) -> list[list[int]]:
-    """The ranks of every machine, in order. ``nodes``: the machine of every rank."""
-    return [[rank for rank, node in enumerate(nodes) if node == each] for each in sorted(set(nodes))]
+def hierarchical(x: Tensor, out: Tensor, plan: Plan, call: Call, residuals: Residuals | None = None) -> Steps:
+    """All-reduce of ``x`` in place."""
+    slices, comm, exact = plan.inside, plan.comm, Raw(plan.dtype)
+    assert slices is not None
+    nodes, flat = comm.nodes, x.view(-1)
+    inside = Part(comm, plan.transport, [rank for rank, node in enumerate(nodes) if node == nodes[comm.rank]])
+    mine = slices.of(flat)[inside.rank]
+    sizes = [slices.size(rank) * plan.dtype.itemsize for rank in range(inside.world)]
 
+    inbox = flat.new_empty(inside.world * mine.numel()).view(torch.uint8)  # exact reduce-scatter
+    incoming = [sizes[inside.rank]] * inside.world
+    yield inside.exchange(flat.view(torch.uint8), sizes, inbox, incoming, call)
+    payloads = list(inbox.view(inside.world, sizes[inside.rank]).unbind())
+    payloads[inside.rank] = mine.view(torch.uint8)
+    total = torch.empty(mine.numel(), dtype=torch.float32, device=x.device)
+    if plan.across is not None:  # quantized all-reduce, where this rank has a slice
+        exact.decode_sum(payloads, total)
+        algorithm = one_step if plan.across.algorithm == "one-step" else two_step
+        yield from algorithm(total, total, plan.across, call, residuals)
 
-def layout(numel: int, plan: Plan) -> Layout:
-    """The layout of ``numel`` values over ``plan.nodes``."""
-    members = members_of(plan.nodes)
-    unit = math.lcm(plan.reduce.block, plan.gather.block)
-    length = math.ceil(math.ceil(numel / max(map(len, members))) / unit) * unit
-    return Layout(members, length, numel)
-
-
-def hierarchical(x: Tensor, link: Link, plan: Plan, residuals: Residuals | None = None) -> Steps:
-    """All-reduce of ``x`` in place. ``plan.nodes``: the machine of every rank."""
-    return algorithms.in_pieces(_hierarchical, x, link, plan, residuals)
-
-
-def _hierarchical(flat: Tensor, link: Link, plan: Plan, residuals: Residuals | None) -> Going:
-    here, exact = layout(flat.numel(), plan), Raw(flat.dtype)
-    node = here.node(link.rank)
-    inside = among(link, here.members[node])
-    spans = here.spans(node)
-    parts = [flat[span] for span in spans]
-    mine = parts[inside.rank]
-    total = torch.empty(mine.numel(), dtype=torch.float32, device=flat.device)
-    yield from algorithms.reduce_leg(parts, [None] * len(parts), total, inside, exact)
-    for number in here.held(node, link.rank):
-        span, before = here.span(number, number), spans[inside.rank].start
-        part = total[span.start - before : span.stop - before]
-        between = among(link, [here.owner(each, number) for each in range(len(here.members))])
-        memory = algorithms.part(residuals, number)
-        yield from algorithms.flat(between.world)(part, between, plan, memory)
-    mine.copy_(total)
-    yield from algorithms.gather_leg(mine, None, parts, inside, exact)
-
-
-def among(link: Link, ranks: Sequence[int]) -> Link:
-    """A link that reaches only ``ranks``, this one among them, numbered in their order."""
-
-    def exchange(sends: Sequence[Tensor], receives: Sequence[Tensor]) -> Sequence[Transfer]:
-        none = sends[0].new_empty(0)
-        outbox, inbox = [none] * link.world, [none] * link.world
-        for number, rank in enumerate(ranks):
-            outbox[rank], inbox[rank] = sends[number], receives[number]
-        return link.exchange(outbox, inbox)
-
-    return Link(ranks.index(link.rank), len(ranks), exchange)
-
-
-def sent_bytes(numel: int, rank: int, world: int, plan: Plan) -> int:
-    """Bytes that ``rank`` sends, to its own machine and to others."""
-    return sum(bytes_by_distance(numel, rank, plan))
-
-
-def bytes_by_distance(numel: int, rank: int, plan: Plan) -> tuple[int, int]:
-    """Bytes that ``rank`` sends: to ranks of its machine, to other machines."""
-    inside = between = 0
-    for first, last in pieces.cuts(numel, plan.piece):
-        here = layout(last - first, plan)
-        node = here.node(rank)
-        sizes = [span.stop - span.start for span in here.spans(node)]
-        mine = sizes[here.members[node].index(rank)]
-        inside += plan.dtype.itemsize * (sum(sizes) - mine + (len(sizes) - 1) * mine)
-        for span in (here.span(number, number) for number in here.held(node, rank)):
-            between += algorithms.flat_bytes(span.stop - span.start, node, len(here.members), plan)
-    return inside, between
+    mine.copy_(total)  # exact all-gather
+    outgoing = mine.view(torch.uint8).repeat(inside.world)
+    yield inside.exchange(outgoing, incoming, flat.view(torch.uint8), sizes, call)
+    return x

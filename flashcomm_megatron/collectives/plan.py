@@ -1,139 +1,302 @@
-"""When to quantize: one predicate, and the plan of a call that passes it.
+"""The one decision about a call: compress it or not, and if so, all that does not depend on its values.
 
-Every rank must take the same branch or the job hangs, so a plan is a pure function of the collective, the number of
-values, the dtype, the kind of device, the world size and the configuration: never of data, addresses or anything
-that failed locally. Plans are cached; a call that defers costs one lookup.
+Every rank must take the same branch or the job hangs, so a plan is a pure function of the collective, the shape, the
+dtype, the kind of device, the ranks' places and the configuration: never of data, addresses or anything that failed
+locally. Plans are kept with the communicator; a call that was made before costs one lookup.
+
+Cuts
+----
+A tensor [..., H] is rows of H values. Slices end at row ends, as many rows to a rank as evenly as can be, so the last
+ranks may have fewer or none. A tensor of one row is cut at multiples of what its codecs encode together. Large tensors
+are summed in pieces, each by the whole algorithm, so that encoding, sending and decoding overlap.
 """
 
 from __future__ import annotations
 
 import math
+import zlib
 from collections import Counter
-from functools import lru_cache
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ..codec import Codec, Raw
+from ..codec.base import Slices
 from ..codec.recipes import RECIPES, Legs
-from ..comm.wire import STREAMED, Wire
+from ..comm import fused
+from ..comm.communicator import Call, Communicator, Transport
+from ..comm.simulated import Simulated
 from ..config import Config
-from . import thresholds
-from .thresholds import Case
+from . import agreement
+from .minimum_size import Case, minimum_size, place_of
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-# Values of a message in pieces (pieces.py): a fraction of a millisecond at 1 Gbit/s; through shared memory only what
-# exceeds the cache is cut.
-PIECE = {"shared memory": 2048 * 1024, "connections": 256 * 1024, "cpu": 128 * 1024}
-FAMILY = 32  # a piece is a multiple of so many blocks, so that cutting changes no bit: codec/rotated.py
+# Values of a piece whose messages go to one peer. Over a process group a few milliseconds at 1 Gbit/s; through shared
+# memory only what exceeds the cache is cut. On GPUs a tensor is one piece: more launches cost more than overlap gains.
+PIECE = {"shared memory": 2048 * 1024, "cpu": 1024 * 1024}
+PLANS = 4096  # kept for a group
 
 # One-step moves world / 2 times the bytes of two-step, but in one exchange instead of two.
 ONE_STEP_WORLD = 2
 
 
-class Plan(NamedTuple):
-    """What one call will do. ``reason`` is None, or why the call is left to the original collective."""
+class Site(Protocol):
+    """A place in a model where a collective runs."""
 
-    reason: str | None
-    algorithm: str
+    @property
+    def kind(self) -> str:
+        """The kind of place; samples are filed under it."""
+
+    @property
+    def name(self) -> str:
+        """The very layer, for errors; finding it may take its time."""
+
+
+class Piece(NamedTuple):
+    """The values first .. last - 1 of a flat tensor, and the bytes of their payloads."""
+
+    first: int
+    last: int
+    slices: Slices
+    sizes: tuple[int, ...]  # payload of each rank's slice on the reduce leg
+    incoming: tuple[int, ...]  # payloads of this rank's slice, from each rank
+    start: int  # this rank's slice of the piece
+    end: int
+    own_size: int  # its payload on the gather leg
+    gather_size: int  # the longest slice's: all ranks send as much
+
+
+class Plan(NamedTuple):
+    """What a call will do. ``deferred``: None, or why it is left to the original collective."""
+
+    deferred: str | None
+    kind: str
+    comm: Communicator | Simulated
+    transport: Transport
+    config: Config
+    algorithm: str  # a key of ALGORITHMS
     reduce: Codec
     gather: Codec
-    exact_bytes: int  # sent by this rank if uncompressed
-    piece: int  # values that are encoded and sent at a time; 0: all
-    nodes: tuple[int, ...]  # the machine of each rank where that matters
     dtype: torch.dtype
+    label: str  # what error samples are filed under
+    title: str  # what errors and messages call it
+    check: int
+    seconds: float
+    minimum: int  # bytes from which on compression pays
+    exact_bytes: int  # sent by this rank if uncompressed
+    wire_bytes: int = 0  # sent by this rank
+    remote_bytes: int = 0  # of these, to other machines
+    pieces: tuple[Piece, ...] = ()
+    inside: Slices | None = None  # hierarchical: slices inside this rank's machine
+    across: Plan | None = None  # hierarchical: of the sum over machines
+
+    def call(self) -> Call:
+        """The next call of this plan."""
+        self.comm.calls += 1
+        return Call(self.comm.calls, self.title, self.check, self.seconds)
+
+
+def decide(
+    kind: str,
+    x: Tensor,
+    group: dist.ProcessGroup,
+    config: Config,
+    site: Site | None = None,
+    legs: Legs | None = None,
+) -> Plan:
+    """The plan for ``kind`` ("all_reduce", "reduce_scatter", "all_gather") over ``x``.
+
+    ``legs``: codecs of this site alone, where the recipe is calibrated or ``x`` is a gradient. A group's first decision
+    compares the ranks' configurations, deferred or not (agreement.py).
+    """
+    comm = Communicator.of(group)
+    if x.is_cuda:
+        fused.raise_errors(group)
+    if not comm.agreed or comm.agreed[-1] is not config:
+        agreement.check(comm, config)
+    at = site.kind if site is not None else None
+    shape = x.shape if kind != "all_to_all" else x.shape[1:]  # where every rank has as many rows as it happens to have
+    key = kind, shape, x.dtype, x.device, config.text, at, legs
+    found: Plan | None = comm.plans.get(key)
+    if found is None:
+        found = plan(kind, shape, x.dtype, x.device, comm, config, at, legs)
+        if len(comm.plans) >= PLANS:
+            comm.plans.clear()
+        comm.plans[key] = found
+    return found
 
 
 def plan(
-    collective: str, x: Tensor, world: int, config: Config, legs: Legs | None = None, wire: Wire | None = None
-) -> Plan:
-    """The plan for ``collective`` ("all_reduce", "reduce_scatter", "all_gather") over ``x`` on ``world`` ranks.
-
-    ``legs`` are the site's own codecs where the recipe is calibrated; elsewhere the configuration's serve. ``wire``:
-    how the ranks are joined (links.py); None: as on one machine.
-    """
-    return _plan(collective, x.numel(), x.dtype, world, config, legs, wire or _one_machine(x, world, config))
-
-
-@lru_cache(maxsize=4096)
-def _plan(
-    collective: str,
-    numel: int,
+    kind: str,
+    shape: Sequence[int],
     dtype: torch.dtype,
-    world: int,
+    device: torch.device,
+    comm: Communicator | Simulated,
     config: Config,
-    legs: Legs | None,
-    wire: Wire,
+    site_kind: str | None = None,
+    legs: Legs | None = None,
 ) -> Plan:
-    nbytes = numel * dtype.itemsize
-    uncalibrated = RECIPES[config.recipe].calibrated and legs is None and collective != "all_gather"
+    """The plan for a tensor of ``shape``; of an all_gather, of one rank's part; of an all_to_all, of a row.
+
+    ValueError if a reduce_scatter does not divide, deferred or not.
+    """
+    if kind == "reduce_scatter" and (not shape or shape[0] % comm.world):
+        raise ValueError(f"reduce_scatter: first dimension of {list(shape)} is not a multiple of {comm.world} ranks.")
+    numel, recipe = math.prod(shape), RECIPES[config.recipe]
     is_gradient = legs is not None and legs != config.legs and legs == config.gradient_legs
-    case = Case(collective, _name(dtype), config.grad_bits if is_gradient else config.bits, config.recipe)
+    case = Case(kind, name(dtype), config.grad_bits if is_gradient else config.bits, config.recipe)
+    joined = comm.joined(device, config)
+    minimum = minimum_size(case, place_of(comm.world, comm.nodes, joined), joined, config)
+    deferred = _reason(kind, numel * dtype.itemsize, dtype, comm.world, minimum)
+    if recipe.calibrated and legs is None and kind in ("all_reduce", "reduce_scatter"):
+        deferred = "no calibrated site"
     legs = legs or config.legs
-    algorithm = _algorithm(collective, world, config, wire.nodes)
-    split = world if collective == "all_reduce" and algorithm != "one-step" else 1  # messages that a piece becomes
-    return Plan(
-        reason="no calibrated site" if uncalibrated else _reason(case, nbytes, dtype, wire, world, config),
-        algorithm=algorithm,
+    rows = ["*", *shape] if kind == "all_to_all" else list(shape)
+    title = " ".join(str(word) for word in (kind, rows, name(dtype), site_kind) if word)
+    check = zlib.crc32(f"{agreement.digest(config)} {title}".encode()) & 0xFFFF
+    made = Plan(
+        deferred=deferred,
+        kind=kind,
+        comm=comm,
+        transport=comm.transport(device, config),
+        config=config,
+        algorithm=_algorithm(kind, comm.nodes, config) if kind == "all_reduce" else kind,
         reduce=legs.reduce,
         gather=legs.gather,
-        exact_bytes=exact_bytes(collective, nbytes, world),
-        piece=0 if RECIPES[config.recipe].calibrated else split * _piece(wire.kind, legs),
-        nodes=wire.nodes,
         dtype=dtype,
+        label=site_kind or kind,
+        title=f"{check:04x} {title}"[:47],
+        check=check,
+        seconds=comm.seconds(config),
+        minimum=minimum,
+        exact_bytes=exact_bytes(kind, numel * dtype.itemsize, comm.world),
     )
+    if deferred or kind == "all_to_all":
+        return made
+    return _cut(made, shape, device, 0 if recipe.calibrated else PIECE.get(joined, 0))
 
 
-def message_codec(x: Tensor, world: int, config: Config, legs: Legs, wire: Wire) -> Codec:
+def message_codec(x: Tensor, plan: Plan) -> Codec:
     """The codec of one message of an all-to-all, which both its ends know: exact where it is small.
 
     The messages of a call differ in size, so that no size is known to all ranks; each pair decides for itself.
     """
-    case = Case("all_to_all", _name(x.dtype), config.bits, config.recipe)
-    reason = _reason(case, x.nbytes, x.dtype, wire, world, config)
-    return legs.gather if reason is None else Raw(x.dtype)
+    return plan.gather if x.numel() and x.nbytes >= plan.minimum else Raw(x.dtype)
 
 
-def exact_bytes(collective: str, nbytes: int, world: int) -> int:
+def exact_bytes(kind: str, nbytes: int, world: int) -> int:
     """Bytes one rank sends in the uncompressed ring collective over an input of ``nbytes`` bytes."""
-    sends = {"all_reduce": 2 * (world - 1) / world, "reduce_scatter": (world - 1) / world, "all_gather": world - 1}
-    return int(nbytes * sends[collective])
+    sends = {"all_reduce": 2 * (world - 1) / world, "all_gather": world - 1}
+    return int(nbytes * sends.get(kind, (world - 1) / world))
 
 
-def _reason(case: Case, nbytes: int, dtype: torch.dtype, wire: Wire, world: int, config: Config) -> str | None:
+def _reason(kind: str, nbytes: int, dtype: torch.dtype, world: int, minimum: int) -> str | None:
+    """Why a tensor of ``nbytes`` is left to the original collective, None if it is not."""
     if world == 1:
         return "one rank"
     if dtype not in DTYPES:
-        return f"dtype {case.dtype}"
+        return f"dtype {name(dtype)}"
+    if kind == "all_to_all":  # no size is known to all ranks
+        return None
     if nbytes == 0:
         return "empty"
-    least = thresholds.least(case, world, wire, config)
-    return f"below {least} bytes" if nbytes < least else None
+    return f"below {minimum} bytes" if nbytes < minimum else None
 
 
-def _one_machine(x: Tensor, world: int, config: Config) -> Wire:
-    streamed = x.device.type == "cpu" and config.transport in STREAMED
-    return Wire("shared memory" if streamed else x.device.type, (0,) * world)
-
-
-def _piece(wire: str, legs: Legs) -> int:
-    unit = FAMILY * math.lcm(legs.reduce.block, legs.gather.block)
-    return PIECE.get(wire, 0) // unit * unit
-
-
-def _name(dtype: torch.dtype) -> str:
+def name(dtype: torch.dtype) -> str:
+    """ "bfloat16" for torch.bfloat16."""
     return str(dtype).removeprefix("torch.")
 
 
-def _algorithm(collective: str, world: int, config: Config, nodes: tuple[int, ...]) -> str:
+def _algorithm(kind: str, nodes: Sequence[int], config: Config) -> str:
+    """Of an all-reduce. Hierarchical where several machines hold equally many ranks, more than one."""
     asked = config.algorithm if config.algorithm != "auto" else RECIPES[config.recipe].algorithm
-    ranks = Counter(nodes).values()
-    if asked == "auto" and len(ranks) > 1 and max(ranks) > 1:
-        asked = "hierarchical"
-    if collective != "all_reduce":
-        return "hierarchical" if asked == "hierarchical" and len(ranks) > 1 else "flat"
-    if asked != "auto":
-        return asked
+    ranks = set(Counter(nodes).values())
+    fits = len(set(nodes)) > 1 and len(ranks) == 1 and ranks != {1}
+    if asked == "hierarchical" or (asked == "auto" and fits):
+        return "hierarchical" if fits else _flat(len(nodes))
+    return _flat(len(nodes)) if asked == "auto" else asked
+
+
+def _flat(world: int) -> str:
     return "one-step" if world <= ONE_STEP_WORLD else "two-step"
+
+
+# ---- cuts -------------------------------------------------------------------------------------------------------
+
+
+def cut(numel: int, width: int, world: int, unit: int) -> Slices:
+    """``numel`` values, rows of ``width``, as slices for ``world`` ranks; one row is cut at multiples of ``unit``."""
+    grain = width if numel > width else unit
+    length = math.ceil(math.ceil(numel / grain) / world) * grain
+    return Slices(numel, width, min(length, numel), world)
+
+
+def _cut(plan: Plan, shape: Sequence[int], device: torch.device, piece: int) -> Plan:
+    """``plan`` with its pieces and bytes."""
+    comm, numel = plan.comm, math.prod(shape)
+    width = shape[-1] if len(shape) > 1 else numel
+    unit = math.lcm(plan.reduce.unit, plan.gather.unit)
+    if plan.algorithm == "hierarchical":
+        return _cut_hierarchical(plan, numel, width, unit, device)
+    if plan.kind == "reduce_scatter":
+        slices = [(0, Slices(numel, min(width, numel // comm.world), numel // comm.world, comm.world))]
+    elif plan.kind == "all_gather":
+        slices = [(0, Slices(numel * comm.world, width, numel, comm.world))]
+    else:
+        step, grain = piece * (comm.world if plan.algorithm == "two-step" else 1), width if numel > width else unit
+        step = max(step // grain, 1) * grain if step else numel
+        parts, slices = comm.world if plan.algorithm == "two-step" else 1, []
+        for first in range(0, numel, step):
+            slices.append((first, cut(min(step, numel - first), width, parts, unit)))
+    pieces = tuple(_piece(plan, first, each) for first, each in slices)
+    sent = sum(_sent(plan, piece) for piece in pieces)
+    far = sum(node != comm.nodes[comm.rank] for node in comm.nodes)
+    return plan._replace(pieces=pieces, wire_bytes=sent, remote_bytes=sent * far // max(comm.world - 1, 1))
+
+
+def _piece(plan: Plan, first: int, slices: Slices) -> Piece:
+    rank, world = plan.comm.rank, plan.comm.world
+    width = slices.width
+    if slices.world == 1:  # one-step: every rank holds all of it
+        sizes = (plan.reduce.wire_bytes(slices.numel, width),) * world
+    else:
+        sizes = tuple(plan.reduce.wire_bytes(each, width) for each in slices.sizes)
+    start, length = min(rank * slices.length, slices.numel), slices.size(rank)
+    gather = plan.gather.wire_bytes(length, width), plan.gather.wire_bytes(slices.length, width)
+    incoming = (sizes[rank],) * world
+    return Piece(first, first + slices.numel, slices, sizes, incoming, start, start + length, *gather)
+
+
+def _sent(plan: Plan, piece: Piece) -> int:
+    """Bytes that this rank sends."""
+    peers, reduce = plan.comm.world - 1, sum(piece.sizes) - piece.sizes[plan.comm.rank]
+    gather = peers * piece.gather_size
+    return {"two-step": reduce + gather, "all_gather": gather}.get(plan.algorithm, reduce)
+
+
+def _cut_hierarchical(plan: Plan, numel: int, width: int, unit: int, device: torch.device) -> Plan:
+    from .hierarchical import Part
+
+    comm, nodes = plan.comm, plan.comm.nodes
+    mates = [rank for rank, node in enumerate(nodes) if node == nodes[comm.rank]]
+    place = mates.index(comm.rank)
+    peers = sorted([rank for rank, each in enumerate(nodes) if each == node][place] for node in set(nodes))
+    inside = cut(numel, width, len(mates), unit)
+    mine = inside.size(place)
+    shape = (mine // width, width) if mine > width else (mine,)
+    part: Any = Part(comm, plan.transport, peers)
+    within = (inside.numel - mine + (len(mates) - 1) * mine) * plan.dtype.itemsize
+    if not mine:
+        return plan._replace(inside=inside, wire_bytes=within)
+    flat = _flat(len(peers))
+    legs = plan.reduce, plan.gather
+    piece = PIECE.get(plan.comm.joined(device, plan.config), 0)
+    across = plan._replace(comm=part, transport=part, algorithm=flat, reduce=legs[0], gather=legs[1])
+    across = _cut(across, shape, device, piece)
+    sent = across.wire_bytes
+    return plan._replace(inside=inside, across=across, wire_bytes=within + sent, remote_bytes=sent)

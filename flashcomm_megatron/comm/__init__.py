@@ -1,1 +1,1 @@
-"""How bytes move between ranks. A transport offers one operation: every rank sends each other rank its own message."""
+"""How bytes move between the ranks of a process group. Knows no codec and no policy, and prints nothing."""

@@ -1,99 +1,103 @@
-"""Transport over a torch process group: NCCL, gloo, or whatever backend the group has.
+"""Messages over a torch process group: NCCL, gloo, or whatever backend the group has.
 
-The one operation, :func:`exchange`, is a set of point-to-point messages posted together. It serves both legs: in the
-reduce leg every peer is sent its own slice, in the gather leg every peer is sent the same payload. Over gloo this is
-faster than its all_gather at every size measured (benchmarks/bench_collectives.py); over NCCL it is one grouped launch.
+On GPUs each exchange is one collective of the backend, all_to_all_single or all_gather_into_tensor: it knows the
+machine's topology, so that a payload crosses a switch once and not once for each peer, and it can be captured. In main
+memory they are messages from rank to rank, receives posted first: over gloo that is faster than its collectives.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from typing import TYPE_CHECKING, Any, cast
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .link import Call, Transfer
+if TYPE_CHECKING:
+    from .communicator import Call, Transfer
 
 TAG = 0x7C << 24  # keeps these messages apart from a user's own point-to-point traffic on the same group
 
 
-class Message(NamedTuple):
-    """One message in main memory, which its peer has ``seconds`` to take or to send."""
+class Messages:
+    """The messages of one exchange in main memory."""
 
-    work: dist.Work
-    peer: int
-    seconds: float
-    call: Call
+    def __init__(self, ranks: Sequence[int], call: Call, buffers: tuple[Tensor, ...]) -> None:
+        self.works: list[tuple[Any, int]] = []  # and the peer of each
+        self.is_done = False
+        self._ranks, self._call, self._buffers = ranks, call, buffers
 
     def wait(self) -> None:
-        """Block until it was delivered; RuntimeError naming the peer if it was not."""
-        with _naming(self.peer, self.seconds, self.call):
-            self.work.wait(timedelta(seconds=self.seconds))
+        """Block until all were delivered; RuntimeError naming the peer of one that was not."""
+        seconds, peer = timedelta(seconds=self._call.seconds), 0
+        try:
+            for work, peer in self.works:  # noqa: B007
+                work.wait(seconds)
+        except RuntimeError as error:
+            raise self.lost(peer, error) from error
+        self.is_done = True
+
+    def lost(self, peer: int, error: RuntimeError) -> RuntimeError:
+        """The error of a message that was not delivered, which names the call and the rank."""
+        return RuntimeError(
+            f"flash-comm: {self._call}: no message passed between this rank and rank {self._ranks[peer]} (allowed: "
+            f"{self._call.seconds:g} s). Look for that rank's own error; if it has none, it is in another call or "
+            f"holds another configuration. The process group says: {error}"
+        )
 
 
-@contextmanager
-def _naming(peer: int, seconds: float, call: Call) -> Iterator[None]:
-    """Let the process group's errors name the call and the rank."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise RuntimeError(
-            f"flash-comm: {call}: no message passed between this rank and rank {peer} (allowed: {seconds:g} s). Look "
-            "for that rank's own error; if it has none, it is in another call or holds another configuration. The "
-            f"process group says: {error}"
-        ) from error
+class ProcessGroup:
+    """Exchanges between the ranks of one process group."""
 
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.rank, self.world = group.rank(), group.size()
+        self._ranks = dist.get_process_group_ranks(group)
+        self._group = weakref.ref(group)
+        self._under_way: deque[Messages] = deque()  # also of who was interrupted: their peers still expect them
 
-_under_way: WeakKeyDictionary[dist.ProcessGroup, deque[tuple[list[dist.Work], list[Tensor]]]] = WeakKeyDictionary()
+    def exchange(
+        self, outbox: Tensor, out_sizes: Sequence[int], inbox: Tensor, in_sizes: Sequence[int], call: Call
+    ) -> Transfer:
+        """Send each rank its part of ``outbox`` and receive from each its part of ``inbox``."""
+        if outbox.device.type != "cpu":
+            splits = list(in_sizes), list(out_sizes)
+            return cast("Transfer", dist.all_to_all_single(inbox, outbox, *splits, group=self._group(), async_op=True))
+        sends, receives = torch.split(outbox, list(out_sizes)), torch.split(inbox, list(in_sizes))
+        return self._post(sends, receives, outbox, inbox, call)
 
+    def gather(self, inbox: Tensor, size: int, call: Call) -> Transfer:
+        """Send every rank the ``size`` bytes at this rank's place in ``inbox``, and receive theirs."""
+        own = inbox[self.rank * size : (self.rank + 1) * size]
+        if inbox.device.type != "cpu":
+            return cast("Transfer", dist.all_gather_into_tensor(inbox, own, group=self._group(), async_op=True))
+        return self._post([own] * self.world, inbox.view(self.world, size).unbind(), inbox, inbox, call)
 
-def _keep(group: dist.ProcessGroup, works: list[dist.Work], messages: list[dist.P2POp]) -> None:
-    """Let messages live until they are delivered, also those whose handle is dropped: their peers still expect them."""
-    kept = _under_way.setdefault(group, deque())
-    while kept and all(work.is_completed() for work in kept[0][0]):
-        kept.popleft()
-    kept.append((works, [message.tensor for message in messages]))
+    def _post(
+        self, sends: Sequence[Tensor], receives: Sequence[Tensor], outbox: Tensor, inbox: Tensor, call: Call
+    ) -> Messages:
+        """Messages in main memory. An empty one is neither sent nor awaited.
 
-
-def exchange(
-    sends: Sequence[Tensor], receives: Sequence[Tensor], group: dist.ProcessGroup, seconds: float, call: Call
-) -> Sequence[Transfer]:
-    """Send ``sends[r]`` to rank r and receive ``receives[r]`` from it, for every other rank r of ``group``.
-
-    All tensors are contiguous uint8; an empty one is neither sent nor awaited, so both sides must know sizes.
-    Returns handles; the tensors must stay alive and untouched until each was waited for. ``seconds`` and ``call`` serve
-    messages in main memory; NCCL has its own watchdog. Gloo ends the process when a message's length is not the one
-    awaited, so the tag is the call's and the length's own: messages that differ in either never meet.
-    """
-    me, world = group.rank(), group.size()
-    messages: list[dist.P2POp] = []
-
-    def post(what: Callable[..., Any], tensor: Tensor, rank: int) -> None:
-        if tensor.numel():
-            messages.append(dist.P2POp(what, tensor, dist.get_global_rank(group, rank), group, _tag(call, tensor)))
-
-    for distance in range(1, world):
-        to, source = (me + distance) % world, (me - distance) % world
-        post(dist.isend, sends[to], to)
-        post(dist.irecv, receives[source], source)
-    if not messages:
-        return []
-    if messages[0].tensor.device.type != "cpu":
-        return dist.batch_isend_irecv(messages)
-    works: list[dist.Work] = []
-    _keep(group, works, messages)
-    for message in messages:  # one by one: posting fails as well where a rank is gone
-        with _naming(message.peer, seconds, call):
-            works.append(message.op(message.tensor, message.peer, group, message.tag))
-    return [Message(work, message.peer, seconds, call) for work, message in zip(works, messages, strict=True)]
-
-
-def _tag(call: Call, message: Tensor) -> int:
-    """31 bits: ours, six of the call's number, and sixteen of what it is and of how long the message is."""
-    length = message.numel() * 2654435761 >> 16 & 0xFFFF  # Knuth's multiplicative hash: near lengths lie far apart
-    return TAG | (call.number % 64) << 16 | (call.check ^ length)
+        Gloo ends the process when a message's length is not the one awaited, so the tag is the call's and the length's
+        own: messages that differ in either never meet.
+        """
+        group: Any = self._group()
+        posted = Messages(self._ranks, call, (outbox, inbox))
+        while self._under_way and self._under_way[0].is_done:
+            self._under_way.popleft()
+        self._under_way.append(posted)
+        tag, peer = TAG | (call.number % 64) << 16, 0
+        try:  # posting fails as well where a rank is gone
+            for parts, post in ((receives, group.recv), (sends, group.send)):
+                for distance in range(1, self.world):
+                    peer = (self.rank + (distance if parts is sends else -distance)) % self.world
+                    size = parts[peer].numel()
+                    if size:  # Knuth's multiplicative hash: near lengths lie far apart
+                        length = size * 2654435761 >> 16 & 0xFFFF
+                        posted.works.append((post([parts[peer]], peer, tag | (call.check ^ length)), peer))
+        except RuntimeError as error:
+            raise posted.lost(peer, error) from error
+        return posted

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Sequence
-from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from .link import Link
+from ..config import Config
+from .communicator import Call
+from .progress import Progress
 
-Start = Callable[[Link], Generator[Any, None, Tensor]]
 
-
-class _Exchange:
+class Posted:
     """The messages that one rank posted together."""
 
     def __init__(self) -> None:
@@ -28,30 +28,24 @@ class _Exchange:
         """Messages are delivered between the turns."""
 
 
-class _Post:
+Queue = deque[tuple[Tensor, Posted]]
+
+
+class Mailbox:
     """Messages from rank to rank, in order, that were posted at one end or both."""
 
-    def __init__(self, world: int) -> None:
-        self._world = world
-        self._sent: dict[tuple[int, int], deque[tuple[Tensor, _Exchange]]] = defaultdict(deque)
-        self._awaited: dict[tuple[int, int], deque[tuple[Tensor, _Exchange]]] = defaultdict(deque)
+    def __init__(self) -> None:
+        self._sent: dict[tuple[int, int], Queue] = defaultdict(deque)
+        self._awaited: dict[tuple[int, int], Queue] = defaultdict(deque)
 
-    def link(self, rank: int) -> Link:
-        return Link(rank, self._world, partial(self._exchange, rank))
-
-    def _exchange(self, rank: int, sends: Sequence[Tensor], receives: Sequence[Tensor]) -> list[_Exchange]:
-        exchange = _Exchange()
-        for peer in range(self._world):
-            if peer != rank:
-                self._add(self._sent[rank, peer], sends[peer], exchange)
-                self._add(self._awaited[peer, rank], receives[peer], exchange)
-        return [exchange]
-
-    @staticmethod
-    def _add(queue: deque[tuple[Tensor, _Exchange]], payload: Tensor, exchange: _Exchange) -> None:
-        if payload.numel():
-            queue.append((payload, exchange))
-            exchange.open += 1
+    def post(self, rank: int, sends: Sequence[Tensor], receives: Sequence[Tensor]) -> Posted:
+        posted = Posted()
+        for peer in range(len(sends)):
+            for queue, part in ((self._sent[rank, peer], sends[peer]), (self._awaited[peer, rank], receives[peer])):
+                if peer != rank and part.numel():
+                    queue.append((part, posted))
+                    posted.open += 1
+        return posted
 
     def deliver(self) -> None:
         for pair, awaited in self._awaited.items():
@@ -63,25 +57,68 @@ class _Post:
                 sender.open -= 1
 
 
-def run(start: Start, world: int) -> list[Tensor]:
-    """Results, by rank, of the algorithm that ``start(link)`` starts on each of ``world`` ranks."""
-    results = _turns(start, world, world)
+class Simulated:
+    """A communicator of simulated ranks, and its transport; ``nodes``: the machine of each rank, one machine if empty.
+
+    ``kind``: what joins them, as a real communicator's ``joined`` says; None: what would on one machine.
+    """
+
+    def __init__(
+        self, rank: int, world: int, nodes: Sequence[int] = (), kind: str | None = None, mailbox: Mailbox | None = None
+    ) -> None:
+        self.rank, self.world, self.nodes = rank, world, tuple(nodes) or (0,) * world
+        self.calls, self.progress = 0, Progress()
+        self._kind, self._mailbox = kind, mailbox
+
+    def joined(self, device: torch.device, config: Config) -> str:
+        """What joins the ranks for tensors on ``device``."""
+        shared = device.type == "cpu" and config.transport != "group"
+        return self._kind or ("shared memory" if shared else device.type)
+
+    def transport(self, device: torch.device, config: Config) -> Simulated:
+        """What carries messages: itself."""
+        return self
+
+    def seconds(self, config: Config) -> float:
+        """Nobody waits here."""
+        return 0.0
+
+    def exchange(
+        self, outbox: Tensor, out_sizes: Sequence[int], inbox: Tensor, in_sizes: Sequence[int], call: Call
+    ) -> Posted:
+        """Send each rank its part of ``outbox`` and receive from each its part of ``inbox``."""
+        assert self._mailbox is not None, "made without a mailbox: for plans alone"
+        return self._mailbox.post(self.rank, torch.split(outbox, list(out_sizes)), torch.split(inbox, list(in_sizes)))
+
+    def gather(self, inbox: Tensor, size: int, call: Call) -> Posted:
+        """Send every rank the ``size`` bytes at this rank's place in ``inbox``, and receive theirs."""
+        assert self._mailbox is not None, "made without a mailbox: for plans alone"
+        parts = torch.split(inbox, size)
+        return self._mailbox.post(self.rank, [parts[self.rank]] * self.world, parts)
+
+
+Start = Callable[[Simulated], Generator[Any, None, Tensor]]
+
+
+def run(start: Start, world: int, nodes: Sequence[int] = ()) -> list[Tensor]:
+    """Results, by rank, of the algorithm that ``start(communicator)`` starts on each of ``world`` ranks."""
+    results = _turns(start, world, nodes, world)
     return [results[rank] for rank in range(world)]
 
 
 def first(start: Start, world: int) -> Tensor:
     """The result of whichever rank ends first; the others are left where they are, which saves their decoding."""
-    return next(iter(_turns(start, world, 1).values()))
+    return next(iter(_turns(start, world, (), 1).values()))
 
 
-def _turns(start: Start, world: int, wanted: int) -> dict[int, Tensor]:
+def _turns(start: Start, world: int, nodes: Sequence[int], wanted: int) -> dict[int, Tensor]:
     """Run all ranks in turns until ``wanted`` of them have ended."""
-    post = _Post(world)
-    ranks = {rank: start(post.link(rank)) for rank in range(world)}
-    waiting: dict[int, Sequence[_Exchange]] = dict.fromkeys(ranks, ())
+    mailbox = Mailbox()
+    ranks = {rank: start(Simulated(rank, world, nodes, mailbox=mailbox)) for rank in range(world)}
+    waiting: dict[int, Posted | None] = dict.fromkeys(ranks)
     results: dict[int, Tensor] = {}
     while len(results) < wanted:
-        ready = [rank for rank, transfers in waiting.items() if not any(each.open for each in transfers)]
+        ready = [rank for rank, posted in waiting.items() if posted is None or not posted.open]
         if not ready:
             raise RuntimeError(f"ranks {list(waiting)} wait for messages that nobody sends.")
         for rank in ready:
@@ -92,5 +129,5 @@ def _turns(start: Start, world: int, wanted: int) -> dict[int, Tensor]:
                 del waiting[rank]
                 if len(results) == wanted:
                     break
-        post.deliver()
+        mailbox.deliver()
     return results

@@ -11,7 +11,7 @@ combination that no recipe knows ends the program with one sentence and exit cod
 them to ``megatron.training.global_vars.set_args``, which we wrap: what they say is put in force, and where they say
 nothing, they are made to say what is in force.
 
-**FLASH_COMM_BITS**, for programs without arguments of Megatron's: in force from
+**FLASH_COMM_BITS** (with FLASH_COMM_FEEDBACK), for programs without arguments of Megatron's: in force from
 ``megatron.core.parallel_state.initialize_model_parallel`` on, unless something else was before.
 """
 
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 import typing
 from collections.abc import Callable
@@ -78,9 +79,9 @@ def enable_from(namespace: argparse.Namespace) -> None:
 
 def enable_from_environment() -> None:
     """Switch on as FLASH_COMM_BITS says, if it is set and nothing is on yet."""
-    bits = environment.bits()
-    if bits is not None and current() is None:
-        _switch_on(Config(bits=bits), ", as FLASH_COMM_BITS says")
+    options = environment.options()
+    if options and current() is None:
+        _switch_on(Config(**options), ", as FLASH_COMM_BITS says")
 
 
 def _switch_on(config: Config, why: str = "") -> None:
@@ -182,7 +183,7 @@ def install() -> None:
     """Open the doors as soon as the script imports Megatron's modules; at once if it has."""
     when_imported(MEGATRON_ARGUMENTS, _patch_parser)
     when_imported(FINISHED.module, partial(_patch, FINISHED, "call flashcomm_megatron.enable() on every rank."))
-    if environment.bits() is not None:
+    if "FLASH_COMM_BITS" in os.environ:
         when_imported(VARIABLE.module, partial(_patch, VARIABLE, "call flashcomm_megatron.enable() on every rank."))
 
 

@@ -1,7 +1,7 @@
 """The compressed collectives as autograd functions, and the one question every seam asks: compress here?
 
-:func:`wanted` answers with a :class:`Call` inside a site of the right kind, None everywhere else and where the policy
-defers. Gradients travel as gradients.py says.
+:func:`planned` answers with a plan inside a site of the right kind, None everywhere else and where the call is
+deferred. Gradients travel as gradients.py says.
 """
 
 from __future__ import annotations
@@ -12,23 +12,20 @@ import torch
 from torch import Tensor
 
 from .. import collectives
-from ..codec.recipes import Legs
-from ..collectives import agreement
 from ..collectives.algorithms import Residuals
-from ..config import Config
+from ..collectives.plan import Plan
 from . import calibrated, feedback, gradients, modes
 from . import context as where
 
 
-class Call(NamedTuple):
-    """How a collective at a site is compressed: by the configuration, or by the site's own codecs."""
+class Planned(NamedTuple):
+    """A collective at a site that is to be compressed."""
 
-    config: Config
-    legs: Legs | None = None
+    plan: Plan
     residuals: Residuals | None = None  # what this rank's roundings lost at the layers before
 
 
-def wanted(kind: str, collective: str, x: Tensor, group: Any, reason: str | None = None) -> Call | None:
+def planned(kind: str, collective: str, x: Tensor, group: Any, reason: str | None = None) -> Planned | None:
     """How to compress, or None: not inside a site of this kind, deferred and counted, or only observed.
 
     ``reason``: why the caller must have the original, if it must.
@@ -43,12 +40,14 @@ def wanted(kind: str, collective: str, x: Tensor, group: Any, reason: str | None
         return None
     if modes.forbids(site, collective, x, group, reason):
         return None
-    agreement.check(group, site.config)  # before a file is read, which may fail on this rank alone
+    collectives.agree(group, site.config)  # before a file is read, which may fail on this rank alone
     legs = calibrated.legs(site.config, site.module, group) if kind == "row" else None
-    if not collectives.wants(collective, x, group, site.config, legs):
+    plan = collectives.decide(collective, x, group, site.config, site, legs)
+    if plan.deferred:
+        collectives.count_deferred(plan)
         return None
     row = kind == "row"  # asked here: inside an autograd function gradients look switched off
-    return Call(site.config, legs, feedback.residuals(site.module, x, group, site.config) if row else None)
+    return Planned(plan, feedback.residuals(site.module, x, group, site.config) if row else None)
 
 
 def as_original_wants(kind: str, x: Tensor) -> Tensor:
@@ -61,17 +60,22 @@ def as_original_wants(kind: str, x: Tensor) -> Tensor:
     return x.contiguous() if site is not None and site.kind == kind else x
 
 
-def run(function: type[torch.autograd.Function], x: Tensor, group: Any, call: Call) -> Any:
+def run(function: type[torch.autograd.Function], x: Tensor, group: Any, call: Planned) -> Any:
     """One of the functions below, recorded for backward."""
     return function.apply(x, group, call)  # type: ignore[no-untyped-call]
+
+
+def send(call: Planned, x: Tensor, site: Any, out: Tensor | None = None, async_op: bool = False) -> Any:
+    """The result of a planned collective, or its handle."""
+    return collectives.run(call.plan, x, out, async_op, call.residuals, site)
 
 
 class AllReduce(torch.autograd.Function):
     """Sum over ranks; the gradient of a sum that every rank holds is the gradient itself."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any, call: Call) -> Any:
-        return collectives.all_reduce(x, group, call.config, legs=call.legs, residuals=call.residuals)
+    def forward(ctx: Any, x: Tensor, group: Any, call: Planned) -> Any:
+        return send(call, x, where.site())
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -82,9 +86,9 @@ class ReduceScatter(torch.autograd.Function):
     """Sum over ranks, cut along the first dimension; the gradient is gathered."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any, call: Call) -> Any:
+    def forward(ctx: Any, x: Tensor, group: Any, call: Planned) -> Any:
         ctx.group, ctx.site = group, where.site()
-        return collectives.reduce_scatter(x, group, call.config, legs=call.legs, residuals=call.residuals)
+        return send(call, x, ctx.site)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -95,9 +99,9 @@ class AllGather(torch.autograd.Function):
     """Concatenate along the first dimension; the gradients are summed and cut."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any, call: Call) -> Any:
+    def forward(ctx: Any, x: Tensor, group: Any, call: Planned) -> Any:
         ctx.group, ctx.site = group, where.site()
-        return collectives.all_gather(x, group, call.config)
+        return send(call, x, ctx.site)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:

@@ -63,14 +63,21 @@ class _Visit:
     """One transformer layer whose forward is running."""
 
     def __init__(self, layer: nn.Module, x: Tensor) -> None:
-        found: _Stream | None = _streams.pop(x, None)
-        self.layer, self.stream = layer, found or _Stream()
+        found: _Stream | None = _streams.pop(x, None) if len(_streams) else None
+        self.layer, self.x, self.stream = layer, x, found or _Stream()
         self.is_in_mixture = False
-        self.group: Any = None  # of the compressed sums
-        self.rows: list[Tensor] | None = None if layer in _adds_up else []  # samples of what was contributed
-        if self.rows is not None:
-            self.x = measure.sample(x)
-            self.follows = found is None or found.sample is None or torch.equal(found.sample, self.x)
+        self.rows: list[Tensor] | None = None  # while measuring: samples of what was contributed
+        self.missed = False  # whether something was contributed before measuring began
+
+    def measure(self, group: Any) -> None:
+        """Measure from here on: the first sum of the layer that is compressed is about to be."""
+        self.rows, self.group, self.start = [], group, measure.sample(self.x)
+
+    def adds_up(self, output: Tensor) -> bool:
+        """What was measured: of this layer, and of what may have happened to its input before."""
+        before = self.stream.sample
+        follows = before is None or torch.equal(before, self.start)
+        return follows and measure.adds_up(self.start, measure.sample(output), self.rows or [])
 
 
 class _Here(threading.local):
@@ -120,10 +127,11 @@ def _reason(layer: nn.Module, x: Tensor, group: Any) -> str | None:
         return "inside a mixture of experts"
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
         return "a CUDA graph is captured"
-    if visit.rows is not None:
-        visit.group = group
-        return MEASURING
-    return None if _adds_up[visit.layer] else f"{type(visit.layer).__name__} does not add its sums unchanged"
+    if visit.layer in _adds_up:
+        return None if _adds_up[visit.layer] else f"{type(visit.layer).__name__} does not add its sums unchanged"
+    if visit.rows is None and not visit.missed:
+        visit.measure(group)
+    return MEASURING
 
 
 # ---- what takes the place of Megatron's forwards -------------------------------------------------------------------
@@ -134,7 +142,7 @@ def layer_forward(original: Function) -> Function:
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         x = args[0] if args else kwargs.get("hidden_states")
-        if not isinstance(x, Tensor) or not _may_be_on(self, x):
+        if not isinstance(x, Tensor) or not _may_be_on(self):
             return original(self, *args, **kwargs)
         outer, visit = _here.visit, _Visit(self, x)
         _here.visit = visit
@@ -172,35 +180,35 @@ def contributed(output: Any) -> None:
     ``output``: a tensor, or a tensor and a bias (or None) that the caller adds.
     """
     visit = _here.visit
-    if visit is None or visit.rows is None or visit.is_in_mixture:
+    if visit is None or visit.is_in_mixture:
+        return
+    if visit.rows is None:
+        visit.missed = True
         return
     value, bias = output if isinstance(output, tuple) and len(output) == 2 else (output, None)
     if isinstance(value, Tensor):
         visit.rows.append(measure.sample(value if bias is None else value + bias))
 
 
-def _may_be_on(layer: nn.Module, x: Tensor) -> bool:
+def _may_be_on(layer: nn.Module) -> bool:
     config = current()
     if config is None or config.feedback == "off" or not RECIPES[config.recipe].feedback:
         return False
-    if layer.training or torch.is_grad_enabled():
-        return False
-    return layer in _adds_up or not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+    return not layer.training and not torch.is_grad_enabled()
 
 
 def _leave(visit: _Visit, output: Any) -> None:
     """End of a layer: decide on what was measured, and let the residuals travel with the output."""
     if not isinstance(output, Tensor):
         return
-    if visit.rows is not None and visit.group is not None:
-        found = visit.follows and measure.adds_up(visit.x, measure.sample(output), visit.rows)
-        agreed = not votes.failure("" if found else "does not add up", visit.group)
+    if visit.rows is not None:
+        agreed = not votes.failure("" if visit.adds_up(output) else "does not add up", visit.group)
         _adds_up[visit.layer] = agreed
         if not agreed:
             messages.say(
                 f"flash-comm: residual feedback is off in {type(visit.layer).__name__}: what it returns is not its "
                 "input plus what its row-parallel layers returned."
             )
-    if _adds_up.get(visit.layer):
+    if _adds_up.get(visit.layer) and (visit.rows is not None or visit.stream.kind is not None):
         visit.stream.sample = None if visit.rows is None else measure.sample(output)
         _streams[output] = visit.stream

@@ -23,15 +23,13 @@ of roundings is kept in training (feedback.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
 from .. import collectives
-from ..codec.recipes import Legs
-from ..collectives import plan as policy
+from ..collectives.plan import Plan, exact_bytes
 from ..observe import counters
 from ..observe import messages as announce
 from . import context as where
@@ -60,48 +58,47 @@ class Compressing:
         x, *others = tensors
         op = getattr(options[0], "reduceOp", options[0]) if options else dist.ReduceOp.SUM
         if others or op != dist.ReduceOp.SUM or not x.is_contiguous():
-            exact_bytes = sum(policy.exact_bytes("all_reduce", each.nbytes, self._group.size()) for each in tensors)
-            announce.deferred(NOT_A_SUM, exact_bytes, self._site.config)
+            nbytes = sum(exact_bytes("all_reduce", each.nbytes, self._group.size()) for each in tensors)
+            announce.deferred(NOT_A_SUM, nbytes, self._site.config)
             return self._group.allreduce(tensors, *options)
-        legs = legs_of("all_reduce", x, self._group, self._site)
-        if legs is None:
+        plan = planned("all_reduce", x, self._group, self._site)
+        if plan is None:
             return self._group.allreduce(tensors, *options)
-        return sent(collectives.all_reduce, x, self._group, self._site, legs, async_op=True)
+        return collectives.run(plan, x, async_op=True, site=self._site)
 
 
 def all_gather(gradient: Tensor, group: Any, site: Site) -> Tensor:
     """Gradients [s, ...] of all ranks one after the other, [N * s, ...]."""
-    legs = legs_of("all_gather", gradient, group, site)
-    if legs is None:
+    plan = planned("all_gather", gradient, group, site)
+    if plan is None:
         return _exactly("_gather_along_first_dim", gradient, group)
-    gathered: Tensor = sent(collectives.all_gather, gradient, group, site, legs)
+    gathered: Tensor = collectives.run(plan, gradient, site=site)
     return gathered
 
 
 def reduce_scatter(gradient: Tensor, group: Any, site: Site) -> Tensor:
     """This rank's slice [s, ...] of the sum of all ranks' gradients [N * s, ...]."""
-    legs = legs_of("reduce_scatter", gradient, group, site)
-    if legs is None:
+    plan = planned("reduce_scatter", gradient, group, site)
+    if plan is None:
         return _exactly("_reduce_scatter_along_first_dim", gradient, group)
-    scattered: Tensor = sent(collectives.reduce_scatter, gradient, group, site, legs)
+    scattered: Tensor = collectives.run(plan, gradient, site=site)
     return scattered
 
 
-def legs_of(collective: str, gradient: Tensor, group: Any, site: Site) -> Legs | None:
-    """The codecs for a gradient, or None: left exact, deferred and counted, or only observed."""
+def planned(collective: str, gradient: Tensor, group: Any, site: Site) -> Plan | None:
+    """The plan for a gradient, whose samples are filed apart; None: left exact, deferred and counted, or observed."""
     if where.observer() is not None or modes.forbids(site, collective, gradient, group):
         return None
     legs = site.config.gradient_legs
     if legs is None:
-        counters.count_deferred(EXACT, policy.exact_bytes(collective, gradient.nbytes, group.size()))
+        counters.count_deferred(EXACT, exact_bytes(collective, gradient.nbytes, group.size()))
         return None
-    return legs if collectives.wants(collective, gradient, group, site.config, legs) else None
-
-
-def sent(collective: Callable[..., Any], x: Tensor, group: Any, site: Site, legs: Legs, **options: Any) -> Any:
-    """The result of a compressed collective, its samples filed under gradients."""
-    with where.at(site._replace(kind=f"{site.kind}-gradient")):
-        return collective(x, group, site.config, legs=legs, **options)
+    at = site._replace(kind=f"{site.kind}-gradient")
+    plan = collectives.decide(collective, gradient, group, site.config, at, legs)
+    if plan.deferred:
+        collectives.count_deferred(plan)
+        return None
+    return plan
 
 
 def _exactly(name: str, gradient: Tensor, group: Any) -> Tensor:
@@ -138,10 +135,10 @@ def reduce_scatter_tensor(original: Function) -> Function:
     ) -> Any:
         site = where.site()
         at_column = site is not None and site.kind == "column" and group is not None and op == dist.ReduceOp.SUM
-        legs = legs_of("reduce_scatter", input, group, site) if site is not None and at_column else None
-        if site is None or legs is None:
+        plan = planned("reduce_scatter", input, group, site) if site is not None and at_column else None
+        if plan is None:
             return original(output, input, op=op, group=group, async_op=async_op)
-        handle = sent(collectives.reduce_scatter, input, group, site, legs, async_op=async_op, out=output)
+        handle = collectives.run(plan, input, output, async_op, site=site)
         return handle if async_op else None
 
     return reduce_scatter_tensor

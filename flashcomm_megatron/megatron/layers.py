@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import collectives
 from . import context, differentiable, feedback, model
 from .patching import Function
 
@@ -40,7 +39,7 @@ def all_reduce(original: Function) -> Function:
     """Sum of a row-parallel layer."""
 
     def reduce_from_tensor_model_parallel_region(input_: Tensor, group: Any = None) -> Any:
-        call = differentiable.wanted("row", "all_reduce", input_, group)
+        call = differentiable.planned("row", "all_reduce", input_, group)
         if call:
             return differentiable.run(differentiable.AllReduce, input_, group, call)
         return original(differentiable.as_original_wants("row", input_), group)
@@ -52,7 +51,7 @@ def reduce_scatter(original: Function) -> Function:
     """Sum of a row-parallel layer under sequence parallelism."""
 
     def reduce_scatter_to_sequence_parallel_region(input_: Tensor, group: Any = None) -> Any:
-        call = differentiable.wanted("row", "reduce_scatter", input_, group)
+        call = differentiable.planned("row", "reduce_scatter", input_, group)
         if call:
             return differentiable.run(differentiable.ReduceScatter, input_, group, call)
         return original(differentiable.as_original_wants("row", input_), group)
@@ -67,7 +66,7 @@ def gather(original: Function) -> Function:
         input_: Tensor, tensor_parallel_output_grad: bool = True, group: Any = None
     ) -> Any:
         reason = None if tensor_parallel_output_grad else "argument tensor_parallel_output_grad"
-        call = differentiable.wanted("column", "all_gather", input_, group, reason)
+        call = differentiable.planned("column", "all_gather", input_, group, reason)
         if call:
             return differentiable.run(differentiable.AllGather, input_, group, call)
         return original(differentiable.as_original_wants("column", input_), tensor_parallel_output_grad, group)
@@ -81,11 +80,11 @@ def gather_tensor(original: Function) -> Function:
     def all_gather_into_tensor(
         output_tensor: Tensor, input_tensor: Tensor, group: Any = None, async_op: bool = False
     ) -> Any:
-        call = differentiable.wanted("column", "all_gather", input_tensor, group)
+        call = differentiable.planned("column", "all_gather", input_tensor, group)
         if not call:
             input_tensor = differentiable.as_original_wants("column", input_tensor)
             return original(output_tensor, input_tensor, group=group, async_op=async_op)
-        handle = collectives.all_gather(input_tensor, group, call.config, async_op=async_op, out=output_tensor)
+        handle = differentiable.send(call, input_tensor, context.site(), output_tensor, async_op)
         return handle if async_op else None
 
     return all_gather_into_tensor

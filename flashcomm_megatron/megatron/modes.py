@@ -26,6 +26,8 @@ BATCH_INVARIANT = "batch-invariant mode"
 
 def forbids(site: Site, collective: str, x: Tensor, group: Any, reason: str | None = None) -> bool:
     """Whether compression is forbidden at ``site``, for ``reason`` or another one; if so, the deferral is counted."""
+    if collective == "reduce_scatter" and (x.dim() == 0 or x.size(0) % group.size()):
+        return True  # a mistake of the caller's: the original says so, whatever the size
     reason = reason or why_not(getattr(site.module, "config", None))
     if reason is None:
         return False

@@ -113,7 +113,7 @@ def _state(seam: Seam) -> str:
     binding = _applied.get(seam.path)
     if binding is None:
         try:
-            return fit(seam, _function(_find(seam)[2]))
+            return fit(seam, _function(find(seam)[2]))
         except PatchError as problem:
             return str(problem)
     return "patched" if binding.found is binding.replacement else f"patched again by {_origin(binding.found)}"
@@ -121,7 +121,7 @@ def _state(seam: Seam) -> str:
 
 def _bind(seam: Seam) -> _Binding:
     """Look the name up, compare its parameters and make its replacement; nothing is rebound yet."""
-    owner, attribute, original = _find(seam)
+    owner, attribute, original = find(seam)
     function = _function(original)
     fit(seam, function)
     replacement = _accepting_all(seam, function)
@@ -134,7 +134,7 @@ def _bind(seam: Seam) -> _Binding:
     return _Binding(owner, attribute, original, staticmethod(replacement) if is_static else replacement)
 
 
-def _find(seam: Seam) -> tuple[Any, str, Any]:
+def find(seam: Seam) -> tuple[Any, str, Any]:
     """The module or class that holds the name, the last part of the name, and the object bound to it."""
     owner, attribute = _owner(seam)
     if attribute not in vars(owner):

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from .. import collectives
-from ..collectives import plan as policy
+from ..collectives.plan import exact_bytes
 from ..config import current
 from ..observe import messages as announce
 from . import context as where
@@ -96,7 +96,7 @@ def _count_unseen(site: Site, x: Tensor, output: Tensor) -> None:
         collective, nbytes = "reduce_scatter", output.nbytes * world
     else:
         collective, nbytes = "all_reduce", output.nbytes
-    announce.deferred(_why_unseen(layer), policy.exact_bytes(collective, nbytes, world), site.config)
+    announce.deferred(_why_unseen(layer), exact_bytes(collective, nbytes, world), site.config)
 
 
 def _overlaps(layer: Any) -> bool:
@@ -171,7 +171,7 @@ def _send(
     _visit.was_asked = True
     if quantizer is not None or type(x) is not Tensor:
         one_byte_each = torch.Size(x.size()).numel()
-        announce.deferred("FP8", policy.exact_bytes(name, one_byte_each, group.size()), site.config)
+        announce.deferred("FP8", exact_bytes(name, one_byte_each, group.size()), site.config)
         return None
     send = _activation(collective, kind, x, group) if site.kind == kind else _gradient(collective, x, group, site)
     if send is None:
@@ -191,16 +191,13 @@ def _output(collective: Function, x: Tensor, world: int) -> dict[str, Tensor]:
 
 def _activation(collective: Function, kind: str, x: Tensor, group: Any) -> Function | None:
     with torch.set_grad_enabled(_visit.records_gradients):
-        call = differentiable.wanted(kind, collective.__name__, x, group)
-    if call is None:
-        return None
-    memory = {"legs": call.legs, "residuals": call.residuals} if kind == "row" else {}
-    return partial(collective, x, group, call.config, **memory)
+        call = differentiable.planned(kind, collective.__name__, x, group)
+    return None if call is None else partial(differentiable.send, call, x, where.site())
 
 
 def _gradient(collective: Function, x: Tensor, group: Any, site: Site) -> Function | None:
-    legs = gradients.legs_of(collective.__name__, x, group, site)
-    return None if legs is None else partial(gradients.sent, collective, x, group, site, legs)
+    plan = gradients.planned(collective.__name__, x, group, site)
+    return None if plan is None else partial(collectives.run, plan, x, site=site)
 
 
 def is_present() -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from typing import Any
+from typing import Any, Protocol
 
 
 class Counters:
@@ -31,20 +31,28 @@ _counters = Counters()
 _lock = threading.Lock()
 
 
-def count_quantized(exact_bytes: int, wire_bytes: int, seconds: float) -> None:
+class Bytes(Protocol):
+    """What a plan says of the bytes that this rank sends."""
+
+    @property
+    def exact_bytes(self) -> int: ...
+
+    @property
+    def wire_bytes(self) -> int: ...
+
+    @property
+    def remote_bytes(self) -> int: ...
+
+
+def count_quantized(sent: Bytes, seconds: float) -> None:
     """One quantized collective."""
     with _lock:
         _counters.calls += 1
         _counters.quantized += 1
-        _counters.exact_bytes += exact_bytes
-        _counters.wire_bytes += wire_bytes
+        _counters.exact_bytes += sent.exact_bytes
+        _counters.wire_bytes += sent.wire_bytes
+        _counters.remote_bytes += sent.remote_bytes
         _counters.seconds += seconds
-
-
-def count_remote(remote_bytes: int) -> None:
-    """Bytes of a quantized collective that go to another machine."""
-    with _lock:
-        _counters.remote_bytes += remote_bytes
 
 
 def count_deferred(reason: str, exact_bytes: int, seconds: float = 0.0) -> None:

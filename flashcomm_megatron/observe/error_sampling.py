@@ -5,7 +5,7 @@ the first rounding of its own contribution: x against decode(encode(x)). One in 
 in one window of at most ``WINDOW`` values that moves on through the tensor from sample to sample, so neither time nor
 memory depends on the model. Sums stay on the device; :func:`read` is the only place that waits for it.
 
-A *site* is where a collective stands: the kind of layer that location.py notes, else the collective's own name.
+A *site* is where a collective stands: the kind of layer, else the collective's own name.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from ..codec import Codec
-from . import location
 
 EVERY = 100  # calls of a site for one sample
 WINDOW = 2**16  # values of one sample
@@ -37,21 +36,8 @@ _sums: dict[tuple[str, torch.device], Tensor] = {}  # float64 [squared error, sq
 _lock = threading.Lock()
 
 
-def site() -> str | None:
-    """The kind of site of the collective that is about to run, None at no site."""
-    place = location.here()
-    return place.kind if place else None
-
-
-def layer() -> str | None:
-    """The layer that is communicating, None outside every layer."""
-    place = location.here()
-    return place.name if place else None
-
-
-def sample(collective: str, x: Tensor, codec: Codec) -> None:
-    """Note one call that encodes ``x`` (any shape, contiguous); every hundredth is measured."""
-    name = site() or collective
+def sample(name: str, x: Tensor, codec: Codec) -> None:
+    """Note one call at site ``name`` that encodes ``x`` (any shape, contiguous); every hundredth is measured."""
     call = _calls[name]
     _calls[name] = call + 1
     if call % EVERY == 0 and not _is_capturing(x):

@@ -5,18 +5,17 @@ Everything is said by rank 0 and once. What a strict configuration makes an erro
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
-from ..codec import extension
+from ..codec import native as extension
 from ..codec.recipes import RECIPES
 from ..config import Config, current
 from . import counters
+from .screen import logger
 
-logger = logging.getLogger("flashcomm_megatron")
 KEPT_EXACT = "embedding, output layer, router, loss"
 # Beginnings of the reasons for which a user expects a collective to stay exact. All others are worth a word.
 EXPECTED = ("one rank", "empty", "below ", "dtype int", "dtype uint", "dtype bool", "gradients exact")
@@ -73,11 +72,23 @@ def unexpected(what: str, config: Config) -> None:
         complain(what, fatal=False)
 
 
+def fell_back(what: str, ranks: Sequence[int], reason: str) -> None:
+    """Say that the group of ``ranks``, whose first one calls this, does without ``what``; once a process."""
+    if what not in _said:
+        _said.add(what)
+        print(f"flash-comm: no {what} between ranks {_span(ranks)}, and maybe others: {reason}", flush=True)
+
+
+def _span(ranks: Sequence[int]) -> str:
+    is_dense = list(ranks) == list(range(ranks[0], ranks[-1] + 1)) and len(ranks) > 2
+    return f"{ranks[0]} to {ranks[-1]}" if is_dense else " and ".join(map(str, ranks))
+
+
 def say(line: str) -> None:
-    """Print ``line`` on rank 0, once."""
+    """Say ``line`` on rank 0, once, at level INFO."""
     if _rank() == 0 and line not in _said:
         _said.add(line)
-        print(line, flush=True)
+        logger.info(line)
 
 
 def complain(what: str, fatal: bool) -> None:

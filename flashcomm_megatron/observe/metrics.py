@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from ..codec import extension
+from ..codec import native as extension
 from ..config import Config, current
 from ..version import __version__
 from . import error_sampling as sampling
@@ -83,10 +83,22 @@ def send(step: int, ours: Mapping[str, float], others: Mapping[str, float], wand
     """One line for W&B (the module or a run; None for neither) and one for the JSON-lines file."""
     config = current()
     if wandb is not None:
-        _describe_run(wandb, config)
-        wandb.log({**others, **ours}, step)
+        try:
+            _describe_run(wandb, config)
+            wandb.log({**others, **ours}, step)
+        except Exception as error:  # a run that is finished, a wandb that is half imported: never a training step's end
+            if not _has_failed(wandb):
+                logger.warning("flash-comm: no metrics reach W&B: %r", error)
     if config is not None and config.metrics and is_last_rank():
         _append(config, {"step": step, "time": time.time(), **others, **ours})
+
+
+def _has_failed(wandb: Any) -> bool:
+    """Whether this module or run failed before; from now on it has."""
+    key = f"failed {id(wandb)}"
+    before = key in _described
+    _described.add(key)
+    return before
 
 
 def to_tensorboard(writer: Any, step: int, scalars: Mapping[str, float]) -> None:

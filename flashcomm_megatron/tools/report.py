@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import warnings
@@ -13,8 +14,8 @@ from typing import Any
 import torch
 
 from .. import environment
-from ..codec import extension
-from ..collectives import thresholds
+from ..codec import native as extension
+from ..collectives import minimum_size
 from ..config import current
 from ..megatron import checkout, installation, patching, seams, training_log
 from ..megatron.arguments import SEAMS as DOORS
@@ -89,19 +90,30 @@ def report_on(megatron: Path, transformer_engine: Path | None = None) -> Report:
 
 def main(argv: list[str]) -> int:
     """``python -m flashcomm_megatron report``: print a report; 1 if a checkout's seams do not all fit."""
-    parser = argparse.ArgumentParser(prog="python -m flashcomm_megatron report", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m flashcomm_megatron report",
+        description="Say what is installed, what was found and what is in force. Exit code 1: with --megatron, a "
+        "seam does not fit that checkout.",
+        epilog="Example: python -m flashcomm_megatron report --json > report.json",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--megatron", type=Path, metavar="DIR", help="a checkout to read instead of what is installed")
     parser.add_argument("--transformer-engine", type=Path, metavar="DIR", help="Transformer Engine's sources for it")
     options = parser.parse_args(argv)
     if options.megatron is None:
-        print(report())
+        _print(report(), options.json)
         return 0
     try:
         found = report_on(options.megatron, options.transformer_engine)
     except patching.PatchError as error:
         parser.exit(2, f"{parser.prog}: error: {error}.\n")
-    print(found)
+    _print(found, options.json)
     return int(not all(state.startswith("fits") for _, state in found["seams"]))
+
+
+def _print(found: Report, as_json: bool) -> None:
+    """The table, or an object whose "seams" are {path: state}."""
+    print(json.dumps({**found, "seams": dict(found["seams"])}, indent=1) if as_json else found)
 
 
 def _state() -> str:
@@ -116,23 +128,24 @@ def _least() -> str:
     config = current()
     if config and config.min_bytes is not None:
         return str(config.min_bytes)
-    defaults = ", ".join(f"{wire} {nbytes}" for wire, nbytes in thresholds.DEFAULTS.items())
-    defaults += "".join(f"; {name} at least {nbytes} from each rank" for name, nbytes in thresholds.AT_LEAST.items())
+    defaults = ", ".join(f"{wire} {nbytes}" for wire, nbytes in minimum_size.DEFAULTS.items())
+    defaults += "".join(f"; {name} at least {nbytes} from each rank" for name, nbytes in minimum_size.AT_LEAST.items())
     if not config or not config.thresholds:
         return defaults
-    if reason := thresholds.problem(config.thresholds):
+    if reason := minimum_size.problem(config.thresholds):
         return reason
     rows = [
-        f"\n  {where}: {', '.join(map(str, case))}: {'never' if nbytes == thresholds.NEVER else nbytes}"
-        for where, table in thresholds.read(config.thresholds).items()
+        f"\n  {where}: {', '.join(map(str, case))}: {'never' if nbytes == minimum_size.NEVER else nbytes}"
+        for where, table in minimum_size.read(config.thresholds).items()
         for case, nbytes in table.items()
     ]
     return f"{config.thresholds}{''.join(rows)}\n  all others: {defaults}"
 
 
 def _transports() -> list[str]:
-    """What this build can use: kernels between GPUs, memory that ranks share, the process group."""
-    return ["peer"] * (extension.cuda() is not None) + ["host"] * extension.available() + ["group"]
+    """What this build can use: kernels between GPUs, memory that CPU ranks share, the process group."""
+    kernels = ["peer", "host"] if extension.cuda() is not None else []
+    return kernels + ["shared-memory"] * extension.available() + ["group"]
 
 
 def _feedback() -> str:

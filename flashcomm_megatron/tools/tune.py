@@ -23,9 +23,9 @@ import torch.distributed as dist
 
 from .. import collectives
 from ..codec.recipes import RECIPES
-from ..collectives import thresholds
-from ..collectives.thresholds import Case
-from ..comm import links
+from ..collectives import minimum_size
+from ..collectives.minimum_size import Case
+from ..comm.communicator import Communicator
 from ..config import Config
 
 KINDS = ("all_reduce", "reduce_scatter", "all_gather")
@@ -69,7 +69,7 @@ def main(argv: list[str]) -> int:
     unknown = [bits for bits in options.bits if bits not in widths]
     if unknown:
         refuse(f"--bits {unknown}: recipe {options.recipe} has {widths}")
-    if options.tune is not None and (reason := thresholds.unwritable(options.tune)):
+    if options.tune is not None and (reason := minimum_size.unwritable(options.tune)):
         refuse(f"--tune {options.tune}: {reason}")
     if not dist.is_initialized():
         _join()
@@ -84,8 +84,9 @@ def main(argv: list[str]) -> int:
         if dist.get_rank() == 0:
             group = dist.group.WORLD
             assert group is not None
-            wire = links.wire(group, _device(), Config(bits=options.bits[0], recipe=options.recipe))
-            thresholds.write(options.tune, thresholds.place(group.size(), wire), rows)
+            comm, config = Communicator.of(group), Config(bits=options.bits[0], recipe=options.recipe)
+            place = minimum_size.place_of(comm.world, comm.nodes, comm.joined(_device(), config))
+            minimum_size.write(options.tune, place, rows)
         _say(f"wrote {options.tune}: use it with --flash-comm-thresholds {options.tune}")
     dist.barrier()
     dist.destroy_process_group()
@@ -96,7 +97,7 @@ def threshold(timings: Sequence[Timing]) -> int:
     """The size from which on all larger ones pay."""
     losing = [timing.nbytes for timing in timings if not timing.pays]
     larger = [timing.nbytes for timing in timings if timing.nbytes > max(losing, default=0)]
-    return min(larger, default=thresholds.NEVER)
+    return min(larger, default=minimum_size.NEVER)
 
 
 def measure(case: Case) -> list[Timing]:
@@ -169,7 +170,7 @@ def _finish() -> None:
 
 
 def _text(nbytes: int) -> str:
-    return "never faster here" if nbytes == thresholds.NEVER else f"from {nbytes} bytes on"
+    return "never faster here" if nbytes == minimum_size.NEVER else f"from {nbytes} bytes on"
 
 
 def _say(line: str) -> None:

@@ -12,19 +12,20 @@ from types import ModuleType
 
 import pytest
 import torch
-from codec_cases import DTYPES, KINDS, same, tensor
+from codec_cases import DTYPES, KINDS, native_decode_sum, native_encode, same, tensor
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flashcomm_megatron.codec import Uniform, extension
+from flashcomm_megatron.codec import Uniform
+from flashcomm_megatron.codec import native as compiled
 
 WIDTHS = range(2, 9)
 BLOCKS = (8, 24, 32, 64, 128, 256)  # 32, 64 and 128 have loops of their own
 LENGTHS = (0, 1, 7, 8, 9, 31, 33, 129, 1000)
 LONG = 4501  # two strips and a tail of the compiled codec
 
-needs_extension = pytest.mark.skipif(not extension.available(), reason=f"no compiled codec: {extension.reason()}")
+needs_extension = pytest.mark.skipif(not compiled.available(), reason=f"no compiled codec: {compiled.reason()}")
 
 
 @pytest.fixture
@@ -147,13 +148,13 @@ def test_wrong_formats_are_refused(bits: int, block: int) -> None:
 
 def encoded(codec: Uniform, x: Tensor, into: Tensor | None = None) -> Tensor:
     out = torch.full((codec.wire_bytes(x.numel()),), 0xAA, dtype=torch.uint8) if into is None else into
-    assert extension.encode(codec, x, out)
+    assert native_encode(codec, x, out)
     return out
 
 
 def decoded(codec: Uniform, payloads: list[Tensor], n: int, dtype: torch.dtype) -> Tensor:
     out = torch.full((n,), 42.0, dtype=dtype)
-    assert extension.decode_sum(codec, payloads, out)
+    assert native_decode_sum(codec, payloads, out)
     return out
 
 
@@ -284,7 +285,7 @@ def test_compiled_takes_tensors_at_any_address() -> None:
     payload = encoded(codec, x, torch.empty(size + 3, dtype=torch.uint8)[3:])
     assert torch.equal(payload, codec.encode_ref(x))
     out = torch.empty(LONG + 1, dtype=torch.bfloat16)[1:]
-    assert extension.decode_sum(codec, [payload], out)
+    assert native_decode_sum(codec, [payload], out)
     assert torch.equal(out, codec.decode_sum_ref([payload], LONG, torch.bfloat16))
 
 

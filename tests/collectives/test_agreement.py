@@ -12,7 +12,7 @@ from ranks import spawn
 
 from flashcomm_megatron import collectives
 from flashcomm_megatron.codec.published import ranges
-from flashcomm_megatron.collectives import agreement, thresholds
+from flashcomm_megatron.collectives import agreement, minimum_size
 from flashcomm_megatron.config import Config
 from flashcomm_megatron.megatron import context as where
 from flashcomm_megatron.megatron import differentiable
@@ -27,7 +27,7 @@ def refusal(rank: int, world: int, options: list[dict[str, object]]) -> str:
 
 def test_thresholds_that_one_rank_cannot_use_are_refused_by_all(tmp_path: Path) -> None:
     good, elsewhere = tmp_path / "good.json", tmp_path / "elsewhere.json"
-    thresholds.write(good, 2, {})
+    minimum_size.write(good, "here", {})
     made = json.loads(good.read_text())
     made["circumstances"]["torch"] = "1.0"
     elsewhere.write_text(json.dumps(made))
@@ -43,7 +43,7 @@ def uncalibrated(rank: int, world: int, path: str) -> str:
     config = Config(bits=4, recipe="outlier", calibration=path, timeout=20)
     site = where.Site("row", torch.nn.Linear(1, 1), config)
     with where.at(site), pytest.raises(RuntimeError) as error:
-        differentiable.wanted("row", "all_reduce", torch.ones(5000), dist.group.WORLD)
+        differentiable.planned("row", "all_reduce", torch.ones(5000), dist.group.WORLD)
     return str(error.value)
 
 

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
 
 import pytest
 import torch
 import torch.distributed as dist
 from ranks import spawn
+from specification import planned
 from torch import Tensor
 
 import flashcomm_megatron as fc
 from flashcomm_megatron import cpu
 from flashcomm_megatron.codec import Raw
 from flashcomm_megatron.collectives.plan import message_codec
-from flashcomm_megatron.comm.wire import Wire
-from flashcomm_megatron.config import Config, set_current
+from flashcomm_megatron.config import Config
 from flashcomm_megatron.observe import counters
 
 SPLITS = [[3, 0, 40], [700, 1, 0], [5, 300, 2]]  # rows from (line) to (column)
@@ -29,7 +29,7 @@ def rows(source: int, to: int, hidden: int = 64) -> Tensor:
 def exchanged(rank: int, world: int) -> None:
     for transport in ("auto", "group"):
         config = Config(bits=4, transport=transport)
-        wire = Wire("cpu" if transport == "group" else "shared memory")
+        plan = planned("all_to_all", torch.ones(64, dtype=torch.bfloat16), world, config)
         counters.reset_stats()
         x = torch.cat([rows(rank, to) for to in range(world)])
         outs = [SPLITS[source][rank] for source in range(world)]
@@ -37,15 +37,15 @@ def exchanged(rank: int, world: int) -> None:
         found = handle.wait().split(outs)
         sent = 0
         for peer in range(world):
-            codec = message_codec(rows(peer, rank), world, config, config.legs, wire)
+            codec = message_codec(rows(peer, rank), plan)
             expected = rows(peer, rank)
             if peer != rank and expected.numel():
-                payload = codec.encode(expected.view(-1))
-                expected = codec.decode_sum([payload], torch.empty_like(expected).view(-1)).view_as(expected)
+                payload = codec.encode(expected.view(-1), width=64)
+                expected = codec.decode_sum([payload], torch.empty_like(expected).view(-1), 64).view_as(expected)
             assert torch.equal(found[peer], expected), (transport, peer, rank)
             if peer != rank and transport == "auto":
                 leaving = rows(rank, peer)
-                sent += message_codec(leaving, world, config, config.legs, wire).wire_bytes(leaving.numel())
+                sent += math.ceil(message_codec(leaving, plan).wire_bytes(leaving.numel(), 64) / 16) * 16
         if transport == "auto":
             assert counters.stats()["wire_bytes"] == sent
     whole = torch.arange(world * 2).view(-1, 1) + 100 * rank
@@ -80,7 +80,7 @@ def mismatched(rank: int, world: int, transport: str) -> str:
 @pytest.mark.parametrize(
     ("transport", "told"),
     [
-        ("host", "rank 0 is in the same call but sends another length than the 3712 bytes awaited from it"),
+        ("shared-memory", "rank 0 is in the same call but sends another length than the 3712 bytes awaited from it"),
         ("group", "no message passed between this rank and rank 0"),
     ],
 )
@@ -89,10 +89,20 @@ def test_splits_that_do_not_match_are_an_error_in_time(transport: str, told: str
 
 
 def test_small_messages_are_exact() -> None:
-    config = Config(bits=4)
+    plan = planned("all_to_all", torch.ones(64, dtype=torch.bfloat16), 2, Config(bits=4))
     small, large = torch.empty(8, dtype=torch.bfloat16), torch.empty(4096, dtype=torch.bfloat16)
-    assert isinstance(message_codec(small, 2, config, config.legs, Wire("shared memory")), Raw)
-    assert message_codec(large, 2, config, config.legs, Wire("shared memory")) == config.legs.gather
+    assert isinstance(message_codec(small, plan), Raw)
+    assert message_codec(large, plan) == Config(bits=4).legs.gather
+
+
+def scalar(rank: int, world: int) -> None:
+    for options in ({}, {"input_splits": [1, 0], "output_splits": [1, 0]}):
+        with pytest.raises(ValueError, match="without dimensions"):
+            fc.all_to_all(torch.tensor(1.0), None, Config(bits=4), **options)
+
+
+def test_a_tensor_without_rows_is_refused() -> None:
+    spawn(scalar, 2)
 
 
 def dispatched(rank: int, world: int) -> None:
@@ -131,28 +141,3 @@ def dispatched(rank: int, world: int) -> None:
 def test_the_token_dispatchers_tokens_but_not_its_probabilities() -> None:
     pytest.importorskip("megatron.core.transformer.moe.token_dispatcher")
     spawn(dispatched, 2)
-
-
-def test_arguments_of_newer_dispatchers_reach_the_original() -> None:
-    """Megatron 0.18 and later always pass ``use_nccl_stream``."""
-    from flashcomm_megatron.megatron import experts
-
-    calls: list[dict[str, Any]] = []
-
-    def all_to_all(
-        group: Any, input_: Any, output_split_sizes_: Any = None, input_split_sizes: Any = None, *,
-        use_nccl_stream: bool = False,
-    ) -> Any:  # fmt: skip
-        calls.append({"use_nccl_stream": use_nccl_stream})
-        return input_
-
-    replacement, x = experts._all_to_all(all_to_all), torch.ones(4, 8)
-    assert replacement(None, x, [4], [4], use_nccl_stream=True) is x
-    set_current(fc.Config(bits=8, experts=True))
-    try:
-        fc.reset_stats()
-        assert replacement(None, x, [4], [4], use_nccl_stream=True) is x
-    finally:
-        set_current(None)
-    assert calls == 2 * [{"use_nccl_stream": True}]
-    assert fc.stats()["deferred"] == {"argument use_nccl_stream": 1}

@@ -11,7 +11,7 @@ from every_collective import DTYPES, SHAPES, every_collective, expected_all_redu
 from ranks import spawn
 
 from flashcomm_megatron.collectives import all_gather, all_reduce, reduce_scatter
-from flashcomm_megatron.collectives import handle as calls
+from flashcomm_megatron.comm.communicator import Communicator
 from flashcomm_megatron.config import Config
 from flashcomm_megatron.observe import counters
 
@@ -135,20 +135,25 @@ def test_what_is_deferred_is_exact_and_counted_with_its_reason():
 
 def _bytes(rank: int, world: int, algorithm: str) -> tuple[int, int]:
     """wire_bytes as counted, against the sizes of the tensors really handed to the process group."""
-    from flashcomm_megatron.comm import process_group as transport
+    sent = []
 
-    sent, original = [], dist.isend
+    class Counting:
+        """The process group, whose messages are noted."""
 
-    def recording(tensor, *args, **kwargs):
-        sent.append(tensor.numel())
-        return original(tensor, *args, **kwargs)
+        def __getattr__(self, name):
+            return getattr(dist.group.WORLD, name)
+
+        def send(self, tensors, *args):
+            sent.append(tensors[0].numel())
+            return dist.group.WORLD.send(tensors, *args)
 
     config = Config(bits=5, min_bytes=0, algorithm=algorithm, transport="group")
     all_reduce(torch.empty(0), None, config)  # the ranks compare configurations
-    transport.dist.isend = recording
-    dist.distributed_c10d.isend = recording
+    counting = Counting()
+    Communicator.of(dist.group.WORLD)._over_group._group = lambda: counting
     counters.reset_stats()
     all_reduce(part(rank, (1111,), torch.bfloat16), None, config)
+    all_reduce(part(rank, (10, 111), torch.bfloat16), None, config)
     reduce_scatter(part(rank, (world * 3, 111), torch.bfloat16), None, config)
     all_gather(part(rank, (7, 111), torch.bfloat16), None, config)
     return counters.stats()["wire_bytes"], sum(sent)
@@ -182,15 +187,25 @@ def test_two_groups_at_once_do_not_mix():
     spawn(_subgroups, 4)
 
 
-def test_an_error_is_raised_again_by_a_second_wait() -> None:
-    def steps():  # type: ignore[no-untyped-def]
-        yield []
-        raise ValueError("broken")
+def _broken_handle(rank: int, world: int) -> list[str]:
+    from flashcomm_megatron.collectives import ALGORITHMS
 
-    handle = calls.Handle(steps(), 0, 0)
+    def steps(*args: object) -> object:
+        raise ValueError("broken")
+        yield
+
+    ALGORITHMS["one-step"] = steps
+    handle = all_reduce(torch.ones(5000), None, Config(bits=4), async_op=True)
+    said = []
     for _ in range(2):
-        with pytest.raises(ValueError, match="broken"):
+        with pytest.raises(ValueError) as error:
             handle.wait()
+        said.append(str(error.value))
+    return said
+
+
+def test_an_error_is_raised_again_by_a_second_wait() -> None:
+    assert spawn(_broken_handle, 2) == [["broken", "broken"]] * 2
 
 
 def _single_values(rank: int, world: int) -> list[torch.Tensor]:

@@ -11,14 +11,15 @@ import torch.distributed as dist
 from ranks import spawn
 
 from flashcomm_megatron import collectives
-from flashcomm_megatron.codec import extension
+from flashcomm_megatron.codec import native as extension
 from flashcomm_megatron.collectives import handle as calls
-from flashcomm_megatron.comm import links, segment
+from flashcomm_megatron.comm import shared_memory
+from flashcomm_megatron.comm.communicator import Communicator
 from flashcomm_megatron.config import Config
 
 pytestmark = pytest.mark.skipif(extension.module() is None, reason="the extension is not built")
 
-HOST = Config(bits=8, transport="host", min_bytes=0, timeout=60)
+HOST = Config(bits=8, transport="shared-memory", min_bytes=0, timeout=60)
 LARGE = 2_000_000  # values: payloads of several rings
 
 
@@ -84,8 +85,7 @@ def in_threads(rank: int, world: int) -> list[str]:
 
     for pair in (groups[:2], [groups[2]] * 2):
         for group in pair:
-            collectives.agreement.check(group, HOST)
-            links.link(group, torch.device("cpu"), HOST, "opens it")
+            collectives.all_reduce(torch.ones(8), group, HOST)
         threads = [threading.Thread(target=calls, args=(group, 300_000 + i)) for i, group in enumerate(pair)]
         for thread in threads:
             thread.start()
@@ -105,11 +105,11 @@ def put_away(rank: int, world: int) -> None:
         handle = sums(group, 1.0)
         assert torch.equal(sums(group, 2.0).wait(), torch.full((LARGE,), 4.0))
         if turn == 0:
-            links.close(group)
+            Communicator.of(group).close()
             dist.destroy_process_group(group)
         elif turn == 1:
             dist.destroy_process_group(group)
-            links.close(group)
+            Communicator.of(group).close()
         elif turn == 2:
             dist.destroy_process_group(group)
         assert torch.equal(handle.wait(), torch.full((LARGE,), 2.0))
@@ -121,7 +121,7 @@ def test_groups_can_be_closed_in_any_order() -> None:
 
 def without_shared_memory(rank: int, world: int) -> torch.Tensor:
     if rank == 1:
-        segment.FOLDER = Path("/nowhere")
+        shared_memory.FOLDER = Path("/nowhere")
     return sums(dist.group.WORLD, 1.0).wait()
 
 

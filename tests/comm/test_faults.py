@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
 import faults
 import pytest
 import torch
 from ranks import spawn
+from specification import planned
 
-from flashcomm_megatron.codec import extension
+from flashcomm_megatron.codec import native as extension
 from flashcomm_megatron.collectives.handle import Handle
-from flashcomm_megatron.comm import segment
+from flashcomm_megatron.comm import shared_memory
+from flashcomm_megatron.comm.progress import Progress
 from flashcomm_megatron.config import Config
 from flashcomm_megatron.megatron import context as where
 
@@ -36,7 +39,7 @@ def test_a_rank_whose_process_ends_is_named(transport: str) -> None:
     for i, fault in enumerate(faults.ENDS):
         told = fault.told[faults.TRANSPORTS.index(transport)].format(victim=2 * i + 1)
         assert told in heard[2 * i].text, f"{fault.name}: {heard[2 * i].text}"
-    assert not list(segment.FOLDER.glob(f"flash-comm-{os.getpid()}-*"))
+    assert not list(shared_memory.FOLDER.glob(f"flash-comm-{os.getpid()}-*"))
 
 
 class Broken:
@@ -55,10 +58,12 @@ class Model(torch.nn.Module):
 
     def forward(self, inside: bool) -> None:
         def steps():  # as an algorithm of algorithms.py
-            yield [Broken()]
+            yield Broken()
 
-        with where.at(where.Site("row", self.first, Config(bits=4)) if inside else None):
-            Handle(steps(), 0, 0).wait()
+        x, config = torch.ones(8), Config(bits=4, min_bytes=0)
+        plan = planned("all_reduce", x, 2, config)
+        plan = plan._replace(comm=SimpleNamespace(progress=Progress()))
+        Handle(steps(), x, plan, where.Site("row", self.first, config) if inside else None).finish()
 
 
 def test_an_error_inside_a_layer_names_it() -> None:

@@ -10,11 +10,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import spawn
+from specification import planned
 
-from flashcomm_megatron.codec import extension
+from flashcomm_megatron.codec import native as extension
 from flashcomm_megatron.collectives import all_reduce, prepare
-from flashcomm_megatron.collectives import plan as policy
-from flashcomm_megatron.comm import host, segment, votes, workspace
+from flashcomm_megatron.comm import fused, shared_memory, votes
+from flashcomm_megatron.comm.inboxes import HostInboxes
 from flashcomm_megatron.config import Config
 
 
@@ -44,9 +45,9 @@ class FakeCuda:
 
 def _host_inboxes(rank: int, world: int) -> None:
     """What one rank writes into another's inbox is there, and no name is left."""
-    inboxes = host.HostInboxes(FakeCuda(), 0, 8192, dist.group.WORLD)
+    inboxes = HostInboxes(FakeCuda(), 0, 8192, dist.group.WORLD)
     assert inboxes.reason == "" and len(inboxes.addresses) == world
-    assert not list(segment.FOLDER.glob(f"flash-comm-{os.getpid()}-*")), "the name is gone"
+    assert not list(shared_memory.FOLDER.glob(f"flash-comm-{os.getpid()}-*")), "the name is gone"
     for peer, pinned in enumerate(inboxes._pinned):
         pinned.mapping[100 * rank] = 10 + rank + peer
     dist.barrier()
@@ -73,8 +74,8 @@ def _pins_no_more_than_one(rank: int, world: int) -> tuple[str, bool]:
         return start
 
     fake.host_register, fake.host_unregister = register, pinned.remove
-    inboxes = host.HostInboxes(fake, 0, 8192, dist.group.WORLD)
-    inboxes.unmap()  # as workspace.py does with what failed
+    inboxes = HostInboxes(fake, 0, 8192, dist.group.WORLD)
+    inboxes.unmap()  # as fused.py does with what failed
     assert not pinned
     return inboxes.reason, len(os.listdir("/proc/self/fd")) == before
 
@@ -84,31 +85,31 @@ def test_inboxes_that_one_rank_cannot_pin_leave_nothing_open():
 
 
 def test_a_segment_is_for_its_user_alone():
-    made = segment.create(4096)
+    made = shared_memory.create(4096)
     try:
-        assert (segment.FOLDER / made.name).stat().st_mode & 0o777 == 0o600
-        again = segment.attach(made.name, 4096)
+        assert (shared_memory.FOLDER / made.name).stat().st_mode & 0o777 == 0o600
+        again = shared_memory.attach(made.name, 4096)
         again.mapping[7] = 42
         assert made.mapping[7] == 42
     finally:
-        segment.remove(made.name)
+        shared_memory.remove(made.name)
     with pytest.raises(OSError):
-        segment.attach(made.name, 4096)
+        shared_memory.attach(made.name, 4096)
 
 
 def test_a_segment_that_does_not_fit_is_an_error_now_and_leaves_nothing():
     with pytest.raises(OSError):
-        segment.create(1 << 60)
-    assert not list(segment.FOLDER.glob(f"flash-comm-{os.getpid()}-*"))
+        shared_memory.create(1 << 60)
+    assert not list(shared_memory.FOLDER.glob(f"flash-comm-{os.getpid()}-*"))
 
 
 def serving(device: str, **options) -> object:
     """What serves a call on a tensor that claims to be on ``device``; the group knows its size and nothing else."""
     config = Config(bits=4, min_bytes=0, **options)
     x = torch.zeros(64)
-    plan = policy.plan("all_reduce", x, 2, config)
+    plan = planned("all_reduce", x, 2, config)
     claimed = SimpleNamespace(device=torch.device(device), dtype=x.dtype)
-    return workspace.serving(SimpleNamespace(size=lambda: 2), claimed, plan, config.transport)  # type: ignore[arg-type]
+    return fused.serving(SimpleNamespace(size=lambda: 2), claimed, plan, config.transport)  # type: ignore[arg-type]
 
 
 def test_calls_that_are_left_to_the_process_group():
@@ -121,7 +122,7 @@ def test_calls_that_are_left_to_the_process_group():
 def test_a_fused_kernel_is_asked_for_its_legs():
     cuda = extension.cuda()
     assert cuda is not None
-    served = workspace._has_kernel
+    served = fused._has_kernel
     for dtype, bits in product((torch.float32, torch.float16, torch.bfloat16), range(2, 9)):
         assert served((0, bits, 32), (0, bits, 32), dtype)
         for recipe in ("auto", "flash-v2"):
@@ -137,28 +138,28 @@ def test_a_fused_kernel_is_asked_for_its_legs():
 @pytest.mark.skipif(extension.cuda() is None, reason="needs CUDA kernels")
 def test_a_memory_of_roundings_is_kept_by_rotated_codecs_alone():
     legs = [leg.native for leg in Config(bits=4).legs]
-    assert workspace._has_kernel(*legs, torch.bfloat16, True)
-    assert not workspace._has_kernel((0, 4, 32), (0, 4, 32), torch.bfloat16, True)
+    assert fused._has_kernel(*legs, torch.bfloat16, True)
+    assert not fused._has_kernel((0, 4, 32), (0, 4, 32), torch.bfloat16, True)
 
 
 def test_a_group_has_a_workspace_for_each_transport(monkeypatch):
     made: list[str] = []
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(workspace, "_make", lambda group, device, transport: made.append(transport))
-    monkeypatch.setattr(workspace, "_made", {})
+    monkeypatch.setattr(fused, "_make", lambda group, device, transport: made.append(transport))
+    monkeypatch.setattr(fused, "_made", {})
     for transport in ("peer", "host", "peer"):
-        assert workspace._of("group", 0, transport) is None  # type: ignore[arg-type]
+        assert fused._of("group", 0, transport) is None  # type: ignore[arg-type]
     assert made == ["peer", "host"]
 
 
 def test_nothing_is_prepared_during_a_capture(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    monkeypatch.setattr(workspace, "_made", {})
+    monkeypatch.setattr(fused, "_made", {})
     with pytest.raises(RuntimeError, match="before the capture"):
-        workspace.prepare("group", "peer")  # type: ignore[arg-type]
+        fused.prepare("group", "peer")  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match=r"collectives\.prepare\(group, config\) before the capture"):
-        workspace._of("group", 0, "peer")  # type: ignore[arg-type]
+        fused._of("group", 0, "peer")  # type: ignore[arg-type]
 
 
 def _prepare(rank: int, world: int) -> list[float]:
@@ -174,7 +175,7 @@ def test_prepare_is_collective_and_leaves_collectives_right():
 def _cpu_ignores_transport(rank: int, world: int) -> torch.Tensor:
     results = [
         all_reduce(torch.arange(100.0) * (rank + 1), None, Config(bits=8, min_bytes=0, transport=transport))
-        for transport in ("auto", "peer", "host", "group")
+        for transport in ("auto", "peer", "host", "group", "shared-memory")
     ]
     assert all(torch.equal(each, results[0]) for each in results)
     return results[0]

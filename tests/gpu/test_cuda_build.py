@@ -19,7 +19,7 @@ import pytest
 import setuptools
 import torch
 
-from flashcomm_megatron.codec import extension
+from flashcomm_megatron.codec import native as extension
 
 ARCHITECTURES = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"]
 FLAGS = ["-Icsrc", "-std=c++17", "-O3", "-fmad=false", "-DFLASHCOMM_ISA=cuda", "-Xptxas=-v", "-c"]
@@ -81,7 +81,7 @@ def test_without_a_driver_a_cuda_call_says_what_is_wrong():
     for call in (
         lambda: cuda.device_blocks(0),
         lambda: cuda.device_allocate(0, 16),
-        *(lambda f=f: cuda.encode_cuda(16, 2, 8, f, 4, 32, 16, 0, 0) for f in (0, 1, 2)),
+        *(lambda f=f: cuda.encode_slices_cuda(16, 0, 2, (f, 4, 32), 0, 8, 8, 1, 0, 16, 0) for f in (0, 1, 2)),
     ):
         with pytest.raises(RuntimeError, match=r"^flash-comm: .* on CUDA failed: .*\(cudaError\w+\)$"):
             call()

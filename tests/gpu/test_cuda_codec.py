@@ -10,7 +10,8 @@ import torch
 from codec_cases import KINDS, tensor
 from specification import fading, same, strange
 
-from flashcomm_megatron.codec import Rotated, Spike, Uniform, extension
+from flashcomm_megatron.codec import Rotated, Spike, Uniform
+from flashcomm_megatron.codec import native as extension
 from flashcomm_megatron.codec.base import Slices
 from flashcomm_megatron.codec.rotated import LEVELS
 

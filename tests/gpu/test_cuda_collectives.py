@@ -14,7 +14,8 @@ import torch
 from patience import patient
 from specification import carried, expected, outputs, plan_of, same, strange
 
-from flashcomm_megatron.codec import Uniform, extension
+from flashcomm_megatron.codec import Uniform
+from flashcomm_megatron.codec import native as extension
 from flashcomm_megatron.collectives import algorithms
 from flashcomm_megatron.collectives.algorithms import Residuals
 from flashcomm_megatron.config import Config
@@ -127,9 +128,9 @@ def test_residuals_are_added_to_the_next_call(ranks, kind):
     """Three calls with a memory: results and memories of the algorithms over any process group."""
     for dtype in DTYPES:
         calls = [[strange(30_000, dtype, 10 * call + r) for r in range(ranks.world)] for call in range(3)]
-        plan = plan_of(kind, AUTO, dtype)
+        plans = [plan_of(kind, AUTO, dtype, 30_000, ranks.world, r) for r in range(ranks.world)]
         lost = [
-            algorithms.fused_memories(kind, x.cuda(), r, ranks.world, plan, Residuals()) for r, x in enumerate(calls[0])
+            algorithms.fused_residuals(x.cuda(), plan, Residuals()) for x, plan in zip(calls[0], plans, strict=True)
         ]
         by_leg = [each[leg] for leg in (0, 1) for each in lost]
         for parts, (wanted, losses) in zip(calls, carried(kind, AUTO, calls, ranks.world), strict=True):

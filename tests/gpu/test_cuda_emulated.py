@@ -21,7 +21,7 @@ import torch
 from codec_cases import KINDS
 from patience import patient
 
-from flashcomm_megatron.codec import extension
+from flashcomm_megatron.codec import native as extension
 
 ROOT = Path(__file__).resolve().parents[2]
 SUPPORT = ROOT / "tests" / "support"

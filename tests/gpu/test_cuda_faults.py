@@ -17,14 +17,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import spawn
-from specification import carried, expected, same, strange
+from specification import carried, expected, planned, same, strange
 from test_cuda_processes import _collectives, config_of, raised_behind, use_device
 
 from flashcomm_megatron.codec import Uniform
 from flashcomm_megatron.collectives import all_gather, all_reduce, prepare, reduce_scatter
-from flashcomm_megatron.collectives import plan as policy
 from flashcomm_megatron.collectives.algorithms import Residuals
-from flashcomm_megatron.comm import votes, workspace
+from flashcomm_megatron.comm import fused, votes
 from flashcomm_megatron.config import Config
 
 MODULE = os.environ.get("FLASHCOMM_CUDA_STAND_IN")
@@ -91,18 +90,18 @@ def test_memory_outlives_its_tensor_while_work_is_left():
 def _fall_back(rank: int, world: int, faults: dict[str, int]) -> tuple[str, str]:
     """What rank 1's faults leave to all ranks: the inboxes of transport peer, and what was printed over two calls."""
     device, group, config = use_device(rank), dist.group.WORLD, config_of("peer")
-    workspace.trial_seconds = 3.0
+    fused.trial_seconds = 3.0
     for function, error in faults.items() if rank == 1 else ():
         fault(function, error)
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        made = workspace.prepare(group, "peer")
-        assert workspace.prepare(group, "peer") is made
+        made = fused.prepare(group, "peer")
+        assert fused.prepare(group, "peer") is made
     if made is not None:
         parts = [strange(5000, torch.bfloat16, r) for r in range(world)]
-        plan = policy.plan("all_reduce", parts[0].to(device), world, config)
+        plan = planned("all_reduce", parts[0].to(device), world, config)
         result = all_reduce(parts[rank].to(device), group, config)
         assert same(result, expected(plan.algorithm, (plan.reduce, plan.gather), parts)[rank])
-    workspace.close(group)
+    fused.close(group)
     free, total = torch.cuda.mem_get_info()
     assert free == total, "what failed gave back all it had"
     return type(getattr(made, "_inboxes", None)).__name__, printed.getvalue()
@@ -132,7 +131,7 @@ def test_ranks_fall_back_together_and_say_why_once(faults, served, said):
 def _untried(rank: int, world: int) -> str:
     """One call over inboxes that are not the peers', by a workspace that nobody tried."""
     device, group, config = use_device(rank), dist.group.WORLD, config_of("peer", timeout=1.0)
-    workspace._trial = lambda made, group: ""
+    fused._trial = lambda made, group: ""
     fault("cudaIpcOpenMemHandle", NOBODYS)
     return raised_behind(torch.ones(1000, device=device), group, config)
 
@@ -152,10 +151,10 @@ def _rebuilt(rank: int, world: int) -> str:
     all_reduce(x, group, config_of("peer"))
     said = "" if rank == 1 else raised_behind(x.clone(), group, config)
     config = config_of("peer")
-    workspace.rebuild(group, "peer")
+    fused.rebuild(group, "peer")
     result = all_reduce(torch.full_like(x, rank + 1.0), group, config)
     assert torch.equal(result, torch.full_like(x, world * (world + 1) / 2))
-    workspace.close(group)
+    fused.close(group)
     return said
 
 
@@ -170,12 +169,12 @@ def _carried(rank: int, world: int, transport: str) -> None:
     votes.device = lambda group: device if transport == "group" else torch.device("cpu")
     config = Config(bits=4, min_bytes=0, transport=transport)
     calls = [[strange(9000, torch.bfloat16, 10 * call + r) for r in range(world)] for call in range(3)]
-    plan = policy.plan("all_reduce", calls[0][0].to(device), world, config)
+    plan = planned("all_reduce", calls[0][0].to(device), world, config)
     legs = plan.reduce, plan.gather
     for parts, (wanted, _) in zip(calls, carried(plan.algorithm, legs, calls, world), strict=True):
         result = all_reduce(parts[rank].to(device), group, config, residuals=residuals)
         assert same(result, wanted[rank])
-    workspace.close(group)
+    fused.close(group)
 
 
 @pytest.mark.parametrize(("world", "transport"), [(2, "peer"), (3, "peer"), (3, "group")])
@@ -197,7 +196,7 @@ def _on_another_gpu(rank: int, world: int) -> None:
     prepare(dist.group.WORLD, config_of("peer"))  # on GPU 0: nobody has chosen another yet
     with pytest.raises(RuntimeError, match=r"made on GPU 0.*tensor on GPU 1\. Call torch\.cuda\.set_device\(1\)"):
         all_reduce(torch.ones(1000, device="cuda:1"), dist.group.WORLD, config_of("peer"))
-    workspace.close(dist.group.WORLD)
+    fused.close(dist.group.WORLD)
 
 
 def test_a_tensor_on_another_gpu_than_the_workspace_is_refused():
@@ -216,13 +215,13 @@ def _over_the_group(rank: int, world: int) -> None:
             config = Config(bits=4, recipe=recipe, min_bytes=0, algorithm=algorithm)
             parts = [strange(30_000, torch.bfloat16, seed * 10 + r) for r in range(world)]
             x = parts[rank].to(device)
-            plan = policy.plan("all_reduce", x, world, config)
+            plan = planned("all_reduce", x, world, config)
             codecs = plan.reduce, plan.gather
             assert same(all_reduce(x, group, config), expected(algorithm, codecs, parts)[rank])
-        gathered = policy.plan("all_gather", parts[rank].to(device), world, config)
+        gathered = planned("all_gather", parts[rank].to(device), world, config)
         want = expected("all_gather", (gathered.reduce, gathered.gather), parts)[rank]
         assert same(all_gather(parts[rank].to(device), group, config), want)
-        scattered = policy.plan("reduce_scatter", parts[rank].to(device), world, config)
+        scattered = planned("reduce_scatter", parts[rank].to(device), world, config)
         want = expected("reduce_scatter", (scattered.reduce, scattered.gather), parts)[rank]
         assert same(reduce_scatter(parts[rank].to(device), group, config), want)
 

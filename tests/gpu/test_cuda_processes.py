@@ -12,12 +12,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import spawn
-from specification import expected, same, strange
+from specification import expected, planned, same, strange
 
-from flashcomm_megatron.codec import extension
+from flashcomm_megatron.codec import native as extension
 from flashcomm_megatron.collectives import all_gather, all_reduce, prepare, reduce_scatter, stats
-from flashcomm_megatron.collectives import plan as policy
-from flashcomm_megatron.comm import workspace
+from flashcomm_megatron.comm import fused
 from flashcomm_megatron.config import Config
 
 pytestmark = [
@@ -54,7 +53,7 @@ def _collectives(rank: int, world: int, transport: str) -> str:
             config = config_of(transport, 4 + 4 * (seed % 2), algorithm)
             parts = [strange(numel, torch.bfloat16, seed * 10 + r) for r in range(world)]
             x = parts[rank].to(device)
-            plan = policy.plan("all_reduce", x, world, config)
+            plan = planned("all_reduce", x, world, config)
             codecs = (plan.reduce, plan.gather)
             result = all_reduce(x, group, config)
             assert result is x and same(x, expected(algorithm, codecs, parts)[rank])
@@ -62,10 +61,10 @@ def _collectives(rank: int, world: int, transport: str) -> str:
             wide = [part.repeat(world) for part in parts]
             found = reduce_scatter(wide[rank].to(device), group, config)
             assert same(found, expected("reduce_scatter", codecs, wide)[rank])
-    made = workspace.prepare(group, transport)
+    made = fused.prepare(group, transport)
     assert made is not None, "the workspace must have been made"
     kind = type(made._inboxes).__name__
-    workspace.close(group)
+    fused.close(group)
     return kind
 
 
@@ -112,10 +111,10 @@ def _many_streams(rank: int, world: int) -> None:
         with torch.cuda.stream(streams[call % 3]):
             all_reduce(each, group, config)
     torch.cuda.synchronize()
-    plan = policy.plan("all_reduce", x[0], world, config)
+    plan = planned("all_reduce", x[0], world, config)
     for each, parts in zip(x, calls, strict=True):
         assert same(each, expected(plan.algorithm, (plan.reduce, plan.gather), parts)[rank])
-    workspace.close(group)
+    fused.close(group)
 
 
 def test_a_second_stream_waits_for_the_first():
@@ -138,7 +137,7 @@ def _opposite_orders(rank: int, world: int) -> None:
     torch.cuda.synchronize()
     assert all(torch.equal(each, torch.full_like(each, 3.0 + 2 * turn)) for turn, each in enumerate(x))
     for group in groups:
-        workspace.close(group)
+        fused.close(group)
 
 
 def test_two_groups_launched_in_opposite_orders():
@@ -153,7 +152,7 @@ def _other_device(rank: int, world: int) -> None:
     torch.cuda.set_device(1)
     all_reduce(torch.ones(1000, device="cuda:0"), group, config)
     assert torch.cuda.current_device() == 1, "a call leaves the current device as it was"
-    workspace.close(group)
+    fused.close(group)
     assert torch.cuda.current_device() == 1
 
 
@@ -176,9 +175,9 @@ def _graph(rank: int, world: int) -> None:
         parts = [strange(5000, torch.bfloat16, replay * 10 + r) for r in range(world)]
         x.copy_(parts[rank])
         graph.replay()
-        plan = policy.plan("all_reduce", x, world, config)
+        plan = planned("all_reduce", x, world, config)
         assert same(x, expected(plan.algorithm, (plan.reduce, plan.gather), parts)[rank])
-    workspace.close(group)
+    fused.close(group)
 
 
 def test_a_captured_call_counts_on_at_every_replay():
@@ -191,7 +190,7 @@ def _again_and_again(rank: int, world: int, transport: str) -> list[int]:
     for _ in range(20):
         x = torch.ones(1000, device=device)
         assert torch.equal(all_reduce(x, group, config), torch.full_like(x, float(world)))
-        workspace.close(group)
+        fused.close(group)
         torch.cuda.synchronize()
         dist.barrier()
         used.append(torch.cuda.mem_get_info()[1] - torch.cuda.mem_get_info()[0])
@@ -213,7 +212,7 @@ def _bounded(rank: int, world: int) -> float:
         x = torch.full((1 + call * 977 % 50_000,), float(rank + call), device=device)
         want = torch.full_like(x, float(world * call + sum(range(world))))
         assert torch.equal(all_reduce(x, group, config), want), call  # constants are exact at every width
-    workspace.close(group)
+    fused.close(group)
     return time.monotonic() - started
 
 

@@ -115,8 +115,8 @@ def test_the_uncompressed_kernel_sums_exactly():
 
 def check_carried(kind, world, numel, dtype, legs, make):
     calls = [[make(numel, dtype, 10 * call + rank) for rank in range(world)] for call in range(3)]
-    plan = plan_of(kind, legs, dtype)
-    each = [algorithms.fused_memories(kind, calls[0][r], r, world, plan, Residuals()) for r in range(world)]
+    plans = [plan_of(kind, legs, dtype, numel, world, rank) for rank in range(world)]
+    each = [algorithms.fused_residuals(x, plan, Residuals()) for x, plan in zip(calls[0], plans, strict=True)]
     lost = list(zip(*each, strict=True))
     ranks = emulator.World(world)
     for call, (parts, (wanted, losses)) in enumerate(zip(calls, carried(kind, legs, calls, world), strict=True)):

@@ -16,7 +16,7 @@ from patience import patient
 
 import flashcomm_megatron as fc
 from flashcomm_megatron import config
-from flashcomm_megatron.megatron import seams
+from flashcomm_megatron.megatron import arguments, installation
 from flashcomm_megatron.megatron.arguments import config_from
 from flashcomm_megatron.megatron.patching import PatchError
 
@@ -37,7 +37,7 @@ def off(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def installs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """One entry for every time the flag patched Megatron; nothing is patched."""
     calls: list[str] = []
-    monkeypatch.setattr(seams, "install", lambda: calls.append("install"))
+    monkeypatch.setattr(installation, "install", lambda *options, **more: calls.append("install"))
     return calls
 
 
@@ -152,18 +152,18 @@ def test_a_width_that_is_no_number_is_argparses_error(installs: list[str], capsy
 def test_an_unknown_variable_is_refused_with_the_known_ones(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], line: str
 ) -> None:
-    monkeypatch.setenv("FLASH_COMM_BITS", "4")
+    monkeypatch.setenv("FLASH_COMM_BIT", "4")
     printed = refused(capsys, line)
-    assert "FLASH_COMM_BITS is no variable of flash-comm: choose FLASH_COMM_DISABLE or" in printed
+    assert "FLASH_COMM_BIT is no variable of flash-comm: choose FLASH_COMM_BITS or" in printed
 
 
 def test_a_megatron_that_does_not_fit_is_one_sentence(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def install() -> None:
+    def install(*options: object) -> None:
         raise PatchError("flash-comm cannot patch x: it does not exist.")
 
-    monkeypatch.setattr(seams, "install", install)
+    monkeypatch.setattr(installation, "install", install)
     assert refused(capsys, "--flash-comm-bits 4") == "train.py: error: flash-comm cannot patch x: it does not exist.\n"
 
 
@@ -175,24 +175,117 @@ def test_a_megatron_that_does_not_fit_is_one_sentence(
     ],
 )
 def test_a_megatron_too_old_is_refused(monkeypatch: pytest.MonkeyPatch, version: str, sentence: str) -> None:
-    monkeypatch.setattr(seams, "megatron_version", lambda: version)
+    monkeypatch.setattr(installation, "megatron_version", lambda: version)
     with pytest.raises(PatchError, match=sentence):
-        seams.install()
+        installation.install()
 
 
 def test_a_missing_megatron_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "megatron.core", None)
     with pytest.raises(PatchError, match="which cannot be imported: "):
-        seams.install()
+        installation.install()
 
 
 def test_the_kill_switch_leaves_megatron_untouched(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("FLASH_COMM_DISABLE", "1")
-    monkeypatch.setattr(seams.patching, "apply", lambda table: pytest.fail("patched in spite of the kill switch"))
+    monkeypatch.setattr(
+        installation.patching, "apply", lambda table: pytest.fail("patched in spite of the kill switch")
+    )
     parser().parse_args(["--flash-comm-bits", "4"])
     assert "flash-comm: off, because FLASH_COMM_DISABLE is set." in capsys.readouterr().out
+
+
+# ---- other doors ----------------------------------------------------------------------------------------------------
+
+
+def test_a_default_switches_on_as_the_flag_does(installs: list[str]) -> None:
+    one = parser()
+    one.set_defaults(flash_comm_bits=4, flash_comm_feedback="off")
+    one.parse_args([])
+    assert config.current() == fc.Config(bits=4, feedback="off") and installs == ["install"]
+
+
+def test_a_namespace_that_is_handed_in_switches_on(installs: list[str]) -> None:
+    parser().parse_args([], argparse.Namespace(flash_comm_bits=6))
+    assert config.current() == fc.Config(bits=6) and installs == ["install"]
+
+
+def test_finished_arguments_decide(installs: list[str]) -> None:
+    """YAML, a checkpoint, a Ray driver: what they say is in force, whatever the flag said before."""
+    parser().parse_args(["--flash-comm-bits", "8"])
+    finished = argparse.Namespace(flash_comm_bits=4, lr=0.1)
+    arguments.enable_from(finished)
+    assert config.current() == fc.Config(bits=4)
+    assert finished.flash_comm_recipe == "auto" and finished.flash_comm_bits == 4
+
+
+def test_finished_arguments_that_say_nothing_are_made_to_say_what_is_in_force(installs: list[str]) -> None:
+    fc.enable(bits=8)
+    finished = argparse.Namespace(lr=0.1)
+    arguments.enable_from(finished)
+    assert finished.flash_comm_bits == 8 and config_from(finished) == config.current()
+
+
+def test_finished_arguments_stay_as_they_are_with_flash_comm_off(installs: list[str]) -> None:
+    finished = argparse.Namespace(lr=0.1)
+    arguments.enable_from(finished)
+    assert vars(finished) == {"lr": 0.1} and installs == []
+
+
+def test_a_finished_combination_that_no_recipe_knows_is_refused(installs: list[str]) -> None:
+    with pytest.raises(ValueError, match="--flash-comm-bits 9: choose 2 to 8"):
+        arguments.enable_from(argparse.Namespace(flash_comm_bits=9))
+    assert config.current() is None
+
+
+def test_set_args_is_a_door(stub: Path) -> None:
+    source = (
+        EARLY
+        + DUMP.split("print({")[0]
+        + (
+            "from argparse import Namespace\nfrom megatron.training import global_vars\n"
+            "global_vars.set_args(Namespace(flash_comm_bits=5))\n"
+            "from flashcomm_megatron.config import current\nprint(current().bits, global_vars.ARGS.flash_comm_bits)"
+        )
+    )
+    ran = python(source, path=stub)
+    assert ran.stdout.splitlines() == ["installed", "5 5"], ran.stderr
+
+
+@pytest.mark.parametrize("flag", [False, True])
+def test_a_variable_switches_on_where_nothing_else_does(
+    monkeypatch: pytest.MonkeyPatch, installs: list[str], flag: bool
+) -> None:
+    monkeypatch.setenv("FLASH_COMM_BITS", "4")
+    monkeypatch.setenv("FLASH_COMM_FEEDBACK", "off")
+    if flag:
+        parser().parse_args(["--flash-comm-bits", "8"])
+    arguments.enable_from_environment()
+    assert config.current() == (fc.Config(bits=8) if flag else fc.Config(bits=4, feedback="off"))
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"), [("four", "FLASH_COMM_BITS=four is no number"), ("9", "--flash-comm-bits 9: choose")]
+)
+def test_a_variable_that_is_no_width_is_refused(
+    monkeypatch: pytest.MonkeyPatch, installs: list[str], text: str, sentence: str
+) -> None:
+    monkeypatch.setenv("FLASH_COMM_BITS", text)
+    with pytest.raises(ValueError, match=sentence):
+        arguments.enable_from_environment()
+
+
+def test_experts_rows_are_asked_for_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[object, ...]] = []
+    monkeypatch.setattr(installation, "install", lambda *options: asked.append(options))
+    bits, experts = ["--flash-comm-bits", "4"], ["--flash-comm-experts"]
+    for line in (bits + experts, experts + bits):
+        asked.clear()
+        argparse.ArgumentParser(parents=[parser(add_help=False)]).parse_args(line)
+        assert asked[-1] == (True,)
+        assert config.current() == fc.Config(bits=4, experts=True)
 
 
 # ---- Megatron's parser ----------------------------------------------------------------------------------------------
@@ -211,13 +304,14 @@ def parse_args(extra_args_provider=None, ignore_unknown_args=False):
         parser = extra_args_provider(parser)
     return parser.parse_args()
 """
+GLOBAL_VARS = "ARGS = None\n\ndef set_args(args):\n    global ARGS\n    ARGS = args\n"
 INITIALIZE = "from megatron.training.arguments import parse_args\n"
 EARLY = "import flashcomm_megatron as fc\nfrom megatron.training.initialize import parse_args\n"
 LATE = "from megatron.training.initialize import parse_args\nimport flashcomm_megatron as fc\n"
 PROVIDER = LATE + "parse_args = __import__('functools').partial(parse_args, fc.add_arguments)\n"
 DUMP = """
-from flashcomm_megatron import seams
-seams.install = lambda: print("installed")
+from flashcomm_megatron.megatron import arguments, installation
+installation.install = lambda *options: print("installed")
 print({name: value for name, value in vars(parse_args()).items() if value is not None})
 """
 
@@ -227,7 +321,8 @@ def stub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with a megatron.training whose scripts import parse_args by name, as pretrain scripts do."""
     folder = tmp_path_factory.mktemp("stub")
     (folder / "megatron" / "training").mkdir(parents=True)
-    for name, source in {"__init__": "", "arguments": ARGUMENTS, "initialize": INITIALIZE}.items():
+    modules = {"__init__": "", "arguments": ARGUMENTS, "initialize": INITIALIZE, "global_vars": GLOBAL_VARS}
+    for name, source in modules.items():
         (folder / "megatron" / "training" / f"{name}.py").write_text(source)
     return folder
 

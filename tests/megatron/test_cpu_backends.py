@@ -40,7 +40,8 @@ def test_nccl_is_gloo_and_has_a_mean(on: None) -> None:
 
 def test_the_mean_of_two_is_half_their_sum(on: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "get_world_size", lambda group=None: 2)
-    sums = backends._mean(lambda tensor, *rest: (tensor.mul_(2), rest))
+    [mean] = [seam.replace for seam in backends.SEAMS if seam.path == "torch.distributed.all_reduce"]
+    sums = mean(lambda tensor, *rest: (tensor.mul_(2), rest))
     x = torch.full((2,), 3.0)
     assert sums(x, dist.ReduceOp.AVG)[1] == (dist.ReduceOp.SUM, None, False)
     assert x.tolist() == [3.0, 3.0]

@@ -18,6 +18,7 @@ from ranks import spawn
 from torch import Tensor
 
 import flashcomm_megatron as fc
+from flashcomm_megatron import collectives
 from flashcomm_megatron.collectives.handle import Handle
 from flashcomm_megatron.megatron import context as where
 from flashcomm_megatron.megatron import gradients
@@ -273,8 +274,8 @@ class Group:
 
 def test_only_the_sum_of_one_contiguous_gradient_is_compressed(monkeypatch: pytest.MonkeyPatch) -> None:
     sums: list[Tensor] = []
-    monkeypatch.setattr(gradients, "legs_of", lambda *arguments: NEAREST.gradient_legs)
-    monkeypatch.setattr(gradients, "sent", lambda collective, x, *arguments, **options: sums.append(x))
+    monkeypatch.setattr(gradients, "planned", lambda *arguments: "a plan")
+    monkeypatch.setattr(collectives, "run", lambda plan, x, **options: sums.append(x))
     group, x, options = Group(), torch.ones(8, 8), dist.AllreduceOptions()
     ours = gradients.Compressing(group, where.Site("column", torch.nn.Linear(1, 1), NEAREST))
     ours.allreduce([x], options)

@@ -16,11 +16,11 @@ import pytest
 import torch
 from mixtures import ATTENTION, DENSE, EXPERTS, TOKENS, Recorder, calls, recorded
 from ranks import spawn
+from specification import planned
 from torch import Tensor
 
 import flashcomm_megatron as fc
-from flashcomm_megatron.collectives import plan as policy
-from flashcomm_megatron.megatron import modes, patching, seams
+from flashcomm_megatron.megatron import installation, modes, patching
 
 # Not imported here: the ranks import this file before they switch CPU mode on.
 pytestmark = pytest.mark.skipif(find_spec("megatron") is None, reason="megatron-core is not installed")
@@ -29,11 +29,17 @@ WORLD = 4
 CONFIG = fc.Config(bits=4, min_bytes=0)
 EXACT = ("embedding", "decoder.final_layernorm", "output_layer")
 MOE = ("decoder.layers.1.mlp.router", "decoder.layers.1.mlp.experts")
+BESIDE = {
+    "moe_shared_expert_intermediate_size": 32,
+    "moe_shared_expert_overlap": True,
+    "moe_token_dispatcher_type": "alltoall",
+}
 # name: (parallel groups beside TP, builder, its options, modules that must be exact)
 MODELS: dict[str, Any] = {
     "alltoall": ({}, mixtures.gpt, EXPERTS | {"moe_token_dispatcher_type": "alltoall"}, "decoder.layers.1.mlp"),
     "allgather": ({}, mixtures.gpt, EXPERTS | {"moe_token_dispatcher_type": "allgather"}, "decoder.layers.1.mlp"),
     "shared experts": ({}, mixtures.gpt, EXPERTS | {"moe_shared_expert_intermediate_size": 32}, None),
+    "shared experts beside the dispatcher": ({}, mixtures.gpt, EXPERTS | BESIDE, None),
     "context and expert parallel": (
         {"context_parallel_size": 2, "expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1},
         mixtures.gpt,
@@ -66,7 +72,7 @@ def seen() -> list[dict[str, Any]]:
 
 def bound() -> list[Any]:
     """The objects bound to every name of the tables."""
-    return [vars(owner)[attribute] for owner, attribute in map(patching._owner, seams.rows())]
+    return [patching.find(row)[2] for row in installation.rows()]
 
 
 def groups(**sizes: int) -> Any:
@@ -103,6 +109,7 @@ SITES: dict[str, list[tuple[str, str, str | None]]] = {
     "alltoall": [*FIRST, ("1.", *ATTENTION)],
     "allgather": [*FIRST, ("1.", *ATTENTION)],
     "shared experts": [*FIRST, ("1.", *ATTENTION), ("1.", *SHARED)],
+    "shared experts beside the dispatcher": [*FIRST, ("1.", *ATTENTION), ("1.", *SHARED)],
     "context and expert parallel": [*FIRST, ("1.", *ATTENTION)],
     "token prediction": [
         *FIRST,
@@ -118,9 +125,11 @@ SITES: dict[str, list[tuple[str, str, str | None]]] = {
 @pytest.mark.parametrize("name", MODELS)
 def test_linear_layers_are_compressed_and_nothing_else(seen: list[dict[str, Any]], name: str) -> None:
     sites = SITES[name]
+    # Beside the dispatcher, shared experts gather once and keep the whole input for backward.
+    again = sites[:-1] if name.endswith("beside the dispatcher") else sites
     for rank in (each[name] for each in seen):
         assert rank["forward"] == calls(sites, "all_gather", "reduce_scatter")
-        assert sorted(rank["again"]) == sorted(calls(sites, "all_gather", None))
+        assert sorted(rank["again"]) == sorted(calls(again, "all_gather", None))
         assert sorted(rank["gradients"]) == sorted(calls(sites, "reduce_scatter", "all_gather"))
         assert rank["dtypes"] == {torch.float32} and rank["finite"]
 
@@ -129,7 +138,9 @@ def test_linear_layers_are_compressed_and_nothing_else(seen: list[dict[str, Any]
 def test_embedding_router_experts_dispatch_and_logits_are_exact(seen: list[dict[str, Any]], name: str) -> None:
     for rank in (each[name] for each in seen):
         assert all(rank["exact"].values()), rank["exact"]
-        assert len(rank["exact"]) == (3 if name == "token prediction" else 5 if name == "shared experts" else 6)
+        assert len(rank["exact"]) == (
+            3 if name == "token prediction" else 5 if name.startswith("shared experts") else 6
+        )
 
 
 def test_disable_restores_every_object(seen: list[dict[str, Any]]) -> None:
@@ -193,7 +204,21 @@ def batch_invariant() -> dict[str, Any]:
     fc.reset_stats()
     with fc.flashcomm(CONFIG):
         found = training_step(model)
-    return {"equal": all(map(torch.equal, found, exact)), "stats": fc.stats()}
+    return {"equal": all(map(torch.equal, found, exact)), "stats": fc.stats(), "tokens": tokens_of_experts()}
+
+
+def tokens_of_experts() -> dict[str, Any]:
+    """Experts' tokens between ranks, asked for: compressed, and in batch-invariant mode not."""
+    groups(expert_model_parallel_size=2, expert_tensor_parallel_size=1)
+    options = {"moe_token_dispatcher_type": "alltoall", "expert_model_parallel_size": 2}
+    model, found = mixtures.gpt(**EXPERTS | options | {"expert_tensor_parallel_size": 1}), {}
+    for mode in (False, True):
+        model.config.batch_invariant_mode = mode
+        fc.reset_stats()
+        with fc.flashcomm(bits=4, min_bytes=0, grad_bits=16, experts=True):
+            training_step(model)
+        found[mode] = fc.stats()
+    return found
 
 
 def training_step(model: Any) -> list[Tensor]:
@@ -212,6 +237,12 @@ def test_batch_invariant_mode_leaves_everything_exact(seen: list[dict[str, Any]]
         assert rank["stats"]["deferred"] == {modes.BATCH_INVARIANT: 4 * 4}
 
 
+def test_batch_invariant_mode_leaves_experts_tokens_exact(seen: list[dict[str, Any]]) -> None:
+    for rank in (each["batch-invariant"]["tokens"] for each in seen):
+        assert rank[False]["quantized"] == 3 * 3 + 2  # three pairs of layers, and tokens there and back
+        assert rank[True]["quantized"] == 0 and set(rank[True]["deferred"]) == {modes.BATCH_INVARIANT}
+
+
 @pytest.mark.parametrize("device", ["cpu", "meta"])  # meta: what is no CPU has the thresholds of a GPU
 @pytest.mark.parametrize("least", [None, 4096])
 def test_capture_and_replay_decide_alike(monkeypatch: pytest.MonkeyPatch, device: str, least: int | None) -> None:
@@ -220,13 +251,12 @@ def test_capture_and_replay_decide_alike(monkeypatch: pytest.MonkeyPatch, device
     values = [torch.empty(size, dtype=torch.bfloat16, device=device) for size in sizes]
 
     def plans() -> list[Any]:
-        policy._plan.cache_clear()
-        return [policy.plan("all_reduce", x, 2, config) for x in values]
+        return [planned("all_reduce", x, 2, config)._replace(comm=None, transport=None) for x in values]
 
     eager = plans()
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with torch.inference_mode():
         captured = plans()
     assert captured == eager
-    deferred = [plan.reason is not None for plan in eager]
+    deferred = [plan.deferred is not None for plan in eager]
     assert deferred == sorted(deferred, reverse=True) and deferred[0] and not deferred[-1]  # both, by size alone

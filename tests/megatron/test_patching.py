@@ -156,7 +156,7 @@ def test_importing_the_consumer_before_or_after_makes_no_difference(stub: str) -
             "reduce",
             "layers",
             ("input_", "axis"),
-            r"expected parameters \(input_, axis, ...\), found \(input_, group=None\)",
+            r"expected parameters \(input_, axis, ...\), found \(input_, group\)",
         ),
         ("length", "moe", ("x",), "length: it does not exist"),
         ("__name__", "layers", ("x",), r"expected a function with parameters \(x, ...\), found 'stub_megatron.layers'"),
@@ -236,3 +236,81 @@ def test_every_symbol_is_logged(stub: str, caplog: pytest.LogCaptureFixture) -> 
         patching.revert(table(stub))
     paths = [f"{stub}.layers.reduce", f"{stub}.layers.Linear.forward"]
     assert caplog.messages == [f"patched {path}" for path in paths] + [f"restored {path}" for path in reversed(paths)]
+
+
+# ---- whole signatures -----------------------------------------------------------------------------------------------
+
+
+def knows_two(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A replacement that names two parameters and says what it had to do."""
+
+    def replacement(a: Any, b: Any = 0) -> tuple[Any, ...]:
+        unknown = patching.unknown_argument()
+        return ("original", unknown, original(a, b)) if unknown else ("ours", a, b)
+
+    return replacement
+
+
+def patched(stub: str, source: str, replace: Callable[..., Any] = knows_two) -> Any:
+    """The function ``f`` of ``source``, patched."""
+    module = layers(stub)
+    exec(source, vars(module))
+    name = next(iter(inspect.signature(module.f).parameters))
+    patching.apply([Seam(f"{stub}.layers", "f", (name,), replace, "a test")])
+    return module.f
+
+
+def test_an_argument_that_the_replacement_does_not_know_reaches_the_original(stub: str) -> None:
+    f = patched(stub, "def f(a, b=0, c=False, *, d=None, **more): return (a, b, c, d, more)")
+    assert f(1) == ("ours", 1, 0) and f(1, b=2) == ("ours", 1, 2)
+    assert f(1, 2, True) == ("original", "c", (1, 2, True, None, {}))
+    assert f(1, d="x") == ("original", "d", (1, 0, False, "x", {}))
+    assert f(1, new=5) == ("original", "new", (1, 0, False, None, {"new": 5}))
+    assert patching.unknown_argument() is None
+
+
+def test_an_argument_equal_to_its_default_asks_for_nothing(stub: str) -> None:
+    f = patched(stub, "def f(a, b=0, c=False, *, d=None): return (a, b, c, d)")
+    assert f(1, 2, False, d=None) == ("ours", 1, 2)
+    assert f(1, c=False) == ("ours", 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("source", "problem"),
+    [
+        ("def f(a, c, b=0): ...", "its replacement takes b where the original has c"),
+        ("def f(a): ...", "its replacement takes b where the original has nothing"),
+        ("def f(a=None, b=0): ...", "its replacement needs a, which the original does not"),
+        ("def f(a, b=1): ...", "the default of b was 0 and is 1"),
+    ],
+)
+def test_a_replacement_that_would_break_a_caller_is_refused(stub: str, source: str, problem: str) -> None:
+    with pytest.raises(PatchError, match=f"cannot patch {stub}.layers.f: {problem}"):
+        patched(stub, source)
+
+
+def test_the_state_says_which_arguments_are_left_to_the_original(stub: str) -> None:
+    exec("def f(a, b=0, c=0, d=0): ...", vars(layers(stub)))
+    row = Seam(f"{stub}.layers", "f", ("a",), knows_two, "a test")
+    assert patching.status([row]) == [(row.path, "fits; with c or d the original is called")]
+
+
+def test_every_row_accepts_what_newer_dispatchers_pass(stub: str) -> None:
+    """Megatron 0.18 and later always pass ``use_nccl_stream`` to all_to_all."""
+    import torch
+
+    import flashcomm_megatron as fc
+    from flashcomm_megatron.config import set_current
+    from flashcomm_megatron.megatron import experts
+
+    source = (
+        "def f(a, input_, output_split_sizes_=None, input_split_sizes=None, *, use_nccl_stream=False): return input_"
+    )
+    f, x = patched(stub, source.replace("a,", "group,", 1), experts.tokens), torch.ones(4, 8)
+    fc.reset_stats()
+    set_current(fc.Config(bits=8, experts=True))
+    try:
+        assert f(None, x, [4], [4], use_nccl_stream=True) is x
+    finally:
+        set_current(None)
+    assert fc.stats()["deferred"] == {"argument use_nccl_stream": 1}

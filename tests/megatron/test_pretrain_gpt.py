@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "examples" / "pretrain_gpt.sh"
 PARSE = (
     "import sys; sys.path.insert(0, '.')\n"
-    "from flashcomm_megatron import cpu, seams; cpu.enable(force=True, scripts=True); seams.install = list\n"
+    "from flashcomm_megatron import cpu; from flashcomm_megatron.megatron import installation\n"
+    "cpu.enable(force=True, scripts=True); installation.install = lambda *options: None\n"
     "from megatron.training.arguments import parse_args, validate_args\n"
     "args = parse_args(); validate_args(args)\n"
     "print(args.flash_comm_bits, args.tensor_model_parallel_size, args.train_iters, args.seed)"

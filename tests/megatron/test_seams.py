@@ -188,7 +188,7 @@ class Recorder:
         self.widths: set[int] = set()
         self.passed: list[str] = []  # collectives that reached a seam outside of every site
         self.io: dict[str, tuple[Any, Any]] = {}
-        self.wanted = differentiable.wanted
+        self.planned = differentiable.planned
         for name, module in model.named_modules():
             module.register_forward_hook(partial(self.keep, name))
 
@@ -197,8 +197,8 @@ class Recorder:
         # Copies, because the loss works in place on the logits.
         self.io[name] = args, tuple(each.clone() if isinstance(each, Tensor) else each for each in outputs)
 
-    def __call__(self, kind: str, collective: str, x: Tensor, group: Any) -> Any:
-        config, site = self.wanted(kind, collective, x, group), where.site()
+    def __call__(self, kind: str, collective: str, x: Tensor, *more: Any) -> Any:
+        config, site = self.planned(kind, collective, x, *more), where.site()
         if config is None:
             self.passed.append(collective)
         else:
@@ -215,13 +215,13 @@ def mixture(sequence_parallel: bool) -> dict[str, Any]:
     inputs = tokens, tokens, None
     embedded = model.embedding(tokens, tokens)
     recorder = Recorder(model)
-    differentiable.wanted, wanted = recorder, differentiable.wanted
+    differentiable.planned, planned = recorder, differentiable.planned
     with fc.flashcomm(CONFIG):
         loss = model(*inputs, labels=tokens)
         forward = list(recorder.compressed)
         if sequence_parallel:
             loss.mean().backward()
-    differentiable.wanted = wanted
+    differentiable.planned = planned
     found = {"forward": forward, "backward": recorder.compressed[len(forward) :], "passed": recorder.passed}
     found |= {"dtypes": recorder.dtypes, "widths": recorder.widths, "finite": bool(loss.isfinite().all())}
     return found | exactness(model, recorder, embedded, loss, tokens)
@@ -322,7 +322,7 @@ def test_output_layers_and_experts_are_no_sites(seen: list[dict[str, Any]]) -> N
 
 def bound() -> list[Any]:
     """The objects bound to every name of the table, staticmethod wrappers included."""
-    return [vars(owner)[attribute] for owner, attribute in map(patching._owner, seams.SEAMS)]
+    return [patching.find(row)[2] for row in seams.SEAMS]
 
 
 def test_disable_restores_every_object() -> None:

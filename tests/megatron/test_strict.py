@@ -11,13 +11,12 @@ import torch.distributed as dist
 from ranks import spawn
 
 from flashcomm_megatron import collectives
-from flashcomm_megatron.codec import extension
-from flashcomm_megatron.comm import segment
+from flashcomm_megatron.codec import native as extension
+from flashcomm_megatron.comm import shared_memory
 from flashcomm_megatron.config import Config
 from flashcomm_megatron.megatron import context as where
 from flashcomm_megatron.megatron import differentiable
-from flashcomm_megatron.observe import counters
-from flashcomm_megatron.observe import messages as announce
+from flashcomm_megatron.observe import counters, messages
 from flashcomm_megatron.observe.metrics import metrics
 
 ON = {"min_bytes": 0, "transport": "group"}
@@ -37,7 +36,7 @@ def deferrals(rank: int, world: int) -> tuple[list[str], dict[str, int], str, fl
     with pytest.raises(RuntimeError, match=r"stays exact: dtype float64 \(--flash-comm-strict\)"):
         calls(Config(bits=4, strict=True, **ON))
     logged = metrics()["flash-comm/deferred-calls/dtype-float64"]
-    return said, counters.stats()["deferred"], announce.summary(), logged
+    return said, counters.stats()["deferred"], messages.summary(), logged
 
 
 def test_a_surprising_deferral_is_said_once_counted_and_an_error_if_strict() -> None:
@@ -50,13 +49,15 @@ def test_a_surprising_deferral_is_said_once_counted_and_an_error_if_strict() -> 
 
 
 def fallback(rank: int, world: int, strict: bool) -> str:
-    def full(size: int) -> segment.Segment:
+    def full(size: int) -> shared_memory.Segment:
         raise OSError(28, "No space left on device")
 
     if rank == 1:
-        segment.create = full
+        shared_memory.create = full
     try:
-        collectives.all_reduce(torch.ones(100), None, Config(bits=4, min_bytes=0, transport="host", strict=strict))
+        collectives.all_reduce(
+            torch.ones(100), None, Config(bits=4, min_bytes=0, transport="shared-memory", strict=strict)
+        )
     except RuntimeError as error:
         return str(error)
     return ""
@@ -69,24 +70,24 @@ def test_a_transport_that_was_asked_for_and_falls_back(strict: bool) -> None:
         assert ("transport host does not serve" in text and "No space left" in text) == strict, text
 
 
-def test_rows_that_do_not_fit_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_only_the_original_can_do_is_counted() -> None:
     counters.reset_stats()
-    site = where.Site("row", torch.nn.Linear(1, 1), Config(bits=4))
+    site, reason = where.Site("row", torch.nn.Linear(1, 1), Config(bits=4)), "argument use_global_buffer"
     group = SimpleNamespace(size=lambda: 2)
     with where.at(site):
-        differentiable.unfit("column", "all_gather", torch.ones(8), group)
+        assert differentiable.planned("column", "all_gather", torch.ones(8), group, reason) is None
         assert counters.stats()["deferred"] == {}
-        differentiable.unfit("row", "reduce_scatter", torch.ones(8), group)
-    assert counters.stats()["deferred"] == {differentiable.UNFIT: 1}
+        assert differentiable.planned("row", "reduce_scatter", torch.ones(8), group, reason) is None
+    assert counters.stats()["deferred"] == {reason: 1}
     with (
         where.at(site._replace(config=Config(bits=4, strict=True))),
-        pytest.raises(RuntimeError, match="uneven splits"),
+        pytest.raises(RuntimeError, match="argument use_global_buffer"),
     ):
-        differentiable.unfit("row", "reduce_scatter", torch.ones(8), group)
+        differentiable.planned("row", "reduce_scatter", torch.ones(8), group, reason)
     counters.reset_stats()
 
 
 def test_every_reason_is_expected_or_not() -> None:
     assert not dist.is_initialized()
-    surprising = ("dtype float64", "no calibrated site", "batch-invariant mode", "FP8", differentiable.UNFIT)
-    assert not any(reason.startswith(announce.EXPECTED) for reason in surprising)
+    surprising = ("dtype float64", "no calibrated site", "batch-invariant mode", "FP8", "argument use_nccl_stream")
+    assert not any(reason.startswith(messages.EXPECTED) for reason in surprising)

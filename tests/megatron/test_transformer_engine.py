@@ -24,7 +24,7 @@ from torch import Tensor
 
 import flashcomm_megatron as fc
 from flashcomm_megatron import collectives
-from flashcomm_megatron.megatron import patching, seams
+from flashcomm_megatron.megatron import installation, patching, seams
 
 # Not imported here: the ranks import this file before they put the stand-in where Megatron finds it.
 pytestmark = pytest.mark.skipif(find_spec("megatron") is None, reason="megatron-core is not installed")
@@ -47,6 +47,7 @@ ALONE = {
     "FP8": ("TEColumnParallelLinear", True, {"quantizer": torch.round}, "FP8"),
     "FP8 norm": ("TELayerNormColumnParallelLinear", True, {"quantizer": torch.round}, "FP8"),
     "user buffers": ("TEColumnParallelLinear", True, {"ub_overlap_ag_fprop": True}, "user-buffer overlap"),
+    "user buffers in backward": ("TEColumnParallelLinear", True, {"ub_bulk_dgrad": True}, "user-buffer overlap"),
     "symmetric": ("TERowParallelLinear", False, {"symmetric_ar_type": "two_shot"}, "symmetric-memory all-reduce"),
 }
 
@@ -65,7 +66,7 @@ def everything(rank: int, world: int) -> dict[str, Any]:
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=world)
     model_parallel_cuda_manual_seed(1)
     names = bound()
-    seen: dict[str, Any] = {"states": patching.status(seams.rows())}
+    seen: dict[str, Any] = {"states": patching.status(installation.rows())}
     seen |= {name: one_linear(rank, *row) for name, row in LINEARS.items()}
     seen |= {name: left_alone(rank, *row) for name, row in ALONE.items()}
     seen |= {"no site": no_site(), "row feedback": feedback()} | models()
@@ -82,7 +83,7 @@ def seen() -> list[dict[str, Any]]:
 
 def bound() -> list[Any]:
     """The objects bound to every name of the tables."""
-    return [vars(owner)[attribute] for owner, attribute in map(patching._owner, seams.rows())]
+    return [patching.find(row)[2] for row in installation.rows()]
 
 
 # ---- single layers --------------------------------------------------------------------------------------------------
@@ -255,21 +256,19 @@ def test_other_layers_are_no_sites(seen: list[dict[str, Any]]) -> None:
 
 
 def feedback() -> dict[str, int]:
-    """Why a row layer has no feedback where gradients are recorded outside of training."""
-    from flashcomm_megatron.megatron import feedback
-
+    """Why a row layer by itself has no feedback, where gradients are recorded and where not."""
     layer = linear("TERowParallelLinear", sequence_parallel=False).eval()
-    feedback.reset_counts()
+    fc.reset_stats()
     with fc.flashcomm(CONFIG):
         layer(normal(ROWS, 1, INNER // WORLD, seed=1))
         with torch.no_grad():
             layer(normal(ROWS, 1, INNER // WORLD, seed=1))
-    return feedback.counts()
+    return fc.stats()["feedback"]
 
 
 def test_feedback_knows_whether_gradients_are_recorded(seen: list[dict[str, Any]]) -> None:
     for rank in seen:
-        assert rank["row feedback"] == {"gradients are recorded": 1, "on": 1}
+        assert rank["row feedback"] == {"gradients are recorded": 1, "outside of a transformer layer": 1}
 
 
 # ---- models ---------------------------------------------------------------------------------------------------------
@@ -372,9 +371,9 @@ def test_inference_optimized_layers_are_compressed_unless_nvls_serves(seen: list
 
 def test_every_row_fits_and_disable_restores_every_object(seen: list[dict[str, Any]]) -> None:
     for rank in seen:
-        assert {state for _, state in rank["states"]} == {"fits"} and rank["restored"]
+        assert all(state.startswith("fits") for _, state in rank["states"]) and rank["restored"]
         assert len(rank["states"]) > len(seams.SEAMS)
 
 
 def test_without_the_package_there_is_no_such_row() -> None:
-    assert seams.rows() == seams.SEAMS
+    assert installation.rows() == seams.SEAMS

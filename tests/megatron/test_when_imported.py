@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from flashcomm_megatron.megatron.when_imported import _Finder, when_imported
+from flashcomm_megatron.megatron.when_imported import when_imported
 
 
 @pytest.fixture
@@ -21,14 +21,19 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (folder / "target.py").write_text("value = 1\n")
     (folder / "other.py").write_text("from late.target import value\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    monkeypatch.setattr(sys, "meta_path", [finder for finder in sys.meta_path if not is_ours(finder)])
     yield folder
     for name in [name for name in sys.modules if name.partition(".")[0] == "late"]:
         del sys.modules[name]
 
 
+def is_ours(finder: object) -> bool:
+    return type(finder).__module__ == when_imported.__module__
+
+
 def waiting() -> int:
-    return sum(isinstance(finder, _Finder) and finder._name.startswith("late") for finder in sys.meta_path)
+    """How many finders of ours look for a module."""
+    return sum(map(is_ours, sys.meta_path))
 
 
 def test_the_callback_comes_after_the_module_has_run(package: Path) -> None:

@@ -20,6 +20,7 @@ import flashcomm_megatron as fc
 from flashcomm_megatron import config
 from flashcomm_megatron.megatron import patching, training_log
 from flashcomm_megatron.observe import error_sampling as sampling
+from flashcomm_megatron.observe.metrics import send
 
 CONFIG = fc.Config(bits=4, min_bytes=0)
 CODEC = CONFIG.legs.reduce
@@ -159,16 +160,6 @@ def test_sampling_on_cuda_waits_for_nothing() -> None:
     assert sampling.read()["all_reduce"] == (0.0, 0)
 
 
-def test_site_of_the_caller_names_the_sample() -> None:
-    before = sampling._where
-    sampling.locate(lambda: "row")
-    try:
-        sampling.sample("all_reduce", values(64), CODEC)
-    finally:
-        sampling.locate(before)
-    assert list(sampling.read()) == ["row"]
-
-
 # ---- destinations ---------------------------------------------------------------------------------------------------
 
 
@@ -184,6 +175,22 @@ class Wandb(ModuleType):
 
     def log(self, scalars: dict[str, float], step: int) -> None:
         self.logged.append((step, scalars))
+
+
+class Finished(Wandb):
+    """A module whose run has been finished: everything raises."""
+
+    def log(self, scalars: dict[str, float], step: int) -> None:
+        raise RuntimeError("You must call wandb.init() before wandb.log()")
+
+
+@pytest.mark.parametrize("wandb", [Finished(), ModuleType("wandb"), SimpleNamespace(run=SimpleNamespace())])
+def test_a_wandb_that_cannot_log_is_said_once_and_stops_nothing(wandb: Any, caplog: pytest.LogCaptureFixture) -> None:
+    config.set_current(CONFIG)
+    with caplog.at_level(logging.WARNING):
+        for step in range(3):
+            send(step, {"flash-comm/calls": 1}, {}, wandb)
+    assert sum("no metrics reach W&B" in record.message for record in caplog.records) == 1
 
 
 class TensorBoard:

@@ -63,7 +63,7 @@ def main(words: list[str]) -> int:
     """The command line of the docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--restarts", type=int, default=20)
-    parser.add_argument("--transport", default="host")
+    parser.add_argument("--transport", default="shared-memory")
     parser.add_argument("--ranks", type=int, default=2)
     asked = parser.parse_args(words)
     found = run(asked.restarts, asked.transport, asked.ranks, seconds=3600.0)

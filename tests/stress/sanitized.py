@@ -29,7 +29,7 @@ THREADS = ["-fsanitize=thread"]
 BASELINE = ["-DFLASHCOMM_ISA=baseline"]
 AVX2 = ["-DFLASHCOMM_ISA=avx2", "-mavx2", "-mfma", "-mf16c"]
 CODEC = ["csrc/cpu/codec_cpu.cpp", "csrc/cpu/rotated_cpu.cpp", "csrc/cpu/spike_cpu.cpp"]
-STREAMS = ["csrc/cpu/streams.cpp", "csrc/cpu/ring.cpp", "csrc/cpu/sockets.cpp"]
+STREAMS = ["csrc/cpu/streams.cpp", "csrc/cpu/ring.cpp"]
 DRIVER = "tests/stress/fuzz/driver.cpp"
 
 # name: (sources, flags). The driver watches the others, not itself.

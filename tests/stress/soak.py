@@ -30,11 +30,10 @@ import torch
 import torch.distributed as dist
 from ranks import spawn
 from record import circumstances
-from specification import expected, same
+from specification import expected, planned, same
 from torch import Tensor
 
 from flashcomm_megatron import collectives
-from flashcomm_megatron.collectives import plan as policy
 from flashcomm_megatron.config import Config
 
 STAIR = 128  # values that are alike: a multiple of every block in use
@@ -48,9 +47,9 @@ NATIVE = [
     for recipe, widths in {"auto": (2, 3, 4, 5, 6, 8), "flash-v1": (4, 6, 8)}.items()
     for bits in widths
     for algorithm in ("one-step", "two-step")
-    for transport in ("host", "group")
+    for transport in ("shared-memory", "group")
 ]
-IN_TORCH = [Config(4, recipe=recipe, transport="host", min_bytes=0) for recipe in ("flash-v2", "mx", "mx-int")]
+IN_TORCH = [Config(4, recipe=recipe, transport="shared-memory", min_bytes=0) for recipe in ("flash-v2", "mx", "mx-int")]
 
 
 class Drawn(NamedTuple):
@@ -99,9 +98,9 @@ def payload(call: Drawn, rank: int, world: int) -> Tensor:
 def wanted(call: Drawn, parts: list[Tensor], rank: int) -> Tensor:
     """What the call returns on ``rank``, by the specification, flat."""
     world, kind = len(parts), call.kind
-    plan = policy.plan(kind, parts[0], world, call.config)
+    plan = planned(kind, parts[0], world, call.config)
     kind = plan.algorithm if kind == "all_reduce" else kind
-    return expected(kind, (plan.reduce, plan.gather), [part.view(-1) for part in parts])[rank]
+    return expected(kind, (plan.reduce, plan.gather), parts)[rank].view(-1)
 
 
 def truth(call: Drawn, parts: list[Tensor], rank: int) -> Tensor:

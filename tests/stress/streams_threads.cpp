@@ -1,15 +1,11 @@
-// Ranks as threads over ordinary memory and pairs of sockets, for the sanitizers: csrc/cpu/streams.cpp as it is, with no
-// process, no Python and no shared memory around it. Thread and address sanitizers see every access of every rank, which they cannot across
+// Ranks as threads over ordinary memory, for the sanitizers: csrc/cpu/streams.cpp as it is, with no process, no Python and
+// no shared memory around it. Thread and address sanitizers see every access of every rank, which they cannot across
 // processes.
 //
 //     streams_threads ROUNDS SEED
 //
-// Every round draws a world, a ring capacity, what joins each pair, how many exchanges are under way at once and the size
-// of every message; ranks wait in orders of their own and check every byte. Half the rounds put each rank into two groups
+// Every round draws a world, a ring capacity, how many exchanges are under way at once and the size of every message; ranks wait in orders of their own and check every byte. Half the rounds put each rank into two groups
 // at once.
-#include <sys/socket.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -33,36 +29,13 @@ struct Group {
     int world;
     uint64_t capacity;
     std::vector<std::vector<uint64_t>> memory;  // as words, for the alignment of atomics
-    std::vector<std::vector<End>> ends;         // by rank, of every other rank
+    std::vector<End> ends;                      // by rank
 
-    Group(int world, uint64_t capacity, std::mt19937& random) : world(world), capacity(capacity) {
-        std::vector<std::uintptr_t> segments;
+    Group(int world, uint64_t capacity) : world(world), capacity(capacity) {
         for (int r = 0; r < world; r++) {
             memory.emplace_back(segment_bytes(world, capacity) / 8 + 8);
-            segments.push_back(((std::uintptr_t)memory.back().data() + 63) / 64 * 64);
+            ends.push_back({((std::uintptr_t)memory.back().data() + 63) / 64 * 64});
         }
-        ends.assign(world, std::vector<End>(world));
-        for (int r = 0; r < world; r++) {
-            ends[r][r].segment = segments[r];
-            for (int peer = 0; peer < r; peer++) join(r, peer, segments, random() % 3 == 0);
-        }
-    }
-
-    void join(int one, int other, const std::vector<std::uintptr_t>& segments, bool by_sockets) {
-        int pair[2];
-        if (!by_sockets) {
-            ends[one][other].segment = segments[other], ends[other][one].segment = segments[one];
-        } else if (::socketpair(AF_UNIX, SOCK_STREAM, 0, pair) == 0) {
-            ends[one][other].socket = pair[0], ends[other][one].socket = pair[1];
-        } else {
-            stop("no pair of sockets", one);
-        }
-    }
-
-    ~Group() {
-        for (const auto& row : ends)
-            for (const End& end : row)
-                if (end.socket >= 0) ::close(end.socket);
     }
     Group(const Group&) = delete;
 };
@@ -95,14 +68,14 @@ Turn start(Streams& streams, const Plan& plan, int group, int turn, int rank) {
         out.push_back({(std::uintptr_t)now.sends[r].data(), now.sends[r].size()});
         in.push_back({(std::uintptr_t)now.receives[r].data(), now.receives[r].size()});
     }
-    now.handle = streams.start(out, in, "turn " + std::to_string(turn));
+    now.handle = streams.start(out, in, turn, "turn");
     return now;
 }
 
 void run(const Plan& plan, int rank) {
     std::vector<std::unique_ptr<Streams>> streams;
     for (Group* group : plan.groups)
-        streams.push_back(std::make_unique<Streams>(rank, group->ends[rank], group->capacity));
+        streams.push_back(std::make_unique<Streams>(rank, group->ends, group->capacity));
     std::vector<std::pair<int, Turn>> under_way;
     for (int turn = 0; turn < plan.turns; turn++)
         for (size_t g = 0; g < plan.groups.size(); g++)
@@ -124,7 +97,7 @@ void round_of_messages(unsigned seed) {
     std::vector<std::unique_ptr<Group>> groups;
     Plan plan{{}, 1 + (int)(random() % 4), seed, 1 + capacity * (1 + random() % 4)};
     for (unsigned g = 0; g < 1 + random() % 2; g++) {
-        groups.push_back(std::make_unique<Group>(world, capacity, random));
+        groups.push_back(std::make_unique<Group>(world, capacity));
         plan.groups.push_back(groups.back().get());
     }
     std::vector<std::thread> ranks;

@@ -10,7 +10,7 @@ pytestmark = pytest.mark.slow
 RESTARTS = 4  # a rank is killed, and exits, each inside its first call, and once before
 
 
-@pytest.mark.parametrize("transport", ["host", "group"])
+@pytest.mark.parametrize("transport", ["shared-memory", "group"])
 def test_a_job_that_is_restarted_sums_right_and_leaves_nothing(transport: str) -> None:
     found = restarts.run(RESTARTS, transport, 2, seconds=patient(200))
     assert len(found["apart"]) == RESTARTS

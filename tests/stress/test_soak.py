@@ -6,7 +6,7 @@ import pytest
 import soak
 from ranks import spawn
 
-from flashcomm_megatron.codec import extension
+from flashcomm_megatron.codec import native as extension
 
 CALLS = 600
 pytestmark = pytest.mark.slow

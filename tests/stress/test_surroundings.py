@@ -25,11 +25,11 @@ from torch import Tensor
 
 import flashcomm_megatron as fc
 from flashcomm_megatron.codec.published import ranges
-from flashcomm_megatron.collectives import all_reduce, thresholds
+from flashcomm_megatron.collectives import all_reduce, minimum_size
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
-TRANSPORTS = ["host", "group"]
+TRANSPORTS = ["shared-memory", "group"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
@@ -132,7 +132,7 @@ def loading(rank: int, world: int) -> tuple[bool, float]:
     loader = torch.utils.data.DataLoader(Rows(), batch_size=8, num_workers=2, multiprocessing_context="fork")
     right, total = True, 0.0
     for call, batch in enumerate(loader):
-        right &= is_right(rank, world, "host", call)
+        right &= is_right(rank, world, "shared-memory", call)
         total += float(batch[:, 0].sum())
     return right, total
 
@@ -188,12 +188,12 @@ if __name__ == "__main__":
 
 def every_file_and_call(rank: int, world: int) -> None:
     """Whatever opens files, memory or connections."""
-    x, four = torch.randn(1000), config("host")
+    x, four = torch.randn(1000), config("shared-memory")
     assert fc.decode(fc.encode(x, four), x.shape, x.dtype, four).shape == x.shape
     assert all(is_right(rank, world, transport) for transport in TRANSPORTS)
     folder = Path(f"files-{rank}")
     folder.mkdir()
-    thresholds.write(folder / "thresholds.json", "here", {})
+    minimum_size.write(folder / "thresholds.json", "here", {})
     ranges.save(str(folder / "ranges"), {"layer": torch.zeros(2, 2, 8)}, batches=1)
     ranges.load(str(folder / "ranges"))
     fc.enable(bits=4, metrics=str(folder / "metrics.jsonl"))

@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from flashcomm_megatron.codec import Codec, Slices, native
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -100,3 +102,13 @@ KINDS: dict[str, Callable[[int, torch.Generator], Tensor]] = {
 def tensor(kind: str, n: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
     """n values of a kind."""
     return KINDS[kind](n, torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def native_encode(codec: Codec, x: Tensor, out: Tensor) -> bool:
+    """Whether the compiled codec encoded a tensor of one row."""
+    return native.encode_slices(codec, x, Slices(x.numel(), x.numel(), x.numel(), 1), out, None)
+
+
+def native_decode_sum(codec: Codec, payloads: list[Tensor], out: Tensor) -> bool:
+    """Whether the compiled codec decoded and summed payloads of tensors of one row."""
+    return native.reduce_slices(codec, payloads, out, out.numel(), None, None, None)

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashcomm_megatron.codec import extension
-from flashcomm_megatron.comm import segment
-from flashcomm_megatron.comm.workspace import KINDS
+from flashcomm_megatron.codec import native as extension
+from flashcomm_megatron.comm import shared_memory
+from flashcomm_megatron.comm.fused import KINDS
 
 # Where stand_ins/cuda runs the kernels, tests make fewer calls and wait longer.
 SLOWER = 100 if "FLASHCOMM_CUDA_STAND_IN" in os.environ else 1
@@ -40,14 +40,14 @@ class Inboxes:
         self.world, self.blocks = world, blocks
         self.region = max(region, blocks * self.cuda.slot_bytes())
         self._size = self.cuda.inbox_bytes(world, self.region)
-        self._segments: list[segment.Segment] = []
+        self._segments: list[shared_memory.Segment] = []
         self.addresses = [
             self._pinned() if host_memory else self.cuda.device_allocate(0, self._size) for _ in range(world)
         ]
 
     def _pinned(self) -> int:
-        made = segment.create(self._size)
-        segment.remove(made.name)
+        made = shared_memory.create(self._size)
+        shared_memory.remove(made.name)
         self._segments.append(made)
         return int(self.cuda.host_register(0, made.address, self._size))
 

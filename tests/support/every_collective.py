@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 
 import torch
+from specification import planned
 
 from flashcomm_megatron.collectives import all_gather, all_reduce, reduce_scatter
-from flashcomm_megatron.collectives import plan as policy
 from flashcomm_megatron.config import Config
 
 SHAPES = [(1,), (7,), (129,), (3, 43), (2, 5, 96), (1000,), (64, 192)]
@@ -23,29 +23,35 @@ def part(rank: int, shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -
     return torch.randn(shape, generator=generator).to(dtype)
 
 
-def through(codec, x: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """decode(encode(x)) by the torch reference."""
-    flat = x.reshape(-1)
-    return codec.decode_sum_ref([codec.encode_ref(flat)], flat.numel(), dtype).view(x.shape)
+def width_of(x: torch.Tensor) -> int | None:
+    """Values of a row."""
+    return x.size(-1) if x.dim() > 1 else None
 
 
-def expected_sum(codec, parts: list[torch.Tensor]) -> torch.Tensor:
+def through(codec, x: torch.Tensor, dtype: torch.dtype = torch.float32, width: int | None = None) -> torch.Tensor:
+    """decode(encode(x)) by the torch reference, in rows of ``width`` or as ``x`` has them."""
+    flat, width = x.reshape(-1), width or width_of(x)
+    return codec.decode_sum_ref([codec.encode_ref(flat, width)], flat.numel(), dtype, width).view(x.shape)
+
+
+def expected_sum(codec, parts: list[torch.Tensor], width: int | None = None) -> torch.Tensor:
     """The specification of one reduction: sum in rank order, float32, of the decoded parts."""
-    total = through(codec, parts[0])
+    total = through(codec, parts[0], width=width)
     for x in parts[1:]:
-        total = total + through(codec, x)
+        total = total + through(codec, x, width=width)
     return total.to(parts[0].dtype)
 
 
 def expected_all_reduce(config: Config, parts: list[torch.Tensor]) -> torch.Tensor:
-    world, plan = len(parts), policy.plan("all_reduce", parts[0], len(parts), config)
+    world, plan, x = len(parts), planned("all_reduce", parts[0], len(parts), config), parts[0]
     if plan.algorithm == "one-step":
         return expected_sum(plan.reduce, parts)
-    unit = math.lcm(plan.reduce.block, plan.gather.block)
-    length = math.ceil(math.ceil(parts[0].numel() / world) / unit) * unit
+    has_rows = x.dim() > 1 and x.numel() > x.size(-1)  # else cut where both codecs' units end
+    grain = x.size(-1) if has_rows else math.lcm(plan.reduce.unit, plan.gather.unit)
+    length = math.ceil(math.ceil(x.numel() / grain) / world) * grain
     slices = zip(*(x.reshape(-1).split(length) for x in parts), strict=True)
-    sums = [expected_sum(plan.reduce, list(pieces)) for pieces in slices]
-    return torch.cat([through(plan.gather, piece, piece.dtype) for piece in sums]).view(parts[0].shape)
+    sums = [expected_sum(plan.reduce, list(pieces), width_of(x)) for pieces in slices]
+    return torch.cat([through(plan.gather, piece, piece.dtype, width_of(x)) for piece in sums]).view(x.shape)
 
 
 def every_collective(rank: int, world: int, configs: list[Config]) -> int:
@@ -59,7 +65,7 @@ def every_collective(rank: int, world: int, configs: list[Config]) -> int:
                 assert torch.equal(all_reduce(x, None, config), expected_all_reduce(config, parts))
                 assert torch.equal(x, expected_all_reduce(config, parts)), "a contiguous input is reduced in place"
 
-                plan = policy.plan("all_reduce", x, world, config)
+                plan = planned("all_reduce", x, world, config)
                 gathered = torch.cat([through(plan.gather, each, dtype) for each in parts])
                 assert torch.equal(all_gather(parts[rank], None, config), gathered)
 

@@ -18,13 +18,12 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from ranks import apart
 
 from flashcomm_megatron import collectives
-from flashcomm_megatron.comm import segment
+from flashcomm_megatron.comm import shared_memory
 from flashcomm_megatron.config import Config
 
-TRANSPORTS = ("shared memory", "connections", "process group")
+TRANSPORTS = ("shared memory", "process group")
 VICTIM = 1
 WAIT = 2.0  # seconds that a rank waits here for one that does nothing
 LARGE = 4_000_000  # values: a payload larger than a ring
@@ -170,7 +169,7 @@ class Fault(NamedTuple):
 
     name: str
     happens: Callable[[Here], None]
-    told: tuple[str, str, str]  # by transport
+    told: tuple[str, str]  # by transport
     is_first_call: bool = False
 
 
@@ -180,44 +179,40 @@ OTHER_CALL = "rank 1 is in another call (#2/"
 NO_MESSAGE = "no message passed between this rank and rank 1"
 NOTHING = f"rank 1 neither sent nor took anything for {WAIT:g} s"
 ENDED = "the process of rank {victim} has ended"
-CLOSED = "rank {victim} has closed its connection"
 NO_MESSAGE_OF = "no message passed between this rank and rank {victim}"
 
 LIVES = (
-    Fault("calls with another shape", other_shape, (OTHER_CALL, OTHER_CALL, NO_MESSAGE)),
-    Fault("calls with another dtype", other_dtype, (OTHER_CALL, OTHER_CALL, NO_MESSAGE)),
-    Fault("calls another collective", other_collective, (OTHER_CALL, OTHER_CALL, NO_MESSAGE)),
-    Fault("misses one call and goes on", missed_a_call, (SILENT, SILENT, NO_MESSAGE)),
-    Fault("changes its configuration alone", other_bits, ("(#0/", "(#0/", NO_MESSAGE)),
-    Fault("goes back to an earlier configuration alone", back_to_other_bits, (ANOTHER, ANOTHER, NO_MESSAGE)),
-    Fault("changes it to another one than the others", all_change_differently, ("rank 1: flashcomm",) * 3),
-    Fault("defers what others compress", defers_what_others_compress, ("(#0/", "(#0/", NO_MESSAGE)),
-    Fault("compresses what others defer", compresses_what_others_defer, ("",) * 3),
-    Fault("has FLASH_COMM_DISABLE set", switched_off, ("is flash-comm on at every rank?",) * 3, is_first_call=True),
-    Fault("never calls", never_calls, (NOTHING, NOTHING, NO_MESSAGE)),
-    Fault("is stopped (SIGSTOP)", stopped, (NOTHING, NOTHING, NO_MESSAGE)),
+    Fault("calls with another shape", other_shape, (OTHER_CALL, NO_MESSAGE)),
+    Fault("calls with another dtype", other_dtype, (OTHER_CALL, NO_MESSAGE)),
+    Fault("calls another collective", other_collective, (OTHER_CALL, NO_MESSAGE)),
+    Fault("misses one call and goes on", missed_a_call, (SILENT, NO_MESSAGE)),
+    Fault("changes its configuration alone", other_bits, ("(#0/", NO_MESSAGE)),
+    Fault("goes back to an earlier configuration alone", back_to_other_bits, (ANOTHER, NO_MESSAGE)),
+    Fault("changes it to another one than the others", all_change_differently, ("rank 1: flashcomm",) * 2),
+    Fault("defers what others compress", defers_what_others_compress, ("(#0/", NO_MESSAGE)),
+    Fault("compresses what others defer", compresses_what_others_defer, ("",) * 2),
+    Fault("has FLASH_COMM_DISABLE set", switched_off, ("is flash-comm on at every rank?",) * 2, is_first_call=True),
+    Fault("never calls", never_calls, (NOTHING, NO_MESSAGE)),
+    Fault("is stopped (SIGSTOP)", stopped, (NOTHING, NO_MESSAGE)),
 )
 ENDS = (
-    Fault("is killed before its first call", killed_before, (NO_MESSAGE_OF,) * 3, is_first_call=True),
-    Fault("is killed between two calls", killed_between, (ENDED, CLOSED, NO_MESSAGE_OF)),
-    Fault("is killed between the legs of a call", killed_inside, (ENDED, CLOSED, NO_MESSAGE_OF)),
-    Fault("raises in its forward", raised, (ENDED, CLOSED, NO_MESSAGE_OF)),
+    Fault("is killed before its first call", killed_before, (NO_MESSAGE_OF,) * 2, is_first_call=True),
+    Fault("is killed between two calls", killed_between, (ENDED, NO_MESSAGE_OF)),
+    Fault("is killed between the legs of a call", killed_inside, (ENDED, NO_MESSAGE_OF)),
+    Fault("raises in its forward", raised, (ENDED, NO_MESSAGE_OF)),
 )
 
 
 # ---- running them -----------------------------------------------------------------------------------------------
 
 
-def _settle(rank: int, transport: str) -> None:
-    if transport == "connections":
-        apart(rank)
-
-
 def _place(group: dist.ProcessGroup, transport: str, is_victim: bool) -> Here:
     mine = torch.tensor([os.getpid()])
     everyone = [torch.empty_like(mine) for _ in range(group.size())]
     dist.all_gather(everyone, mine, group=group)
-    config = Config(bits=4, transport="group" if transport == "process group" else "host", min_bytes=0, timeout=WAIT)
+    config = Config(
+        bits=4, transport="group" if transport == "process group" else "shared-memory", min_bytes=0, timeout=WAIT
+    )
     return Here(group, config, is_victim, [int(each) for each in everyone])
 
 
@@ -232,20 +227,18 @@ def _meet(fault: Fault, here: Here) -> Heard:
 
 def alive(rank: int, world: int, transport: str) -> dict[str, Heard]:
     """What this rank heard of every fault in which all processes live on, each in a group of its own."""
-    _settle(rank, transport)
     heard = {}
     for fault in LIVES:
         group = dist.new_group(timeout=dist.distributed_c10d.timedelta(seconds=2 * WAIT))
         assert group is not None
         heard[fault.name] = _meet(fault, _place(group, transport, rank == VICTIM))
         dist.barrier()
-    assert not list(segment.FOLDER.glob(f"flash-comm-{os.getpid()}-*"))
+    assert not list(shared_memory.FOLDER.glob(f"flash-comm-{os.getpid()}-*"))
     return heard
 
 
 def ending(rank: int, world: int, transport: str) -> Heard | None:
     """Ranks 2i and 2i + 1 meet the i-th fault that ends the process of the latter."""
-    _settle(rank, transport)
     groups = [dist.new_group([2 * i, 2 * i + 1]) for i in range(len(ENDS))]
     here = _place(groups[rank // 2], transport, rank % 2 == VICTIM)
     heard = _meet(ENDS[rank // 2], here)

@@ -132,7 +132,9 @@ class Recorder:
     """What was compressed in forward and in backward, (collective, layer), and every module's inputs and outputs."""
 
     def __init__(self, model: Any) -> None:
-        self.names = {module: name.removeprefix("decoder.layers.") for name, module in model.named_modules()}
+        named = {module: name.removeprefix("decoder.layers.") for name, module in model.named_modules()}
+        # Megatron 0.19 calls the predictor's layer otherwise.
+        self.names = {each: name.replace("mtp_model_layer", "transformer_layer") for each, name in named.items()}
         self.forward: list[tuple[str, str]] = []
         self.backward: list[tuple[str, str]] = []
         self.dtypes: set[torch.dtype] = set()
@@ -143,12 +145,12 @@ class Recorder:
     def _keep(self, name: str, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         self.io[name] = copies(args), {key: copies(value) for key, value in kwargs.items()}, copies(output)
 
-    def wanted(self, asked: Callable[..., Any], kind: str, collective: str, x: Tensor, group: Any) -> Any:
+    def planned(self, asked: Callable[..., Any], kind: str, collective: str, x: Tensor, *more: Any) -> Any:
         """The answer to whether an activation is compressed, noted."""
-        answer, site = asked(kind, collective, x, group), where.site()
+        answer, site = asked(kind, collective, x, *more), where.site()
         return self._note(self.forward, answer, collective, x, site)
 
-    def legs_of(self, asked: Callable[..., Any], collective: str, x: Tensor, group: Any, site: Any) -> Any:
+    def planned_gradient(self, asked: Callable[..., Any], collective: str, x: Tensor, group: Any, site: Any) -> Any:
         """The answer to whether a gradient is compressed, noted."""
         return self._note(self.backward, asked(collective, x, group, site), collective, x, site)
 
@@ -169,14 +171,14 @@ def copies(values: Any) -> Any:
 @contextmanager
 def recorded(recorder: Recorder, config: fc.Config) -> Iterator[None]:
     """Compress inside the block, and note it."""
-    asked = differentiable.wanted, gradients.legs_of
-    differentiable.wanted = partial(recorder.wanted, asked[0])
-    gradients.legs_of = partial(recorder.legs_of, asked[1])
+    asked = differentiable.planned, gradients.planned
+    differentiable.planned = partial(recorder.planned, asked[0])
+    gradients.planned = partial(recorder.planned_gradient, asked[1])
     try:
         with fc.flashcomm(config):
             yield
     finally:
-        differentiable.wanted, gradients.legs_of = asked
+        differentiable.planned, gradients.planned = asked
 
 
 def step(model: Any, ids: Tensor, config: fc.Config, exact: Sequence[str], training: bool = True) -> dict[str, Any]:

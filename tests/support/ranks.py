@@ -49,9 +49,9 @@ def spawn(
 
 def apart(rank: int) -> None:
     """Let this rank's group take every rank to be on a machine of its own; called before the group's first use."""
-    from flashcomm_megatron.comm import segment
+    from flashcomm_megatron.comm import shared_memory
 
-    segment.machine = lambda: f"machine {rank}"
+    shared_memory.machine = lambda: f"machine {rank}"
 
 
 def _join(ranks: list[Any], deadline: Deadline) -> list[int]:

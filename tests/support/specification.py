@@ -9,10 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashcomm_megatron.collectives import algorithms
+from flashcomm_megatron.codec.recipes import Legs
+from flashcomm_megatron.collectives import ALGORITHMS
 from flashcomm_megatron.collectives.algorithms import Residuals
-from flashcomm_megatron.collectives.plan import Plan
-from flashcomm_megatron.comm import simulated as lockstep
+from flashcomm_megatron.collectives.plan import Plan, plan
+from flashcomm_megatron.comm import simulated
+from flashcomm_megatron.comm.communicator import Call
+from flashcomm_megatron.comm.simulated import Simulated
+from flashcomm_megatron.config import Config
+
+CALL = Call(1, "simulated", 0, 0.0)
 
 
 def strange(numel: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
@@ -38,30 +44,31 @@ def same(found: Tensor, expected: Tensor) -> bool:
     return torch.equal(*bits)
 
 
-def through(codec: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """decode(encode(x))"""
-    return codec.decode_sum_ref([codec.encode_ref(x)], x.numel(), dtype)
+def through(codec: Any, x: Tensor, dtype: torch.dtype, width: int | None = None) -> Tensor:
+    """decode(encode(x)) of rows of ``width``."""
+    return codec.decode_sum_ref([codec.encode_ref(x, width)], x.numel(), dtype, width)
 
 
-def total(codec: Any, parts: Sequence[Tensor]) -> Tensor:
+def total(codec: Any, parts: Sequence[Tensor], width: int | None = None) -> Tensor:
     """Sum in rank order, float32, of the decoded parts."""
-    return codec.decode_sum_ref([codec.encode_ref(x) for x in parts], parts[0].numel(), parts[0].dtype)
+    return codec.decode_sum_ref([codec.encode_ref(x, width) for x in parts], parts[0].numel(), parts[0].dtype, width)
 
 
 def expected(kind: str, codecs: tuple[Any, Any], parts: Sequence[Tensor]) -> list[Tensor]:
-    """What every rank holds after the collective ``kind``: algorithms.py in a few lines. Tensors 1-D, on the CPU."""
+    """What every rank holds after the collective ``kind``, flat: algorithms.py in a few lines. On the CPU."""
     reduce, gather = codecs
-    world, numel = len(parts), parts[0].numel()
+    world, numel, width = len(parts), parts[0].numel(), parts[0].size(-1) if parts[0].dim() > 1 else parts[0].numel()
+    parts = [part.reshape(-1) for part in parts]
     if kind == "one-step":
-        return [total(reduce, parts)] * world
+        return [total(reduce, parts, width)] * world
     if kind == "all_gather":
-        return [torch.cat([through(gather, x, x.dtype) for x in parts])] * world
+        return [torch.cat([through(gather, x, x.dtype, width) for x in parts])] * world
     if kind == "reduce_scatter":
-        return [total(reduce, [x.chunk(world)[rank] for x in parts]) for rank in range(world)]
-    unit = math.lcm(reduce.block, gather.block)
-    length = math.ceil(math.ceil(numel / world) / unit) * unit
+        return [total(reduce, [x.chunk(world)[rank] for x in parts], width) for rank in range(world)]
+    grain = width if numel > width else math.lcm(reduce.unit, gather.unit)
+    length = math.ceil(math.ceil(numel / grain) / world) * grain
     slices = zip(*(x.split(length) for x in parts), strict=True)
-    return [torch.cat([through(gather, total(reduce, s), s[0].dtype) for s in slices])] * world
+    return [torch.cat([through(gather, total(reduce, s, width), s[0].dtype, width) for s in slices])] * world
 
 
 def outputs(kind: str, parts: Sequence[Tensor]) -> list[Tensor]:
@@ -71,28 +78,52 @@ def outputs(kind: str, parts: Sequence[Tensor]) -> list[Tensor]:
     return [torch.full((size,), torch.nan, dtype=x.dtype, device=x.device) for x in parts]
 
 
-def plan_of(kind: str, legs: Sequence[Any], dtype: torch.dtype) -> Plan:
-    """A plan of ``kind`` with these codecs, tensors in one piece."""
-    reduce, gather = legs
-    return Plan(None, kind, reduce, gather, exact_bytes=0, piece=0, nodes=(), dtype=dtype)
+def planned(
+    kind: str,
+    x: Tensor,
+    world: int,
+    config: Config,
+    rank: int = 0,
+    nodes: Sequence[int] = (),
+    joined: str | None = None,
+    legs: Legs | None = None,
+) -> Plan:
+    """The plan of one rank of ``world``, simulated ones."""
+    return plan(kind, x.shape, x.dtype, x.device, Simulated(rank, world, nodes, joined), config, legs=legs)
+
+
+def on(made: Plan, comm: Simulated) -> Plan:
+    """A plan of equal slices for another rank."""
+    return made._replace(comm=comm, transport=comm)
+
+
+def plan_of(kind: str, legs: Sequence[Any], dtype: torch.dtype, numel: int, world: int, rank: int = 0) -> Plan:
+    """A plan of ``kind`` with these codecs, tensors of ``numel`` values in one piece."""
+    is_half = kind in ("reduce_scatter", "all_gather")
+    config = Config(bits=4, min_bytes=0, algorithm="auto" if is_half else kind)
+    x = torch.empty(1, dtype=dtype).expand(numel)
+    return planned(kind if is_half else "all_reduce", x, world, config, rank, joined="cuda", legs=Legs(*legs))
+
+
+def simulate(
+    plans: Sequence[Plan], inputs: Sequence[Tensor], outs: Sequence[Tensor], residuals: Any = None
+) -> list[Tensor]:
+    """Results by rank of a planned collective."""
+
+    def start(comm: Simulated) -> Any:
+        made, rank = on(plans[comm.rank], comm), comm.rank
+        return ALGORITHMS[made.algorithm](inputs[rank], outs[rank], made, CALL, residuals and residuals[rank])
+
+    return simulated.run(start, len(plans))
 
 
 def carried(kind: str, legs: Sequence[Any], calls: Sequence[Sequence[Tensor]], world: int) -> list[Any]:
-    """Results of consecutive calls with a memory, by the algorithms over any process group; after each all memories."""
-    memories, found = [Residuals() for _ in range(world)], []
-    plan = plan_of(kind, legs, calls[0][0].dtype)
+    """Results of consecutive calls with residuals, by the algorithms over any process group; after each all of them."""
+    residuals, found = [Residuals() for _ in range(world)], []
     for parts in calls:
         x, out = [part.clone() for part in parts], outputs("reduce_scatter", parts)
-
-        def start(link: Any, x: list[Tensor] = x, out: list[Tensor] = out) -> Any:
-            memory = memories[link.rank]
-            if kind == "reduce_scatter":
-                return algorithms.reduce_scatter(x[link.rank], out[link.rank], link, plan, memory)
-            algorithm = algorithms.one_step if kind == "one-step" else algorithms.two_step
-            return algorithm(x[link.rank], link, plan, memory)
-
-        results = lockstep.run(start, world)
-        kept = [memory.parts[0] for memory in memories]
-        losses = [[getattr(each, leg) for each in kept] for leg in ("reduce", "gather")]
+        plans = [plan_of(kind, legs, x[0].dtype, x[0].numel(), world, rank) for rank in range(world)]
+        results = simulate(plans, x, out if kind == "reduce_scatter" else x, residuals)
+        losses = [[each.kept.get((0, leg)) for each in residuals] for leg in ("reduce", "gather")]
         found.append((results, [[None if loss is None else loss.clone() for loss in leg] for leg in losses]))
     return found

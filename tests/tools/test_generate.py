@@ -252,9 +252,14 @@ REFUSALS = {
         "--flash-comm-bits 9: choose 2 to 8",
     ),
     "no width": (lambda tmp: ["--compare", "few"], 2, "--compare few: give widths like 16,8,4"),
-    "heads": (lambda tmp: [], 3, "3 ranks cannot share the 8 attention heads"),
-    "kv heads": (lambda tmp: [], 8, "8 ranks cannot share the 4 key/value heads"),
-    "too many ranks": (lambda tmp: [], 16, "16 ranks cannot share the 8 attention heads"),
+    "heads": (lambda tmp: [], 3, "3 ranks cannot share the 8 attention heads, 4 key/value heads"),
+    "kv heads": (lambda tmp: [], 8, "8 ranks cannot share the 8 attention heads, 4 key/value heads"),
+    "allowed sizes": (lambda tmp: [], 8, "start 1 or 2 or 4."),
+    "nothing to continue": (
+        lambda tmp: ["--model", str(broken(tmp, bos_token_id=None)), "--prompt", ""],
+        2,
+        "--prompt is empty and the model has no token that begins a text",
+    ),
     "no text": (lambda tmp: ["--perplexity", "no/such.txt"], 2, "There is no text file no/such.txt"),
     "empty text": (lambda tmp: ["--perplexity", str(empty(tmp))], 2, "holds no text to score"),
     "missing tensor": (

@@ -17,8 +17,8 @@ WARNING = "flash-comm is on (4-bit) but no tensor-parallel layer ran"
 OWN_PARSER = """
 import argparse
 import flashcomm_megatron as fc
-from flashcomm_megatron import announce, seams
-seams.install = lambda: announce.start("0 names patched", int)
+from flashcomm_megatron.megatron import coverage, installation
+installation.install = lambda *options: coverage.start("0 names patched")
 arguments = fc.add_arguments(argparse.ArgumentParser()).parse_args()
 print("bits", arguments.flash_comm_bits)
 """

@@ -2,12 +2,23 @@
 
 The idea
 --------
-A block of 8, 16 or 32 values shares one power-of-two scale X; every value is a small float or integer P times it::
+This is the block format of the Open Compute Project, which new GPUs multiply natively. A block of 8, 16 or 32 values
+shares one power-of-two scale X, one byte. Each value is a small float or integer P, its *element*, times X. Floats give
+small values finer steps and large ones coarser steps, so one outlier costs the rest of its block less than with plain
+integers. The scale is taken from the largest magnitude's exponent alone. Decoding is a table look-up and a shift::
 
     X = 2**(floor(log2(max |x|)) - emax)        P = nearest element to x / X, ties to even        x' = P * X
 
 ``emax`` is the exponent of the element's largest number. What exceeds that number saturates, as the specification's
 section 6.3 has it: the largest values of a block can lose up to a quarter (E2M1) of their magnitude.
+
+A block of 8 numbers as E2M1 (4 bits: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives). The largest magnitude 2.1 has the
+exponent 1, emax is 2, so X is 0.5 and the elements are 0.5, -2, 1.5, 4, -1, 0, 3, -2::
+
+    >>> x = torch.tensor([0.3, -1.2, 0.7, 2.1, -0.4, 0.0, 1.5, -0.9])
+    >>> codec = Microscaling("e2m1", 8)
+    >>> codec.decode_ref(codec.encode_ref(x), 8).tolist()
+    [0.25, -1.0, 0.75, 2.0, -0.5, 0.0, 1.5, -1.0]
 
 Elements
 --------
@@ -25,7 +36,8 @@ E4M3 has a NaN and no Inf, E5M2 both, the others neither; none is ever sent.
 
 The wire
 --------
-Planes of the element codes, then one E8M0 byte for every block (X = 2**(byte - 127)), sections aligned as in wire.py.
+Planes of the element codes, then one E8M0 byte for every block (X = 2**(byte - 127)), sections aligned as in planes.py.
+Rows are cut into blocks of their own; a row's last block is short where the block does not divide the width.
 Bits per value: ``bits + 8 / block``. The byte 0xFF is the specification's NaN: a block that held a NaN or an Inf
 decodes to NaN. A block of zeros has byte 0.
 
@@ -43,8 +55,19 @@ import torch
 from torch import Tensor
 
 from ..base import Codec
-from ..blocks import extremes, in_blocks
-from ..planes import join_planes, join_sections, plane_bytes, split_planes, split_sections
+from ..planes import (
+    extremes,
+    from_blocks,
+    from_octets,
+    in_blocks,
+    in_octets,
+    join_planes,
+    join_sections,
+    plane_bytes,
+    rows_of,
+    split_planes,
+    split_sections,
+)
 
 BLOCKS = (8, 16, 32)
 SCALE_BIAS = 127
@@ -116,29 +139,32 @@ class Microscaling(Codec):
         if self.block not in BLOCKS:
             raise ValueError(f"block={self.block}: choose 8, 16 or 32 for microscaling.")
 
-    def section_bytes(self, numel: int) -> list[int]:
-        """Unpadded length in bytes of every section of a payload of ``numel`` values."""
-        return [*plane_bytes(numel, ELEMENTS[self.element].bits), math.ceil(numel / self.block)]
+    def section_bytes(self, numel: int, width: int | None = None) -> list[int]:
+        """Unpadded length in bytes of every section of a payload of ``numel`` values in rows of ``width``."""
+        rows, row = rows_of(numel, width)
+        octets = rows * math.ceil(row / 8)
+        return [*plane_bytes(8 * octets, ELEMENTS[self.element].bits), rows * math.ceil(row / self.block)]
 
-    def encode_ref(self, x: Tensor) -> Tensor:
+    def encode_ref(self, x: Tensor, width: int | None = None) -> Tensor:
         """Payload of a contiguous, non-empty 1-D floating tensor."""
-        element, blocks = ELEMENTS[self.element], in_blocks(x, self.block)
+        row = rows_of(x.numel(), width)[1]
+        element, blocks = ELEMENTS[self.element], in_blocks(x, self.block, row)
         low, high, finite = extremes(blocks)
         scale = (_exponent(torch.maximum(low.abs(), high.abs())) - element.emax).clamp(-SCALE_BIAS, SCALE_BIAS)
         values = torch.where(finite[:, None], blocks.float(), 0.0)
         codes = element.codes(_times_power_of_two(values, -scale[:, None]))
         scales = torch.where(finite, scale + SCALE_BIAS, NAN_SCALE).to(torch.uint8)
-        return join_sections([*split_planes(codes.flatten()[: x.numel()], element.bits), scales])
+        return join_sections([*split_planes(in_octets(from_blocks(codes, row), row), element.bits), scales])
 
-    def decode_ref(self, payload: Tensor, numel: int) -> Tensor:
+    def decode_ref(self, payload: Tensor, numel: int, width: int | None = None) -> Tensor:
         """float32 values [numel] of one payload, ``numel`` > 0."""
-        element = ELEMENTS[self.element]
-        *planes, scales = split_sections(payload, self.section_bytes(numel))
-        codes = join_planes(planes, element.bits)[:numel].int()
-        elements = element.table.to(payload.device).index_select(0, codes)
-        scale = scales.int().repeat_interleave(self.block)[:numel]
+        element, row = ELEMENTS[self.element], rows_of(numel, width)[1]
+        *planes, scales = split_sections(payload, self.section_bytes(numel, width))
+        codes = in_blocks(from_octets(join_planes(planes, element.bits), row), self.block, row).int()
+        elements = element.table.to(payload.device)[codes]
+        scale = scales.int()[:, None]
         values = _times_power_of_two(elements, scale - SCALE_BIAS)
-        return torch.where(scale == NAN_SCALE, math.nan, values)
+        return from_blocks(torch.where(scale == NAN_SCALE, math.nan, values), row)
 
 
 @lru_cache

@@ -2,8 +2,10 @@
 
 The idea
 --------
-The outliers of an activation sit in the same few features at every token. A calibration run (calibration.py) notes
-the smallest and largest value of each feature e on each rank i; then, at every site, for good::
+The outliers of an activation sit in the same few features at every token. So a calibration run can find them once. The
+widest 1/64 of the features are then sent as they are, in bfloat16, and all others as 4-bit integers with a scale for
+each feature that never changes. Every rank knows all scales, so payloads carry no metadata at all. The calibration run
+(calibration.py) notes the smallest and largest value of each feature e on each rank i; then, at every site, for good::
 
     range[e] = sum over ranks i of 2 * max(|min_i[e]|, |max_i[e]|)      the E / 64 widest features stay bfloat16
     scale_i[e] = max(|min_i[e]|, |max_i[e]|) / 7                        the others: q = round(x / scale), -7..7
@@ -11,9 +13,18 @@ the smallest and largest value of each feature e on each rank i; then, at every 
 Features and scales are static and known to every rank, so no metadata travels: the receiver decodes rank i's payload
 with rank i's scales. That makes this the one format that knows its sender and its place in the model.
 
+A token of 8 features. The fourth reaches furthest and is kept; the others reached 1.4 in the calibration, so their
+scale is 0.2, and 1.5 becomes 1.4::
+
+    >>> reach = torch.tensor([[1.4, 1.4, 1.4, 9.0, 1.4, 1.4, 1.4, 1.4]])
+    >>> codec = from_ranges(-reach, reach, rank=0)
+    >>> x = torch.tensor([0.3, -1.2, 0.7, 8.5, -0.4, 0.0, 1.5, -0.9])
+    >>> [round(value, 2) for value in codec.decode_ref(codec.encode_ref(x), 8).tolist()]
+    [0.4, -1.2, 0.8, 8.5, -0.4, 0.0, 1.4, -0.8]
+
 The wire
 --------
-Sections for ``rows`` tokens of E features, k of them kept, aligned as in wire.py::
+Sections for ``rows`` tokens of E features, k of them kept, aligned as in planes.py::
 
     | 4-bit plane, features not kept, ascending | kept features, ascending |
     | rows * (E - k) / 2 bytes                  | rows * k x bf16          |
@@ -40,8 +51,19 @@ import torch
 from torch import Tensor
 
 from ..base import Codec, summed
-from ..blocks import BFLOAT16_MAX, NAN_BITS, from_high_half, high_half
-from ..planes import from_half_words, half_words, join_planes, join_sections, plane_bytes, split_planes, split_sections
+from ..planes import (
+    BFLOAT16_MAX,
+    NAN_BITS,
+    from_half_words,
+    from_high_half,
+    half_words,
+    high_half,
+    join_planes,
+    join_sections,
+    plane_bytes,
+    split_planes,
+    split_sections,
+)
 
 BITS = 4
 LARGEST = 7  # codes run from -7 to 7
@@ -66,14 +88,14 @@ class Outlier(Codec):
         """Features of one token; tensors are cut between tokens."""
         return self.scales.size(1)
 
-    def section_bytes(self, numel: int) -> list[int]:
-        """Unpadded length in bytes of both sections; ValueError unless ``numel`` is a number of whole tokens."""
+    def section_bytes(self, numel: int, width: int | None = None) -> list[int]:
+        """Unpadded length in bytes of both sections; ValueError unless the values are whole tokens."""
         if numel % self.block:
             raise ValueError(f"outlier: expected tokens of {self.block} features, found {numel} values.")
         kept = numel // self.block * self.kept.numel()
         return [*plane_bytes(numel - kept, BITS), 2 * kept]
 
-    def encode_ref(self, x: Tensor) -> Tensor:
+    def encode_ref(self, x: Tensor, width: int | None = None) -> Tensor:
         """Payload of a contiguous, non-empty 1-D floating tensor, with this rank's scales."""
         tables, rows = _tables(self, x.device), x.view(-1, self.block).float()
         finite, values = rows.isfinite(), rows.nan_to_num(0.0, 0.0, 0.0)
@@ -84,11 +106,13 @@ class Outlier(Codec):
         plane = split_planes((codes & 0xF).view(torch.uint8).flatten(), BITS)
         return join_sections([*plane, half_words(words.flatten())])
 
-    def decode_ref(self, payload: Tensor, numel: int) -> Tensor:
+    def decode_ref(self, payload: Tensor, numel: int, width: int | None = None) -> Tensor:
         """float32 values [numel] of a payload that this rank encoded, ``numel`` > 0."""
         return self._decode_from(self.rank, payload, numel)
 
-    def decode_sum_ref(self, payloads: Sequence[Tensor], numel: int, dtype: torch.dtype) -> Tensor:
+    def decode_sum_ref(
+        self, payloads: Sequence[Tensor], numel: int, dtype: torch.dtype, width: int | None = None
+    ) -> Tensor:
         """Sum of one payload of each rank, in rank order; a single payload is this rank's own."""
         ranks = [self.rank] if len(payloads) == 1 else range(self.scales.size(0))
         if len(payloads) != len(ranks):
@@ -116,15 +140,15 @@ class Uncalibrated(Codec):
 
     block = 8
 
-    def section_bytes(self, numel: int) -> NoReturn:
+    def section_bytes(self, numel: int, width: int | None = None) -> NoReturn:
         """ValueError."""
         self._refuse()
 
-    def encode_ref(self, x: Tensor) -> NoReturn:
+    def encode_ref(self, x: Tensor, width: int | None = None) -> NoReturn:
         """ValueError."""
         self._refuse()
 
-    def decode_ref(self, payload: Tensor, numel: int) -> NoReturn:
+    def decode_ref(self, payload: Tensor, numel: int, width: int | None = None) -> NoReturn:
         """ValueError."""
         self._refuse()
 

@@ -18,7 +18,17 @@ import torch
 from torch import Tensor
 
 from ...codec.base import Codec
-from ...codec.planes import join_planes, join_sections, plane_bytes, split_planes, split_sections
+from ...codec.planes import (
+    from_blocks,
+    from_octets,
+    in_octets,
+    join_planes,
+    join_sections,
+    plane_bytes,
+    rows_of,
+    split_planes,
+    split_sections,
+)
 
 
 class Baseline(NamedTuple):
@@ -35,24 +45,27 @@ class Symmetric(Codec):
     bits: int
     block: int = 32
 
-    def section_bytes(self, numel: int) -> list[int]:
-        return [*plane_bytes(numel, self.bits), 2 * math.ceil(numel / self.block)]
+    def section_bytes(self, numel: int, width: int | None = None) -> list[int]:
+        rows, row = rows_of(numel, width)
+        octets = rows * math.ceil(row / 8)
+        return [*plane_bytes(8 * octets, self.bits), 2 * rows * math.ceil(row / self.block)]
 
-    def encode_ref(self, x: Tensor) -> Tensor:
-        lowest = -(1 << (self.bits - 1))
-        blocks = _blocks(x, self.block)
+    def encode_ref(self, x: Tensor, width: int | None = None) -> Tensor:
+        lowest, row = -(1 << (self.bits - 1)), rows_of(x.numel(), width)[1]
+        blocks = _blocks(x, self.block, row)
         largest = blocks.gather(1, blocks.abs().argmax(1, keepdim=True))
         scale = (largest / lowest).half().float()
         scaled = torch.where(scale == 0, 0.0, blocks / torch.where(scale == 0, 1.0, scale))
         codes = (scaled.round().clamp(lowest, -lowest - 1) - lowest).to(torch.uint8)
-        return join_sections(
-            [*split_planes(codes.flatten()[: x.numel()], self.bits), scale.half().flatten().view(torch.uint8)]
-        )
+        planes = split_planes(in_octets(from_blocks(codes, row), row), self.bits)
+        return join_sections([*planes, scale.half().flatten().view(torch.uint8)])
 
-    def decode_ref(self, payload: Tensor, numel: int) -> Tensor:
-        *planes, scales = split_sections(payload, self.section_bytes(numel))
-        codes = _blocks(join_planes(planes, self.bits)[:numel], self.block) - (1 << (self.bits - 1))
-        return (codes * scales.clone().view(torch.float16).float()[:, None]).flatten()[:numel]
+    def decode_ref(self, payload: Tensor, numel: int, width: int | None = None) -> Tensor:
+        row = rows_of(numel, width)[1]
+        *planes, scales = split_sections(payload, self.section_bytes(numel, width))
+        codes = from_octets(join_planes(planes, self.bits), row)
+        numbers = _blocks(codes, self.block, row) - (1 << (self.bits - 1))
+        return from_blocks(numbers * scales.clone().view(torch.float16).float()[:, None], row)
 
 
 @dataclass(frozen=True)
@@ -61,24 +74,27 @@ class Float8(Codec):
 
     block: int = 128
 
-    def section_bytes(self, numel: int) -> list[int]:
-        return [numel, 4 * math.ceil(numel / self.block)]
+    def section_bytes(self, numel: int, width: int | None = None) -> list[int]:
+        rows, row = rows_of(numel, width)
+        return [numel, 4 * rows * math.ceil(row / self.block)]
 
-    def encode_ref(self, x: Tensor) -> Tensor:
-        blocks = _blocks(x, self.block)
+    def encode_ref(self, x: Tensor, width: int | None = None) -> Tensor:
+        row = rows_of(x.numel(), width)[1]
+        blocks = _blocks(x, self.block, row)
         scale = blocks.abs().amax(1, keepdim=True) / torch.finfo(torch.float8_e4m3fn).max
         values = (blocks / torch.where(scale == 0, 1.0, scale)).to(torch.float8_e4m3fn)
-        return join_sections([values.view(torch.uint8).flatten()[: x.numel()], scale.flatten().view(torch.uint8)])
+        return join_sections([from_blocks(values.view(torch.uint8), row), scale.flatten().view(torch.uint8)])
 
-    def decode_ref(self, payload: Tensor, numel: int) -> Tensor:
-        values, scales = split_sections(payload, self.section_bytes(numel))
-        blocks = _blocks(values.clone().view(torch.float8_e4m3fn), self.block)
-        return (blocks * scales.clone().view(torch.float32)[:, None]).flatten()[:numel]
+    def decode_ref(self, payload: Tensor, numel: int, width: int | None = None) -> Tensor:
+        row = rows_of(numel, width)[1]
+        values, scales = split_sections(payload, self.section_bytes(numel, width))
+        blocks = _blocks(values.clone().view(torch.float8_e4m3fn), self.block, row)
+        return from_blocks(blocks * scales.clone().view(torch.float32)[:, None], row)
 
 
-def _blocks(x: Tensor, block: int) -> Tensor:
-    """float32 [blocks, block] of a 1-D tensor; zeros fill the last block."""
-    return torch.nn.functional.pad(x.float(), (0, -x.numel() % block)).view(-1, block)
+def _blocks(x: Tensor, block: int, row: int) -> Tensor:
+    """float32 [blocks, block] of a 1-D tensor; zeros fill each row's last block."""
+    return torch.nn.functional.pad(x.float().view(-1, row), (0, -row % block)).view(-1, block)
 
 
 BASELINES: dict[str, Baseline] = {

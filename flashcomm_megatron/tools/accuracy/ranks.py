@@ -1,6 +1,6 @@
 """Row-parallel sums of simulated ranks: exact, or through the collectives' own algorithms.
 
-:class:`Compressed` runs what real ranks run (transport/lockstep.py), so its sums are theirs bit for bit. On the way it
+:class:`Compressed` runs what real ranks run (comm/simulated.py), so its sums are theirs bit for bit. On the way it
 notes, for every site, how much of the sum was lost, and how many bits a value took.
 """
 
@@ -14,17 +14,17 @@ from torch import Tensor
 
 from ...codec.published.outlier import from_ranges
 from ...codec.recipes import RECIPES, Legs
-from ...collectives import algorithms
-from ...collectives import plan as policy
-from ...collectives.algorithms import Residuals
-from ...comm import simulated as lockstep
-from ...comm.link import Link
+from ...collectives import ALGORITHMS
+from ...collectives.algorithms import Residuals, Steps
+from ...collectives.plan import Plan, plan
+from ...comm import simulated
+from ...comm.communicator import Call
+from ...comm.simulated import Simulated
 from ...config import Config
 from ..calibrate import GAMMA
 
+CALL = Call(0, "simulated", 0, 0.0)
 Ranges = dict[str, Tensor]  # site -> float32 [2, ranks, features]: minima, maxima
-
-ALGORITHMS = {"one-step": algorithms.one_step, "two-step": algorithms.two_step}
 
 
 def exact(site: str, parts: list[Tensor]) -> Tensor:
@@ -80,16 +80,16 @@ class Compressed:
         if self.world == 1 or (self.sites is not None and site not in self.sites):
             return wanted
         parts = [part.contiguous() for part in parts]
-        plans = [self._plan(site, rank, parts[rank]) for rank in range(self.world)]
-        algorithm = ALGORITHMS[plans[0].algorithm]
 
-        def start(link: Link) -> algorithms.Steps:
-            return algorithm(parts[link.rank], link, plans[link.rank], self.memory[link.rank])
+        def start(comm: Simulated) -> Steps:
+            x = parts[comm.rank]
+            made = self._plan(site, comm, x)
+            return ALGORITHMS[made.algorithm](x, x, made, CALL, self.memory[comm.rank])
 
-        found = lockstep.first(start, self.world)
+        found = simulated.first(start, self.world)
         self.lost[site] += (found - wanted).double().square().sum().item()
         self.sent[site] += wanted.double().square().sum().item()
-        self.bits += 8 * payload_bytes(wanted.numel(), self.world, plans[0])
+        self.bits += 8 * payload_bytes(self._plan(site, Simulated(0, self.world), parts[0]))
         self.values += wanted.numel()
         return found
 
@@ -98,7 +98,7 @@ class Compressed:
         """Bits on the wire of one value, all included: 16 is what an uncompressed bfloat16 ring would send."""
         return self.bits / self.values if self.values else 0.0
 
-    def _plan(self, site: str, rank: int, x: Tensor) -> policy.Plan:
+    def _plan(self, site: str, comm: Simulated, x: Tensor) -> Plan:
         legs = self.codecs
         if RECIPES[self.config.recipe].calibrated:
             if site not in self.legs:
@@ -106,17 +106,20 @@ class Compressed:
                 self.legs[site] = [
                     self.config.legs._replace(reduce=from_ranges(low, high, each)) for each in range(self.world)
                 ]
-            legs = self.legs[site][rank]
-        return policy.plan("all_reduce", x, self.world, self.config, legs)
+            legs = self.legs[site][comm.rank]
+        return plan("all_reduce", x.shape, x.dtype, x.device, comm, self.config, legs=legs)
 
 
-def payload_bytes(numel: int, world: int, plan: policy.Plan) -> float:
-    """Bytes for ``numel`` values: of two-step the mean of both legs, of one-step all it sends instead.
+def payload_bytes(plan: Plan) -> float:
+    """Bytes for the values of an all-reduce, so counted that equal numbers are equal bytes from each rank.
 
-    One-step sends ``world / 2`` times as many values, so that equal numbers here are equal bytes from each rank.
+    Of two-step the mean of both legs, of one-step, which sends ``world / 2`` times as many values, all it sends.
     """
-    if plan.algorithm == "one-step":
-        return plan.reduce.wire_bytes(numel) * world / 2
-    length = algorithms.slice_length(numel, world, plan)
-    sizes = [min(max(numel - rank * length, 0), length) for rank in range(world)]
-    return sum(leg.wire_bytes(size) for leg in (plan.reduce, plan.gather) for size in sizes) / 2
+    world, total = plan.comm.world, 0.0
+    for piece in plan.pieces:
+        sizes = [piece.slices.size(rank) for rank in range(piece.slices.world)]
+        if plan.algorithm == "one-step":
+            total += piece.sizes[0] * world / 2
+        else:
+            total += sum(leg.wire_bytes(size) for leg in (plan.reduce, plan.gather) for size in sizes) / 2
+    return total

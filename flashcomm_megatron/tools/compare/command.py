@@ -9,7 +9,10 @@ from pathlib import Path
 
 from .runs import CannotRead, Run, read
 
-EXPLAIN = "A RUN is a JSON-lines file, the folder of a local W&B run, or a W&B run path (entity/project/run)."
+EXPLAIN = (
+    "A RUN is a JSON-lines file, the folder of a local W&B run, or a W&B run path (entity/project/run). "
+    "Example: python -m flashcomm_megatron compare exact.jsonl flash-4.jsonl --out compare.html"
+)
 
 
 def main(argv: list[str]) -> int:

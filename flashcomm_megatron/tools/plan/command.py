@@ -32,7 +32,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m flashcomm_megatron plan",
         description=f"What compression would save: a {PROJECTION}.",
-        epilog="Without --gpu: a measured link, from --measured, or --link-rate, --compute-seconds and --codec-speed.",
+        epilog="Example: python -m flashcomm_megatron plan --gpu L40 --tp 8 --model llama-3-70b --bits 8,4. "
+        "Without --gpu: a measured link, from --measured, or --link-rate, --compute-seconds and --codec-speed.",
     )
     add = parser.add_argument
     add("--gpu", help="a GPU of the table; an unknown name lists them")

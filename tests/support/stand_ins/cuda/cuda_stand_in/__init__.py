@@ -54,7 +54,7 @@ def install(module: str) -> None:
 
 def _graft(half: Any) -> None:
     """The extension that is built, with this CUDA half in the place of its own or of none."""
-    from flashcomm_megatron.codec import extension
+    from flashcomm_megatron.codec import native as extension
 
     whole: Any = extension.module()
     told = whole.info

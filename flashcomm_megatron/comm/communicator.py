@@ -1,0 +1,165 @@
+"""One object for each process group: who its ranks are, where they run, and what carries their messages.
+
+A collective knows two ways to send. In both, this rank's own bytes stay where they are:
+
+    exchange(outbox, out_sizes, inbox, in_sizes, call)   every rank its own message: reduce leg, all-to-all
+    gather(inbox, size, call)                            one message to all: gather leg; it lies at inbox[rank * size:]
+
+Buffers are contiguous uint8 tensors in which the ranks' parts lie one behind the other. Both return a transfer, whose
+``wait()`` returns when everything has arrived; the buffers must stay untouched until then. Three things offer them:
+the process group itself (process_group.py), shared memory between CPU ranks of one machine (shared_memory.py), and
+simulated ranks (simulated.py). On GPUs a fused kernel may run a whole collective instead (fused.py).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Hashable, Sequence
+from datetime import timedelta
+from typing import Any, NamedTuple, Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..config import Config
+from ..observe import messages
+from . import shared_memory, votes
+from .process_group import ProcessGroup
+from .progress import Progress
+from .shared_memory import SharedMemory
+
+DEFAULT_SECONDS = 1800.0  # torch.distributed's own
+
+
+class Call(NamedTuple):
+    """One collective as every rank must know it; as text, "#12/4f2a all_reduce [8, 64] float32 row".
+
+    Messages carry it, so that ranks in different calls, or with different configurations, hear of it.
+    """
+
+    number: int  # of the group's calls, from 1
+    title: str  # digest, kind, shape, dtype and site
+    check: int  # 16 bits that differ, as good as surely, where the title or the configuration does
+    seconds: float  # that a rank waits for another one
+
+    def __str__(self) -> str:
+        return f"#{self.number}/{self.title}"
+
+
+class Transfer(Protocol):
+    """Messages under way."""
+
+    def wait(self) -> Any:
+        """Return when all have been delivered (on a GPU: make the current stream wait for them)."""
+
+
+class Transport(Protocol):
+    """What carries messages: see above."""
+
+    rank: int
+    world: int
+
+    def exchange(
+        self, outbox: Tensor, out_sizes: Sequence[int], inbox: Tensor, in_sizes: Sequence[int], call: Call
+    ) -> Transfer: ...
+
+    def gather(self, inbox: Tensor, size: int, call: Call) -> Transfer: ...
+
+
+class Communicator:
+    """This rank's end of one process group. Made by :meth:`of`; the group must outlive its use, not its existence."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.rank, self.world = group.rank(), group.size()
+        self.ranks = dist.get_process_group_ranks(group)
+        self.calls = 0  # compressed ones so far
+        self.agreed: list[Config] = []  # configurations that all ranks hold; the last one is in force
+        self.plans: dict[Hashable, Any] = {}  # decisions about calls, which the collectives remember here
+        self.progress = Progress()
+        self._group = weakref.ref(group)  # not the group: it would never be freed
+        self._nodes: tuple[int, ...] | None = None
+        self._over_group = ProcessGroup(group)
+        self._shared: SharedMemory | None = None
+        weakref.finalize(self, self.progress.close)
+
+    @staticmethod
+    def of(group: dist.ProcessGroup) -> Communicator:
+        """The communicator of ``group``."""
+        found = _communicators.get(group)
+        if found is None:
+            found = _communicators[group] = Communicator(group)
+        return found
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """The process group. RuntimeError if it is gone."""
+        group = self._group()
+        if group is None:
+            raise RuntimeError(f"flash-comm: the process group of ranks {self.ranks} was destroyed.")
+        return group
+
+    @property
+    def nodes(self) -> tuple[int, ...]:
+        """The number of every rank's machine, counted in the order of the ranks. The first use is collective."""
+        if self._nodes is None:
+            machines = [b"this one"]
+            if self.world > 1:
+                machines = votes.gather(shared_memory.machine().encode(), self.group)
+            numbers = {machine: number for number, machine in enumerate(dict.fromkeys(machines))}
+            self._nodes = tuple(numbers[machine] for machine in machines)
+        return self._nodes
+
+    def joined(self, device: torch.device, config: Config) -> str:
+        """What joins the ranks for tensors on ``device``: "shared memory", else the device's kind."""
+        return "shared memory" if self.transport(device, config) is self._shared else device.type
+
+    def transport(self, device: torch.device, config: Config) -> Transport:
+        """What carries messages between tensors on ``device``. A group's first use is collective."""
+        if device.type != "cpu":
+            if config.transport == "shared-memory":
+                messages.unexpected("transport shared-memory does not serve: it is for tensors on CPUs.", config)
+            return self._over_group
+        if config.transport in ("peer", "host"):
+            messages.unexpected(f"transport {config.transport} does not serve: it is for tensors on GPUs.", config)
+        if config.transport == "group" or self.world == 1:
+            return self._over_group
+        if len(set(self.nodes)) > 1:
+            reason = "the ranks are on several machines"
+        elif not (reason := self._share().reason):
+            return self._share()
+        if config.transport == "shared-memory":
+            messages.unexpected(f"transport shared-memory does not serve: {reason}.", config)
+        return self._over_group
+
+    def opened(self, device: torch.device, config: Config) -> Transport:
+        """As :meth:`transport`, opening nothing: for what ranks tell each other before a call."""
+        serves = device.type == "cpu" and config.transport != "group" and self._shared and not self._shared.reason
+        return self._shared if serves and self._shared else self._over_group
+
+    def _share(self) -> SharedMemory:
+        if self._shared is None:
+            self._shared = SharedMemory(self.group)
+            if self._shared.reason and self.rank == 0:
+                messages.fell_back("shared memory", self.ranks, f"the process group ({self._shared.reason})")
+        return self._shared
+
+    def seconds(self, config: Config) -> float:
+        """How long a rank waits for another one: ``config.timeout``, else what the process group was made with."""
+        if config.timeout is not None:
+            return config.timeout
+        try:
+            found: timedelta = self.group._get_backend(torch.device("cpu")).options._timeout
+        except (RuntimeError, AttributeError):
+            return DEFAULT_SECONDS
+        return found.total_seconds()
+
+    def close(self) -> None:
+        """Let go of this rank's shared memory; the next call opens it anew. On every rank."""
+        self.progress.drain()
+        self._shared = None
+        self.plans.clear()
+
+
+_communicators: WeakKeyDictionary[dist.ProcessGroup, Communicator] = WeakKeyDictionary()

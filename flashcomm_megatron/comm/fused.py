@@ -1,0 +1,311 @@
+"""One group's workspace: inboxes that all its ranks write, and the kernel that runs whole collectives on them.
+
+:func:`serving` says whether a call runs here or over the process group. Every rank gives the same answer: it depends
+on configuration, codecs, dtype and device kind, and on a workspace all ranks made together or none. Making one tries
+``peer``, then ``host`` (inboxes.py), each step voted on; a real exchange of data is checked before it is
+trusted, for the driver's word is not enough. What failed is printed once.
+
+Calls may come on any stream: each waits, by an event, for the group's call before it. CUDA graphs may capture calls;
+the user orders their replays with other calls of the group. Four workspaces fit on a GPU at once, whatever the order in
+which ranks launch their calls on different streams; more may wait for each other until the deadline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from types import ModuleType
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..codec import native as extension
+from ..observe import messages
+from . import shared_memory, votes
+from .inboxes import HostInboxes, PeerInboxes
+
+KINDS = {"one-step": 0, "two-step": 1, "reduce_scatter": 2, "all_gather": 3}  # enum Collective in csrc/cuda/shape.h
+WORLDS = range(2, 9)
+INBOXES: dict[str, type[PeerInboxes] | type[HostInboxes]] = {"peer": PeerInboxes, "host": HostInboxes}
+# What is tried in turn before the process group. auto: nothing, until the kernels have passed make gpu-check.
+CHAINS = {"auto": (), "peer": ("peer", "host"), "host": ("host",), "group": (), "shared-memory": ()}
+REGION_BYTES = 4 << 20  # of each (parity, leg, source): messages beyond take several rounds of one kernel
+
+FUSED = (0, 1, 2)  # formats of csrc/api.h that have fused kernels, for blocks whose units fit into a tile
+
+trial_seconds = 10.0  # how long a kernel waits for a peer while a workspace is tried out
+
+
+class Workspace:
+    """Inboxes of all ranks of ``group`` on one device, ready to launch on."""
+
+    def __init__(self, cuda: ModuleType, inboxes: Any, group: dist.ProcessGroup, device: int, blocks: int, region: int):
+        self._cuda, self._inboxes, self._seconds = cuda, inboxes, trial_seconds
+        self._ranks = dist.get_process_group_ranks(group)  # not the group: it would never be freed
+        rank, world = group.rank(), group.size()
+        self.device = device
+        self.kernels = cuda.Workspace(device, world, rank, 1, blocks, region, inboxes.addresses)
+
+    def run(
+        self,
+        kind: str,
+        codecs: tuple[Any, Any],
+        x: Tensor,
+        out: Tensor,
+        residuals: Sequence[Tensor] = (),
+        *,
+        seconds: float,
+        **tests: Any,
+    ) -> Tensor:
+        """Launch one collective of ``kind`` on the current stream and return ``out``.
+
+        ``x``, ``out``: contiguous, on this device. ``codecs``: of the reduce and the gather leg. ``residuals``: of both
+        legs, added and replaced; or none. ``seconds``: how long the kernel waits for a peer; then it fills ``out`` with
+        NaN, and :meth:`raise_error` raises.
+        """
+        self.raise_error()
+        self._seconds = seconds
+        request = self._cuda.Request(
+            kind=KINDS[kind],
+            **_legs(self._cuda, codecs),
+            dtype=extension.DTYPES[x.dtype],
+            numel=max(x.numel(), out.numel()),
+            x=[x.data_ptr()],
+            out=[out.data_ptr()],
+            residuals=[each.data_ptr() for each in residuals],
+            stream=torch.cuda.current_stream(self.device).cuda_stream,
+            deadline=seconds,
+            **tests,
+        )
+        self.kernels.launch(request)
+        return out
+
+    def error(self) -> str:
+        """Which rank's flag did not come in time, in any call so far that has ended; or nothing. Waits for nothing."""
+        found = self.kernels.error()
+        if not found:
+            return ""
+        leg, source, _, call = found
+        return (
+            f"rank {self._ranks[source]} did not arrive in the {('reduce', 'gather')[leg]} phase of round {call} "
+            f"within {self._seconds:g} s"
+        )
+
+    def raise_error(self) -> None:
+        """RuntimeError with what :meth:`error` says."""
+        error = self.error()
+        if error:
+            raise RuntimeError(
+                f"flash-comm: {error}. Results since then are NaN. Look for that rank's own error; to go on in "
+                "this process, let every rank call flashcomm_megatron.comm.fused.rebuild(group, transport)."
+            )
+
+    def close(self, group: dist.ProcessGroup) -> None:
+        """Give everything back; every rank of the group must call it."""
+        _release(self, self._inboxes, group)
+
+
+_made: WeakKeyDictionary[dist.ProcessGroup, dict[str, Workspace | None]] = WeakKeyDictionary()  # by transport
+
+
+def raise_errors(group: dist.ProcessGroup) -> None:
+    """RuntimeError if a kernel of the group missed a rank: no later call of the group may pass in silence."""
+    for made in _made.get(group, {}).values():
+        if made is not None:
+            made.raise_error()
+
+
+def errors() -> list[str]:
+    """What :meth:`Workspace.error` says of all groups, for stats()."""
+    every = (made for by_transport in _made.values() for made in by_transport.values() if made is not None)
+    return [error for error in (made.error() for made in every) if error]
+
+
+def serving(
+    group: dist.ProcessGroup, x: Tensor, plan: Any, transport: str, with_residuals: bool = False
+) -> Workspace | None:
+    """The workspace that runs this call whole, made with the group's first such call; None: use the process group.
+
+    ``with_residuals``: the call also reads and updates residuals.
+    """
+    if x.device.type != "cuda" or not CHAINS[transport]:
+        return None
+    legs = _native(plan.reduce), _native(plan.gather)
+    if group.size() not in WORLDS or not _has_kernel(*legs, x.dtype, with_residuals):
+        return None
+    made = _of(group, x.device.index, transport)
+    if made is not None and made.device != x.device.index:
+        raise RuntimeError(
+            f"flash-comm: this group's workspace was made on GPU {made.device}, by prepare() or an earlier call; found "
+            f"a tensor on GPU {x.device.index}. Call torch.cuda.set_device({x.device.index}) before all of them."
+        )
+    return made
+
+
+def _of(group: dist.ProcessGroup, device: int, transport: str) -> Workspace | None:
+    """The group's workspace for ``transport``, made if there is none yet."""
+    made = _made.setdefault(group, {})
+    if transport not in made:
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "flash-comm: the first collective of a group cannot be captured. Call "
+                "flashcomm_megatron.collectives.prepare(group, config) before the capture, on every rank."
+            )
+        made[transport] = _make(group, device, transport)
+    return made[transport]
+
+
+Native = tuple[int, int, int]  # format, bits, block: extension.py
+
+
+def _native(codec: Any) -> Native | None:
+    found: Native | None = codec.native
+    return found
+
+
+@lru_cache
+def _has_kernel(reduce: Native | None, gather: Native | None, dtype: torch.dtype, with_residuals: bool) -> bool:
+    """Whether there is a fused kernel for these legs."""
+    cuda = extension.cuda()
+    if cuda is None or reduce is None or gather is None:
+        return False
+    return bool(cuda.has_collective(cuda.Leg(*reduce), cuda.Leg(*gather), extension.DTYPES[dtype], with_residuals))
+
+
+def prepare(group: dist.ProcessGroup, transport: str) -> Workspace | None:
+    """Make the group's workspace now, before a capture. On every rank."""
+    refuse_capture()
+    return _of(group, torch.cuda.current_device(), transport)
+
+
+def refuse_capture() -> None:
+    """RuntimeError while the current stream is being captured."""
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("flash-comm: prepare() exchanges messages: call it before the capture, on every rank.")
+
+
+def rebuild(group: dist.ProcessGroup, transport: str) -> Workspace | None:
+    """Close the group's workspace and make a new one. On every rank."""
+    close(group)
+    return prepare(group, transport)
+
+
+def close(group: dist.ProcessGroup) -> None:
+    """Close the group's workspaces, if it has any. On every rank."""
+    for made in _made.pop(group, {}).values():
+        if made is not None:
+            made.close(group)
+
+
+# ---- making one -----------------------------------------------------------------------------------------------
+
+
+def _make(group: dist.ProcessGroup, device: int, transport: str) -> Workspace | None:
+    reasons: list[str] = []
+    for name in CHAINS[transport]:
+        made, reason = _try(name, group, device)
+        if made is not None:
+            _say(group, transport, reasons, name)
+            return made
+        reasons.append(f"{name}: {reason}")
+    _say(group, transport, reasons, "group")
+    return None
+
+
+def _say(group: dist.ProcessGroup, asked: str, reasons: list[str], name: str) -> None:
+    if reasons and group.rank() == 0:
+        ranks = dist.get_process_group_ranks(group)
+        messages.fell_back(f"transport {asked}", ranks, f"transport {name} ({'; '.join(reasons)})")
+
+
+def _try(name: str, group: dist.ProcessGroup, device: int) -> tuple[Workspace | None, str]:
+    """A workspace whose inboxes carried data between all ranks, or None and the reason; the same on every rank."""
+    cuda = extension.cuda()
+    place, reason = _place(cuda, device)
+    reason = votes.failure(reason, group)
+    everyone = votes.gather(place, group)
+    if not reason and len({place[20:] for place in everyone}) > 1:
+        reason = "ranks on several machines"
+    if cuda is None or reason:
+        return None, reason
+    blocks = _blocks([place[:20] for place in everyone])
+    region = max(REGION_BYTES, blocks * cuda.slot_bytes())
+    inboxes = INBOXES[name](cuda, device, cuda.inbox_bytes(group.size(), region), group)
+    made: Workspace | None = None
+    reason = inboxes.reason
+    if not reason:
+        try:
+            made = Workspace(cuda, inboxes, group, device, blocks, region)
+        except RuntimeError as error:
+            reason = str(error)
+        reason = votes.failure(reason, group)
+    if made is not None and not reason:
+        reason = votes.failure(_trial(made, group), group)
+    if reason:
+        _release(made, inboxes, group)
+        return None, reason
+    return made, ""
+
+
+def _release(made: Workspace | None, inboxes: Any, group: dist.ProcessGroup) -> None:
+    """Give back what was made so far, in step with all ranks of the group."""
+    if made is not None:
+        made.kernels.close()
+    votes.gather(b"", group)  # nobody's kernels run any more
+    inboxes.unmap()
+    votes.gather(b"", group)  # nobody maps what is freed next
+    inboxes.free()
+
+
+def _place(cuda: ModuleType | None, device: int) -> tuple[bytes, str]:
+    """16 bytes that name the GPU, 4 with the blocks it holds, then the machine; or why there are none."""
+    if cuda is None:
+        return b"", f"the extension has no CUDA kernels ({extension.reason()})"
+    try:
+        blocks = int(cuda.device_blocks(device)).to_bytes(4, "little")
+        return bytes(cuda.device_uuid(device) + blocks + shared_memory.machine().encode()), ""
+    except RuntimeError as error:
+        return b"", str(error)
+
+
+def _blocks(places: Sequence[bytes]) -> int:
+    """Thread blocks that every rank may launch, given that ranks on one GPU share it."""
+    return max(1, min(int.from_bytes(place[16:], "little") // places.count(place) for place in places))
+
+
+def _trial(made: Workspace, group: dist.ProcessGroup) -> str:
+    """Gather known numbers twice, once through each buffer; why they did not all arrive, or nothing."""
+    codec, device = _Known(), torch.device("cuda", made.device)
+    try:
+        for turn in range(2):
+            parts = [_known(rank, turn, device) for rank in range(group.size())]
+            out = torch.full((len(parts) * parts[0].numel(),), torch.nan, dtype=torch.bfloat16, device=device)
+            made.run("all_gather", (codec, codec), parts[group.rank()], out, seconds=trial_seconds)
+            torch.cuda.synchronize(made.device)
+            made.raise_error()
+            if not torch.equal(out, torch.cat(parts)):
+                return "data written by a peer arrived changed"
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+class _Known(NamedTuple):
+    """The number format of the trial: 8-bit integers in blocks of 32, as csrc/api.h numbers it."""
+
+    native: Native = (0, 8, 32)
+
+
+def _known(rank: int, turn: int, device: torch.device) -> Tensor:
+    """Integers from 0 to 255 that 8-bit blocks hold exactly, different for every rank and turn."""
+    x = (torch.arange(1 << 18, device=device) * (2 * rank + 3) + 7 * turn) % 256
+    x[::32], x[1::32] = 0, 255
+    return x.bfloat16()
+
+
+def _legs(cuda: ModuleType, codecs: tuple[Any, Any]) -> dict[str, Any]:
+    reduce, gather = codecs
+    return {"reduce": cuda.Leg(*reduce.native), "gather": cuda.Leg(*gather.native)}

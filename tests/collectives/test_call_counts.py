@@ -1,0 +1,106 @@
+"""How many of our functions one call runs, a cost that no busy machine hides; and how many native codec calls."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import spawn
+
+import flashcomm_megatron
+from flashcomm_megatron import collectives
+from flashcomm_megatron.codec import native as extension
+from flashcomm_megatron.config import Config
+
+pytestmark = pytest.mark.skipif(extension.module() is None, reason="the extension is not built")
+
+PACKAGE = str(Path(flashcomm_megatron.__file__).parent)
+AIMS = {"compressed": 80, "deferred": 15}
+NATIVE_CALLS = {
+    "all_reduce": {2: 2, 4: 3, 8: 3},
+    "reduce_scatter": {2: 2, 4: 2, 8: 2},
+    "all_gather": {2: 2, 4: 2, 8: 2},
+}
+
+
+def counted(run: Callable[[], Any]) -> Counter[str]:
+    """Functions of the package that ``run`` calls on this thread, with how often."""
+    found: Counter[str] = Counter()
+
+    def note(frame: FrameType, event: str, argument: Any) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(PACKAGE):
+            found[f"{Path(frame.f_code.co_filename).stem}.{frame.f_code.co_name}"] += 1
+
+    sys.setprofile(note)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    return found
+
+
+def counts(rank: int, world: int, transport: str) -> dict[str, Counter[str]]:
+    """What an all-reduce calls once it was called before; and a deferred one."""
+    x, config = torch.randn(64, 256).bfloat16(), Config(bits=4, min_bytes=1024, transport=transport)
+    small = torch.ones(4)
+
+    def compressed() -> None:
+        collectives.all_reduce(x, None, config)
+
+    def deferred() -> None:
+        collectives.all_reduce(small, None, config)
+
+    found = {}
+    for name, run in (("compressed", compressed), ("deferred", deferred)):
+        for _ in range(3):
+            run()
+        found[name] = counted(run)
+        dist.barrier()
+    return found
+
+
+@pytest.mark.parametrize("transport", ["group", "shared-memory"])
+@pytest.mark.parametrize("world", [2, 4, 8])
+def test_calls_of_our_functions_stay_few(world: int, transport: str) -> None:
+    for rank in spawn(counts, world, transport):
+        for name, aim in AIMS.items():
+            assert sum(rank[name].values()) <= aim, f"{name}: {rank[name]}"
+
+
+def native_calls(rank: int, world: int) -> dict[str, int]:
+    """Calls of the compiled codec in one collective of each kind."""
+    config, native = Config(bits=4, min_bytes=0), extension.module()
+    calls: list[str] = []
+
+    class Counting:
+        """The extension, whose codec calls are noted."""
+
+        def __getattr__(self, name: str) -> Any:
+            found = getattr(native, name)
+            if name.startswith(("encode", "decode", "reduce")):
+                calls.append(name)
+            return found
+
+    found = {}
+    for kind in NATIVE_CALLS:
+        x, call = torch.randn(8 * world, 256).bfloat16(), getattr(collectives, kind)
+        call(x, None, config)
+        extension._extension = Counting()
+        calls.clear()
+        call(x, None, config)
+        found[kind] = len(calls)
+        extension._extension = native
+    return found
+
+
+@pytest.mark.parametrize("world", [2, 4, 8])
+def test_native_calls_do_not_grow_with_the_ranks(world: int) -> None:
+    expected = {kind: by_world[world] for kind, by_world in NATIVE_CALLS.items()}
+    assert spawn(native_calls, world) == [expected] * world

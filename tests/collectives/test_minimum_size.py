@@ -1,0 +1,116 @@
+"""Thresholds: defaults by place, files of measured ones and what is refused, and the measuring itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from patience import patient
+from specification import planned
+
+from flashcomm_megatron.collectives import minimum_size
+from flashcomm_megatron.collectives.minimum_size import Case
+from flashcomm_megatron.config import Config
+from flashcomm_megatron.tools import tune as tuning
+from flashcomm_megatron.tools.tune import Timing
+
+CASE = Case("all_reduce", "bfloat16", 4, "auto")
+
+
+def place(world: int, machines: int = 1) -> str:
+    return minimum_size.place_of(world, range(machines), "cpu")
+
+
+def reason(kind: str, numel: int, joined: str | None = None, **options: object) -> str | None:
+    x = torch.empty(1, dtype=torch.bfloat16).expand(numel)
+    return planned(kind, x, 2, Config(bits=4, **options), joined=joined).deferred
+
+
+def test_through_shared_memory_compression_starts_earlier_than_over_the_process_group() -> None:
+    for joined in (None, "shared memory"):
+        assert reason("all_reduce", 512, joined) is None
+        assert reason("all_reduce", 511, joined) == "below 1024 bytes"
+        assert reason("all_gather", 8191, joined) == "below 32768 bytes"
+    assert reason("all_reduce", 1024, transport="group") == reason("all_reduce", 1024, "cpu") == "below 262144 bytes"
+    assert reason("all_reduce", 131072, "cpu") is None
+    assert reason("all_reduce", 131072, "cuda") == "below 1048576 bytes"
+
+
+def test_a_measured_file_decides_for_its_cases_and_its_number_of_ranks(tmp_path: Path) -> None:
+    path = tmp_path / "tuned.json"
+    minimum_size.write(path, place(2), {CASE: 4096})
+    minimum_size.write(path, place(4), {CASE: minimum_size.NEVER})
+    config, default = Config(bits=4, thresholds=str(path)), minimum_size.DEFAULTS["cpu"]
+
+    def minimum(where: str, case: Case = CASE, config: Config = config) -> int:
+        return minimum_size.minimum_size(case, where, "cpu", config)
+
+    assert minimum(place(2)) == 4096
+    assert minimum(place(4)) == minimum_size.NEVER, "one number of ranks does not erase another"
+    assert minimum(place(8)) == minimum(place(2), CASE._replace(bits=8)) == minimum(place(2, machines=2)) == default
+    asked = Config(bits=4, thresholds=str(path), min_bytes=7)
+    assert minimum(place(2), config=asked) == 7, "what the user says comes first"
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        (None, "No such file"),
+        ("no json", "no file of thresholds"),
+        ("[]", "no file of thresholds"),
+        ('{"circumstances": [], "least bytes by place": {}}', "no file of thresholds"),
+        (
+            '{"circumstances": {}, "least bytes by place": {"2 ranks, 1 machines, cpu": [["all_reduce", 1]]}}',
+            "no file of thresholds",
+        ),
+        ('{"circumstances": {"torch": "1.0"}, "least bytes by place": {}}', "torch 1.0, here"),
+    ],
+)
+def test_other_files_are_refused_in_a_sentence(tmp_path: Path, text: str | None, complaint: str) -> None:
+    path = tmp_path / "tuned.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ValueError, match=complaint) as error:
+        minimum_size.read(str(path))
+    assert "bench --tune" in str(error.value) and str(path) in str(error.value)
+
+
+def test_the_threshold_is_where_all_larger_sizes_pay() -> None:
+    faster, slower, noisy = (1.0, 0.5, 0.1), (1.0, 1.2, 0.1), (1.0, 0.97, 0.2)
+    assert tuning.threshold([Timing(1, *slower), Timing(2, *faster), Timing(4, *faster)]) == 2
+    assert tuning.threshold([Timing(1, *faster), Timing(2, *noisy), Timing(4, *faster)]) == 4
+    assert tuning.threshold([Timing(1, *faster), Timing(2, *slower)]) == minimum_size.NEVER
+
+
+def test_bench_measures_on_real_ranks_and_its_file_is_used(tmp_path: Path) -> None:
+    path = tmp_path / "tuned.json"
+    script = f"import sys, flashcomm_megatron.tools.tune as t; t.SIZES, t.SECONDS = (1 << 10, 1 << 16), 0.01; " \
+             f"sys.exit(t.main(['--tune', {str(path)!r}, '--bits', '4']))"  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    environment |= {"MASTER_PORT": str(20000 + os.getpid() % 20000)}
+    command = [sys.executable, "-c", script]
+    ranks = [
+        subprocess.Popen(command, env={**environment, "RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    outputs = [rank.communicate(timeout=patient(120))[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0]
+    assert "all_reduce" in outputs[0] and not outputs[1]
+    rows = json.loads(path.read_text())["least bytes by place"]["2 ranks, 1 machines, shared memory"]
+    assert [row[0] for row in rows] == list(tuning.KINDS)
+    assert all(row[4] in (1 << 10, 1 << 16, minimum_size.NEVER) for row in rows)
+    assert minimum_size.read(str(path))["2 ranks, 1 machines, shared memory"].keys() == {
+        CASE._replace(collective=kind) for kind in tuning.KINDS
+    }
+
+
+def test_bench_alone_says_what_it_needs() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "RANK"}
+    command = [sys.executable, "-m", "flashcomm_megatron", "bench"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "torchrun" in done.stderr
