@@ -81,70 +81,56 @@ def test_blocks_without_a_cuda_kernel_are_left_to_torch():
 # ---- all slices of a tensor in one launch ----------------------------------------------------------------------
 
 SLICED = [Uniform(4, 32), Uniform(5, 40), Uniform(3, 1000), Rotated(4.5, 32), Rotated(8, 64), Spike(3, 64)]
+# Values, values of a row, ranks: one row that is cut where blocks end, or rows, of which the last ranks have fewer.
+SHAPES = [(1, 1, 2), (5000, 5000, 3), (9001, 9001, 4), (3000, 3000, 8), (5 * 2048, 2048, 3), (17 * 4000, 4000, 4)]
 
 
-def cut(codec, numel, world):
-    """Slices of whole units; the last ones are short or empty."""
-    unit = codec.block * (32 if isinstance(codec, Rotated) else 1)
-    return Slices(numel, numel, math.ceil(math.ceil(numel / world) / unit) * unit, world)
+def cut(codec, numel, width, world):
+    """Slices of whole rows, or of a single row, of whole units; the last ones are short or empty."""
+    unit = width if width < numel else codec.unit
+    return Slices(numel, width, math.ceil(math.ceil(numel / world) / unit) * unit, world)
 
 
-def arguments(codec, slices):
-    return codec.native, slices.width, slices.numel, slices.length, slices.world, codec.wire_bytes(slices.length)
-
-
-def stream():
-    return torch.cuda.current_stream().cuda_stream
+def is_served(codec, slices, dtype):
+    """Rows that kernels can code: multiples of what shares a scale. Others are left to torch, with the same bits."""
+    return extension.has_cuda_kernel(codec.fitted(slices.width).native, dtype, slices.length, slices.width)
 
 
 @pytest.mark.parametrize("codec", SLICED, ids=str)
 def test_slices_are_encoded_and_decoded_as_one_by_one(codec):
-    cuda = extension.cuda()
-    for dtype, (numel, world) in product(DTYPES, ((1, 2), (5000, 3), (9001, 4), (65_536, 8), (3000, 8))):
-        x, slices = strange(numel, dtype), cut(codec, numel, world)
-        stride = codec.wire_bytes(slices.length)
-        wanted = [codec.encode_ref(part) for part in slices.of(x) if part.numel()]
-        on_device = x.cuda()
-        payloads = torch.full((world * stride,), 0xEE, dtype=torch.uint8, device="cuda")
-        number = extension.DTYPES[dtype]
-        cuda.encode_slices_cuda(
-            on_device.data_ptr(), 0, number, *arguments(codec, slices), payloads.data_ptr(), stream()
-        )
-        found = payloads.cpu().view(world, stride)
-        for row, want in zip(found, wanted, strict=False):
-            assert torch.equal(row[: want.numel()], want), (dtype, numel, world)
-        assert (found[len(wanted) :] == 0xEE).all(), "nothing is written for empty slices"
-        out = torch.full_like(on_device, torch.nan)
-        cuda.decode_slices_cuda(payloads.data_ptr(), *arguments(codec, slices), out.data_ptr(), number, stream())
-        parts = [
-            codec.decode_sum_ref([want], part.numel(), dtype) for want, part in zip(wanted, slices.of(x), strict=False)
+    served = 0
+    for dtype, (numel, width, world) in product(DTYPES, SHAPES):
+        x, slices = strange(numel, dtype), cut(codec, numel, width, world)
+        served += is_served(codec, slices, dtype)
+        parts = [part for part in slices.of(x) if part.numel()]
+        wanted = [codec.encode_ref(part, width) for part in parts]
+        payloads = torch.full((codec.wire_bytes_of(slices),), 0xEE, dtype=torch.uint8, device="cuda")
+        codec.encode_slices(x.cuda(), slices, payloads)
+        assert torch.equal(payloads.cpu(), torch.cat(wanted)), (dtype, numel, width, world)
+        out = torch.full((numel,), torch.nan, dtype=dtype, device="cuda")
+        codec.decode_slices(payloads, slices, out)
+        decoded = [
+            codec.decode_sum_ref([each], part.numel(), dtype, width) for each, part in zip(wanted, parts, strict=True)
         ]
-        assert same(out, torch.cat(parts)), (dtype, numel, world)
+        assert same(out, torch.cat(decoded)), (dtype, numel, width, world)
+    assert served >= 4 * len(DTYPES), "the kernels did most of it"
 
 
 @pytest.mark.parametrize("codec", [Rotated(4.5, 32), Rotated(8, 16)], ids=str)
 def test_slices_have_residuals_of_their_own(codec):
-    cuda, slices = extension.cuda(), cut(codec, 9001, 4)
-    for dtype in DTYPES:
-        sizes = [codec.residual_numel(slices.size(number)) for number in range(slices.world)]
-        defined = [torch.zeros(size, dtype=dtype) for size in sizes]
-        residual = torch.zeros(sum(sizes), dtype=dtype, device="cuda")
-        payloads = torch.empty(4 * codec.wire_bytes(slices.length), dtype=torch.uint8, device="cuda")
+    for dtype, (numel, width, world) in product(DTYPES, ((9001, 9001, 4), (7 * 2048, 2048, 3))):
+        slices = cut(codec, numel, width, world)
+        assert is_served(codec, slices, dtype)
+        sizes = [size for size in map(slices.size, range(world)) if size]
+        defined = [torch.zeros(codec.residual_numel(size, width), dtype=dtype) for size in sizes]
+        residuals = torch.zeros(codec.residual_numel_of(slices), dtype=dtype, device="cuda")
+        payloads = torch.empty(codec.wire_bytes_of(slices), dtype=torch.uint8, device="cuda")
         for seed in range(2):
-            x = strange(9001, dtype, seed)
-            for part, own in zip(slices.of(x), defined, strict=True):
-                if part.numel():
-                    codec.encode_residual_ref(part, own)
-            on_device, number = x.cuda(), extension.DTYPES[dtype]
-            cuda.encode_slices_cuda(
-                on_device.data_ptr(),
-                residual.data_ptr(),
-                number,
-                *arguments(codec, slices),
-                payloads.data_ptr(),
-                stream(),
-            )
-            assert same(residual, torch.cat(defined)), (dtype, seed)
+            x = strange(numel, dtype, seed)
+            for part, own in zip(slices.of(x), defined, strict=False):
+                codec.encode_residual_ref(part, own, width)
+            codec.encode_slices(x.cuda(), slices, payloads, residuals)
+            assert same(residuals, torch.cat(defined)), (dtype, seed)
 
 
 PAIRS = [
@@ -160,30 +146,19 @@ PAIRS = [
 
 @pytest.mark.parametrize("legs", PAIRS, ids=str)
 def test_sums_are_encoded_as_out_holds_them(legs):
-    cuda, (reduce, gather) = extension.cuda(), legs
+    reduce, gather = legs
     for dtype, (numel, world) in product(DTYPES, ((1, 2), (5003, 3), (65_536, 2))):
-        parts = [reduce.encode_ref(strange(numel, dtype, seed)) for seed in range(world)]
-        wanted = reduce.decode_sum_ref(parts, numel, dtype)
+        parts = [reduce.encode_ref(strange(numel, dtype, seed), numel) for seed in range(world)]
+        wanted = reduce.decode_sum_ref(parts, numel, dtype, numel)
         on_device = [part.cuda() for part in parts]
         keeps = gather.keeps_residuals
-        defined = torch.zeros(gather.residual_numel(numel), dtype=dtype) if keeps else None
+        defined = torch.zeros(gather.residual_numel(numel, numel), dtype=dtype) if keeps else None
         residual = defined.cuda() if keeps else None
         for _ in range(2 if keeps else 1):
-            payload = torch.full((gather.wire_bytes(numel),), 0xEE, dtype=torch.uint8, device="cuda")
+            payload = torch.full((gather.wire_bytes(numel, numel),), 0xEE, dtype=torch.uint8, device="cuda")
             out = torch.full((numel,), torch.nan, dtype=dtype, device="cuda")
-            cuda.reduce_slices_cuda(
-                [part.data_ptr() for part in on_device],
-                reduce.native,
-                numel,
-                numel,
-                out.data_ptr(),
-                extension.DTYPES[dtype],
-                gather.native,
-                payload.data_ptr(),
-                residual.data_ptr() if keeps else 0,
-                stream(),
-            )
-            encoded = gather.encode_residual_ref(wanted, defined) if keeps else gather.encode_ref(wanted)
+            reduce.reduce_slices(on_device, out, gather, payload, residual, numel)
+            encoded = gather.encode_residual_ref(wanted, defined, numel) if keeps else gather.encode_ref(wanted, numel)
             assert same(out, wanted) and torch.equal(payload.cpu(), encoded), (dtype, numel, world)
             assert not keeps or same(residual, defined)
 
