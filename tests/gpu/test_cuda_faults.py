@@ -149,6 +149,7 @@ def _rebuilt(rank: int, world: int) -> str:
     device, group, config = use_device(rank), dist.group.WORLD, config_of("peer", timeout=0.5)
     x = torch.ones(10_000, device=device)
     all_reduce(x, group, config_of("peer"))
+    prepare(group, config)  # the ranks agree on it; rank 1 makes no call with it
     said = "" if rank == 1 else raised_behind(x.clone(), group, config)
     config = config_of("peer")
     fused.rebuild(group, "peer")
