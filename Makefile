@@ -113,7 +113,7 @@ coverage: $(READY)  ## Run every test, slowly, and say which lines of the packag
 	$(PY) tests/stress/covered.py --out benchmarks/results/coverage.json -n $(WORKERS) --maxprocesses 4
 
 emulated: $(READY)  ## Run everything that needs a GPU on a stand-in for CUDA
-	FLASHCOMM_TEST_ALL_EMULATED=1 $(PY) -m pytest -q -o faulthandler_timeout=3600 tests/gpu/test_cuda_emulated.py
+	FLASHCOMM_TEST_ALL_EMULATED=1 $(PY) -m pytest -q -o faulthandler_timeout=22000 tests/gpu/test_cuda_emulated.py
 
 gpu-check:  ## On a CUDA machine: build, test and measure with the packages at hand; results go to OUT=
 	$(PYTHON) benchmarks/gpu_check.py $(if $(OUT),--out $(OUT))

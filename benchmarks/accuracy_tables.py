@@ -1,4 +1,6 @@
-"""Put the results of bench_accuracy.py and bench_smollm2.py into docs/accuracy.md, between ``<!-- recipes -->`` and ``<!-- end -->`` etc.
+"""Put the results of bench_accuracy.py and bench_smollm2.py into docs/accuracy.md.
+
+Each table stands between its mark, ``<!-- recipes -->`` for example, and ``<!-- end -->``.
 
 run as:  python benchmarks/accuracy_tables.py
 """

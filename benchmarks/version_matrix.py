@@ -1,9 +1,9 @@
 """Which seam fits which version: docs/versions.md from the sources of every supported release.
 
-    python benchmarks/version_matrix.py MEGATRON_GIT TRANSFORMER_ENGINE_GIT
+    python benchmarks/version_matrix.py MEGATRON_GIT TRANSFORMER_ENGINE_GIT [--packages DIR]
 
-Both are clones with their tags, of NVIDIA/Megatron-LM and NVIDIA/TransformerEngine. Nothing of them is imported: the
-signatures are read (flashcomm_megatron/megatron/checkout.py). A name that a version does not have shows as a dash.
+Both are clones with their tags, of NVIDIA/Megatron-LM and NVIDIA/TransformerEngine; DIR holds a megatron-core that has
+no tag, as pip installs it. Nothing of them is imported: whole signatures are read (flashcomm_megatron/megatron/checkout.py). A name that a version does not have shows as a dash.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ TRANSFORMER_ENGINE = (
     "2.1", "2.2", "2.3", "2.4", "2.5", "2.6", "2.7", "2.8", "2.9", "2.10", "2.11", "2.12", "2.13", "2.14.1", "2.15",
     "2.16", "2.17.1", "2.18",
 )  # fmt: skip
+MAIN = "main"  # what the clones have checked out
 States = dict[str, str]
 
 
@@ -48,16 +49,31 @@ def sources(git: Path, tag: str, *names: str) -> Iterator[Path]:
 def megatron(git: Path, engine: Path, version: str) -> States:
     """State of every row of one Megatron-LM, with its Transformer Engine."""
     with (
-        sources(git, f"core_v{version}", "megatron/core", "megatron/training") as folder,
-        sources(engine, f"v{MEGATRON[version]}", "transformer_engine/pytorch") as other,
+        sources(git, _tag("core_v", version), "megatron/core", "megatron/training") as folder,
+        sources(engine, _tag("v", MEGATRON.get(version, MAIN)), "transformer_engine/pytorch") as other,
     ):
-        rows = seams.rows_of(checkout.version(folder), with_transformer_engine=True, with_tokens=True)
-        return dict(checkout.status([*rows, *DOORS, training_log.SEAM], folder, other))
+        return _states(folder, other)
+
+
+def packages(folder: Path, git: Path) -> States:
+    """State of every row of an installed megatron-core, which comes without megatron.training."""
+    with sources(git, _tag("v", TRANSFORMER_ENGINE[-1]), "transformer_engine/pytorch") as other:
+        return _states(folder, other)
+
+
+def _states(folder: Path, engine: Path) -> States:
+    rows = [*seams.rows_of(checkout.version(folder), with_transformer_engine=True, with_tokens=True)]
+    rows += [row for row in (*DOORS, training_log.SEAM) if checkout.has(row.module, folder)]
+    return dict(checkout.status(rows, folder, engine))
+
+
+def _tag(prefix: str, version: str) -> str:
+    return "HEAD" if version == MAIN else prefix + version
 
 
 def engine(git: Path, version: str) -> States:
     """State of every row of one Transformer Engine."""
-    with sources(git, f"v{version}", "transformer_engine/pytorch") as folder:
+    with sources(git, _tag("v", version), "transformer_engine/pytorch") as folder:
         rows = [row for row in seams.TRANSFORMER_ENGINE if row.module.startswith("transformer_engine")]
         return dict(checkout.status(rows, folder))
 
@@ -83,24 +99,31 @@ def table(columns: dict[str, States], first: str) -> list[str]:
 def _cell(state: str | None, notes: dict[str, int]) -> str:
     if state is None or state == "fits":
         return state or "-"
-    return f"({notes.setdefault(state, len(notes) + 1)})"
+    fits, _, note = state.partition("; ")
+    number = notes.setdefault(note or state, len(notes) + 1)
+    return f"{fits} ({number})" if note else f"({number})"
 
 
 def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def page(git: Path, engine_git: Path) -> str:
+def page(git: Path, engine_git: Path, folder: Path | None) -> str:
     """The whole page."""
     applied = patches(git)
     columns = {version: megatron(git, engine_git, version) for version in MEGATRON}
+    engines = dict(MEGATRON)
+    if folder is not None:
+        version = checkout.version(folder)
+        columns[version], engines[version] = packages(folder, engine_git), TRANSFORMER_ENGINE[-1]
+    columns[MAIN], engines[MAIN] = megatron(git, engine_git, MAIN), MAIN
     head = table(columns, "seam")
     beside = [
-        _row(["with Transformer Engine", *MEGATRON.values()]),
-        _row(["[patch](../patches/README.md)", *(applied[version] for version in MEGATRON)]),
+        _row(["with Transformer Engine", *engines.values()]),
+        _row(["[patch](../patches/README.md)", *(applied.get(version, "-") for version in engines)]),
     ]
     end = 2 + len({name for states in columns.values() for name in states})
-    below = table({version: engine(engine_git, version) for version in TRANSFORMER_ENGINE}, "seam")
+    below = table({version: engine(engine_git, version) for version in (*TRANSFORMER_ENGINE, MAIN)}, "seam")
     above = "\n".join([INTRODUCTION, *head[:end], *beside, *head[end:]]).rstrip()
     return "\n".join([above, MIDDLE, *below]).rstrip() + "\n"
 
@@ -108,8 +131,11 @@ def page(git: Path, engine_git: Path) -> str:
 INTRODUCTION = """# Versions
 
 Written by `benchmarks/version_matrix.py` from the sources of each release; nothing was imported or run. *fits*: the
-name is there and takes the parameters that its replacement relies on. A dash: that version has no such layer. For
-another checkout ask `python -m flashcomm_megatron report --megatron DIR`. What does not fit is refused, by name, when
+name is there, and its replacement can be called with everything that it can be called with. A number beside it says
+which arguments, given with another value than their default, leave the call to the original. A dash: that version has
+no such name. *main* is Megatron-LM d98e8a6 (0.20.0) and Transformer Engine d0067d0. What is run, and not only read, is
+0.16.1 (`make test`) and the newest that pip installs (`make test-newest`, 0.19.2 when this was written). For another
+checkout ask `python -m flashcomm_megatron report --megatron DIR`. What does not fit is refused, by name, when
 the flag is given: nothing is replaced then.
 
 ## Megatron-LM and megatron-core
@@ -126,8 +152,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("megatron", type=Path, metavar="MEGATRON_GIT")
     parser.add_argument("engine", type=Path, metavar="TRANSFORMER_ENGINE_GIT")
+    parser.add_argument("--packages", type=Path, metavar="DIR")
     options = parser.parse_args()
-    (ROOT / "docs" / "versions.md").write_text(page(options.megatron, options.engine))
+    (ROOT / "docs" / "versions.md").write_text(page(options.megatron, options.engine, options.packages))
 
 
 if __name__ == "__main__":

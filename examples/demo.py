@@ -59,6 +59,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--text", type=Path, default=OWN_MODEL / "held-out.txt", help="Text to score.")
     parser.add_argument("--documents", type=int, default=12, help="Score at most so many documents of it.")
     parser.add_argument("--rate", default="10mbit", help="Rate of the slow link, as tc writes it.")
+    parser.add_argument("--local", action="store_true", help="Make no slow link: loopback, also as root.")
     parser.add_argument("--gpu", action="store_true", help="Two GPUs over NCCL.")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="Also write demo.json and demo.csv there.")
     parser.add_argument("--link", default="", help=argparse.SUPPRESS)  # said to the ranks: how they are joined
@@ -73,6 +74,8 @@ def cpus(options: argparse.Namespace) -> int:
     from link_hosts import Hosts, Refused
 
     try:
+        if options.local:
+            raise Refused("--local was given.")
         with Hosts(2, options.rate) as hosts:
             rate = options.rate.replace("mbit", " Mbit/s").replace("gbit", " Gbit/s")
             there = {"MASTER_ADDR": hosts.address(0), "GLOO_SOCKET_IFNAME": "eth0"}
@@ -81,7 +84,7 @@ def cpus(options: argparse.Namespace) -> int:
                 for rank in range(2)
             ])  # fmt: skip
     except Refused as reason:
-        print(f"No slow link here ({reason})\nThe ranks talk over loopback, so times hardly change; bytes do.")
+        print(f"No slow link: {reason}\nThe ranks talk over loopback, so times hardly change; bytes do.", flush=True)
     here = {"MASTER_ADDR": "127.0.0.1"}
     environments = [os.environ | here | ranked(rank) for rank in range(2)]
     return wait([subprocess.Popen(again("loopback"), env=environment) for environment in environments])
@@ -148,9 +151,8 @@ def run_rank(options: argparse.Namespace) -> None:
     for bits in WIDTHS:
         if ranks.rank == 0:
             print(f"   running at {bits} bits ...", flush=True)
-        with (
-            fc.flashcomm(bits=bits, min_bytes=0) if bits != EXACT else nullcontext()
-        ):  # its sums are small: all of them
+        # The model's sums are small, so no minimum size.
+        with fc.flashcomm(bits=bits, min_bytes=0) if bits != EXACT else nullcontext():
             results[bits] = measure(model, shape, options, ranks, bits != EXACT)
     if ranks.rank == 0:
         print(page(results, options))
@@ -169,9 +171,10 @@ def measure(model: Any, shape: Any, options: argparse.Namespace, ranks: Any, com
     tokenizer = read_tokenizer(options.model / "tokenizer.json", shape)
     documents = [
         [shape.bos, *tokenizer.encode(text.strip(), add_special_tokens=False).ids][: shape.context]
-        for text in options.text.read_text().split("<|endoftext|>")[: options.documents]
+        for text in options.text.read_text().split("<|endoftext|>")
     ]
     everything = [token for tokens in documents for token in tokens]
+    documents = documents[: options.documents]
     prompt = everything[: min(shape.context - 1, 1024)]
     perplexity(model, documents[:2], ranks)  # warm: ranks compare configurations, buffers exist
     first = min(timed(continued, model, [prompt], 1, ranks) for _ in range(3))

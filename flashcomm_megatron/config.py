@@ -30,7 +30,9 @@ class Config:
     """How tensor-parallel sums and gathers travel. Raises ValueError for a value that no recipe knows."""
 
     bits: int = field(
-        metadata={"help": "Bits per value, 2 to 8, of tensor-parallel sums and gathers. Switches compression on."}
+        metadata={
+            "help": "Bits per value, 2 to 8, of tensor-parallel sums and gathers on the wire. Switches compression on."
+        }
     )
     recipe: str = _option("auto", "Number format and algorithm: auto (ours, the most accurate) or a published method.")
     block: int | None = _option(None, "Values that share one scale. Smaller is more accurate and sends more bytes.")
@@ -58,8 +60,8 @@ class Config:
         None, "Seconds a rank waits for one that sends nothing. Default: the process group's timeout."
     )
     grad_bits: int = _option(8, "Bits per value of gradients in backward, 2 to 8; 16 sends them uncompressed.")
-    experts: bool = _option(False, "Also compress the tokens that a mixture of experts sends (all-to-all dispatcher).")
-    calibration: str | None = _option(None, "File of ranges, made by the command calibrate. Only for recipe outlier.")
+    experts: bool = _option(False, "Also compress the tokens of a mixture of experts (all-to-all dispatcher).")
+    calibration: str | None = _option(None, "File of calibrated ranges, made by calibrate. Only for recipe outlier.")
     strict: bool = _option(False, "Fail instead of falling back to an uncompressed collective or a slower transport.")
     log_interval: int | None = _option(
         None, "Log metrics every so many iterations. Default: Megatron's --log-interval."

@@ -113,9 +113,7 @@ def main(argv: list[str]) -> int:
 
 def _print(found: Report, as_json: bool) -> None:
     """The table, or an object whose "seams" are {path: state}."""
-    print(
-        json.dumps(found | {"seams": {path: state for path, state in found["seams"]}}, indent=1) if as_json else found
-    )
+    print(json.dumps({**found, "seams": dict(found["seams"])}, indent=1) if as_json else found)
 
 
 def _state() -> str:

@@ -371,7 +371,7 @@ def test_inference_optimized_layers_are_compressed_unless_nvls_serves(seen: list
 
 def test_every_row_fits_and_disable_restores_every_object(seen: list[dict[str, Any]]) -> None:
     for rank in seen:
-        assert {state for _, state in rank["states"]} == {"fits"} and rank["restored"]
+        assert all(state.startswith("fits") for _, state in rank["states"]) and rank["restored"]
         assert len(rank["states"]) > len(seams.SEAMS)
 
 

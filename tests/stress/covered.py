@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from mutations import ROOT, copy
 
 FLOOR = 90.0  # percent of the package's lines
-PATIENCE = ["-o", "timeout=1200", "-o", "faulthandler_timeout=1500"]  # seconds: everything is slower here
+PATIENCE = ["-o", "timeout=1200", "-o", "faulthandler_timeout=7500"]  # seconds: everything is slower here
 
 
 # A rank ends by os._exit, which skips what gcov does at a process's end: the copy's ranks do it themselves.

@@ -20,15 +20,13 @@ from typing import Any
 import torch
 from patience import Deadline
 
-PRELOADED = ["torch.distributed", "flashcomm_megatron"]  # imported once, by the server that forks ranks
-
 
 def spawn(
     fn: Callable[..., Any], world: int, *args: Any, seconds: float = 120.0, lost: Collection[int] = ()
 ) -> list[Any]:
     """Results of ``fn(rank, world, *args)`` for every rank, in rank order."""
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context.set_forkserver_preload(["torch.distributed", "flashcomm_megatron"])  # imported once, not once per rank
     with tempfile.TemporaryDirectory() as folder:
         deadline = Deadline(seconds)
         ranks = [

@@ -7,6 +7,9 @@ placeholders (``DIR``, ``<x>``, ``...``) never look like a path of ours.
 from __future__ import annotations
 
 import argparse
+import ast
+import dataclasses
+import json
 import os
 import re
 import subprocess
@@ -18,11 +21,18 @@ import pytest
 from patience import patient
 
 import flashcomm_megatron as fc
+from flashcomm_megatron import environment
 from flashcomm_megatron.__main__ import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
-DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [
+    README,
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "SECURITY.md",
+    ROOT / "benchmarks" / "rivals.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 HISTORY = ROOT / "docs" / "log.md"  # dated entries: what they name may have gone since
 CURRENT = [path for path in DOCUMENTS if path != HISTORY]
 
@@ -121,6 +131,43 @@ def test_readme_opens_with_the_command() -> None:
     opening = "\n".join(README.read_text().splitlines()[:30])
     assert "-m flashcomm_megatron" in opening and "--flash-comm-bits" in opening
     assert "flash-comm:" in opening
+
+
+def test_readme_says_first_that_no_gpu_has_run_it_and_is_short() -> None:
+    lines = README.read_text().splitlines()
+    assert any("No GPU has run" in line for line in lines[:20]), "the first screen hides what has not been proven"
+    assert len(lines) <= 150
+
+
+def test_readme_repeats_how_far_the_planner_is_off() -> None:
+    (stated,) = re.findall(r"(\d+) of (\d+)\s+(?:held-out|published) figures", README.read_text())
+    assert stated in re.findall(r"(\d+) of (\d+) held-out figures", (ROOT / "docs" / "planner.md").read_text())
+
+
+def test_options_page_has_the_help_of_every_flag() -> None:
+    """benchmarks/readme_tables.py writes it; run that after a change of config.py or environment.py."""
+    page = (ROOT / "docs" / "options.md").read_text()
+    for field in dataclasses.fields(fc.Config):
+        assert f"`--flash-comm-{field.name.replace('_', '-')}` | {field.metadata['help']}" in page, field.name
+    assert all(f"| `{variable}` | {text} |" in page for variable, text in environment.KNOWN.items())
+
+
+@pytest.mark.parametrize("path", CURRENT, ids=name)
+def test_code_blocks_in_documents_are_valid(path: Path) -> None:
+    """Python compiles, and names of the package that it uses exist; every line of JSON is JSON."""
+    for kind, text in re.findall(r"^```(python|json)\n(.*?)^```", path.read_text(), re.S | re.M):
+        if kind == "json":
+            assert all(json.loads(line) for line in text.splitlines())
+            continue
+        names = [node.attr for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Attribute)
+                 and isinstance(node.value, ast.Name) and node.value.id == "fc"]  # fmt: skip
+        assert all(hasattr(fc, each) for each in names), f"{name(path)} uses {names}"
+
+
+def test_every_page_is_in_the_sites_navigation() -> None:
+    """``make docs`` builds it strictly; this holds without mkdocs."""
+    listed = set(re.findall(r": ([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M))
+    assert listed == {path.name for path in (ROOT / "docs").glob("*.md")}
 
 
 def test_public_names_are_exported() -> None:
