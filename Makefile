@@ -35,7 +35,7 @@ if not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")):
 endef
 export PREFLIGHT
 
-.PHONY: help demo test lint bench gpu-check fuzz threads soak mutations coverage audit emulated
+.PHONY: help demo test lint bench gpu-check fuzz threads soak mutations coverage emulated
 help:  ## Say what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1: /'
 
@@ -72,9 +72,6 @@ mutations: $(READY)  ## Break every invariant once and see its test fail
 coverage: $(READY)  ## Run every test, slowly, and say which lines of the package and of csrc were run
 	$(INSTALL) --quiet coverage
 	$(PY) tests/stress/covered.py --out benchmarks/results/coverage.json -n $(WORKERS) --maxprocesses 4
-
-audit: $(READY)  ## Compare the installed packages with the wheels whose hashes are in hashes.txt
-	$(PY) tests/stress/audit.py
 
 emulated: $(READY)  ## Run everything that needs a GPU on a stand-in for CUDA
 	FLASHCOMM_TEST_ALL_EMULATED=1 $(PY) -m pytest -q -o faulthandler_timeout=3600 tests/gpu/test_cuda_emulated.py

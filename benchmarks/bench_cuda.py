@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
 from cuda_ranks import OneLaunch, Uncompressed  # noqa: E402
 from specification import expected, outputs, same  # noqa: E402

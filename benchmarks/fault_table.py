@@ -15,7 +15,7 @@ from typing import Any
 
 from record import save
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "support"))
 import faults
 from ranks import spawn
 

@@ -28,9 +28,15 @@ SECONDS = 460  # of all stages
 BENCH_SECONDS = 150  # kept for the last one
 BUILD = [sys.executable, "setup.py", "-q", "build_ext", "--inplace", "--force"]
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-ra", "--noconftest", "-c", os.devnull, "--rootdir", str(ROOT)]
+PYTEST += ["-o", f"pythonpath={ROOT / 'tests' / 'support'}"]
 BENCH = [sys.executable, "benchmarks/bench_cuda.py", "--out"]
 TESTS = {  # "cuda" is in the names of files and of what else needs a GPU
-    "tests": [f"tests/test_{name}.py" for name in ("cuda_codec", "cuda_collectives", "extension", "metrics")],
+    "tests": [
+        "tests/gpu/test_cuda_codec.py",
+        "tests/gpu/test_cuda_collectives.py",
+        "tests/codec/test_extension.py",
+        "tests/observe/test_metrics.py",
+    ],
     "tests-processes": ["tests/gpu/test_cuda_processes.py"],
 }
 

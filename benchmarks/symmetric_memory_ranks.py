@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 SIZES = (16 * 2**10, 2**20, 16 * 2**20)
 CALLS = 20
 

@@ -9,12 +9,12 @@
 - ``add_arguments`` adds the ``--flash-comm-*`` flags to a parser; importing the package adds them to Megatron's.
 """
 
-from .collectives import all_gather, all_reduce, reduce_scatter
+from .collectives import all_gather, all_reduce, reduce_scatter, stats
 from .collectives.alltoall import all_to_all
 from .config import Config
 from .megatron.arguments import add_arguments, install
 from .megatron.switch import decode, disable, enable, encode, flashcomm, wire_bytes
-from .observe.counters import reset_stats, stats
+from .observe.counters import reset_stats
 from .observe.metrics import log_metrics, metrics
 from .tools.report import report
 from .version import __version__

@@ -1,18 +1,29 @@
-"""What every test may use: the folder of shared data, the repository's root, and no deadlines in property tests."""
+"""What every test may use: the root, the folder of shared data, and deadlines that a busy machine moves."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from patience import patient
 
 ROOT = Path(__file__).resolve().parent.parent
 
 # A busy machine is no failure: hypothesis times no example. The rest of its profile stays (repeatable under CI).
 settings.register_profile("untimed", settings.default, deadline=None)
 settings.load_profile("untimed")
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """pytest's timeout of this test, in seconds of a quiet machine, becomes one of this machine as it is now."""
+    marker = item.get_closest_marker("timeout")
+    seconds = float(marker.args[0] if marker else item.config.getini("timeout"))
+    item.add_marker(pytest.mark.timeout(patient(seconds)), append=False)
+    return (yield)
 
 
 @pytest.fixture(scope="session")

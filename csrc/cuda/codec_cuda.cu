@@ -33,8 +33,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 template <class Tile, class T>
 __global__ void __launch_bounds__(kThreads, 2)
     direct_encode_kernel(const __grid_constant__ DirectCodec<Tile, T> codec, const typename T::Word* x,
-                         uint8_t* payload, typename T::Word* memory) {
-    codec.encode(x, payload, memory);
+                         uint8_t* payload, typename T::Word* residual) {
+    codec.encode(x, payload, residual);
 }
 
 template <class Tile, class T>
@@ -93,10 +93,10 @@ void decode_sum_launch(const Payloads& payloads, int count, const Spec& spec, vo
 }
 
 // launch(codec) for a format that is coded without a stop; false: it is another, or no whole unit fits a tile.
-template <class Launch> bool direct(const Spec& spec, int dtype, bool carries, Launch launch) {
+template <class Launch> bool direct(const Spec& spec, int dtype, bool with_residuals, Launch launch) {
     const Setting with = {spec.format, spec.bits, (int)spec.block};
     bool found = false;
-    with_direct(spec.format, dtype, carries, [&](auto tile, auto type) {
+    with_direct(spec.format, dtype, with_residuals, [&](auto tile, auto type) {
         using T = typename decltype(type)::type;
         const DirectCodec<typename decltype(tile)::type, T> codec(with, spec.numel, kEnoughTiles);
         found = codec.tile != 0;
@@ -106,9 +106,9 @@ template <class Launch> bool direct(const Spec& spec, int dtype, bool carries, L
 }
 
 template <class Tile, class T>
-void encode_launch(const DirectCodec<Tile, T>& codec, const void* x, uint8_t* payload, void* memory, void* stream) {
+void encode_launch(const DirectCodec<Tile, T>& codec, const void* x, uint8_t* payload, void* residual, void* stream) {
     launch("encode", direct_encode_kernel<Tile, T>, a_block_each(codec.tiles(), codec.codec.scratch_bytes(), stream),
-           codec, (const typename T::Word*)x, payload, (typename T::Word*)memory);
+           codec, (const typename T::Word*)x, payload, (typename T::Word*)residual);
 }
 
 template <class Tile, class T>
@@ -124,9 +124,9 @@ bool has_codec_cuda(int dtype, const Spec& spec) {
     return spec.format == kUniformFormat || direct(spec, dtype, false, [](const auto&, auto) {});
 }
 
-void encode_cuda(const void* x, void* memory, int dtype, const Spec& spec, uint8_t* payload, void* stream) {
+void encode_cuda(const void* x, void* residual, int dtype, const Spec& spec, uint8_t* payload, void* stream) {
     if (spec.numel == 0) return;
-    direct(spec, dtype, memory, [&](const auto& codec, auto) { encode_launch(codec, x, payload, memory, stream); });
+    direct(spec, dtype, residual, [&](const auto& codec, auto) { encode_launch(codec, x, payload, residual, stream); });
     if (spec.format == kUniformFormat) with_dtype(dtype, [&](auto type) {
         encode_launch<typename decltype(type)::type>(x, spec, payload, stream);
     });

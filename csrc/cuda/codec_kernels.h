@@ -134,16 +134,16 @@ template <class Tile, class T> struct DirectCodec {
 
     FC_INLINE int64_t tiles() const { return (numel + tile - 1) / tile; }
 
-    // `memory`, if Tile::kCarries: see rotated.h.
-    FC_DEVICE void encode(const Word* x, uint8_t* payload, Word* memory) const {
+    // `residual`, if Tile::kKeepsResiduals: see rotated.h.
+    FC_DEVICE void encode(const Word* x, uint8_t* payload, Word* residual) const {
         for (int64_t t = block_index(); t < tiles(); t += block_count()) {
             const int64_t first = t * tile, left = numel - first;
             const int count = (int)(left < tile ? left : tile);
             Octet<T> octets[kRows<T>];
             load<T>(x + first, count, octets);
             const auto place = codec.part(whole, first / 8);
-            if constexpr (Tile::kCarries)
-                codec.template encode_to<false>(octets, count, shared_memory(), payload, place, memory + first);
+            if constexpr (Tile::kKeepsResiduals)
+                codec.template encode_to<false>(octets, count, shared_memory(), payload, place, residual + first);
             else codec.template encode_to<false>(octets, count, shared_memory(), payload, place);
         }
         if (block_index() == 0 && thread() == 0) codec.zero_gaps(whole, numel, payload);

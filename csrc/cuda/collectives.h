@@ -23,9 +23,10 @@
 // Several ranks may run in one launch on one GPU (`ranks`), each with its own inbox, control words and blocks; they
 // exchange through the same inboxes and flags as ranks of different processes do.
 //
-// Waiting ends at a deadline: the block writes which flag was missing into its control words, leaves, and so do all
-// later calls; the host raises. Everything a call needs is in its argument or in device memory, so calls can be
-// captured into CUDA graphs.
+// Waiting ends at a deadline: the block writes which flag was missing into its control words and leaves, and so does
+// every block of every later call. The last block of such a call to end fills the whole output with NaN, so that a
+// replayed graph, which no host code watches, cannot pass partial sums on; the host raises at its next call.
+// Everything a call needs is in its argument or in device memory, so calls can be captured into CUDA graphs.
 #pragma once
 
 #include "cuda/protocol.h"
@@ -33,6 +34,11 @@
 #include "cuda/tile.h"
 
 namespace flashcomm::FLASHCOMM_ISA {
+
+// How a thread that waits for a flag polls, in nanoseconds: often at first; later so rarely that 66 blocks of a GPU
+// read 1.4 GB/s of flags from host memory (64 bytes every 3 us each), a twentieth of a PCIe link.
+constexpr uint64_t kSoon = 20'000;
+constexpr uint32_t kShortRest = 40, kLongRest = 2'000;
 
 struct Call {
     Collective kind;
@@ -45,7 +51,7 @@ struct Call {
     void* out[kMaxWorld];
     Control* control[kMaxWorld];
     uint8_t* own[kMaxWorld];    // what they send themselves
-    void* lost[kLegs][kMaxWorld];  // what their roundings lost in each leg, of codecs that carry it on
+    void* residuals[kLegs][kMaxWorld];  // of each leg, where the codec keeps residuals
     uint8_t* inbox[kMaxWorld];  // of every rank of the group, as this device addresses them
     // Tests alone set these: a rank that reads its inbox late, and the protocol without its second buffer.
     int stalled_rank;
@@ -113,10 +119,10 @@ private:
 
     FC_DEVICE const Word* x(int slice) const { return (const Word*)call.x[local] + call.shape.start(slice); }
     FC_DEVICE Word* out(int slice) const { return (Word*)call.out[local] + call.shape.start(slice); }
-    // What was lost so far in a leg of a tile of a slice.
-    template <class Codec> FC_DEVICE Word* lost(const Codec& codec, Leg leg, int slice, int64_t t) const {
-        if constexpr (Codec::kCarries)
-            return (Word*)call.lost[leg][local] + slice * codec.memory(call.shape.slice) + t * call.shape.tile;
+    // The residual of a leg of a tile of a slice.
+    template <class Codec> FC_DEVICE Word* residual(const Codec& codec, Leg leg, int slice, int64_t t) const {
+        if constexpr (Codec::kKeepsResiduals)
+            return (Word*)call.residuals[leg][local] + slice * codec.residual_numel(call.shape.slice) + t * call.shape.tile;
         else return nullptr;
     }
     FC_DEVICE int64_t tile(int d) const { return first + (int64_t)d * call.shape.blocks; }
@@ -149,20 +155,20 @@ private:
                 const int64_t t = tile(d);
                 const int values = call.shape.values(call.shape.size(leg == kGatherLeg ? rank : slice), t);
                 if (values == 0) continue;
-                encode(codec, x(slice) + t * call.shape.tile, values, lost(codec, leg, slice, t));
+                encode(codec, x(slice) + t * call.shape.tile, values, residual(codec, leg, slice, t));
                 if (scatter) push(peer, leg, d, codec.bytes(values));
                 else push_all(leg, d, codec.bytes(values));
             }
     }
 
-    template <class Codec> FC_DEVICE void encode(const Codec& codec, const Word* values, int count, Word* lost) {
+    template <class Codec> FC_DEVICE void encode(const Codec& codec, const Word* values, int count, Word* residual) {
         Octet<T> octets[kRows<T>];
         load<T>(values, count, octets);
-        encode(codec, octets, count, lost);
+        encode(codec, octets, count, residual);
     }
     template <class Codec>
-    FC_DEVICE void encode(const Codec& codec, const Octet<T> (&octets)[kRows<T>], int count, Word* lost) {
-        if constexpr (Codec::kCarries) codec.encode(octets, count, scratch(), payload(), lost);
+    FC_DEVICE void encode(const Codec& codec, const Octet<T> (&octets)[kRows<T>], int count, Word* residual) {
+        if constexpr (Codec::kKeepsResiduals) codec.encode(octets, count, scratch(), payload(), residual);
         else codec.encode(octets, count, scratch(), payload());
     }
 
@@ -198,7 +204,7 @@ private:
         FC_UNROLL for (int row = 0; row < kRows<T>; row++)
             repeat_last(octets[row], values - 8 * (row * kThreads + lane));
         sync();  // all have decoded: what encoding needs takes the place of payloads
-        encode(gather, octets, values, lost(gather, kGatherLeg, 0, tile(d)));
+        encode(gather, octets, values, residual(gather, kGatherLeg, 0, tile(d)));
         push_all(kGatherLeg, d, gather.bytes(values));
     }
 
@@ -304,7 +310,8 @@ private:
         bool came = true;
         if (thread() < call.world) {
             const uint64_t* flag = (const uint64_t*)(call.inbox[rank] + Inbox::flag(leg, thread(), block));
-            if (!reached(load_acquire(flag), round)) came = spin(flag, leg);
+            came = reached(load_relaxed(flag), round) || spin(flag, leg);
+            fence_acquire();
         }
         if (call.stall && call.stalled_rank == rank) wait_until(nanoseconds() + call.stall);
         return sync_and(came);
@@ -312,13 +319,18 @@ private:
 
     FC_DEVICE bool spin(const uint64_t* flag, Leg leg) const {
         const uint64_t start = nanoseconds();
-        while (!reached(load_acquire(flag), round)) {
-            if (nanoseconds() - start < call.deadline) continue;
-            const uint64_t error = Overdue{leg, thread(), block, round}.packed();
-            if (swap_if(&control->error, 0, error) == 0) store_release(control->host_error, error);
-            return false;
+        while (!reached(load_relaxed(flag), round)) {
+            const uint64_t waited = nanoseconds() - start;
+            if (waited >= call.deadline) return overdue(leg);
+            rest(waited < kSoon ? kShortRest : kLongRest);
         }
         return true;
+    }
+
+    FC_DEVICE bool overdue(Leg leg) const {
+        const uint64_t error = Overdue{leg, thread(), block, round}.packed();
+        if (swap_if(&control->error, 0, error) == 0) store_release(control->host_error, error);
+        return false;
     }
 
     static FC_DEVICE void wait_until(uint64_t time) {
@@ -328,9 +340,14 @@ private:
     // The last block of this rank to end hands the epoch to the next call.
     FC_DEVICE void end() const {
         sync();
-        if (thread() != 0 || count_up(&control->ended) + 1 != (uint32_t)call.shape.blocks) return;
-        control->ended = 0;
-        control->epoch += call.shape.rounds;
+        const bool is_last = thread() == 0 && count_up(&control->ended) + 1 == (uint32_t)call.shape.blocks;
+        if (is_last) {
+            control->ended = 0;
+            control->epoch += call.shape.rounds;
+        }
+        if (!sync_and(thread() != 0 || (is_last && load_relaxed(&control->error)))) return;
+        const int64_t values = call.kind == kReduceScatter ? call.shape.size(rank) : call.shape.numel;
+        for (int64_t i = thread(); i < values; i += kThreads) out(0)[i] = (Word)T::kNan;
     }
 };
 

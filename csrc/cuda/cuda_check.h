@@ -15,4 +15,22 @@ inline void check(cudaError_t error, const char* what) {
                              " (" + cudaGetErrorName(error) + ")");
 }
 
+// Makes a device current until the end of the scope.
+class OnDevice {
+public:
+    explicit OnDevice(int device) {
+        check(cudaGetDevice(&before_), "asking for the current device");
+        if (device != before_) check(cudaSetDevice(device), "choosing the device");
+        changed_ = device != before_;
+    }
+    ~OnDevice() {
+        if (changed_) (void)cudaSetDevice(before_);
+    }
+    OnDevice(const OnDevice&) = delete;
+
+private:
+    int before_ = 0;
+    bool changed_ = false;
+};
+
 }  // namespace flashcomm

@@ -55,12 +55,15 @@ FC_DEVICE uint8_t* shared_memory() {
 }
 
 // System scope: the other end may be another GPU or the host. A barrier of the block before a release makes it cover
-// what all threads of the block wrote; one behind an acquire lets all of them read.
-FC_DEVICE uint64_t load_acquire(const uint64_t* word) {
+// what all threads of the block wrote. A reader polls with relaxed loads and fences once, when it has seen the flag;
+// a barrier behind the fence lets all threads of its block read.
+FC_DEVICE uint64_t load_relaxed(const uint64_t* word) {
     uint64_t value;
-    asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(word) : "memory");
+    asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(word) : "memory");
     return value;
 }
+FC_DEVICE void fence_acquire() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
+FC_DEVICE void rest(uint32_t nanoseconds) { __nanosleep(nanoseconds); }
 FC_DEVICE void store_release(uint64_t* word, uint64_t value) {
     asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(word), "l"(value) : "memory");
 }
@@ -98,7 +101,9 @@ uint32_t exchange(uint32_t mine, int apart);
 void exchange(const float (&mine)[8], int apart, float (&theirs)[8]);
 uint32_t votes(bool mine);
 uint8_t* shared_memory();
-uint64_t load_acquire(const uint64_t* word);
+uint64_t load_relaxed(const uint64_t* word);
+void fence_acquire();
+void rest(uint32_t nanoseconds);
 void store_release(uint64_t* word, uint64_t value);
 uint64_t swap_if(uint64_t* word, uint64_t expected, uint64_t value);
 uint32_t count_up(uint32_t* word);

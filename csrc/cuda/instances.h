@@ -35,15 +35,14 @@ template <class Visit> bool with_bits(int bits, Visit visit) {
     return false;
 }
 
-// visit(codec, number type) for formats whose width is a runtime value; false: not one of them. `carries`: with a memory
-// of what roundings lost.
-template <class Visit> bool with_direct(int format, int dtype, bool carries, Visit visit) {
+// visit(codec, number type) for formats whose width is a runtime value; false: not one of them.
+template <class Visit> bool with_direct(int format, int dtype, bool with_residuals, Visit visit) {
     bool found = false;
     with_dtype(dtype, [&](auto type) {
         using T = typename decltype(type)::type;
-        if (format == kRotatedFormat && carries) visit(Is<RotatedTile<T, true>>{}, type), found = true;
-        if (format == kRotatedFormat && !carries) visit(Is<RotatedTile<T>>{}, type), found = true;
-        if (format == kSpikeFormat && !carries) visit(Is<SpikeTile<T>>{}, type), found = true;
+        if (format == kRotatedFormat && with_residuals) visit(Is<RotatedTile<T, true>>{}, type), found = true;
+        if (format == kRotatedFormat && !with_residuals) visit(Is<RotatedTile<T>>{}, type), found = true;
+        if (format == kSpikeFormat && !with_residuals) visit(Is<SpikeTile<T>>{}, type), found = true;
     });
     return found;
 }
@@ -68,14 +67,14 @@ bool visit_equal_legs(Is<UniformTile<kBits, T>> codec, Is<T> type, Visit visit) 
 // visit(codec of the reduce leg, codec of the gather leg, number type); false: there is no such kernel. The width is in
 // the type where the time is in the planes, and a runtime value where it is in the arithmetic: three kernels, not 39.
 template <class Visit>
-bool with_legs(const Setting& reduce, const Setting& gather, int dtype, bool carries, Visit visit) {
+bool with_legs(const Setting& reduce, const Setting& gather, int dtype, bool with_residuals, Visit visit) {
     bool found = false;
-    if (reduce.format != gather.format || (carries && reduce.format != kRotatedFormat)) return false;
+    if (reduce.format != gather.format || (with_residuals && reduce.format != kRotatedFormat)) return false;
     with_dtype(dtype, [&](auto type) {
         using T = typename decltype(type)::type;
-        if (reduce.format == kRotatedFormat && carries)
+        if (reduce.format == kRotatedFormat && with_residuals)
             visit(Is<RotatedTile<T, true>>{}, Is<RotatedTile<T, true>>{}, type), found = true;
-        if (reduce.format == kRotatedFormat && !carries)
+        if (reduce.format == kRotatedFormat && !with_residuals)
             visit(Is<RotatedTile<T>>{}, Is<RotatedTile<T>>{}, type), found = true;
         if (reduce.format == kSpikeFormat)
             visit(Is<SpikeTile<T>>{}, Is<SpikeTile<T>>{}, type), found = true;
@@ -94,9 +93,9 @@ bool with_legs(const Setting& reduce, const Setting& gather, int dtype, bool car
 }
 
 // Whether the kernel serves these legs: their units fit into one tile.
-inline bool serves(const Setting& reduce, const Setting& gather, int dtype, bool carries) {
+inline bool serves(const Setting& reduce, const Setting& gather, int dtype, bool with_residuals) {
     bool fits = false;
-    with_legs(reduce, gather, dtype, carries, [&](auto first, auto second, auto type) {
+    with_legs(reduce, gather, dtype, with_residuals, [&](auto first, auto second, auto type) {
         using T = typename decltype(type)::type;
         const int64_t units[] = {typename decltype(first)::type(reduce).unit(),
                                  typename decltype(second)::type(gather).unit()};

@@ -1,12 +1,13 @@
-// The rules by which ranks share inboxes. tests/support/protocol_model.py has the same rules under the same names, tries every
-// interleaving of them, and shows that each is needed.
+// The rules by which ranks share inboxes. tests/support/protocol_model.py has the same rules under the same names, tries
+// every interleaving of them, and shows that each is needed.
 //
 //     round       one pass over the inboxes. Rounds are numbered through all calls of a workspace: a call of k rounds
 //                 is rounds epoch + 1 ... epoch + k, and its last block to end advances the epoch. The epoch lives in
 //                 device memory, so a replayed CUDA graph counts on.
-//     inbox       what other ranks write into: one flag for every (leg, source, block), one region for every
+//     inbox       what other ranks write into: one flag for every (leg, block, source), one region for every
 //                 (parity of the round, leg, source). Offsets follow from the size of the workspace alone, never from
-//                 a message. All kinds of collectives share the two parities.
+//                 a message. All kinds of collectives share the two parities. The flags a block waits for are one line
+//                 of 64 bytes: its warp polls all sources with one read, also where the inbox lies behind PCIe.
 //     announce    after a block has pushed all it has, it stores the round in its flag at every rank, also at ranks it
 //                 had nothing for.
 //     await       until the flags of the same block of all ranks have reached the round: >=, since a fast peer may
@@ -41,10 +42,11 @@ struct Inbox {
     int world;
     int64_t region;
 
-    static constexpr int64_t kFlagBytes = (int64_t)sizeof(Round) * kLegs * kMaxWorld * kMaxBlocks;
+    static constexpr int64_t kFlagLine = (int64_t)sizeof(Round) * kMaxWorld;  // 64 bytes: all sources' flags
+    static constexpr int64_t kFlagBytes = kFlagLine * kLegs * kMaxBlocks;
 
     static FC_INLINE int64_t flag(Leg leg, int source, int block) {
-        return (int64_t)sizeof(Round) * ((leg * kMaxWorld + source) * kMaxBlocks + block);
+        return kFlagLine * (leg * kMaxBlocks + block) + (int64_t)sizeof(Round) * source;
     }
     FC_INLINE int64_t slots(int parity, Leg leg, int source) const {
         return kFlagBytes + ((parity * kLegs + leg) * world + source) * region;

@@ -32,7 +32,7 @@ struct RotatedCodes {
     template <class Offset> FC_INLINE Offset blocks(Offset values) const {
         return (values + block() - 1) >> (octet_shift + 3);
     }
-    FC_INLINE int64_t memory(int64_t values) const { return memory_numel(blocks(values), block()); }
+    FC_INLINE int64_t residual_numel(int64_t values) const { return memory_numel(blocks(values), block()); }
     template <class Offset> FC_INLINE Offset octets(Offset values) const { return blocks(values) << octet_shift; }
     // The payload of `values` values alone, and in it the tile that starts at an octet.
     template <class Offset> FC_INLINE Place<Offset> own(Offset values) const {

@@ -3,8 +3,8 @@
 // A thread holds eight neighbouring values, so strides 1, 2, 4 of a butterfly are its own and the others an exchange
 // between lanes: blocks of up to 256 values are one warp's. Additions come in the order of the definition.
 //
-//     encode   rotate, + memory, largest coefficient -> per block its key -> per family of 32 blocks the top, steps ->
-//              codes; what they lose -> memory
+//     encode   rotate, + residual, largest coefficient -> per block its key -> per family of 32 blocks the top, steps
+//              -> codes; the rounding error -> residual
 //     decode   codes -> coefficients, which are added up -> finish: rotate back
 //
 // Nearly all blocks are plain or constant. NaN, Inf and huge values are noticed by their coefficients, as in
@@ -16,10 +16,10 @@
 
 namespace flashcomm::FLASHCOMM_ISA {
 
-template <class T, bool kMemory = false> struct RotatedTile : RotatedCodes {
+template <class T, bool kResiduals = false> struct RotatedTile : RotatedCodes {
     using RotatedCodes::RotatedCodes;
     using Word = typename T::Word;
-    static constexpr bool kRotates = true, kCarries = kMemory;
+    static constexpr bool kRotates = true, kKeepsResiduals = kResiduals;
     static constexpr int kMostAhead = 1;
     static constexpr int kMaxBytes = kTileValues<T> * (256 + 16 + 1) / 256;  // 8 bits, blocks of 16
     static constexpr int kLargestBlock = 8 * kWarp;
@@ -29,7 +29,7 @@ template <class T, bool kMemory = false> struct RotatedTile : RotatedCodes {
         uint32_t value;    // of a constant; then of others the step
         uint32_t kind;     // 0, kNanBlock or kConstant; kShrunk beside it, and kFiner times the step's eighths of an octave
     };                  // below that which reaches the largest coefficient
-    struct alignas(4 * sizeof(Word)) Quad {  // of a memory
+    struct alignas(4 * sizeof(Word)) Quad {  // of a residual
         uint32_t w[sizeof(Word)];
     };
     static constexpr uint32_t kShrunk = 256, kFiner = 512;
@@ -38,16 +38,16 @@ template <class T, bool kMemory = false> struct RotatedTile : RotatedCodes {
     FC_INLINE int scratch_bytes() const {
         return kTileValues<T> * (int)sizeof(float) + kTileValues<T> / block() * (int)sizeof(Meta) + 16;
     }
-    // `memory`, if kCarries: what was lost before, then what is lost now.
+    // `residual`, if kKeepsResiduals: added to the coefficients, then replaced by the rounding error.
     FC_DEVICE void encode(const Octet<T> (&x)[kRows<T>], int values, uint8_t* scratch, uint8_t* payload,
-                          Word* memory = nullptr) const {
-        encode_to<true>(x, values, scratch, payload, own(values), memory);
+                          Word* residual = nullptr) const {
+        encode_to<true>(x, values, scratch, payload, own(values), residual);
     }
 
     // Encodes a tile into the payload that `place` is of; kOwn: there is nothing else in it.
     template <bool kOwn, class Offset>
     FC_DEVICE void encode_to(const Octet<T> (&x)[kRows<T>], int values, uint8_t* scratch, uint8_t* payload,
-                             const Place<Offset>& place, Word* memory = nullptr) const {
+                             const Place<Offset>& place, Word* residual = nullptr) const {
         const int lane = thread(), blocks = this->blocks(values), octets = this->octets(values);
         Vec16* coefficients = (Vec16*)scratch;  // [half an octet][octet]
         Meta* metas = (Meta*)(coefficients + 2 * kTileOctets<T>);
@@ -55,7 +55,7 @@ template <class T, bool kMemory = false> struct RotatedTile : RotatedCodes {
         fetch_last(x, values, last);
         FC_UNROLL for (int row = 0; row < kRows<T>; row++) {
             float c[8];
-            rotate(x[row], memory, row * kThreads + lane, values, octets, *last, c, metas);
+            rotate(x[row], residual, row * kThreads + lane, values, octets, *last, c, metas);
             FC_UNROLL for (int half = 0; half < 2; half++)
                 __builtin_memcpy(&coefficients[half * kTileOctets<T> + row * kThreads + lane], c + 4 * half, 16);
         }
@@ -68,7 +68,7 @@ template <class T, bool kMemory = false> struct RotatedTile : RotatedCodes {
         for (int octet = lane; (octet & ~(kWarp - 1)) < octets; octet += kThreads) {
             float c[8];
             fetch(coefficients, octet, c);
-            quantize(c, octet, octet < octets, metas, payload, place, memory);
+            quantize(c, octet, octet < octets, metas, payload, place, residual);
         }
         sync();
     }
@@ -162,26 +162,26 @@ private:
         sync();
     }
 
-    // Where a memory has the first four coefficients of an octet; the other four are 4 * kGroup further.
-    FC_DEVICE int memory_of(int octet) const {
+    // Where a residual has the first four coefficients of an octet; the other four are 4 * kGroup further.
+    FC_DEVICE int residual_place(int octet) const {
         return (int)memory_place(octet >> octet_shift, 8 * (octet & ((1 << octet_shift) - 1)), block());
     }
-    FC_DEVICE void add_memory(const Word* memory, int octet, float (&c)[8]) const {
+    FC_DEVICE void add_residual(const Word* residual, int octet, float (&c)[8]) const {
         Octet<T> before;
         float more[8];
         FC_UNROLL for (int half = 0; half < 2; half++)
-            ((Quad*)&before)[half] = *(const Quad*)(memory + memory_of(octet) + half * 4 * kGroup);
+            ((Quad*)&before)[half] = *(const Quad*)(residual + residual_place(octet) + half * 4 * kGroup);
         widen<T>(before, more);
         FC_UNROLL for (int i = 0; i < 8; i++) c[i] += more[i];
     }
-    FC_DEVICE void replace_memory(const float (&lost)[8], int octet, Word* memory) const {
-        const Octet<T> now = narrow<T>(lost);
+    FC_DEVICE void replace_residual(const float (&error)[8], int octet, Word* residual) const {
+        const Octet<T> now = narrow<T>(error);
         FC_UNROLL for (int half = 0; half < 2; half++)
-            *(Quad*)(memory + memory_of(octet) + half * 4 * kGroup) = ((const Quad*)&now)[half];
+            *(Quad*)(residual + residual_place(octet) + half * 4 * kGroup) = ((const Quad*)&now)[half];
     }
 
     // The coefficients c of one octet, which is zero behind the last block; the first lane of a block notes its Meta.
-    FC_DEVICE void rotate(const Octet<T>& octet, const Word* memory, int place, int values, int octets, uint32_t last,
+    FC_DEVICE void rotate(const Octet<T>& octet, const Word* residual, int place, int values, int octets, uint32_t last,
                           float (&c)[8], Meta* metas) const {
         FC_UNROLL for (int i = 0; i < 8; i++) c[i] = 0;
         if ((place & ~(kWarp - 1)) >= octets) return;
@@ -193,17 +193,17 @@ private:
         };
         fill();
         butterflies(c);
-        if (kCarries && is_there) add_memory(memory, place, c);
+        if (kKeepsResiduals && is_there) add_residual(residual, place, c);
         Meta meta = measure(c, is_first, 1.0f);
         bool is_plain = meta.largest < strange();
-        if (kCarries && T::kMax < 1e30f) is_plain &= is_finite;  // sums may hide it
+        if (kKeepsResiduals && T::kMax < 1e30f) is_plain &= is_finite;  // sums may hide it
         if (~votes(is_plain)) {
             fill();
             const uint32_t magnitude = largest_of_block(is_finite ? largest(c) >> 1 : ~0u);
             const bool is_nan = magnitude >= Float32::kInfinity, is_huge = magnitude >= bits_of(kHugeStep);
             FC_UNROLL for (int i = 0; i < 8; i++) c[i] = is_nan ? 0.0f : c[i] * (is_huge ? kShrink : 1.0f);
             butterflies(c);
-            if (kCarries && is_there && !is_huge) add_memory(memory, place, c);
+            if (kKeepsResiduals && is_there && !is_huge) add_residual(residual, place, c);
             meta = measure(c, is_first, is_huge ? kGrow : 1.0f);
             if (is_nan || meta.largest >> 1 >= Float32::kInfinity) meta = {0, 0, kNanBlock};
             else if (is_huge) meta.kind |= kShrunk;
@@ -290,7 +290,7 @@ private:
         const float step = step_of(top, scale) * shrink * size;
         if (is_there) {
             metas[index].largest = bits_of(kind ? 0.0f : 1.0f / step);
-            if (kCarries && !kind) metas[index].value = bits_of(step);
+            if (kKeepsResiduals && !kind) metas[index].value = bits_of(step);
             scales[index] = (uint8_t)(kind ? kind : scale);
         }
         if (index == family * kFamily) ((uint16_t*)tops)[family] = (uint16_t)top;
@@ -299,19 +299,19 @@ private:
     // All lanes of a warp.
     template <class Offset>
     FC_DEVICE void quantize(const float (&c)[8], int octet, bool is_there, const Meta* metas, uint8_t* payload,
-                            const Place<Offset>& place, Word* memory) const {
+                            const Place<Offset>& place, Word* residual) const {
         const int index = octet >> octet_shift, part = octet & ((1 << octet_shift) - 1);
         const Meta meta = is_there ? metas[index] : Meta{0, 0, 0};
         const float inverse = float_of(meta.largest);
         uint32_t code[8];
-        float lost[8] = {};
+        float error[8] = {};
         if (inverse != 0) {
-            const bool keeps = kCarries && !(meta.kind & kShrunk);
+            const bool keeps = kKeepsResiduals && !(meta.kind & kShrunk);
             FC_UNROLL for (int i = 0; i < 8; i++) {
                 const int near = (int)(rounded(c[i] * inverse) - 0x4B400000u) + zero;
                 code[i] = (uint32_t)(near < 0 ? 0 : near > levels - 1 ? levels - 1 : near);
                 if (keeps)
-                    lost[i] = kept_number<T>(fused_multiply_add((float)((int)code[i] - zero), -float_of(meta.value), c[i]));
+                    error[i] = kept_number<T>(fused_multiply_add((float)((int)code[i] - zero), -float_of(meta.value), c[i]));
             }
         } else {
             const int width = constant_bits(), first = 8 * width * part;
@@ -319,7 +319,7 @@ private:
                 code[i] = first < 32 ? meta.value >> (first + i * width) & ((1u << width) - 1) : 0;
         }
         store_codes(code, place.octet + octet, is_there, payload, place.groups);
-        if (kCarries && is_there) replace_memory(lost, octet, memory);
+        if (kKeepsResiduals && is_there) replace_residual(error, octet, residual);
     }
 };
 

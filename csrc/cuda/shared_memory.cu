@@ -6,10 +6,6 @@
 
 namespace flashcomm {
 
-namespace {
-void use(int device) { check(cudaSetDevice(device), "choosing the device"); }
-}  // namespace
-
 std::string device_uuid(int device) {
     cudaDeviceProp properties;
     check(cudaGetDeviceProperties(&properties, device), "asking for the device");
@@ -18,7 +14,7 @@ std::string device_uuid(int device) {
 
 // A peer may write as soon as it has the address, so the zeros must be there first.
 uintptr_t device_allocate(int device, int64_t bytes) {
-    use(device);
+    const OnDevice on(device);
     void* address = nullptr;
     check(cudaMalloc(&address, bytes), "allocating an inbox");
     check(cudaMemset(address, 0, bytes), "clearing an inbox");
@@ -27,19 +23,19 @@ uintptr_t device_allocate(int device, int64_t bytes) {
 }
 
 void device_free(int device, uintptr_t address) {
-    use(device);
+    const OnDevice on(device);
     check(cudaFree((void*)address), "freeing an inbox");
 }
 
 std::string ipc_handle(int device, uintptr_t address) {
-    use(device);
+    const OnDevice on(device);
     cudaIpcMemHandle_t handle;
     check(cudaIpcGetMemHandle(&handle, (void*)address), "exporting an inbox");
     return std::string((const char*)&handle, sizeof handle);
 }
 
 uintptr_t ipc_open(int device, const std::string& bytes) {
-    use(device);
+    const OnDevice on(device);
     cudaIpcMemHandle_t handle;
     if (bytes.size() != sizeof handle) throw std::runtime_error("flash-comm: an IPC handle has 64 bytes.");
     std::memcpy(&handle, bytes.data(), sizeof handle);
@@ -49,12 +45,12 @@ uintptr_t ipc_open(int device, const std::string& bytes) {
 }
 
 void ipc_close(int device, uintptr_t address) {
-    use(device);
+    const OnDevice on(device);
     check(cudaIpcCloseMemHandle((void*)address), "closing a peer's inbox");
 }
 
 uintptr_t host_register(int device, uintptr_t address, int64_t bytes) {
-    use(device);
+    const OnDevice on(device);
     const unsigned flags = cudaHostRegisterMapped | cudaHostRegisterPortable;
     check(cudaHostRegister((void*)address, bytes, flags), "pinning host memory");
     void* mapped = nullptr;

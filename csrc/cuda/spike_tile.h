@@ -17,7 +17,7 @@ namespace flashcomm::FLASHCOMM_ISA {
 
 template <class T> struct SpikeTile {
     using Word = typename T::Word;
-    static constexpr bool kRotates = false, kCarries = false;
+    static constexpr bool kRotates = false, kKeepsResiduals = false;
     static constexpr int kMostAhead = 1;
     // 8 bits in blocks of 8, of which each has 6 bytes and two places of 3 bits beside it.
     static constexpr int kMaxBytes = kTileValues<T> * 15 / 8 < kSlotBytes ? kTileValues<T> * 15 / 8 : (int)kSlotBytes;

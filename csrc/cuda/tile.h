@@ -7,19 +7,21 @@
 //     block(), unit()                              slices are multiples of one, tiles of the other
 //     octets(values), bytes(values)                that a payload holds; its length, a multiple of 16
 //     scratch_bytes(), encode(octets, values, scratch, payload)    all threads; a barrier, then writes, then a barrier
-//     encode(octets, values, scratch, payload, memory)             the same with a memory, where kCarries
-//     memory(values)                               numbers of it that a tensor has
+//     encode(octets, values, scratch, payload, residual)           the same with a residual, where kKeepsResiduals
+//     residual_numel(values)                       numbers of the residual of a tensor
 //     decode<kAlone>(payload, values, octet, shrink, x)            eight numbers as float32; kAlone: not to be added
-//     finish<kAlone>(x, shrunk)                    a sum of such numbers, or one alone, becomes values; whole warps
+//     finish<kAlone>(x, shrunk)                    Inverse transform of decoded coefficients. All lanes of a warp must
+//                                                  call it.
 //
-// Most codecs decode values; a rotated one (kRotates) decodes coefficients, whose sums finish() turns back. Its decode()
-// says whether this block must shrink lest that overflow; then the sum is taken once more. kMostAhead bounds how many
-// 16-byte words of the next payload a thread reads ahead: as registers allow without spilling on sm_100 and sm_120.
+// Most codecs decode values; a rotated one (kRotates) decodes coefficients, and finish() transforms their sum back. Its
+// decode() returns whether this block's sum could overflow; the sum is then taken again, scaled down. kMostAhead: how
+// many 16-byte words of the next payload a thread prefetches, as registers allow without spilling on sm_100 and sm_120.
 //
-// UniformTile and ExactTile are here, the others in rotated_tile.h and spike_tile.h. Encoding goes in three stages with a barrier behind each: every thread the extremes of its octets; one thread for
-// each block the metadata, so that the divisions are done once for a block and not once for a thread; every thread
-// its codes. Extremes meet in shared memory rather than in shuffles: a block may be any multiple of 8, and for blocks
-// of 32 one 16-byte load replaces eight shuffles.
+// UniformTile and ExactTile are here, the others in rotated_tile.h and spike_tile.h. Encoding has three stages with a
+// barrier behind each: every thread finds the extremes of its octets; one thread for each block computes the metadata,
+// so that the divisions are done once for a block and not once for a thread; every thread computes its codes. Extremes
+// meet in shared memory rather than in shuffles: a block may be any multiple of 8, and for blocks of 32 one 16-byte
+// load replaces eight shuffles.
 //
 // Numbers: a bf16 value costs about 10 instructions to encode and 6 to decode; the memory of an H100 allows 18.
 #pragma once
@@ -174,7 +176,7 @@ template <class Size> FC_DEVICE void zero_gap(uint8_t* section, Size size) {
 // codec.h's format, kBits a compile-time constant so that planes cost no branch; the block is a runtime value.
 template <int kBits, class T> struct UniformTile {
     using Word = typename T::Word;
-    static constexpr bool kRotates = false, kCarries = false;
+    static constexpr bool kRotates = false, kKeepsResiduals = false;
     static constexpr int kMostAhead = 4;
     static constexpr int kMaxBytes = kTileOctets<T> * kBits + 2 * 2 * (kTileValues<T> / kMinBlock);
     static constexpr float kLevels = (float)((1 << kBits) - 1);
@@ -304,7 +306,7 @@ private:
 
 // No compression: the tile itself. What the others are measured against over the same inboxes; finite values only.
 template <class T> struct ExactTile {
-    static constexpr bool kRotates = false, kCarries = false;
+    static constexpr bool kRotates = false, kKeepsResiduals = false;
     static constexpr int kMostAhead = 4;
     static constexpr int kMaxBytes = kTileValues<T> * sizeof(typename T::Word);
 

@@ -12,7 +12,7 @@
 namespace flashcomm {
 
 // Every function throws std::runtime_error with what CUDA reports. Addresses are of the device.
-int device_blocks(int device);  // thread blocks of a collective that are resident at once
+int device_blocks(int device);  // thread blocks that one workspace may launch
 std::string device_uuid(int device);
 uintptr_t device_allocate(int device, int64_t bytes);  // zeroed, and the device has seen it
 void device_free(int device, uintptr_t address);
@@ -29,25 +29,28 @@ struct Leg {
     int format, bits, block;  // as in Spec of api.h
 };
 
-bool has_collective(const Leg& reduce, const Leg& gather, int dtype, bool carries);  // see Request::lost
+bool has_collective(const Leg& reduce, const Leg& gather, int dtype, bool with_residuals);  // see Request::residuals
 
 // One call. Addresses are those of this launch's ranks.
-struct Request {  // in the order in which bindings_cuda.cpp fills it
+struct Request {
     int kind;  // Collective of shape.h
     Leg reduce, gather;
     int dtype;
     int64_t numel;
     std::vector<uintptr_t> x, out;
-    std::vector<uintptr_t> lost;  // of the reduce leg, then of the gather leg; or none: nothing is carried on
+    std::vector<uintptr_t> residuals;  // of the reduce leg, then of the gather leg; or none
     uintptr_t stream;
     double deadline;  // seconds
-    int stalled_rank;
-    double stall;  // seconds
-    bool single_buffer;
+    int stalled_rank = 0;
+    double stall = 0;  // seconds
+    bool single_buffer = false;
 };
 
 // The ranks first .. first + ranks - 1 of a group of `world`, whose inboxes are addressed by `inboxes`; the control
 // words of these ranks, and what they send themselves, belong to it.
+//
+// Calls may come on any stream: each waits, by an event, for the call before it. Workspaces of one device may be launched
+// in different orders by different ranks, on different streams: up to four of them are resident together.
 class Workspace {
 public:
     Workspace(int device, int world, int first, int ranks, int blocks, int64_t region, std::vector<uintptr_t> inboxes);
@@ -71,6 +74,13 @@ private:
     void* controls_ = nullptr;
     uint8_t* own_ = nullptr;
     uint64_t* host_errors_ = nullptr;
+
+    void take_turn(void* stream);
+    void end_turn(void* stream);
+    void *launched_ = nullptr, *captured_ = nullptr;        // events behind the last eager and the last captured call
+    void *launched_on_ = nullptr, *captured_on_ = nullptr;  // their streams
+    uint64_t capture_ = 0;                                  // the capture that the last call was part of; 0: none
+    bool has_launched_ = false;
 };
 
 }  // namespace flashcomm

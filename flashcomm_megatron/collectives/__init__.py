@@ -17,6 +17,7 @@ from torch import Tensor
 from ..codec.recipes import Legs
 from ..comm import links, topology, workspace
 from ..config import Config
+from ..observe import counters
 from ..observe import error_sampling as sampling
 from ..observe import messages as announce
 from . import agreement, algorithms, hierarchical, hierarchical_halves
@@ -135,12 +136,21 @@ def wants(collective: str, x: Tensor, group: dist.ProcessGroup, config: Config, 
 
     The first use of a group compares the ranks' configurations, deferred or not (agreement.py).
     """
+    workspace.raise_errors(group)
     agreement.check(group, config)
     plan = _plan(collective, x, group, config, legs)
     if plan.reason is None:
         return True
     announce.deferred(plan.reason, plan.exact_bytes, config)
     return False
+
+
+def stats() -> dict[str, Any]:
+    """Totals since the last reset: calls, quantized, deferred {reason: n}, {exact,wire,remote}_bytes, seconds.
+
+    gpu_errors: which ranks a fused kernel waited for in vain, a sentence each; results since then are NaN.
+    """
+    return {**counters.stats(), "gpu_errors": workspace.errors()}
 
 
 def prepare(group: dist.ProcessGroup | None = None, config: Config | None = None) -> None:
@@ -184,13 +194,13 @@ def _fused(
     if made is None:
         return None
     lost = [] if residuals is None else algorithms.fused_memories(kind, x, group.rank(), group.size(), plan, residuals)
-    return _in_one_step(made, kind, x, out, plan, lost)
+    return _in_one_step(made, kind, x, out, plan, lost, links.seconds(group, config))
 
 
 def _in_one_step(
-    made: workspace.Workspace, kind: str, x: Tensor, out: Tensor, plan: policy.Plan, lost: list[Tensor]
+    made: workspace.Workspace, kind: str, x: Tensor, out: Tensor, plan: policy.Plan, lost: list[Tensor], seconds: float
 ) -> Steps:
-    return made.run(kind, (plan.reduce, plan.gather), x, out, lost)
+    return made.run(kind, (plan.reduce, plan.gather), x, out, lost, seconds=seconds)
     yield  # nothing to wait for: the stream does
 
 

@@ -89,7 +89,8 @@ def seconds(group: dist.ProcessGroup, config: Config) -> float:
     if config.timeout is not None:
         return config.timeout
     try:
-        found: timedelta = group._get_backend(torch.device("cpu")).options._timeout
+        device = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
+        found: timedelta = group._get_backend(device).options._timeout
     except (RuntimeError, AttributeError):
         return DEFAULT_SECONDS
     return found.total_seconds()

@@ -2,11 +2,12 @@
 
 :func:`serving` says whether a call runs here or over the process group. Every rank gives the same answer: it depends
 on configuration, codecs, dtype and device kind, and on a workspace all ranks made together or none. Making one tries
-``peer``, then ``host`` (transport/peer.py, host.py), each step voted on; a real exchange of data is checked before it
-is trusted, for the driver's word is not enough. What failed is printed once.
+``peer``, then ``host`` (peer.py, host.py), each step voted on; a real exchange of data is checked before it is
+trusted, for the driver's word is not enough. What failed is printed once.
 
-A workspace belongs to one stream, in whose order its calls run. CUDA graphs may capture its calls from any stream;
-their replays must run in the order of the workspace's stream.
+Calls may come on any stream: each waits, by an event, for the group's call before it. CUDA graphs may capture calls;
+the user orders their replays with other calls of the group. Four workspaces fit on a GPU at once, whatever the order in
+which ranks launch their calls on different streams; more may wait for each other until the deadline.
 """
 
 from __future__ import annotations
@@ -37,30 +38,38 @@ REGION_BYTES = 4 << 20  # of each (parity, leg, source): messages beyond take se
 
 FUSED = (0, 1, 2)  # formats of csrc/api.h that have fused kernels, for blocks whose units fit into a tile
 
-deadline = 30.0  # seconds a kernel waits for a peer; set before the calls it shall hold for
-trial_deadline = 10.0  # the same while a workspace is tried out
+trial_seconds = 10.0  # how long a kernel waits for a peer while a workspace is tried out
 
 
 class Workspace:
     """Inboxes of all ranks of ``group`` on one device, ready to launch on."""
 
     def __init__(self, cuda: ModuleType, inboxes: Any, group: dist.ProcessGroup, device: int, blocks: int, region: int):
-        self._cuda, self._inboxes, self._stream = cuda, inboxes, -1
+        self._cuda, self._inboxes, self._seconds = cuda, inboxes, trial_seconds
         self._ranks = dist.get_process_group_ranks(group)  # not the group: it would never be freed
         rank, world = group.rank(), group.size()
         self.device = device
         self.kernels = cuda.Workspace(device, world, rank, 1, blocks, region, inboxes.addresses)
 
     def run(
-        self, kind: str, codecs: tuple[Any, Any], x: Tensor, out: Tensor, lost: Sequence[Tensor] = (), **tests: Any
+        self,
+        kind: str,
+        codecs: tuple[Any, Any],
+        x: Tensor,
+        out: Tensor,
+        residuals: Sequence[Tensor] = (),
+        *,
+        seconds: float,
+        **tests: Any,
     ) -> Tensor:
         """Launch one collective of ``kind`` on the current stream and return ``out``.
 
-        ``x``, ``out``: contiguous, on this device. ``codecs``: of the reduce and the gather leg.
-        ``lost``: what their roundings lost before, which is added and replaced; or nothing. RuntimeError if an earlier
-        call missed a rank.
+        ``x``, ``out``: contiguous, on this device. ``codecs``: of the reduce and the gather leg. ``residuals``: of both
+        legs, added and replaced; or none. ``seconds``: how long the kernel waits for a peer; then it fills ``out`` with
+        NaN, and :meth:`raise_error` raises.
         """
         self.raise_error()
+        self._seconds = seconds
         request = self._cuda.Request(
             kind=KINDS[kind],
             **_legs(self._cuda, codecs),
@@ -68,43 +77,33 @@ class Workspace:
             numel=max(x.numel(), out.numel()),
             x=[x.data_ptr()],
             out=[out.data_ptr()],
-            lost=[each.data_ptr() for each in lost],
-            stream=self._own_stream(),
-            deadline=deadline,
+            residuals=[each.data_ptr() for each in residuals],
+            stream=torch.cuda.current_stream(self.device).cuda_stream,
+            deadline=seconds,
             **tests,
         )
         self.kernels.launch(request)
         return out
 
-    def raise_error(self) -> None:
-        """RuntimeError naming the rank and phase if a flag did not come in time in any call so far that has ended."""
+    def error(self) -> str:
+        """Which rank's flag did not come in time, in any call so far that has ended; or nothing. Waits for nothing."""
         found = self.kernels.error()
-        if found:
-            leg, source, _, call = found
-            missing = self._ranks[source]
+        if not found:
+            return ""
+        leg, source, _, call = found
+        return (
+            f"rank {self._ranks[source]} did not arrive in the {('reduce', 'gather')[leg]} phase of round {call} "
+            f"within {self._seconds:g} s"
+        )
+
+    def raise_error(self) -> None:
+        """RuntimeError with what :meth:`error` says."""
+        error = self.error()
+        if error:
             raise RuntimeError(
-                f"flash-comm: rank {missing} did not arrive in the {('reduce', 'gather')[leg]} phase of round {call} "
-                f"within {deadline:g} s. Results since then are invalid. Look for that rank's own error; to go on in "
+                f"flash-comm: {error}. Results since then are NaN. Look for that rank's own error; to go on in "
                 "this process, let every rank call flashcomm_megatron.comm.workspace.rebuild(group, transport)."
             )
-
-    def adopt_stream(self) -> None:
-        """Belong to the current stream from now on, once everything launched so far has ended."""
-        torch.cuda.synchronize(self.device)
-        self._stream = torch.cuda.current_stream(self.device).cuda_stream
-
-    def _own_stream(self) -> int:
-        stream = torch.cuda.current_stream(self.device).cuda_stream
-        if torch.cuda.is_current_stream_capturing():
-            return stream
-        if self._stream == -1:
-            self._stream = stream
-        if stream != self._stream:
-            raise RuntimeError(
-                "flash-comm: this group's collectives run on another stream. Call them from one stream, or move them "
-                "with flashcomm_megatron.comm.workspace.prepare(group, transport) on the new one, on every rank."
-            )
-        return stream
 
     def close(self, group: dist.ProcessGroup) -> None:
         """Give everything back; every rank of the group must call it."""
@@ -114,14 +113,30 @@ class Workspace:
 _made: WeakKeyDictionary[dist.ProcessGroup, dict[str, Workspace | None]] = WeakKeyDictionary()  # by transport
 
 
-def serving(group: dist.ProcessGroup, x: Tensor, plan: Plan, transport: str, carries: bool = False) -> Workspace | None:
+def raise_errors(group: dist.ProcessGroup) -> None:
+    """RuntimeError if a kernel of the group missed a rank: no later call of the group may pass in silence."""
+    for made in _made.get(group, {}).values():
+        if made is not None:
+            made.raise_error()
+
+
+def errors() -> list[str]:
+    """What :meth:`Workspace.error` says of all groups, for stats()."""
+    every = (made for by_transport in _made.values() for made in by_transport.values() if made is not None)
+    return [error for error in (made.error() for made in every) if error]
+
+
+def serving(
+    group: dist.ProcessGroup, x: Tensor, plan: Plan, transport: str, with_residuals: bool = False
+) -> Workspace | None:
     """The workspace that runs this call whole, made with the group's first such call; None: use the process group.
 
-    ``carries``: with a memory of what roundings lost.
+    ``with_residuals``: the call also reads and updates residuals.
     """
     if x.device.type != "cuda" or not CHAINS[transport]:
         return None
-    if group.size() not in WORLDS or not _has_kernel(_native(plan.reduce), _native(plan.gather), x.dtype, carries):
+    legs = _native(plan.reduce), _native(plan.gather)
+    if group.size() not in WORLDS or not _has_kernel(*legs, x.dtype, with_residuals):
         return None
     made = _of(group, x.device.index, transport)
     if made is not None and made.device != x.device.index:
@@ -154,22 +169,19 @@ def _native(codec: Any) -> Native | None:
 
 
 @lru_cache
-def _has_kernel(reduce: Native | None, gather: Native | None, dtype: torch.dtype, carries: bool = False) -> bool:
+def _has_kernel(reduce: Native | None, gather: Native | None, dtype: torch.dtype, with_residuals: bool) -> bool:
     """Whether there is a fused kernel for these legs."""
     cuda = extension.cuda()
     if cuda is None or reduce is None or gather is None:
         return False
-    return bool(cuda.has_collective(cuda.Leg(*reduce), cuda.Leg(*gather), extension.DTYPES[dtype], carries))
+    return bool(cuda.has_collective(cuda.Leg(*reduce), cuda.Leg(*gather), extension.DTYPES[dtype], with_residuals))
 
 
 def prepare(group: dist.ProcessGroup, transport: str) -> Workspace | None:
-    """Make the group's workspace now, before a capture, and let it belong to the current stream. On every rank."""
+    """Make the group's workspace now, before a capture. On every rank."""
     refuse_capture()
     nodes(group)
-    made = _of(group, torch.cuda.current_device(), transport)
-    if made is not None:
-        made.adopt_stream()
-    return made
+    return _of(group, torch.cuda.current_device(), transport)
 
 
 def refuse_capture() -> None:
@@ -270,23 +282,18 @@ def _trial(made: Workspace, group: dist.ProcessGroup) -> str:
     """Gather known numbers twice, once through each buffer; why they did not all arrive, or nothing."""
     from ..codec import Uniform  # only here: a transport knows no codec
 
-    global deadline
-    before, deadline = deadline, trial_deadline
     codec, device = Uniform(8, 32), torch.device("cuda", made.device)
     try:
         for turn in range(2):
             parts = [_known(rank, turn, device) for rank in range(group.size())]
             out = torch.full((len(parts) * parts[0].numel(),), torch.nan, dtype=torch.bfloat16, device=device)
-            made.run("all_gather", (codec, codec), parts[group.rank()], out)
+            made.run("all_gather", (codec, codec), parts[group.rank()], out, seconds=trial_seconds)
             torch.cuda.synchronize(made.device)
             made.raise_error()
             if not torch.equal(out, torch.cat(parts)):
                 return "data written by a peer arrived changed"
     except RuntimeError as error:
         return str(error)
-    finally:
-        deadline = before
-        made._stream = -1
     return ""
 
 

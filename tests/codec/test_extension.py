@@ -75,6 +75,8 @@ def test_decode_sum_refuses(payloads: list[Tensor], out: Tensor, message: str) -
 def test_unknown_devices_and_codecs_are_left_to_the_reference() -> None:
     @dataclass
     class Stranger:
+        native = None
+
         def wire_bytes(self, numel: int) -> int:
             return numel
 

@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
+from every_collective import DTYPES, SHAPES, every_collective
 from ranks import spawn
-from test_collectives import DTYPES, SHAPES, _every_collective
 
 from flashcomm_megatron.codec.published.microscaling import ELEMENTS, Microscaling
 from flashcomm_megatron.config import Config
@@ -200,4 +200,4 @@ def test_other_blocks_are_refused():
 @pytest.mark.parametrize(("world", "recipe", "bits"), [(2, "mx", 5), (3, "mx-int", 3)])
 def test_collectives_equal_their_specification_on_every_rank(world, recipe, bits):
     config = Config(bits=bits, recipe=recipe, min_bytes=0, block=16)
-    assert spawn(_every_collective, world, [config]) == [len(SHAPES) * len(DTYPES) * 3] * world
+    assert spawn(every_collective, world, [config]) == [len(SHAPES) * len(DTYPES) * 3] * world

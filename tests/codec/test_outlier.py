@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
+from every_collective import DTYPES, part
 from ranks import spawn
-from test_collectives import DTYPES, part
 
 from flashcomm_megatron.codec import Outlier, Uncalibrated
 from flashcomm_megatron.codec.published.outlier import from_ranges

@@ -221,47 +221,47 @@ def test_any_bits_encode_and_decode(bits: float, block: int, numel: int, seed: i
     assert ((y.double() - x.double()).abs() <= limit + y.double().abs() * 2.0**-24)[~limit.isnan()].all()
 
 
-def remembered(codec: Rotated, memory: Tensor, blocks: int) -> Tensor:
-    """A memory as float64 [blocks, block]: of every four blocks the first four numbers of each, then the next four."""
+def coefficients_of(codec: Rotated, residual: Tensor, blocks: int) -> Tensor:
+    """A residual as float64 [blocks, block]: of every four blocks the first four numbers of each, then the next four."""
     found = torch.zeros(blocks, codec.block, dtype=torch.float64)
     for index in range(blocks):
         for i in range(codec.block):
-            found[index, i] = memory[index // 4 * 4 * codec.block + i // 4 * 16 + index % 4 * 4 + i % 4]
+            found[index, i] = residual[index // 4 * 4 * codec.block + i // 4 * 16 + index % 4 * 4 + i % 4]
     return found
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("codec", [Rotated(4.5, 32), Rotated(2, 16), Rotated(8, 64)], ids=str)
-def test_a_memory_is_what_the_codes_lost(codec: Rotated, dtype: torch.dtype) -> None:
+def test_a_residual_is_what_the_codes_lost(codec: Rotated, dtype: torch.dtype) -> None:
     """Of coefficients, as the docstring has it, to within a rounding of the dtype; blocks of NaN and Inf have none."""
-    memory, matrix = torch.zeros(codec.residual_numel(1000), dtype=dtype), hadamard(codec.block)
+    residual, matrix = torch.zeros(codec.residual_numel(1000), dtype=dtype), hadamard(codec.block)
     for seed in range(3):
         x = tensor("strange", 1000, dtype, seed)
         blocks = blocks_of(x, codec.block)
-        before = remembered(codec, memory, len(blocks))
-        payload = codec.encode_residual_ref(x, memory)
+        before = coefficients_of(codec, residual, len(blocks))
+        payload = codec.encode_residual_ref(x, residual)
         decoded = codec.decode_sum_ref([payload], len(blocks) * codec.block, torch.float32)
         wanted = blocks @ matrix + before - decoded.double().view(-1, codec.block) @ matrix
         wanted = torch.where(blocks.isfinite().all(1, keepdim=True), wanted, 0.0)
-        found = remembered(codec, memory, len(blocks))
+        found = coefficients_of(codec, residual, len(blocks))
         assert (found - wanted).abs().max() <= wanted.abs().max() * 2 * STEP[dtype] + 1e-4  # 2: cut, not rounded
         assert found.isfinite().all() and found.any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_what_is_exact_or_strange_leaves_no_memory(dtype: torch.dtype) -> None:
-    """Constants of values and memory together; NaN, Inf and huge values, the last of which also do without one."""
-    codec, memory = Rotated(3, 32), torch.zeros(128, dtype=dtype)
+def test_what_is_exact_or_strange_leaves_no_residual(dtype: torch.dtype) -> None:
+    """Constants of values and residual together; NaN, Inf and huge values, the last of which also do without one."""
+    codec, residual = Rotated(3, 32), torch.zeros(128, dtype=dtype)
     x = tensor("normal", 128, dtype)
     x[32:64], x[70], x[96:100] = 3.0, math.nan, math.inf if dtype == torch.float16 else 2.0**100
     for _ in range(2):
-        payload = codec.encode_residual_ref(x, memory)
-        kept = remembered(codec, memory, 4)
+        payload = codec.encode_residual_ref(x, residual)
+        kept = coefficients_of(codec, residual, 4)
         assert kept[0].any() and not kept[1:].any()
     assert torch.equal(codec.decode_ref(payload, 128)[32:64], torch.full((32,), 3.0))
-    memory.fill_(1.0)
+    residual.fill_(1.0)
     if dtype != torch.float16:
-        assert torch.equal(codec.encode_residual_ref(x[96:], memory), codec.encode_ref(x[96:]))
+        assert torch.equal(codec.encode_residual_ref(x[96:], residual), codec.encode_ref(x[96:]))
 
     cancelled = torch.zeros(128, dtype=dtype)
     cancelled[1] = -5.0  # of the first block's second coefficient, which is all that it has beside the first
@@ -270,11 +270,11 @@ def test_what_is_exact_or_strange_leaves_no_memory(dtype: torch.dtype) -> None:
     assert torch.equal(codec.decode_ref(payload, 32), torch.full((32,), 2.0)) and not cancelled.any()
 
 
-def test_numbers_of_a_memory_are_finite_and_not_rounded_up() -> None:
+def test_residuals_are_finite_and_not_rounded_up() -> None:
     codec, large = Rotated(2, 16), torch.linspace(-60000, 65504, 64)
-    memory = torch.zeros(64, dtype=torch.float16)
-    codec.encode_residual_ref(large.half(), memory)
-    assert memory.abs().max() == 65504
+    residual = torch.zeros(64, dtype=torch.float16)
+    codec.encode_residual_ref(large.half(), residual)
+    assert residual.abs().max() == 65504
 
     exact, cut = torch.zeros(64), torch.zeros(64, dtype=torch.bfloat16)
     codec.encode_residual_ref(large.bfloat16().float(), exact)
@@ -283,15 +283,15 @@ def test_numbers_of_a_memory_are_finite_and_not_rounded_up() -> None:
 
 
 @pytest.mark.parametrize(("numel", "block"), [(640, 32), (1000, 64), (135, 16)])
-def test_what_a_sum_of_roundings_lacks_is_the_last_memory(numel: int, block: int) -> None:
+def test_what_a_sum_of_roundings_lacks_is_the_last_residual(numel: int, block: int) -> None:
     """The errors of all encodings telescope, and stay as small as one."""
     codec, steps = Rotated(3, block), 50
-    memory, padded = torch.zeros(codec.residual_numel(numel)), math.ceil(numel / block) * block
+    residual, padded = torch.zeros(codec.residual_numel(numel)), math.ceil(numel / block) * block
     terms = [tensor("normal", numel, torch.float32, seed) for seed in range(steps)]
-    kept = sum(codec.decode_ref(codec.encode(term, memory=memory), padded).double() for term in terms)
+    kept = sum(codec.decode_ref(codec.encode(term, residual=residual), padded).double() for term in terms)
     plain = sum(through(codec, term) for term in terms)
     lacking = sum(blocks_of(term, block) for term in terms) - kept.view(-1, block)
-    last = remembered(codec, memory, padded // block) @ hadamard(block) / block
+    last = coefficients_of(codec, residual, padded // block) @ hadamard(block) / block
     assert torch.allclose(lacking, last, atol=1e-4)
     once = (through(codec, terms[0]) - terms[0]).square().mean()
     assert lacking.square().mean() < 2 * once < 0.2 * (plain - sum(terms)).square().mean()

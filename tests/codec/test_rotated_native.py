@@ -1,4 +1,4 @@
-"""The compiled rotated codec equals its definition bit for bit, memories included, on every instruction set."""
+"""The compiled rotated codec equals its definition bit for bit, residuals included, on every instruction set."""
 
 from __future__ import annotations
 
@@ -85,8 +85,8 @@ def test_compiled_equals_definition(bits, block):
                     assert same(found, expected), isa
 
 
-def remembered(codec: Rotated, numel: int, dtype: torch.dtype) -> torch.Tensor:
-    """A memory of normal numbers, some of them the smallest there are; zeros for blocks that are not there."""
+def coefficients_of(codec: Rotated, numel: int, dtype: torch.dtype) -> torch.Tensor:
+    """A residual of normal numbers, some of them the smallest there are; zeros for blocks that are not there."""
     numbers = torch.randn(math.ceil(numel / codec.block), codec.block) * 0.05
     numbers[:, 3::17] = 2.0**-126
     return rotated._grouped(numbers, dtype)
@@ -94,36 +94,36 @@ def remembered(codec: Rotated, numel: int, dtype: torch.dtype) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("codec", [Rotated(4.5, 32), Rotated(5, 64), Rotated(8, 16), Rotated(2, 32)], ids=str)
-def test_memories_equal_definition(dtype, codec, monkeypatch):
+def test_residuals_equal_definition(dtype, codec, monkeypatch):
     numel = 2500
     *others, masked = kinds(numel, dtype)
     denormal = others[0] * 2.0**-115  # coefficients that are denormal where they are small
     for x in (*others, masked, denormal):
-        before = remembered(codec, numel, dtype)
+        before = coefficients_of(codec, numel, dtype)
         before[numel // 8 : numel - numel // 8] *= 0 if x is masked else 1
         before *= 2.0**-115 if x is denormal else 1
         defined = before.clone()
         with monkeypatch.context() as patch:
             patch.setattr(extension, "_extension", None)
-            expected = [codec.encode(each, memory=defined) for each in (x, x)]
+            expected = [codec.encode(each, residual=defined) for each in (x, x)]
         for isa in ISAS:
             use(isa)
             compiled = before.clone()
             for payload in expected:
-                assert same(codec.encode(x, memory=compiled), payload), isa
+                assert same(codec.encode(x, residual=compiled), payload), isa
             assert same(compiled, defined), isa
 
 
 @pytest.mark.parametrize("codec", [Rotated(3, 16), Rotated(4.5, 32), Rotated(5, 64)], ids=str)
-def test_signed_zeros_of_a_memory(codec):
+def test_signed_zeros_of_a_residual(codec):
     defined = torch.zeros(codec.residual_numel(3001), dtype=torch.float16)
     compiled = {isa: defined.clone() for isa in ISAS}
     for x in fading(3001):
         expected = codec.encode_residual_ref(x, defined)
-        for isa, memory in compiled.items():
+        for isa, residual in compiled.items():
             use(isa)
-            assert same(codec.encode(x, memory=memory), expected), isa
-            assert same(memory, defined), isa
+            assert same(codec.encode(x, residual=residual), expected), isa
+            assert same(residual, defined), isa
 
 
 def test_threads_do_not_change_the_result(monkeypatch):
@@ -136,9 +136,9 @@ def test_threads_do_not_change_the_result(monkeypatch):
         assert same(out, codec.decode_sum_ref([payload, payload], x.numel(), x.dtype))
 
 
-def test_wrong_memories_are_refused():
+def test_wrong_residuals_are_refused():
     codec, x = Rotated(4, 32), torch.randn(64)
-    with pytest.raises(ValueError, match=r"memory has 64 numbers; .* keeps 128 of 64 values"):
-        codec.encode(x, memory=torch.zeros(64))
-    with pytest.raises(ValueError, match=r"memory is torch\.float16"):
-        codec.encode(x, memory=torch.zeros(128, dtype=torch.float16))
+    with pytest.raises(ValueError, match=r"residual has 64 numbers; .* keeps 128 of 64 values"):
+        codec.encode(x, residual=torch.zeros(64))
+    with pytest.raises(ValueError, match=r"residual is torch\.float16"):
+        codec.encode(x, residual=torch.zeros(128, dtype=torch.float16))

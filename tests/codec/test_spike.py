@@ -7,8 +7,8 @@ import re
 
 import pytest
 import torch
+from every_collective import DTYPES, SHAPES, every_collective
 from ranks import spawn
-from test_collectives import DTYPES, SHAPES, _every_collective
 
 from flashcomm_megatron.codec import Spike, spike
 from flashcomm_megatron.config import Config
@@ -166,4 +166,4 @@ def test_blocks_a_position_cannot_name_are_refused():
 @pytest.mark.parametrize(("world", "bits"), [(2, 2), (3, 5)])
 def test_collectives_equal_their_specification_on_every_rank(world, bits):
     config = Config(bits=bits, recipe="flash-v2", min_bytes=0)
-    assert spawn(_every_collective, world, [config]) == [len(SHAPES) * len(DTYPES) * 3] * world
+    assert spawn(every_collective, world, [config]) == [len(SHAPES) * len(DTYPES) * 3] * world

@@ -7,70 +7,13 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
+from every_collective import DTYPES, SHAPES, every_collective, expected_all_reduce, part
 from ranks import spawn
 
 from flashcomm_megatron.collectives import all_gather, all_reduce, reduce_scatter
 from flashcomm_megatron.collectives import handle as calls
-from flashcomm_megatron.collectives import plan as policy
 from flashcomm_megatron.config import Config
 from flashcomm_megatron.observe import counters
-
-SHAPES = [(1,), (7,), (129,), (3, 43), (2, 5, 96), (1000,), (64, 192)]
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
-def part(rank: int, shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
-    """What rank ``rank`` contributes: the same tensor wherever it is computed."""
-    generator = torch.Generator().manual_seed(1000 * seed + rank)
-    return torch.randn(shape, generator=generator).to(dtype)
-
-
-def through(codec, x: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """decode(encode(x)) by the torch reference."""
-    flat = x.reshape(-1)
-    return codec.decode_sum_ref([codec.encode_ref(flat)], flat.numel(), dtype).view(x.shape)
-
-
-def expected_sum(codec, parts: list[torch.Tensor]) -> torch.Tensor:
-    """The specification of one reduction: sum in rank order, float32, of the decoded parts."""
-    total = through(codec, parts[0])
-    for x in parts[1:]:
-        total = total + through(codec, x)
-    return total.to(parts[0].dtype)
-
-
-def expected_all_reduce(config: Config, parts: list[torch.Tensor]) -> torch.Tensor:
-    world, plan = len(parts), policy.plan("all_reduce", parts[0], len(parts), config)
-    if plan.algorithm == "one-step":
-        return expected_sum(plan.reduce, parts)
-    unit = math.lcm(plan.reduce.block, plan.gather.block)
-    length = math.ceil(math.ceil(parts[0].numel() / world) / unit) * unit
-    slices = zip(*(x.reshape(-1).split(length) for x in parts), strict=True)
-    sums = [expected_sum(plan.reduce, list(pieces)) for pieces in slices]
-    return torch.cat([through(plan.gather, piece, piece.dtype) for piece in sums]).view(parts[0].shape)
-
-
-def _every_collective(rank: int, world: int, configs: list[Config]) -> int:
-    """Compare each collective with its specification; number of comparisons made."""
-    compared = 0
-    for config in configs:
-        for shape in SHAPES:
-            for dtype in DTYPES:
-                parts = [part(r, shape, dtype) for r in range(world)]
-                x = parts[rank].clone()
-                assert torch.equal(all_reduce(x, None, config), expected_all_reduce(config, parts))
-                assert torch.equal(x, expected_all_reduce(config, parts)), "a contiguous input is reduced in place"
-
-                plan = policy.plan("all_reduce", x, world, config)
-                gathered = torch.cat([through(plan.gather, each, dtype) for each in parts])
-                assert torch.equal(all_gather(parts[rank], None, config), gathered)
-
-                wide = [part(r, (world * 2, *shape), dtype) for r in range(world)]
-                mine = expected_sum(plan.reduce, [each.chunk(world)[rank] for each in wide])
-                assert torch.equal(reduce_scatter(wide[rank], None, config), mine)
-                compared += 3
-    return compared
-
 
 CONFIGS = [
     Config(bits=4, min_bytes=0),
@@ -82,7 +25,7 @@ CONFIGS = [
 
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_collectives_equal_their_specification(world):
-    assert spawn(_every_collective, world, CONFIGS) == [len(CONFIGS) * len(SHAPES) * len(DTYPES) * 3] * world
+    assert spawn(every_collective, world, CONFIGS) == [len(CONFIGS) * len(SHAPES) * len(DTYPES) * 3] * world
 
 
 @pytest.mark.parametrize("world", [1, 5, 8])

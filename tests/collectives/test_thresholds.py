@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from patience import patient
 
 from flashcomm_megatron.collectives import plan as policy
 from flashcomm_megatron.collectives import thresholds
@@ -97,7 +98,7 @@ def test_bench_measures_on_real_ranks_and_its_file_is_used(tmp_path: Path) -> No
         subprocess.Popen(command, env={**environment, "RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
         for rank in range(2)
     ]
-    outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
+    outputs = [rank.communicate(timeout=patient(120))[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0]
     assert "all_reduce" in outputs[0] and not outputs[1]
     rows = json.loads(path.read_text())["least bytes by place"]["2 ranks, 1 machines, shared memory"]

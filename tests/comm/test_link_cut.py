@@ -34,7 +34,7 @@ def wait_for(paths: Sequence[Path], ranks: Sequence[subprocess.Popen[bytes]]) ->
 def play(hosts: Hosts, folder: Path) -> list[str]:
     """What each rank said at its end."""
     variables = {"PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1"}
-    script = [sys.executable, str(ROOT / "tests" / "link_cut_rank.py")]
+    script = [sys.executable, str(ROOT / "tests" / "support" / "link_cut_rank.py")]
     ranks = [hosts.start(rank, [*script, str(rank), str(folder)], variables) for rank in (0, 1)]
     try:
         wait_for([folder / f"ready-{rank}" for rank in (0, 1)], ranks)

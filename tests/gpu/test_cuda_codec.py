@@ -46,7 +46,8 @@ def test_memories_equal_the_definition(codec):
         memory = defined.cuda()
         for seed in range(3):
             x = strange(numel, dtype, seed)
-            assert torch.equal(codec.encode(x.cuda(), memory=memory).cpu(), codec.encode_residual_ref(x, defined)), dtype
+            found = codec.encode(x.cuda(), residual=memory)
+            assert torch.equal(found.cpu(), codec.encode_residual_ref(x, defined)), dtype
             assert same(memory, defined), (dtype, numel, seed)
 
 

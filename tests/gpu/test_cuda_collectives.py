@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from patience import patient
 from specification import carried, expected, outputs, plan_of, same, strange
 
 from flashcomm_megatron.codec import Uniform, extension
@@ -216,16 +217,21 @@ def test_negative_control_without_the_second_buffer(ranks):
 @pytest.mark.parametrize("ranks", [pytest.param(lambda: Streams(2), id="streams")], indirect=True)
 def test_a_missing_rank_is_named_at_the_deadline(ranks):
     x = torch.randn(10_000, device="cuda").bfloat16()
-    ranks.run(0, "one-step", BLOCK32, x, torch.empty_like(x), deadline=0.05)
+    out = torch.zeros_like(x)
+    ranks.run(0, "one-step", BLOCK32, x, out, deadline=0.05)
     torch.cuda.synchronize()
+    assert out.isnan().all(), "no partial sum passes for a result"
     leg, missing, _, call = ranks.kernels[0].error()
     assert (leg, missing, call) == (0, 1, 1)
     started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     started.record(ranks.streams[0])
-    ranks.run(0, "one-step", BLOCK32, x, torch.empty_like(x), deadline=20.0)
+    later = {kind: outputs(kind, [x])[0].zero_() for kind in KINDS}
+    for kind, out in later.items():
+        ranks.run(0, kind, BLOCK32, x, out, deadline=20.0)
     ended.record(ranks.streams[0])
     torch.cuda.synchronize()
     assert started.elapsed_time(ended) < 5_000, "calls behind an error do not wait again"
+    assert all(out.isnan().all() for out in later.values()), "and their outputs are NaN as well"
 
 
 # ---- graphs ---------------------------------------------------------------------------------------------------
@@ -262,7 +268,7 @@ def test_graphs_of_different_sizes_replayed_in_turns(ranks):
 # ---- memory checker -------------------------------------------------------------------------------------------
 
 SHORT_RUN = """
-import sys; sys.path[:0] = [{tests!r}, {root!r}]
+import sys; sys.path[:0] = {folders!r}
 from test_cuda_collectives import *
 made = OneLaunch(2, 4)
 for kind in KINDS:
@@ -277,11 +283,12 @@ def test_memory_checker_finds_nothing(tool):
     checker = shutil.which("compute-sanitizer")
     if checker is None:
         pytest.skip("compute-sanitizer is not installed")
-    tests = Path(__file__).resolve().parent
-    script = SHORT_RUN.format(tests=str(tests), root=str(tests.parent))
+    root = Path(__file__).resolve().parents[2]
+    folders = [str(root / each) for each in ("tests/gpu", "tests/support", "tests/collectives", ".")]
+    script = SHORT_RUN.format(folders=folders)
     command = [checker, "--tool", tool, "--error-exitcode", "7", sys.executable, "-c", script]
     try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=150)
+        found = subprocess.run(command, capture_output=True, text=True, timeout=patient(150))
     except subprocess.TimeoutExpired:
         pytest.skip(f"compute-sanitizer {tool} did not end within 150 s")
     if "not supported" in found.stdout + found.stderr:

@@ -18,18 +18,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from patience import patient
 
 from flashcomm_megatron.codec import extension
 
-HERE = Path(__file__).resolve().parent
-STAND_IN = HERE / "stand_ins" / "cuda"
+ROOT = Path(__file__).resolve().parents[2]
+SUPPORT = ROOT / "tests" / "support"
+STAND_IN = SUPPORT / "stand_ins" / "cuda"
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs these tests itself, or its stand-in does"),
     pytest.mark.skipif(not extension.available(), reason=f"no extension to give a CUDA half to: {extension.reason()}"),
 ]
 
 CODEC, COLLECTIVES, PROCESSES, FAULTS = (
-    f"tests/test_cuda_{name}.py" for name in ("codec", "collectives", "processes", "faults")
+    f"tests/gpu/test_cuda_{name}.py" for name in ("codec", "collectives", "processes", "faults")
 )
 ALL = {
     "kernels": [CODEC, COLLECTIVES, "tests/codec/test_extension.py", "tests/observe/test_metrics.py"],
@@ -56,7 +58,9 @@ PART = {
     "processes": [
         f"{PROCESSES}::test_collectives_of_processes[2-peer]",
         f"{PROCESSES}::test_ranks_that_stay_name_the_one_that_left[host]",
-        f"{PROCESSES}::test_a_second_stream_is_refused",
+        f"{PROCESSES}::test_a_second_stream_waits_for_the_first",
+        f"{PROCESSES}::test_two_groups_launched_in_opposite_orders",
+        f"{PROCESSES}::test_the_current_device_stays",
         f"{PROCESSES}::test_a_captured_call",
         f"{PROCESSES}::test_made_twenty_times_nothing_leaks[peer]",
     ],
@@ -83,13 +87,13 @@ def gpu(tmp_path_factory) -> dict[str, str]:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not module.exists():
             subprocess.run([sys.executable, STAND_IN / "build.py", folder], check=True)
-    path = os.pathsep.join(map(str, (STAND_IN, HERE.parent)))
+    path = os.pathsep.join(map(str, (STAND_IN, ROOT)))
     return {**os.environ, "FLASHCOMM_CUDA_STAND_IN": str(module), "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
 
 def run(command: list[str], environment: dict[str, str], seconds: int) -> str:
     """What a command prints; it must end with 0."""
-    found = subprocess.run(command, env=environment, cwd=HERE.parent, capture_output=True, text=True, timeout=seconds)
+    found = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=patient(seconds))
     assert found.returncode == 0, found.stdout[-8000:] + found.stderr[-4000:]
     return found.stdout
 

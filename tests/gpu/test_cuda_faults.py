@@ -91,7 +91,7 @@ def test_memory_outlives_its_tensor_while_work_is_left():
 def _fall_back(rank: int, world: int, faults: dict[str, int]) -> tuple[str, str]:
     """What rank 1's faults leave to all ranks: the inboxes of transport peer, and what was printed over two calls."""
     device, group, config = use_device(rank), dist.group.WORLD, config_of("peer")
-    workspace.trial_deadline = 3.0
+    workspace.trial_seconds = 3.0
     for function, error in faults.items() if rank == 1 else ():
         fault(function, error)
     with contextlib.redirect_stdout(io.StringIO()) as printed:
@@ -131,10 +131,9 @@ def test_ranks_fall_back_together_and_say_why_once(faults, served, said):
 
 def _untried(rank: int, world: int) -> str:
     """One call over inboxes that are not the peers', by a workspace that nobody tried."""
-    device, group, config = use_device(rank), dist.group.WORLD, config_of("peer")
+    device, group, config = use_device(rank), dist.group.WORLD, config_of("peer", timeout=1.0)
     workspace._trial = lambda made, group: ""
     fault("cudaIpcOpenMemHandle", NOBODYS)
-    workspace.deadline = 1.0
     return raised_behind(torch.ones(1000, device=device), group, config)
 
 
@@ -148,12 +147,11 @@ def test_negative_control_inboxes_that_are_not_mapped():
 
 def _rebuilt(rank: int, world: int) -> str:
     """Rank 1 comes too late; all rebuild, and the next call is right."""
-    device, group, config = use_device(rank), dist.group.WORLD, config_of("peer")
+    device, group, config = use_device(rank), dist.group.WORLD, config_of("peer", timeout=0.5)
     x = torch.ones(10_000, device=device)
-    all_reduce(x, group, config)
-    workspace.deadline = 0.5
+    all_reduce(x, group, config_of("peer"))
     said = "" if rank == 1 else raised_behind(x.clone(), group, config)
-    workspace.deadline = 30.0
+    config = config_of("peer")
     workspace.rebuild(group, "peer")
     result = all_reduce(torch.full_like(x, rank + 1.0), group, config)
     assert torch.equal(result, torch.full_like(x, world * (world + 1) / 2))

@@ -5,6 +5,7 @@ Ranks share GPUs where there are fewer of them. Processes on one GPU take turns,
 
 from __future__ import annotations
 
+import os
 import time
 
 import pytest
@@ -14,7 +15,7 @@ from ranks import spawn
 from specification import expected, same, strange
 
 from flashcomm_megatron.codec import extension
-from flashcomm_megatron.collectives import all_gather, all_reduce, prepare, reduce_scatter
+from flashcomm_megatron.collectives import all_gather, all_reduce, prepare, reduce_scatter, stats
 from flashcomm_megatron.collectives import plan as policy
 from flashcomm_megatron.comm import workspace
 from flashcomm_megatron.config import Config
@@ -27,8 +28,16 @@ pytestmark = [
 TRANSPORTS = ["peer", "host"]
 
 
-def config_of(transport: str, bits: int = 4, algorithm: str = "auto") -> Config:
-    return Config(bits=bits, recipe="flash-v1", block=32, min_bytes=0, transport=transport, algorithm=algorithm)
+def config_of(transport: str, bits: int = 4, algorithm: str = "auto", timeout: float | None = None) -> Config:
+    return Config(
+        bits=bits,
+        recipe="flash-v1",
+        block=32,
+        min_bytes=0,
+        transport=transport,
+        algorithm=algorithm,
+        timeout=timeout,
+    )
 
 
 def use_device(rank: int) -> torch.device:
@@ -68,21 +77,21 @@ def test_collectives_of_processes(transport, world):
 
 
 def raised_behind(x: torch.Tensor, group: dist.ProcessGroup, config: Config) -> str:
-    """What a call raises behind one whose kernel gives up."""
-    all_reduce(x, group, config)
+    """What the next call raises behind one whose kernel gives up, even a call that is not compressed."""
+    out = all_reduce(x, group, config)
     torch.cuda.synchronize()
+    assert out.isnan().all() and "did not arrive" in stats()["gpu_errors"][0]
     try:
-        all_reduce(x, group, config)
+        all_reduce(x, group, Config(bits=4, min_bytes=1 << 40, transport=config.transport))
     except RuntimeError as error:
         return str(error)
     return "nothing was raised"
 
 
 def _one_rank_leaves(rank: int, world: int, transport: str) -> str:
-    device, group, config = use_device(rank), dist.group.WORLD, config_of(transport)
+    device, group, config = use_device(rank), dist.group.WORLD, config_of(transport, timeout=2.0)
     x = torch.randn(10_000, device=device)
     all_reduce(x, group, config)
-    workspace.deadline = 2.0
     return "left" if rank == 1 else raised_behind(x, group, config)
 
 
@@ -92,21 +101,65 @@ def test_ranks_that_stay_name_the_one_that_left(transport):
     assert "rank 1 did not arrive" in first and "rank 1 did not arrive" in third and second == "left"
 
 
-def _second_stream(rank: int, world: int) -> None:
+def _many_streams(rank: int, world: int) -> None:
+    """Calls of one group on three streams in turn, with nothing between them that orders the streams."""
     device, group, config = use_device(rank), dist.group.WORLD, config_of("peer")
-    x = torch.randn(10_000, device=device)
-    all_reduce(x, group, config)
-    with torch.cuda.stream(torch.cuda.Stream()):
-        with pytest.raises(RuntimeError, match="another stream"):
-            all_reduce(x, group, config)
-        workspace.prepare(group, "peer")
-        all_reduce(x, group, config)
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    calls = [[strange(20_000, torch.bfloat16, 10 * call + r) for r in range(world)] for call in range(6)]
+    x = [parts[rank].to(device) for parts in calls]
     torch.cuda.synchronize()
+    for call, each in enumerate(x):
+        with torch.cuda.stream(streams[call % 3]):
+            all_reduce(each, group, config)
+    torch.cuda.synchronize()
+    plan = policy.plan("all_reduce", x[0], world, config)
+    for each, parts in zip(x, calls, strict=True):
+        assert same(each, expected(plan.algorithm, (plan.reduce, plan.gather), parts)[rank])
     workspace.close(group)
 
 
-def test_a_second_stream_is_refused():
-    spawn(_second_stream, 2, seconds=60)
+def test_a_second_stream_waits_for_the_first():
+    spawn(_many_streams, 2, seconds=60)
+
+
+def _opposite_orders(rank: int, world: int) -> None:
+    """Two groups on two streams; the ranks launch them in opposite orders, messages of many rounds."""
+    device, config = use_device(rank), config_of("peer", timeout=20.0)
+    groups, streams = [dist.new_group(), dist.new_group()], [torch.cuda.Stream() for _ in range(2)]
+    x = [torch.full((3_000_00,), rank + 1.0 + turn, device=device) for turn in range(2)]
+    for group in groups:
+        prepare(group, config)
+    torch.cuda.synchronize()
+    for turn in (0, 1) if rank == 0 else (1, 0):
+        with torch.cuda.stream(streams[turn]):
+            all_reduce(x[turn], groups[turn], config)
+    torch.cuda.synchronize()
+    assert all(torch.equal(each, torch.full_like(each, 3.0 + 2 * turn)) for turn, each in enumerate(x))
+    for group in groups:
+        workspace.close(group)
+
+
+def test_two_groups_launched_in_opposite_orders():
+    spawn(_opposite_orders, 2, seconds=60)
+
+
+def _other_device(rank: int, world: int) -> None:
+    os.environ["FLASHCOMM_STAND_IN_GPUS"] = "2"  # where the stand-in is the GPU
+    torch.cuda.set_device(0)
+    group, config = dist.group.WORLD, config_of("peer")
+    prepare(group, config)
+    torch.cuda.set_device(1)
+    all_reduce(torch.ones(1000, device="cuda:0"), group, config)
+    assert torch.cuda.current_device() == 1, "a call leaves the current device as it was"
+    workspace.close(group)
+    assert torch.cuda.current_device() == 1
+
+
+@pytest.mark.skipif(
+    torch.cuda.device_count() < 2 and "FLASHCOMM_CUDA_STAND_IN" not in os.environ, reason="needs two GPUs"
+)
+def test_the_current_device_stays():
+    spawn(_other_device, 2, seconds=60)
 
 
 def _graph(rank: int, world: int) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from patience import patient
 
 import flashcomm_megatron as fc
 from flashcomm_megatron import config
@@ -236,7 +237,7 @@ def python(source: str, *args: str, path: Path | None = None) -> subprocess.Comp
     folders = [str(folder) for folder in (path, ROOT, os.environ.get("PYTHONPATH")) if folder]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(folders), "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, "-c", source, *args]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=patient(180))
 
 
 @pytest.mark.parametrize("order", [EARLY, LATE, PROVIDER], ids=["early", "late", "provider"])

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from patience import patient
 
 from flashcomm_megatron import cpu
 from flashcomm_megatron.cpu import backends, literals, options
@@ -88,7 +89,7 @@ assert not any("megatron.core" in name for name in sys.modules)
 
 
 def test_importing_touches_nothing_of_torch() -> None:
-    ran = subprocess.run([sys.executable, "-c", PROBE], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    ran = subprocess.run([sys.executable, "-c", PROBE], cwd=ROOT, capture_output=True, text=True, timeout=patient(120))
     assert ran.returncode == 0, ran.stderr
 
 
@@ -253,7 +254,7 @@ if "graph" in sys.argv:
 def command(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:
     surroundings = os.environ | {"PYTHONPATH": str(ROOT)}
     line = [sys.executable, "-m", "flashcomm_megatron", *words]
-    return subprocess.run(line, cwd=folder, env=surroundings, capture_output=True, text=True, timeout=120)
+    return subprocess.run(line, cwd=folder, env=surroundings, capture_output=True, text=True, timeout=patient(120))
 
 
 def test_the_command_consumes_cpu_and_names_what_needs_a_gpu(tmp_path: Path) -> None:
@@ -295,5 +296,6 @@ assert layers.RowParallelLinear.forward is before
 
 
 def test_a_notebook_that_imported_megatron_first() -> None:
-    ran = subprocess.run([sys.executable, "-c", NOTEBOOK], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-c", NOTEBOOK]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=patient(120))
     assert ran.returncode == 0, ran.stderr

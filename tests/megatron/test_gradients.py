@@ -13,8 +13,8 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from linears import HIDDEN, INNER, ROWS, WORLD, linear, normal, step
 from ranks import spawn
-from test_seams import HIDDEN, INNER, ROWS, WORLD, linear, normal, step
 from torch import Tensor
 
 import flashcomm_megatron as fc

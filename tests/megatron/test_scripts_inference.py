@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from megatron_lm import ROOT, checkout, run, try_scripts
+from patience import patient
 
 from flashcomm_megatron.tools.accuracy.llama import Llama
 
@@ -31,7 +32,7 @@ def model(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[s
     source, converted = shared_data / "stories3M", tmp_path_factory.mktemp("converted") / "stories3M"
     line = [sys.executable, "examples/convert_hf_llama.py", "--model", str(source), "--save", str(converted)]
     surroundings = try_scripts.environment(checkout())
-    done = subprocess.run(line, cwd=ROOT, env=surroundings, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(line, cwd=ROOT, env=surroundings, capture_output=True, text=True, timeout=patient(120))
     assert done.returncode == 0, done.stderr[-3000:]
     printed = done.stdout.splitlines()[-1].split()
     wanted = try_scripts.model_options(source, converted)

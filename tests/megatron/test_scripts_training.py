@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from megatron_lm import checkout, run, try_scripts
+from patience import patient
 
 SCALARS = {"flash-comm/wire-bytes", "flash-comm/exact-bytes", "flash-comm/compression", "flash-comm/quantized-calls"}
 TRAIN = try_scripts.TRAIN
@@ -121,4 +122,4 @@ def alone(script: str, *options: str) -> subprocess.CompletedProcess[str]:
     folder = checkout()
     line = [sys.executable, "-m", "flashcomm_megatron", "--cpu", script, *options]
     surroundings = try_scripts.environment(folder)
-    return subprocess.run(line, cwd=folder, env=surroundings, capture_output=True, text=True, timeout=120)
+    return subprocess.run(line, cwd=folder, env=surroundings, capture_output=True, text=True, timeout=patient(120))

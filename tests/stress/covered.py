@@ -64,7 +64,7 @@ def build(folder: Path) -> None:
     variables = {**os.environ, "FLASHCOMM_CUDA": "0", **flags}
     command = [sys.executable, "setup.py", "build_ext", "--inplace", "--force"]
     subprocess.run(command, cwd=folder, env=variables, check=True, stdout=subprocess.DEVNULL)
-    with (folder / "tests" / "ranks.py").open("a") as ranks:
+    with (folder / "tests" / "support" / "ranks.py").open("a") as ranks:
         ranks.write(BEFORE_EXIT)
 
 
@@ -72,7 +72,7 @@ def test(folder: Path, words: list[str]) -> bool:
     """Run pytest with ``words`` in ``folder`` under coverage.py; whether all passed."""
     variables = {
         **os.environ,
-        "PYTHONPATH": f"{folder}{os.pathsep}{folder / 'tests'}",
+        "PYTHONPATH": str(folder),
         "COVERAGE_FILE": str(folder / ".coverage"),
         "OMP_NUM_THREADS": "1",
     }

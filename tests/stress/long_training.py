@@ -17,10 +17,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
+sys.path.insert(1, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
 import torch
+from linears import HIDDEN, INNER, linear
 from ranks import spawn
+from record import circumstances
 from soak import resident
-from test_seams import HIDDEN, INNER, linear
 from torch import Tensor
 
 import flashcomm_megatron as fc
@@ -108,9 +112,6 @@ def main(words: list[str]) -> int:
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args(words)
     found = compare(asked.steps)
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-    from record import circumstances
-
     text = json.dumps({"circumstances": circumstances(), **found}, indent=1) + "\n"
     print(text)
     if asked.out:

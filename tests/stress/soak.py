@@ -23,9 +23,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
+sys.path.insert(1, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
 import torch
 import torch.distributed as dist
 from ranks import spawn
+from record import circumstances
 from specification import expected, same
 from torch import Tensor
 
@@ -192,9 +196,6 @@ def main(words: list[str]) -> int:
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args(words)
     rows = spawn(run, asked.ranks, asked.calls, asked.seed, seconds=7 * 24 * 3600.0)
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-    from record import circumstances
-
     text = json.dumps({"circumstances": circumstances(), "seed": asked.seed, "ranks": rows}, indent=1) + "\n"
     print(text)
     if asked.out:

@@ -84,11 +84,11 @@ class OneLaunch:
         codecs: Codecs,
         x: Sequence[Tensor],
         out: Sequence[Tensor],
-        lost: Sequence[Tensor] = (),
+        residuals: Sequence[Tensor] = (),
         **tests: Any,
     ) -> None:
-        """One collective over all ranks, on the current stream; ``lost``: the ranks' memories of the legs in turn."""
-        self.kernels.launch(request(self.inboxes.cuda, kind, codecs, x, out, lost, **tests))
+        """One collective over all ranks, on the current stream; ``residuals``: the ranks' own, of the legs in turn."""
+        self.kernels.launch(request(self.inboxes.cuda, kind, codecs, x, out, residuals, **tests))
 
     def shape(self, kind: str, codecs: Codecs, x: Sequence[Tensor], out: Sequence[Tensor]) -> list[int]:
         """[rounds, tile, blocks, depth, stride]"""
@@ -135,7 +135,7 @@ def request(
     codecs: Codecs,
     x: Sequence[Tensor],
     out: Sequence[Tensor],
-    lost: Sequence[Tensor] = (),
+    residuals: Sequence[Tensor] = (),
     **tests: Any,
 ) -> Any:
     """What the extension is asked to launch on the current stream."""
@@ -148,7 +148,7 @@ def request(
         numel=max(x[0].numel(), out[0].numel()),
         x=[each.data_ptr() for each in x],
         out=[each.data_ptr() for each in out],
-        lost=[each.data_ptr() for each in lost],
+        residuals=[each.data_ptr() for each in residuals],
         stream=torch.cuda.current_stream().cuda_stream,
         **{"deadline": 20.0, **tests},
     )

@@ -45,7 +45,7 @@ struct Job {
     int64_t numel;
     void* x[kMaxWorld];
     void* out[kMaxWorld];
-    void* lost[kLegs][kMaxWorld];
+    void* residuals[kLegs][kMaxWorld];
     int stalled_rank, single_buffer;
     uint64_t stall, deadline;
 };
@@ -69,7 +69,7 @@ uint64_t world_epoch(const World* world, int rank) { return world->controls[rank
 // How a job is cut; false: no kernel for these legs, or too little shared memory for it.
 bool shape(const World* world, const Job* job, Shape* shape) {
     bool fits = false;
-    with_legs(job->reduce, job->gather, job->dtype, job->lost[0][0], [&](auto reduce, auto gather, auto type) {
+    with_legs(job->reduce, job->gather, job->dtype, job->residuals[0][0], [&](auto reduce, auto gather, auto type) {
         using T = typename decltype(type)::type;
         using W = Worker<typename decltype(reduce)::type, typename decltype(gather)::type, T>;
         *shape = W::shape((Collective)job->kind, job->numel, world->capacity, job->reduce, job->gather);
@@ -101,12 +101,12 @@ int run(World* world, const Job* jobs, int count, unsigned seed, unsigned absent
         call.region = world->capacity.region, call.deadline = job.deadline;
         call.x[0] = job.x[r], call.out[0] = job.out[r], call.control[0] = &world->controls[r];
         call.own[0] = world->own[r].data();
-        for (int leg = 0; leg < kLegs; leg++) call.lost[leg][0] = job.lost[leg][r];
+        for (int leg = 0; leg < kLegs; leg++) call.residuals[leg][0] = job.residuals[leg][r];
         for (int peer = 0; peer < call.world; peer++) call.inbox[peer] = world->inboxes[peer].data();
         call.stalled_rank = job.stalled_rank, call.stall = job.stall, call.single_buffer = job.single_buffer;
         rank.blocks.clear();
         for (int b = 0; b < call.shape.blocks; b++) {
-            with_legs(job.reduce, job.gather, job.dtype, job.lost[0][0], [&](auto reduce, auto gather, auto type) {
+            with_legs(job.reduce, job.gather, job.dtype, job.residuals[0][0], [&](auto reduce, auto gather, auto type) {
                 using W = Worker<typename decltype(reduce)::type, typename decltype(gather)::type,
                                  typename decltype(type)::type>;
                 rank.blocks.emplace_back([&call] { W::hire(call).run(); }, b, call.shape.blocks, kThreads);
@@ -146,7 +146,7 @@ static void run_blocks(int64_t count, const std::function<void()>& body) {
 
 // The codec kernels; `blocks` is the grid. False where the block has no whole tile.
 bool encode(const void* x, int dtype, int64_t numel, const Setting* with, int64_t blocks, uint8_t* payload,
-            void* memory) {
+            void* residual) {
     bool found = false;
     if (with->format == kUniformFormat) with_dtype(dtype, [&](auto type) {
         using T = typename decltype(type)::type;
@@ -157,12 +157,12 @@ bool encode(const void* x, int dtype, int64_t numel, const Setting* with, int64_
             run_blocks(blocks, [&] { codec.encode((const typename T::Word*)x, payload); });
         });
     });
-    with_direct(with->format, dtype, memory, [&](auto tile, auto type) {
+    with_direct(with->format, dtype, residual, [&](auto tile, auto type) {
         using T = typename decltype(type)::type;
         const DirectCodec<typename decltype(tile)::type, T> codec(*with, numel, blocks);
         found = codec.tile != 0;
         if (found) run_blocks(blocks, [&] {
-            codec.encode((const typename T::Word*)x, payload, (typename T::Word*)memory);
+            codec.encode((const typename T::Word*)x, payload, (typename T::Word*)residual);
         });
     });
     return found;

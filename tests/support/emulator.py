@@ -53,7 +53,18 @@ def library() -> Any:
     folder = tempfile.TemporaryDirectory()
     path = Path(folder.name) / "emulator.so"
     compiler = shutil.which(os.environ.get("CXX", "g++").split()[0]) or "c++"
-    flags = ["-Icsrc", "-std=c++17", "-O1", "-fPIC", "-shared", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]
+    flags = [
+        "-Icsrc",
+        "-std=c++17",
+        "-O1",
+        "-fPIC",
+        "-shared",
+        "-ffp-contract=off",
+        "-fno-omit-frame-pointer",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+    ]
     subprocess.run([compiler, *flags, *SOURCES, "-o", str(path)], cwd=ROOT, check=True)
     loaded = ctypes.CDLL(str(path))
     loaded.folder = folder

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from patience import patient
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
@@ -38,4 +39,4 @@ def run(script: str, *options: str, ranks: int = 2, **variables: str) -> subproc
     folder = checkout()
     line = try_scripts.command(script, list(options), ranks)
     surroundings = try_scripts.environment(folder) | variables
-    return subprocess.run(line, cwd=folder, env=surroundings, capture_output=True, text=True, timeout=200)
+    return subprocess.run(line, cwd=folder, env=surroundings, capture_output=True, text=True, timeout=patient(200))

@@ -2,8 +2,8 @@
 
 `csrc/cuda/protocol.h` has the same rules under the same names; `csrc/cuda/collectives.h` follows them. A rank's kernel
 is a list of steps; the state of the world is one program counter for every block of every rank, because each flag and
-each region of an inbox has a single writer. :func:`explore` visits all reachable states and returns the first thing that
-goes wrong, or None.
+each region of an inbox has a single writer. :func:`explore` visits all reachable states and returns the first thing
+that goes wrong, or None.
 
 The rules
 ---------

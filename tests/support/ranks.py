@@ -1,8 +1,8 @@
 """Run one function on N ranks over gloo and collect what each rank returned; a rank that hangs fails the test.
 
 ``fn`` must be a module-level function ``fn(rank, world, *args)``. An exception on any rank is raised here with that
-rank's traceback; ranks still waiting after ``seconds`` are killed and named. Ranks that are meant to be ``lost`` leave
-no result.
+rank's traceback; ranks still waiting after ``seconds`` (more on a busy machine: patience.py) are killed and named.
+Ranks that are meant to be ``lost`` leave no result.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import multiprocessing as mp
 import os
 import pickle
 import tempfile
-import time
 import traceback
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 import torch
+from patience import Deadline
 
 
 def spawn(
@@ -28,18 +28,19 @@ def spawn(
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["torch.distributed", "flashcomm_megatron"])  # imported once, not once per rank
     with tempfile.TemporaryDirectory() as folder:
+        deadline = Deadline(seconds)
         ranks = [
-            context.Process(target=_run, args=(fn, rank, world, folder, seconds, args, bool(lost)), daemon=True)
+            context.Process(target=_run, args=(fn, rank, world, folder, deadline.left(), args, bool(lost)), daemon=True)
             for rank in range(world)
         ]
         for process in ranks:
             process.start()
-        stuck = _join(ranks, seconds)
+        stuck = _join(ranks, deadline)
         failures = sorted(Path(folder).glob("error-*"), key=lambda path: path.stat().st_mtime_ns)
         if failures:
             raise AssertionError("\n".join(f"{path.name}:\n{path.read_text()}" for path in failures))
         if stuck:
-            raise AssertionError(f"ranks {stuck} of {world} did not end within {seconds:.0f} s")
+            raise AssertionError(f"ranks {stuck} of {world} did not end within {deadline.allowed:.0f} s")
         return [
             None if rank in lost else _result(Path(folder) / f"result-{rank}", process.exitcode)
             for rank, process in enumerate(ranks)
@@ -53,11 +54,11 @@ def apart(rank: int) -> None:
     segment.machine = lambda: f"machine {rank}"
 
 
-def _join(ranks: list[Any], seconds: float) -> list[int]:
-    """Wait for every process, at most ``seconds`` in all; kill and return those that did not end."""
-    deadline = time.monotonic() + seconds
+def _join(ranks: list[Any], deadline: Deadline) -> list[int]:
+    """Wait for every process until the deadline; kill and return those that did not end."""
     for process in ranks:
-        process.join(max(0.1, deadline - time.monotonic()))
+        while process.is_alive() and deadline.left():
+            process.join(min(1.0, deadline.left()))
     stuck = [rank for rank, process in enumerate(ranks) if process.is_alive()]
     for rank in stuck:
         ranks[rank].kill()

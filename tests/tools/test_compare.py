@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from flashcomm_megatron.tools.compare import command, page, plots, table
+from flashcomm_megatron.tools.compare.headline import headline
 from flashcomm_megatron.tools.compare.runs import CannotRead, Run, read
 
 GIB = 2**30
@@ -136,8 +137,8 @@ def test_a_run_without_our_metrics_is_compared_by_the_rest(tmp_path: Path, capsy
 
 
 def test_runs_of_different_lengths_meet_at_the_shortest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, html, said = compare(tmp_path, capsys, write(tmp_path / "a.jsonl"), write(tmp_path / "b.jsonl", steps=4))
-    note = "The runs have different lengths: numbers are taken at step 4, where b ends."
+    code, html, said = compare(tmp_path, capsys, write(tmp_path / "a.jsonl"), write(tmp_path / "b.jsonl", steps=6))
+    note = "The runs have different lengths: numbers are taken at step 6, where b ends."
     assert code == 0 and note in said and note in html
 
 
@@ -183,7 +184,7 @@ def test_runs_of_one_name_are_told_apart(tmp_path: Path, capsys: pytest.CaptureF
         (tmp_path / folder).mkdir()
         paths.append(write(tmp_path / folder / "run.jsonl"))
     html = compare(tmp_path, capsys, *paths)[1]
-    assert all(f"<th>{path}</th>" in html for path in paths)
+    assert all(f'<th title="{path}">{plots.short(str(path))}</th>' in html for path in paths)
 
 
 # ---- numbers --------------------------------------------------------------------------------------------------------
@@ -220,6 +221,108 @@ def test_validation_loss_is_listed_and_training_loss_chosen() -> None:
     run = Run("a", "a", {}, [{"step": 1, "lm loss": 2.0, "lm loss validation": 3.0}])
     assert table.loss_name([run]) == "lm loss"
     assert rows(table.Comparison([run], None, "lm loss"))["lm loss validation (last)"].values == [3.0]
+
+
+# ---- what won -------------------------------------------------------------------------------------------------------
+
+
+def made(name: str, sent: float, loss: float, seconds: float, steps: int = 10, bits: int | None = 4) -> Run:
+    """A run that sends ``sent`` bytes and takes ``seconds`` a step."""
+    return Run(
+        name, name, {"bits": bits} if bits else {},
+        [{"step": s, "time": seconds * s, "lm loss": loss, "flash-comm/wire-bytes": sent * s}
+         for s in map(float, range(1, steps + 1))],
+    )  # fmt: skip
+
+
+EXACT = made("exact", 2900, 2.0, 1.9, bits=None)
+
+
+@pytest.mark.parametrize(
+    ("run", "says"),
+    [
+        (made("a", 1000, 2.0002, 1.0), "4 bits: 2.9x fewer bytes, loss +0.01 %, steps 1.9x faster."),
+        (made("a", 5800, 1.998, 3.8), "4 bits: 2.0x more bytes, loss -0.10 %, steps 2.0x slower."),
+        (made("a", 2900, 2.0, 1.9, bits=None), "a: as many bytes, loss +0.00 %, steps as fast."),
+        (made("a", 1000, math.nan, 1.0), "4 bits: 2.9x fewer bytes, loss is not finite, steps 1.9x faster."),
+        (
+            made("a", 1000, 2.2, 1.0, steps=4),
+            "4 bits: 2.9x fewer bytes, loss +10.00 %, steps 1.9x faster (until step 4, where it ended).",
+        ),
+    ],
+)
+def test_one_run_beside_the_baseline_is_said_in_words(run: Run, says: str) -> None:
+    assert headline(table.Comparison([EXACT, run], EXACT, "lm loss")) == says
+
+
+def test_of_several_runs_the_best_of_each_kind_are_named() -> None:
+    """The crashed run would win all three; it is left out and said so."""
+    runs = [
+        EXACT, made("slim", 500, 2.2, 1.5), made("good", 2000, 2.002, 1.6), made("fast", 900, 2.1, 1.0),
+        made("crashed", 1, 1.0, 0.1, steps=3),
+    ]  # fmt: skip
+    assert headline(table.Comparison(runs, EXACT, "lm loss")) == (
+        "Of 3 runs that did not end early beside exact: slim sends the fewest bytes (5.8x fewer), "
+        "good has the lowest loss (+0.10 %), fast is the fastest (1.9x faster)."
+    )
+
+
+def test_without_a_baseline_nothing_won() -> None:
+    assert headline(table.Comparison([EXACT], EXACT, "lm loss")) == ""
+    assert headline(table.Comparison([EXACT, made("a", 1, 2.0, 1.0)], None, "lm loss")) == ""
+
+
+def test_a_baseline_that_counted_no_bytes_is_compared_by_what_an_exact_run_sends(tmp_path: Path) -> None:
+    plain, ours = write(tmp_path / "plain.jsonl", ours=False), write(tmp_path / "ours.jsonl")
+    runs = [read(str(plain)), read(str(ours))]
+    assert (
+        headline(table.Comparison(runs, runs[0], "lm loss")) == "4 bits: 4.0x fewer bytes, loss +0.00 %, steps as fast."
+    )
+
+
+def test_a_crashed_run_leaves_the_others_numbers_at_their_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a, b, c = (write(tmp_path / f"{name}.jsonl", steps=steps) for name, steps in (("a", 20), ("b", 20), ("c", 3)))
+    _, html, said = compare(tmp_path, capsys, a, b, c)
+    assert "c ended early (crashed?): its numbers stand at step 3, its last" in said and "at step 3" in html
+    runs = [read(str(path)) for path in (a, b, c)]
+    sent = rows(table.Comparison(runs, runs[0], "lm loss"))["GiB sent by a rank"]
+    assert sent.values == [5.0, 5.0, 0.75] and sent.differences == [None, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("count", [2, 5, 12])
+def test_a_page_of_many_runs_with_long_names(count: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every run stands in the legend by its whole name, in both tables, and in every figure; the last one crashed."""
+    names = [f"run-{i:02}-{'very-' * (i % 3 * 12)}long-name" for i in range(count)]
+    paths = [
+        write(tmp_path / f"{name}.jsonl", steps=3 if i == count - 1 else 10, loss=2 + i / 100)
+        for i, name in enumerate(names)
+    ]
+    code, html, said = compare(tmp_path, capsys, *paths)
+    first = re.search(r"<h1>(.*?)</h1>", html)
+    assert (
+        code == 0 and first and first[1].startswith("4 bits: " if count == 2 else f"Of {count - 2} runs that did not")
+    )
+    assert f"{names[-1]} ended early" in said
+    legend = re.findall(r"<li><svg.*?</svg>(.*?)</li>", html)
+    assert legend == names
+    assert all(html.count(f'<th title="{name}">{plots.short(name)}</th>') == 2 for name in names)
+    figures = re.findall(r"<figure id=.*?</figure>", html, re.S)
+    assert len(figures) == len(plots.PLOTS)
+    for figure in figures:
+        colours = {plots.style(i).colour.lower().replace(plots.INK, "currentcolor") for i in range(count)}
+        assert all(colour in figure.lower() for colour in colours)
+    looks = [plots.style(i) for i in range(count)]
+    assert len(set(looks)) == count
+
+
+def test_every_axis_has_a_unit(tmp_path: Path) -> None:
+    runs = [read(str(write(tmp_path / f"{name}.jsonl"))) for name in "ab"]
+    for plot in plots.PLOTS:
+        axis = plots.draw(plot, table.Comparison(runs, runs[0], "lm loss"), legend=False).axes[0]
+        assert axis.get_xlabel() in ("step", "kind of layer") or axis.get_xlabel().endswith(")")
+        assert axis.get_ylabel().endswith(")"), plot.name
 
 
 # ---- page, pictures, workspace --------------------------------------------------------------------------------------
@@ -262,4 +365,5 @@ def test_module_command(tmp_path: Path) -> None:
         [sys.executable, "-m", "flashcomm_megatron", "compare", "a.jsonl", "b.jsonl"],
         cwd=tmp_path, capture_output=True, text=True, check=True, env={"PYTHONPATH": str(Path(__file__).parents[2])},
     )  # fmt: skip
-    assert done.stdout == "wrote compare.html\n" and (tmp_path / "compare.html").exists()
+    assert done.stdout == "4 bits: as many bytes, loss +0.00 %, steps as fast.\nwrote compare.html\n"
+    assert (tmp_path / "compare.html").exists()

@@ -14,6 +14,7 @@ import subprocess
 from typing import Any
 
 import pytest
+from patience import patient
 from test_compare import write
 
 from flashcomm_megatron.tools.compare import command, plots
@@ -97,7 +98,7 @@ def seen(request: pytest.FixtureRequest, page: str, tmp_path_factory: pytest.Tem
         [BROWSER, *FLAGS, f"--user-data-dir={folder}/profile", "--window-size=1400,2000", "--dump-dom", frame.as_uri()],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=patient(120),
         env={**os.environ, "HOME": str(folder)},
     )
     found = re.search(r'<pre id="report">(.+?)</pre>', done.stdout, re.S)

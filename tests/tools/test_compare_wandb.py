@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import math
-import struct
+import os
 import subprocess
 import sys
-import zlib
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from patience import patient
 
-from flashcomm_megatron.tools.compare import table, wandb_file, workspace
+from flashcomm_megatron.tools.compare import table, workspace
 from flashcomm_megatron.tools.compare.runs import CannotRead, Run, read
 
 OFFLINE = """
 import sys, time, pathlib
 import wandb, flashcomm_megatron as fc
-from flashcomm_megatron import config, counters
-from flashcomm_megatron.counters import count_quantized
+from flashcomm_megatron import config
+from flashcomm_megatron.observe.counters import count_quantized
 config.set_current(fc.Config(bits=5))
 run = wandb.init(project="p", mode="offline", dir=sys.argv[1], settings=wandb.Settings(silent=True))
 for step in range(10, 50, 10):
@@ -39,7 +39,7 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a real offline run, four lines long, logged by log_metrics."""
     pytest.importorskip("wandb", reason="wandb is not installed")
     folder = tmp_path_factory.mktemp("offline")
-    subprocess.run([sys.executable, "-c", OFFLINE, str(folder)], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", OFFLINE, str(folder)], check=True, timeout=patient(120))
     [file] = folder.glob("wandb/offline-run-*/*.wandb")
     return file.parent
 
@@ -55,42 +55,24 @@ def test_a_real_offline_run_is_read_back(offline: Path) -> None:
     assert run.notes == [] and run.name in offline.name
 
 
-def is_history(record: bytes) -> bool:
-    from wandb.proto import wandb_internal_pb2 as schema
-
-    return bool(schema.Record.FromString(record).HasField("history"))
-
-
 def test_a_torn_wandb_file_keeps_its_whole_records(offline: Path, tmp_path: Path) -> None:
     [whole] = offline.glob("*.wandb")
     content = whole.read_bytes()
-    rows = [end for data, end in wandb_file.records(content) if is_history(data)]
     torn = tmp_path / "run-torn.wandb"
-    torn.write_bytes(content[: rows[2] + 30])
+    torn.write_bytes(content[: content.rindex(b"lm loss")])  # within the last step's record
     run = read(str(torn))
     assert run.name == "torn" and len(run.rows) == 3
-    assert "ends within a record" in run.notes[0]
+    assert "incomplete .wandb file" in run.notes[0] and "3 rows were read." in run.notes[0]
 
 
-def test_a_damaged_chunk_ends_the_reading(offline: Path, tmp_path: Path) -> None:
-    [whole] = offline.glob("*.wandb")
-    content = bytearray(whole.read_bytes())
-    ends = [end for _, end in wandb_file.records(bytes(content))]
-    content[ends[-2] + 9] ^= 1
-    assert [end for _, end in wandb_file.records(bytes(content))] == ends[:-1]
-
-
-def test_records_across_blocks() -> None:
-    def chunk(kind: int, data: bytes) -> bytes:
-        return struct.pack("<IHB", zlib.crc32(bytes([kind]) + data), len(data), kind) + data
-
-    first, second = bytes(range(256)) * 100, bytes(range(1, 256)) * 101
-    log = b":W&B\xe1\xbe\x00" + chunk(1, first)
-    room = 32768 - len(log) - 7
-    log += chunk(2, second[:room]) + chunk(4, second[room:])
-    log += chunk(1, bytes(65536 - len(log) - 7 - 3)) + bytes(3) + chunk(1, b"end")  # 3 bytes of padding
-    assert [data for data, _ in wandb_file.records(log)][::3] == [first, b"end"]
-    assert [data for data, _ in wandb_file.records(log)][1] == second
+def test_a_wandb_that_cannot_print_is_said(offline: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An older release has no such command."""
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb" / "__init__.py").write_text("")
+    (tmp_path / "wandb" / "__main__.py").write_text("raise SystemExit(\"Error: No such command 'leet'.\")")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    with pytest.raises(CannotRead, match=r"wandb [\d.]+ cannot print a run's file: pip install 'wandb>=0.31'"):
+        read(str(offline))
 
 
 def test_an_empty_wandb_file_is_said(tmp_path: Path) -> None:
@@ -143,5 +125,9 @@ def test_the_workspace_holds_the_same_comparison(offline: Path) -> None:
     assert (view.entity, view.project) == ("team", "project")
     assert view.runset_settings.baseline_run == "xyz" and view.runset_settings.pinned_runs == ["xyz", run.name]
     spec = view._to_model().spec.model_dump_json()  # what save() would send
+    assert "4 bits: " in spec or "5 bits: " in spec  # the headline, in words
+    for title in ("quality", "bytes", "time", "errors by kind of layer"):
+        assert f"flash-comm: {title}" in spec
+    assert "nats a token" in spec and "bytes sent by a rank" in spec
     for scalar in ("lm loss", "flash-comm/wire-bytes", "flash-comm/compression", "flash-comm/seconds"):
         assert scalar in spec

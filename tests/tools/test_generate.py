@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from patience import patient
 from ranks import spawn
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
@@ -311,7 +312,7 @@ def command(*words: str) -> subprocess.CompletedProcess[str]:
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=patient(180),
     )
 
 

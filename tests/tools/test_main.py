@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from patience import patient
 
 from flashcomm_megatron.__main__ import main
 
@@ -27,7 +28,7 @@ def run(script: Path | str, *args: str, folder: Path = ROOT, **variables: str) -
     """Run ``python -m flashcomm_megatron SCRIPT ARGS`` from ``folder``."""
     command = [sys.executable, "-m", "flashcomm_megatron", str(script), *args]
     environment = os.environ | {"PYTHONPATH": str(ROOT)} | variables
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=180)
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=patient(180))
 
 
 @pytest.fixture
@@ -58,7 +59,7 @@ def test_exit_codes_and_errors_are_the_scripts(script: Path) -> None:
 
 def test_nobody_has_to_read_a_command_to_its_end() -> None:
     command = f"{sys.executable} -m flashcomm_megatron report | head -1; exit ${{PIPESTATUS[0]}}"
-    ran = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=180)
+    ran = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=patient(180))
     assert ran.stdout.startswith("flashcomm_megatron") and "BrokenPipe" not in ran.stderr
     assert ran.returncode in (0, 141)  # 0 where the pipe took it all at once
 
@@ -80,7 +81,7 @@ def test_an_imported_package_warns_at_exit_too(script: Path) -> None:
     script.write_text(OWN_PARSER)
     command = [sys.executable, str(script), "--flash-comm-bits", "4"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=patient(180))
     assert ran.returncode == 0 and ran.stderr.count(WARNING) == 1
 
 

@@ -15,6 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import pytest
+from patience import patient
 
 import flashcomm_megatron as fc
 from flashcomm_megatron.__main__ import COMMANDS
@@ -136,5 +137,5 @@ def test_the_example_runs_on_two_ranks(tmp_path: Path) -> None:
     script.write_text(found[1] + "assert x2.shape == x.shape and fc.stats()['quantized'] == 1\n")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    ran = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=180)
+    ran = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=patient(180))
     assert ran.returncode == 0, ran.stderr

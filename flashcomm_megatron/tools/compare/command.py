@@ -93,15 +93,24 @@ def _baseline(wanted: str | None, sources: Sequence[str], runs: dict[str, Run], 
 
 
 def _lengths(runs: Sequence[Run]) -> list[str]:
-    ends = {run.name: run.rows[-1]["step"] for run in runs}
-    first = min(ends, key=lambda name: ends[name])
-    if len(set(ends.values())) == 1:
-        return []
-    return [f"The runs have different lengths: numbers are taken at step {ends[first]:.0f}, where {first} ends."]
+    from .table import common_step, ended_early, last_step
+
+    early, step = ended_early(runs), common_step(runs)
+    notes = [
+        f"{run.name} ended early (crashed?): its numbers stand at step {last_step(run):.0f}, its last, and its "
+        "differences are to the baseline there."
+        for run in early
+    ]
+    whole = [run for run in runs if run not in early]
+    if len({last_step(run) for run in whole}) > 1:
+        first = min(whole, key=last_step)
+        notes.append(f"The runs have different lengths: numbers are taken at step {step:.0f}, where {first.name} ends.")
+    return notes
 
 
 def _write(runs: Sequence[Run], baseline: Run | None, options: argparse.Namespace, notes: list[str]) -> None:
     from . import page, plots, table, workspace
+    from .headline import headline
 
     try:
         import matplotlib  # noqa: F401
@@ -117,6 +126,8 @@ def _write(runs: Sequence[Run], baseline: Run | None, options: argparse.Namespac
     view = workspace.workspace(options.wandb, what) if options.wandb else None
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(page.page(what, notes), encoding="utf-8")
+    if sentence := headline(what):
+        print(sentence)
     print(f"wrote {options.out}")
     for plot in plots.PLOTS if options.png else ():
         figure = plots.draw(plot, what, legend=True)

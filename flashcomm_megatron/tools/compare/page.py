@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from html import escape
 
 from . import plots
+from .headline import headline
 from .runs import Run
 from .table import Comparison, Row, final_rows
 
@@ -21,7 +22,7 @@ STYLE = """
 * { box-sizing: border-box }
 body { margin: 0 auto; padding: 1rem; max-width: 84rem; background: var(--paper); color: var(--ink);
   font: 16px/1.45 system-ui, sans-serif }
-h1 { font-size: 1.4rem; margin: 0 0 .3rem } h2 { font-size: 1.05rem; margin: 1.6rem 0 .5rem }
+h1 { font-size: 1.4rem; margin: 0 0 .3rem; overflow-wrap: anywhere } h2 { font-size: 1.05rem; margin: 1.6rem 0 .5rem }
 p { margin: .3rem 0; overflow-wrap: anywhere } .faint, small { color: var(--faint) }
 .note { border-left: 4px solid #E69F00; padding-left: .7rem }
 .legend { display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; padding: 0; list-style: none; margin: .6rem 0;
@@ -45,14 +46,15 @@ td small { display: block }
 def page(what: Comparison, notes: Sequence[str]) -> str:
     """The document; ``notes`` are sentences for its top."""
     runs = what.runs
-    title = "flash-comm: " + " / ".join(run.name for run in runs)
+    count = f"{len(runs)} training run{'s' * (len(runs) != 1)}"
     against = f"Differences are to {runs[0].name}." if what.baseline else "No baseline: no differences are shown."
+    first = headline(what) or count
     return "\n".join(
         [
             '<!doctype html><html lang="en"><head><meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>",
-            f'<h1>{len(runs)} training run{"s" * (len(runs) != 1)}</h1><p class="faint">{escape(against)}</p>',
+            f"<title>{escape(f'flash-comm: {count}')}</title><style>{STYLE}</style></head><body>",
+            f'<h1>{escape(first)}</h1><p class="faint">{count}. {escape(against)}</p>',
             *[f'<p class="note">{escape(note)}</p>' for note in notes],
             _legend(runs),
             '<div class="plots">',
@@ -86,7 +88,7 @@ def _figure(plot: plots.Plot, what: Comparison) -> str:
 
 def _table(names: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
     """``rows`` hold escaped HTML in their cells."""
-    head = "".join(f"<th>{escape(name)}</th>" for name in names)
+    head = "".join(f'<th title="{escape(name)}">{escape(plots.short(name))}</th>' for name in names)
     body = "".join(
         f"<tr><th>{escape(label)}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>" for label, cells in rows
     )

@@ -58,18 +58,24 @@ def _curves(axis: Any, runs: Sequence[Run], points: Callable[[Run], tuple[list[f
         if x:
             look, few = style(index), len(x) < 3
             axis.plot(
-                x, y, look.dash, color=look.colour, linewidth=1.3, marker="o" if few else None, label=_short(run.name)
+                x, y, look.dash, color=look.colour, linewidth=1.3, marker="o" if few else None, label=short(run.name)
             )
             drawn += 1
     return drawn
 
 
-def _short(name: str) -> str:
+def short(name: str) -> str:
+    """A name of any length, at most 48 characters of it: its begin and its end."""
     return name if len(name) <= 48 else f"{name[:23]}...{name[-22:]}"
 
 
+def loss_label(what: Comparison) -> str:
+    """The loss with its unit, where that is known: Megatron's is the mean over tokens of -ln p."""
+    return f"{what.loss} (nats a token)" if str(what.loss).startswith("lm loss") else f"{what.loss or 'loss'}"
+
+
 def _loss(axis: Any, what: Comparison) -> int:
-    axis.set(xlabel="step", ylabel=what.loss or "loss")
+    axis.set(xlabel="step", ylabel=loss_label(what))
     return _curves(axis, what.runs, lambda run: run.series(str(what.loss)))
 
 
@@ -84,7 +90,7 @@ def _loss_difference(axis: Any, what: Comparison) -> int:
         ]
         return [step for step, _ in shared], [difference for _, difference in shared]
 
-    axis.set(xlabel="step", ylabel=f"{what.loss or 'loss'} minus the baseline's")
+    axis.set(xlabel="step", ylabel=f"difference of {loss_label(what)}")
     return _curves(axis, what.runs, points)
 
 
@@ -93,19 +99,19 @@ def _loss_by_bytes(axis: Any, what: Comparison) -> int:
         rows = [row for row in run.rows if f"{OURS}wire-bytes" in row and what.loss in row]
         return [row[f"{OURS}wire-bytes"] / GIB for row in rows], [row[str(what.loss)] for row in rows]
 
-    axis.set(xlabel="GiB that one rank sent in tensor-parallel collectives", ylabel=what.loss or "loss")
+    axis.set(xlabel="sent by one rank in tensor-parallel collectives (GiB)", ylabel=loss_label(what))
     return _curves(axis, what.runs, points)
 
 
 def _throughput(axis: Any, what: Comparison) -> int:
-    axis.set(xlabel="step", ylabel="steps per second")
+    axis.set(xlabel="step", ylabel="throughput (steps a second)")
     drawn = _curves(axis, what.runs, throughput)
     axis.set_ylim(bottom=0)
     return drawn
 
 
 def _compression(axis: Any, what: Comparison) -> int:
-    axis.set(xlabel="step", ylabel="exact bytes / wire bytes")
+    axis.set(xlabel="step", ylabel="compression (exact bytes / sent bytes)")
     drawn = _curves(axis, what.runs, lambda run: run.series(f"{OURS}compression"))
     axis.set_ylim(bottom=0)
     return drawn
@@ -121,10 +127,10 @@ def _errors(axis: Any, what: Comparison) -> int:
             if values:
                 x, mean = column + (place + 0.5) / len(shown) * 0.8 - 0.4, fmean(values)
                 axis.bar(
-                    x, mean, 0.7 / len(shown), color=style(index).colour, label=None if column else _short(run.name)
+                    x, mean, 0.7 / len(shown), color=style(index).colour, label=None if column else short(run.name)
                 )
                 axis.vlines(x, min(values), max(values), color="grey", linewidth=1)
-    axis.set(xlabel="where", ylabel="relative error of one rounding")
+    axis.set(xlabel="kind of layer", ylabel="relative error of one rounding (norm / norm)")
     axis.set_xticks(range(len(names)), [site(name).replace("-", "\n") for name in names])
     return len(shown)
 

@@ -7,12 +7,13 @@ A run is named by a JSON-lines file (``--flash-comm-metrics``), the folder or fi
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-from . import wandb_file
 
 OURS = "flash-comm/"
 TOTALS = ("wire-bytes", "exact-bytes", "quantized-calls", "deferred-calls", "seconds")  # counted since the start
@@ -96,14 +97,40 @@ def _read_folder(path: Path) -> Run:
 
 
 def _read_wandb(path: Path) -> Run:
+    """A local run, offline, running or crashed, from its ``run-ID.wandb`` file, which wandb's own command prints."""
+    records, remark = _inspect(path)
+    config: dict[str, Any] = {}
+    rows = []
+    for record in records:
+        content = record.get(record["type"], {})
+        if record["type"] == "history":
+            rows.append({"_step": content.get("step", {}).get("num")} | content["item"])
+        elif record["type"] in ("run", "config"):
+            update = content if record["type"] == "config" else content.get("config", {})
+            config |= update.get("update", {})
+    notes = [f"{path}: {remark} {len(rows)} rows were read."] if remark else []
+    return Run(path.stem.removeprefix("run-"), str(path), _ours(config), _tidy(rows), notes)
+
+
+def _inspect(path: Path) -> tuple[list[dict[str, Any]], str]:
+    """The records of a ``.wandb`` file, and what wandb remarked about the file."""
     try:
-        config, rows, whole = wandb_file.read(path)
+        import wandb
     except ImportError as error:
         raise CannotRead(f"{path}: reading a W&B run needs wandb ({error}). {INSTALL_WANDB}") from error
-    except (OSError, ValueError) as error:
-        raise CannotRead(f"{path}: {error}.") from error
-    torn = f"{path}: the file ends within a record (still running, or crashed): {len(rows)} rows kept."
-    return Run(path.stem.removeprefix("run-"), str(path), _ours(config), _tidy(rows), [] if whole else [torn])
+    done = subprocess.run(
+        [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"WANDB_ERROR_REPORTING": "false"},
+    )
+    said = done.stderr.strip().removeprefix("wandb leet inspect: ")
+    if "No such option" in said or "No such command" in said:
+        raise CannotRead(f"{path}: wandb {wandb.__version__} cannot print a run's file: pip install 'wandb>=0.31'.")
+    records = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    if not records:
+        raise CannotRead(f"{path}: it holds no W&B records (the run may have died before its first line). {said}")
+    return records, said and f"wandb {said}."
 
 
 def _read_service(source: str) -> Run:

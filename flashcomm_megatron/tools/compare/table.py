@@ -38,38 +38,65 @@ def loss_name(runs: Sequence[Run]) -> str | None:
 
 
 def common_step(runs: Sequence[Run]) -> float:
-    """The last step that every run has reached."""
-    return min(run.rows[-1]["step"] for run in runs)
+    """The last step that all runs have reached, but those that ended before half of the longest (they crashed)."""
+    ends = [last_step(run) for run in runs]
+    return min(end for end in ends if 2 * end >= max(ends))
+
+
+def last_step(run: Run) -> float:
+    return run.rows[-1]["step"]
+
+
+def ended_early(runs: Sequence[Run]) -> list[Run]:
+    """The runs whose numbers stand at their own last step, since they never reached the common one."""
+    return [run for run in runs if last_step(run) < common_step(runs)]
+
+
+Measure = Callable[[Run, float], float | None]  # one number of a run, up to and with a step
 
 
 def final_rows(what: Comparison) -> list[Row]:
     """The table, baseline and differences included; rows that no run can fill are left out."""
-    measures = _measures(what.runs, common_step(what.runs), what.loss)
-    rows = [_row(label, [measure(run) for run in what.runs], what) for label, measure in measures]
+    rows = [_row(label, measure, what) for label, measure in _measures(what.runs, what.loss)]
     return [row for row in rows if any(value is not None for value in row.values)]
 
 
-Measure = Callable[[Run], float | None]
+def _row(label: str, measure: Measure, what: Comparison) -> Row:
+    """Values at the common step; a difference at the last step that the run and the baseline share with it."""
+    until = common_step(what.runs)
+    differences = [None, *(difference(measure, run, what) for run in what.runs[1:])]
+    return Row(label, [measure(run, until) for run in what.runs], differences)
 
 
-def _measures(runs: Sequence[Run], until: float, loss: str | None) -> list[tuple[str, Measure]]:
+def difference(measure: Measure, run: Run, what: Comparison) -> float | None:
+    """By how much a number of ``run`` differs from the baseline's, relatively; None where that says nothing."""
+    if what.baseline is None:
+        return None
+    until = min(common_step(what.runs), last_step(run), last_step(what.baseline))
+    value, base = measure(run, until), measure(what.baseline, until)
+    if value is None or not base or not math.isfinite(value) or not math.isfinite(base):
+        return None
+    return value / base - 1
+
+
+def _measures(runs: Sequence[Run], loss: str | None) -> list[tuple[str, Measure]]:
     sites = sorted({name for run in runs for name in run.names(f"{OURS}rel-error/")})
     validation = sorted(
         {name for run in runs for name in run.names() if "val" in name.lower() and "loss" in name.lower()}
     )
     return [
-        *([(f"{loss} (mean of the last tenth)", lambda run: _last_tenth(run, loss, until))] if loss else []),
-        *[(f"{name} (last)", lambda run, name=name: _last(run, name, until)) for name in validation if name != loss],
-        ("GiB sent by a rank", lambda run: _last(run, f"{OURS}wire-bytes", until, GIB)),
-        ("GiB an exact run sends", lambda run: _last(run, f"{OURS}exact-bytes", until, GIB)),
-        ("compression", lambda run: _last(run, f"{OURS}compression", until)),
-        ("steps/s (median)", lambda run: _middle(throughput(run, until)[1])),
-        ("seconds in collectives", lambda run: _last(run, f"{OURS}seconds", until)),
-        ("calls deferred", lambda run: _last(run, f"{OURS}deferred-calls", until)),
-        *[(f"relative error, {site(name)}", lambda run, name=name: _mean(run, name, until)) for name in sites],
-        ("NaN blocks sampled", lambda run: _sum(run, f"{OURS}nan-blocks", until)),
-        ("last step of the run", lambda run: run.rows[-1]["step"]),
-    ]  # fmt: skip
+        *([(f"{loss} (mean of the last tenth)", final_loss(loss))] if loss else []),
+        *[(f"{name} (last)", last(name)) for name in validation if name != loss],
+        ("GiB sent by a rank", last(f"{OURS}wire-bytes", GIB)),
+        ("GiB an exact run sends", last(f"{OURS}exact-bytes", GIB)),
+        ("compression", last(f"{OURS}compression")),
+        ("steps/s (median)", speed),
+        ("seconds in collectives", last(f"{OURS}seconds")),
+        ("calls deferred", last(f"{OURS}deferred-calls")),
+        *[(f"relative error, {site(name)}", _over(name, fmean)) for name in sites],
+        ("NaN blocks sampled", _over(f"{OURS}nan-blocks", sum)),
+        ("last step of the run", lambda run, until: last_step(run)),
+    ]
 
 
 def site(name: str) -> str:
@@ -88,37 +115,31 @@ def throughput(run: Run, until: float = math.inf) -> tuple[list[float], list[flo
     return [step for step, _ in rates], [rate for _, rate in rates]
 
 
-def _row(label: str, values: list[float | None], what: Comparison) -> Row:
-    base = values[0] if what.baseline else None
-    return Row(label, values, [None, *(_difference(value, base) for value in values[1:])])
+def last(name: str, unit: float = 1) -> Measure:
+    """The newest value of a scalar, in ``unit``."""
+    return _over(name, lambda values: values[-1] / unit)
 
 
-def _difference(value: float | None, base: float | None) -> float | None:
-    if value is None or not base or not math.isfinite(value) or not math.isfinite(base):
-        return None
-    return value / base - 1
+def _over(name: str, combine: Callable[[list[float]], float]) -> Measure:
+    def measure(run: Run, until: float) -> float | None:
+        _, values = run.series(name, until)
+        return combine(values) if values else None
+
+    return measure
 
 
-def _last_tenth(run: Run, name: str, until: float) -> float | None:
-    steps, values = run.series(name, until)
-    recent = [value for step, value in zip(steps, values, strict=True) if step > 0.9 * until]
-    return fmean(recent or values[-1:]) if values else None
+def final_loss(name: str) -> Measure:
+    """The mean of a loss over the last tenth of the steps."""
+
+    def measure(run: Run, until: float) -> float | None:
+        steps, values = run.series(name, until)
+        recent = [value for step, value in zip(steps, values, strict=True) if step > 0.9 * min(until, last_step(run))]
+        return fmean(recent or values[-1:]) if values else None
+
+    return measure
 
 
-def _last(run: Run, name: str, until: float, unit: float = 1) -> float | None:
-    _, values = run.series(name, until)
-    return values[-1] / unit if values else None
-
-
-def _mean(run: Run, name: str, until: float) -> float | None:
-    _, values = run.series(name, until)
-    return fmean(values) if values else None
-
-
-def _sum(run: Run, name: str, until: float) -> float | None:
-    _, values = run.series(name, until)
-    return sum(values) if values else None
-
-
-def _middle(values: Sequence[float]) -> float | None:
-    return median(values) if values else None
+def speed(run: Run, until: float) -> float | None:
+    """Steps per second, the median."""
+    _, rates = throughput(run, until)
+    return median(rates) if rates else None

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from .headline import headline
+from .plots import loss_label
 from .runs import INSTALL_WANDB, OURS, CannotRead, Run
 from .table import Comparison
 
@@ -22,31 +24,48 @@ def workspace(target: str, what: Comparison) -> Any:
         from wandb_workspaces.reports import v2 as wr
     except ImportError as error:
         raise CannotRead(f"--wandb needs wandb-workspaces ({error}). {INSTALL_WANDB}") from error
-    runs, loss = what.runs, what.loss
-    sites = sorted({name for run in runs for name in run.names(f"{OURS}rel-error/")})
-    wire = f"{OURS}wire-bytes"
-    panels = [
-        *([wr.LinePlot(title="Loss against step", x="Step", y=[loss])] if loss else []),
-        *([wr.LinePlot(title="Loss against bytes moved", x=wire, y=[loss])] if loss else []),
-        wr.LinePlot(title="Bytes moved", x="Step", y=[wire, f"{OURS}exact-bytes"]),
-        wr.LinePlot(title="Compression", x="Step", y=[f"{OURS}compression"]),
-        wr.LinePlot(title="Seconds in collectives", x="Step", y=[f"{OURS}seconds"]),
-        *([wr.LinePlot(title="Error by site", x="Step", y=list(sites))] if sites else []),
-        wr.BarPlot(title="NaN blocks sampled", metrics=[f"{OURS}nan-blocks"]),
-        wr.RunComparer(diff_only="split"),
-    ]
-    ids = [_id(run) for run in runs]
+    ids = [_id(run) for run in what.runs]
     return ws.Workspace(
         entity=entity,
         project=project,
-        name="flash-comm " + " / ".join(run.name for run in runs)[:100],
-        sections=[ws.Section(name="flash-comm", panels=panels, is_open=True)],
+        name="flash-comm " + " / ".join(run.name for run in what.runs)[:100],
+        sections=[ws.Section(name=name, panels=panels, is_open=True) for name, panels in _sections(what, wr) if panels],
         runset_settings=ws.RunsetSettings(
             pinned_runs=ids[:20],  # W&B keeps no more
             baseline_run=ids[0] if what.baseline else None,
-            pinned_columns=[f"summary:{OURS}compression", *([f"summary:{loss}"] if loss else [])],
+            pinned_columns=[f"summary:{OURS}compression", *([f"summary:{what.loss}"] if what.loss else [])],
         ),
     )
+
+
+def _sections(what: Comparison, wr: Any) -> list[tuple[str, list[Any]]]:
+    """The panels by question, each axis with its unit; the first panel is the headline in words."""
+    loss, wire = what.loss, f"{OURS}wire-bytes"
+    sites = sorted({name for run in what.runs for name in run.names(f"{OURS}rel-error/")})
+
+    def lines(title: str, y: list[str], unit: str, x: str = "Step", x_unit: str = "step") -> Any:
+        return wr.LinePlot(title=title, x=x, y=y, title_x=x_unit, title_y=unit)
+
+    quality = [
+        *([wr.MarkdownPanel(markdown=f"**{sentence}**")] if (sentence := headline(what)) else []),
+        *([lines("Loss against step", [loss], loss_label(what))] if loss else []),
+        *([lines("Loss against bytes moved", [loss], loss_label(what), wire, "bytes sent by a rank")] if loss else []),
+    ]
+    moved = [
+        lines("Bytes moved", [wire, f"{OURS}exact-bytes"], "bytes sent by a rank"),
+        lines("Compression", [f"{OURS}compression"], "exact bytes / sent bytes"),
+    ]
+    errors = [
+        *([lines("Error by site", sites, "relative error of one rounding")] if sites else []),
+        wr.BarPlot(title="NaN blocks sampled", metrics=[f"{OURS}nan-blocks"], title_x="blocks"),
+    ]
+    return [
+        ("flash-comm: quality", quality),
+        ("flash-comm: bytes", moved),
+        ("flash-comm: time", [lines("Seconds in collectives", [f"{OURS}seconds"], "seconds of the host")]),
+        ("flash-comm: errors by kind of layer", errors),
+        ("flash-comm: settings", [wr.RunComparer(diff_only="split")]),
+    ]
 
 
 def _id(run: Run) -> str:

@@ -24,7 +24,14 @@ SOURCES = [
 SOURCES += [HERE / name for name in ("module.cpp", "runtime.cpp", "fibers.cpp")]
 # Names of its own, lest its types meet those of an extension that was built with nvcc.
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-pthread", "-Wall", "-Wextra"]
-FLAGS += ["-Werror", "-Dflashcomm=flashcomm_stand_in", "-DFLASHCOMM_ISA=emulated", f"-I{HERE}", f"-I{CSRC}"]
+FLAGS += [
+    "-Werror",
+    "-fno-omit-frame-pointer",
+    "-Dflashcomm=flashcomm_stand_in",
+    "-DFLASHCOMM_ISA=emulated",
+    f"-I{HERE}",
+    f"-I{CSRC}",
+]
 TORCH = Path(torch.__file__).parent
 HEADERS = [f"-isystem{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"), TORCH / "include")]
 

@@ -86,6 +86,7 @@ CUDA_API cudaError_t cudaIpcCloseMemHandle(void* address);
 // ---- streams, events, graphs -------------------------------------------------------------------------------------
 
 enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal = 0 };
+enum : unsigned { cudaEventDisableTiming = 2 };
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone = 0, cudaStreamCaptureStatusActive = 1 };
 
 CUDA_API cudaError_t cudaStreamCreate(cudaStream_t* stream);
@@ -94,12 +95,16 @@ CUDA_API cudaError_t cudaStreamQuery(cudaStream_t stream);
 CUDA_API cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags);
 CUDA_API cudaError_t cudaLaunchHostFunc(cudaStream_t stream, void (*function)(void*), void* argument);
 CUDA_API cudaError_t cudaEventCreate(cudaEvent_t* event);
+CUDA_API cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned flags);
+CUDA_API cudaError_t cudaEventDestroy(cudaEvent_t event);
 CUDA_API cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream);
 CUDA_API cudaError_t cudaEventQuery(cudaEvent_t event);
 CUDA_API cudaError_t cudaEventSynchronize(cudaEvent_t event);
 CUDA_API cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t start, cudaEvent_t end);
 CUDA_API cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mode);
 CUDA_API cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status);
+CUDA_API cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, cudaStreamCaptureStatus* status,
+                                              unsigned long long* number);
 CUDA_API cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph);
 CUDA_API cudaError_t cudaGraphLaunch(cudaGraph_t graph, cudaStream_t stream);  // no second form to be launched
 CUDA_API cudaError_t cudaGraphDestroy(cudaGraph_t graph);

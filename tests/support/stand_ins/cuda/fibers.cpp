@@ -27,6 +27,18 @@ auto& idle = *new std::vector<std::unique_ptr<Fiber>>;  // of blocks that ended,
     std::abort();
 }
 
+// The return addresses of all calls that led here, folded into one number. Needs -fno-omit-frame-pointer.
+size_t site() {
+    size_t found = 0;
+    const char* stack = current->stack.get();
+    for (void** frame = (void**)__builtin_frame_address(0);;) {
+        found = found * 31 + (size_t)frame[1];
+        void** outer = (void**)frame[0];
+        if (outer <= frame || (char*)outer < stack || (char*)(outer + 2) > stack + kStack) return found;
+        frame = outer;
+    }
+}
+
 // Jumps, for they cost no system call: contexts only serve to get onto a stack.
 void pause(decltype(Fiber::state) state) {
     current->state = state;
@@ -74,6 +86,9 @@ bool open_warps(Block& block) {
         }
         if (waiting && stuck) stop("some lanes of a warp exchange and others never will");
         if (waiting < kWarp) continue;
+        for (int lane = 1; lane < kWarp; lane++)
+            if (block.fibers[first + lane]->site != block.fibers[first]->site)
+                stop("lanes of a warp exchange at different places of the program");
         for (int lane = 0; lane < kWarp; lane++) block.fibers[first + lane]->state = Fiber::kRunning;
         opened = true;
     }
@@ -118,6 +133,12 @@ bool Block::step() {
         if (shared[kSharedBytes + i] != kUnused) stop("a write behind the end of shared memory");
     if (open_warps(*this)) return true;
     if (!at_barrier) return found;
+    const Fiber* one = nullptr;  // of those at the barrier
+    for (auto& fiber : fibers) {
+        if (fiber->state != Fiber::kBarrier) continue;
+        if (one && one->site != fiber->site) stop("threads of a block wait at different barriers");
+        one = fiber.get();
+    }
     result = all;
     all = true;
     for (auto& fiber : fibers)
@@ -136,8 +157,12 @@ using namespace fibers;
 int thread() { return current->thread; }
 int64_t block_index() { return current->block->index; }
 int64_t block_count() { return current->block->count; }
-void sync() { pause(Fiber::kBarrier); }
+void sync() {
+    current->site = site();
+    pause(Fiber::kBarrier);
+}
 bool sync_and(bool mine) {
+    current->site = site();
     current->block->all &= mine;
     pause(Fiber::kBarrier);
     return current->block->result;
@@ -145,6 +170,7 @@ bool sync_and(bool mine) {
 // Each lane shows its words and waits once: a lane is never more than one exchange ahead, so two places are enough.
 static const Fiber& other(int lane) { return *current->block->fibers[current->thread / kWarp * kWarp + lane]; }
 void exchange(const float (&mine)[8], int apart, float (&theirs)[8]) {
+    current->site = site();
     const int turn = current->turn ^= 1;
     std::memcpy(current->shown[turn], mine, sizeof mine);
     pause(Fiber::kWarp);
@@ -156,6 +182,7 @@ uint32_t exchange(uint32_t mine, int apart) {
     return bits_of(theirs[0]);
 }
 uint32_t votes(bool mine) {
+    current->site = site();
     const int turn = current->turn ^= 1;
     current->shown[turn][0] = mine;
     pause(Fiber::kWarp);
@@ -165,10 +192,12 @@ uint32_t votes(bool mine) {
 }
 uint8_t* shared_memory() { return current->block->shared.data(); }
 // The other end may be another process.
-uint64_t load_acquire(const uint64_t* word) {
+uint64_t load_relaxed(const uint64_t* word) {
     pause(Fiber::kPolling);
-    return __atomic_load_n(word, __ATOMIC_ACQUIRE);
+    return __atomic_load_n(word, __ATOMIC_RELAXED);
 }
+void fence_acquire() { __atomic_thread_fence(__ATOMIC_ACQUIRE); }
+void rest(uint32_t) {}
 void store_release(uint64_t* word, uint64_t value) { __atomic_store_n(word, value, __ATOMIC_RELEASE); }
 uint64_t swap_if(uint64_t* word, uint64_t expected, uint64_t value) {
     __atomic_compare_exchange_n(word, &expected, value, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);

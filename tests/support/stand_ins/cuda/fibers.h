@@ -1,8 +1,9 @@
 // Threads of a GPU as fibers of one CPU thread: what runs the kernels of csrc/ on the host.
 //
 // A block's fibers run one after the other from barrier to barrier, forward and backward in turn, so that what should
-// have waited for a barrier goes wrong; lanes of a warp wait for each other where they exchange; a fiber that polls a
-// flag or the clock gives way to other blocks. Which block goes on is up to the caller. The memory is the host's:
+// have waited for a barrier goes wrong; lanes of a warp wait for each other where they exchange, and the program stops if
+// they, or the threads of a block at a barrier, did not come there by the same calls: a GPU would exchange garbage. A
+// fiber that polls a flag or the clock gives way to other blocks. Which block goes on is up to the caller. The memory is the host's:
 // addressing, arithmetic, barriers, flags, rounds and errors are checked here, the memory model and PTX are not.
 #pragma once
 
@@ -29,6 +30,7 @@ struct Fiber {
     enum { kRunning, kBarrier, kWarp, kPolling, kEnded } state = kEnded;
     float shown[2][8];  // what other lanes may read, of this exchange and the last
     int turn = 0;
+    size_t site = 0;  // the calls that led to the exchange or barrier it waits in
 };
 
 struct Block {

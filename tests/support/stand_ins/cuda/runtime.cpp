@@ -55,6 +55,7 @@ struct Running {
 
 struct Graph {
     std::vector<Work> work;
+    unsigned long long number = 0;  // of the capture that made it
 };
 struct Stream {
     std::deque<Work> queue;
@@ -63,6 +64,7 @@ struct Stream {
 };
 struct Event {
     uint64_t recorded = 0, at = 0;  // how often; when the last was reached
+    unsigned long long capture = 0;  // the number of that in which it was recorded last; 0: outside of any
     std::atomic<uint64_t> reached{0};
 };
 
@@ -89,6 +91,7 @@ struct Device {
     Stream legacy;  // stream 0
     std::vector<std::unique_ptr<Stream>> streams;
     std::atomic<int> captures{0};
+    unsigned long long capture_number = 0;
     std::map<void*, Mapping> memory;
     std::map<void*, Pinned> pinned;
     std::map<void*, size_t> host;
@@ -455,13 +458,33 @@ cudaError_t cudaStreamQuery(cudaStream_t stream) {
 }
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
     const uint64_t wanted = event->recorded;
+    {  // what waits for an event of a capture joins it; a graph of the stand-in runs in the order in which it was made
+        const std::lock_guard<std::mutex> guard(device.lock);
+        if (event->capture) {
+            Graph* graph = nullptr;
+            each_stream([&](Stream& each) {
+                if (each.capture && each.capture->number == event->capture) graph = each.capture;
+            });
+            if (!stream || !graph) return answer(cudaErrorStreamCaptureUnsupported);
+            return stream->capture = graph, cudaSuccess;
+        }
+        if (stream_of(stream).capture) return answer(cudaErrorStreamCaptureUnsupported);  // of eager work, in a capture
+    }
     return enqueue(stream, {[] {}, 0, 0, [=] { return event->reached >= wanted; }});
 }
 cudaError_t cudaLaunchHostFunc(cudaStream_t stream, void (*function)(void*), void* argument) {
     return enqueue(stream, {[=] { function(argument); }, 0, 0, {}});
 }
 cudaError_t cudaEventCreate(cudaEvent_t* event) { return *event = new Event, cudaSuccess; }
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) { return cudaEventCreate(event); }
+cudaError_t cudaEventDestroy(cudaEvent_t) { return cudaSuccess; }  // work that is queued may still name it
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+    {
+        const std::lock_guard<std::mutex> guard(device.lock);
+        const Graph* graph = stream_of(stream).capture;
+        event->capture = graph ? graph->number : 0;
+        if (graph) return cudaSuccess;
+    }
     const uint64_t turn = ++event->recorded;
     return enqueue(stream, {[=] { event->at = now(), event->reached = turn; }, 0, 0, {}});
 }
@@ -483,6 +506,7 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
     const std::lock_guard<std::mutex> guard(device.lock);
     if (!stream || stream->capture) return answer(cudaErrorStreamCaptureUnsupported);
     stream->capture = new Graph;
+    stream->capture->number = ++device.capture_number;
     device.captures++;
     return cudaSuccess;
 }
@@ -491,10 +515,20 @@ cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* 
     *status = stream_of(stream).capture ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
     return cudaSuccess;
 }
+cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, cudaStreamCaptureStatus* status, unsigned long long* number) {
+    const std::lock_guard<std::mutex> guard(device.lock);
+    const Graph* graph = stream_of(stream).capture;
+    *status = graph ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+    *number = graph ? graph->number : 0;
+    return cudaSuccess;
+}
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
     const std::lock_guard<std::mutex> guard(device.lock);
     if (!stream || !stream->capture) return answer(cudaErrorInvalidValue);
-    *graph = std::exchange(stream->capture, nullptr);
+    *graph = stream->capture;
+    each_stream([&](Stream& each) {
+        if (each.capture == *graph) each.capture = nullptr;
+    });
     device.captures--;
     return cudaSuccess;
 }
