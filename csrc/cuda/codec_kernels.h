@@ -85,6 +85,7 @@ template <int kBits, class T> struct TensorCodec {
             const int valid = values(t);
             const auto at = codec.at(valid);
             float total[kRows<T>][8];
+            Octet<T> octets[kRows<T>];
             clear(total);
             Vec16 ahead[kAhead];
             auto fetch = [&](int p) {
@@ -102,15 +103,14 @@ template <int kBits, class T> struct TensorCodec {
                 }
                 if (p + 1 < count) fetch(p + 1);
                 sync();  // the buffer written next was read before this barrier
-                FC_UNROLL for (int row = 0; row < kRows<T>; row++) {
-                    const int octet = row * kThreads + lane;
-                    if (octet >= at.octets) continue;
-                    float x[8];
-                    codec.template decode<true>(packed, valid, octet, false, x);
-                    FC_UNROLL for (int i = 0; i < 8; i++) total[row][i] += x[i];
-                    if (p + 1 == count) store<T>(out + t * tile, valid, 8 * octet, narrow<T>(total[row]));
+                if (kRows<T> * lane < at.octets) {
+                    float x[kRows<T>][8];
+                    codec.template decode<true>(packed, valid, kRows<T> * lane, 0, x);
+                    FC_UNROLL for (int i = 0; i < 8 * kRows<T>; i++) total[i / 8][i % 8] += x[i / 8][i % 8];
                 }
             }
+            narrow<T>(total, octets);
+            store<T>(out + t * tile, valid, octets);
         }
     }
 };
@@ -149,32 +149,40 @@ template <class Tile, class T> struct DirectCodec {
         if (block_index() == 0 && thread() == 0) codec.zero_gaps(whole, numel, payload);
     }
 
-    // Whole warps, an octet a thread.
     FC_DEVICE void decode_sum(const Payloads& payloads, int count, Word* out) const {
-        const int64_t octet = block_index() * kThreads + thread();
-        const int64_t octets = codec.octets(numel);
-        if ((octet & ~(int64_t)(kWarp - 1)) >= octets) return;
-        const bool is_there = octet < octets;
-        float x[8] = {}, total[1][8];
-        bool is_huge = false, shrunk = false;
-        if (count == 1) {
-            if (is_there) is_huge = codec.template decode_from<true>(payloads.at[0], whole, octet, false, x);
-            codec.template finish<true>(x, is_huge);
-        } else {
-            do {
-                shrunk = is_huge;
-                clear(total);
-                for (int p = 0; p < count && is_there; p++) {
-                    is_huge |= codec.template decode_from<false>(payloads.at[p], whole, octet, shrunk, x);
-                    FC_UNROLL for (int i = 0; i < 8; i++) total[0][i] += x[i];
-                }
-            } while (shrunk != is_huge);
-            codec.template finish<false>(total[0], shrunk);
-            FC_UNROLL for (int i = 0; i < 8; i++) x[i] = total[0][i];
+        const int64_t stride = (int64_t)kThreads * kRows<T>, octets = codec.octets(numel);
+        for (int64_t first = block_index() * stride; first < octets; first += block_count() * stride) {
+            const int64_t octet = first + first_octet<T>();
+            if (first + first_octet_of_warp() >= octets) continue;
+            float x[kRows<T>][8];
+            sum(payloads, count, octet < octets ? octet : 0, x);  // a lane behind the end decodes something, for nobody
+            Octet<T> rounded[kRows<T>];
+            narrow<T>(x, rounded);
+            const int64_t left = numel - 8 * first;
+            store<T>(out + 8 * first, (int)(left < 8 * stride ? left : 8 * stride), rounded);
         }
-        const int64_t left = numel - 8 * octet;
-        if (left <= 0) return;
-        store<T>(out + 8 * octet, (int)(left < 8 ? left : 8), 0, narrow<T>(x));
+    }
+
+private:
+    static FC_DEVICE int first_octet_of_warp() { return kRows<T> * (thread() & ~(kWarp - 1)); }
+
+    // Of the octets of this thread. Whole warps.
+    FC_DEVICE void sum(const Payloads& payloads, int count, int64_t octet, float (&x)[kRows<T>][8]) const {
+        uint32_t huge = 0, shrunk = 0;
+        if (count == 1) {
+            huge = codec.template decode_from<true>(payloads.at[0], whole, octet, 0, x);
+            return codec.template finish<true>(x, huge);
+        }
+        float part[kRows<T>][8];
+        do {
+            shrunk = huge;
+            clear(x);
+            for (int p = 0; p < count; p++) {
+                huge |= codec.template decode_from<false>(payloads.at[p], whole, octet, shrunk, part);
+                FC_UNROLL for (int i = 0; i < 8 * kRows<T>; i++) x[i / 8][i % 8] += part[i / 8][i % 8];
+            }
+        } while (shrunk != huge);
+        codec.template finish<false>(x, shrunk);
     }
 };
 
