@@ -103,11 +103,8 @@ template <int kBits, class T> struct TensorCodec {
                 }
                 if (p + 1 < count) fetch(p + 1);
                 sync();  // the buffer written next was read before this barrier
-                if (kRows<T> * lane < at.octets) {
-                    float x[kRows<T>][8];
-                    codec.template decode<true>(packed, valid, kRows<T> * lane, 0, x);
-                    FC_UNROLL for (int i = 0; i < 8 * kRows<T>; i++) total[i / 8][i % 8] += x[i / 8][i % 8];
-                }
+                if (kRows<T> * lane < at.octets)
+                    codec.template decode<false>(packed, valid, kRows<T> * lane, 0, total);
             }
             narrow<T>(total, octets);
             store<T>(out + t * tile, valid, octets);
@@ -173,14 +170,11 @@ private:
             huge = codec.template decode_from<true>(payloads.at[0], whole, octet, 0, x);
             return codec.template finish<true>(x, huge);
         }
-        float part[kRows<T>][8];
         do {
             shrunk = huge;
             clear(x);
-            for (int p = 0; p < count; p++) {
-                huge |= codec.template decode_from<false>(payloads.at[p], whole, octet, shrunk, part);
-                FC_UNROLL for (int i = 0; i < 8 * kRows<T>; i++) x[i / 8][i % 8] += part[i / 8][i % 8];
-            }
+            for (int p = 0; p < count; p++)
+                huge |= codec.template decode_from<false>(payloads.at[p], whole, octet, shrunk, x);
         } while (shrunk != huge);
         codec.template finish<false>(x, shrunk);
     }

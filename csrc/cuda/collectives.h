@@ -182,11 +182,8 @@ private:
             do {
                 shrunk = huge;
                 clear(total);
-                receive<false>(reduce, kReduceLeg, d, [&](int) { return values(d); }, shrunk,
-                               [&](int, float (&x)[kRows<T>][8], uint32_t is_huge) {
-                                   FC_UNROLL for (int i = 0; i < 8 * kRows<T>; i++) total[i / 8][i % 8] += x[i / 8][i % 8];
-                                   huge |= is_huge;
-                               });
+                receive<false>(reduce, kReduceLeg, d, [&](int) { return values(d); }, shrunk, total,
+                               [&](int, uint32_t is_huge) { huge |= is_huge; });
             } while (Reduce::kRotates && !sync_and(huge == shrunk));
             if (values(d) == 0) continue;
             Octet<T> octets[kRows<T>];
@@ -209,8 +206,9 @@ private:
         for (int d = 0; d < call.shape.depth; d++) {
             const int64_t t = tile(d);
             auto values_of = [&](int source) { return call.shape.values(call.shape.size(source), t); };
-            receive<true>(gather, kGatherLeg, d, values_of, 0,
-                          [&](int source, float (&x)[kRows<T>][8], uint32_t huge) {
+            float x[kRows<T>][8];
+            receive<true>(gather, kGatherLeg, d, values_of, 0, x,
+                          [&](int source, uint32_t huge) {
                               Octet<T> octets[kRows<T>];
                               gather.template finish<true>(x, huge);
                               narrow<T>(x, octets);
@@ -249,10 +247,11 @@ private:
         for (int distance = 1; distance <= call.world; distance++) push((rank + distance) % call.world, leg, d, bytes);
     }
 
-    // The payloads of one tile from every rank, in rank order, one read ahead: use(source, x, huge), whole
-    // warps together. values_of(source): of the tile; shrunk, huge: a bit for each row.
+    // The payloads of one tile from every rank, in rank order, one read ahead, decoded to x (not kAlone: added): use(source, huge),
+    // whole warps together. values_of(source): of the tile; shrunk, huge: a bit for each row.
     template <bool kAlone, class Codec, class Values, class Use>
-    FC_DEVICE void receive(const Codec& codec, Leg leg, int d, Values values_of, uint32_t shrunk, Use use) {
+    FC_DEVICE void receive(const Codec& codec, Leg leg, int d, Values values_of, uint32_t shrunk, float (&x)[kRows<T>][8],
+                           Use use) {
         constexpr int kAll = (Codec::kMaxBytes + 16 * kThreads - 1) / (16 * kThreads);
         constexpr int kAhead = kAll < Codec::kMostAhead ? kAll : Codec::kMostAhead;
         Vec16 ahead[kAhead ? kAhead : 1];
@@ -281,10 +280,10 @@ private:
             sync();  // and the other buffer has been decoded
             const int octet = kRows<T> * lane;
             if ((Codec::kRotates ? kRows<T> * (lane & ~(kWarp - 1)) : octet) >= octets) continue;
-            float x[kRows<T>][8];  // a lane behind the end decodes something, for nobody
+            // A lane behind the end decodes something, for nobody.
             const int first = octet < octets ? octet : 0;
             const uint32_t huge = codec.template decode<kAlone>((const uint8_t*)to, values, first, shrunk, x);
-            use(source, x, huge);
+            use(source, huge);
         }
     }
 

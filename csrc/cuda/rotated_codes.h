@@ -83,19 +83,20 @@ struct RotatedCodes {
         }
     }
 
+    // The words of kOctets octets from `octet` on: an eight for each; paired, of each two first the lower bytes' eight.
     template <int kOctets, class Offset>
-    FC_DEVICE void load_numbers(const uint8_t* payload, Offset octet, Offset groups,
-                                uint32_t (&number)[8 * kOctets]) const {
-        if (is_paired) {
-            Eight lower[kOctets / 2], upper[kOctets / 2];
-            load_words<kOctets / 2>(payload, octet / 2, groups, lower, upper);
-            FC_UNROLL for (int k = 0; k < kOctets / 2; k++) unpair(lower[k], upper[k], &number[16 * k]);
-        } else {
-            Eight eights[kOctets], none[kOctets];
-            load_words<kOctets>(payload, octet, groups, eights, none);
-            FC_UNROLL for (int k = 0; k < kOctets; k++)
-                FC_UNROLL for (int i = 0; i < 8; i++)
-                    number[8 * k + i] = byte_perm(i & 1 ? eights[k].odd : eights[k].even, kMagic, 0x7404 | i / 2 << 4);
+    FC_DEVICE void load_codes(const uint8_t* payload, Offset octet, Offset groups, Eight (&words)[kOctets]) const {
+        FC_UNROLL for (int k = 0; k < kOctets; k++) words[k] = {0, 0};
+        if (is_paired) load_words<kOctets, 2>(payload, octet / 2, groups, words);
+        else load_words<kOctets, 1>(payload, octet, groups, words);
+    }
+
+    // The sixteen codes of two octets.
+    FC_DEVICE void numbers_of(Eight first, Eight second, uint32_t (&number)[16]) const {
+        if (is_paired) return unpair(first, second, number);
+        FC_UNROLL for (int i = 0; i < 16; i++) {
+            const Eight from = i < 8 ? first : second;
+            number[i] = byte_perm(i & 1 ? from.odd : from.even, kMagic, 0x7404 | i % 8 / 2 << 4);
         }
     }
 
@@ -106,8 +107,10 @@ struct RotatedCodes {
     FC_DEVICE uint32_t constant_of(const uint8_t* payload, Offset first, Offset groups) const {
         uint32_t bits = 0;
         for (int half = 0; half < 2 / constant_bits(); half++) {
+            Eight words[2];
             uint32_t number[16];
-            load_numbers<2, Offset>(payload, first + 2 * half, groups, number);
+            load_codes<2, Offset>(payload, first + 2 * half, groups, words);
+            numbers_of(words[0], words[1], number);
             FC_UNROLL for (int i = 0; i < 16; i++)
                 bits |= (number[i] >> 8 & ((1u << constant_bits()) - 1)) << (16 * half + i * constant_bits());
         }
@@ -117,7 +120,7 @@ struct RotatedCodes {
 private:
     // Eight words of lower and upper bytes as sixteen codes. The quotient is that of number * inverse >> shift, with 24
     // bits: numbers have at most 15, so its error is below 2**-9 and less than 1 / levels.
-    FC_DEVICE void unpair(Eight lower, Eight upper, uint32_t* number) const {
+    FC_DEVICE void unpair(Eight lower, Eight upper, uint32_t (&number)[16]) const {
         FC_UNROLL for (int i = 0; i < 8; i++) {
             const uint32_t low = i & 1 ? lower.odd : lower.even, high = i & 1 ? upper.odd : upper.even;
             const uint32_t scaled = byte_perm(low, high, 0x0400 + (uint32_t)(i / 2) * 0x0110) & 0xFFFF00;
@@ -142,14 +145,15 @@ private:
             }
         });
     }
-    template <int kCount, class Offset>
-    FC_DEVICE void load_words(const uint8_t* payload, Offset eight, Offset groups, Eight (&lower)[kCount],
-                               Eight (&upper)[kCount]) const {
-        FC_UNROLL for (int k = 0; k < kCount; k++) lower[k] = upper[k] = {0, 0};
+    template <int kOctets, int kOctetsOfEight, class Offset>
+    FC_DEVICE void load_words(const uint8_t* payload, Offset eight, Offset groups, Eight (&words)[kOctets]) const {
         each_plane(word_bits, groups, [&](auto width, int shift, Offset start) {
+            constexpr int kCount = kOctets / kOctetsOfEight;
             load_eights<width.value, kCount>(payload + start + eight * width.value, [&](int k, Eight x) {
-                Eight& to = shift < 8 ? lower[k] : upper[k];
-                to.even |= x.even << (shift & 7), to.odd |= x.odd << (shift & 7);
+                const Eight at = {x.even << (shift & 7), x.odd << (shift & 7)};
+                if (kOctetsOfEight == 1) words[k].even |= at.even, words[k].odd |= at.odd;
+                else if (shift < 8) words[2 * k].even |= at.even, words[2 * k].odd |= at.odd;
+                else words[2 * k + 1].even |= at.even, words[2 * k + 1].odd |= at.odd;
             });
         });
     }

@@ -83,12 +83,13 @@ template <class T, bool kResiduals = false> struct RotatedTile : RotatedCodes {
     }
 
     // Coefficients of the octets from `octet` on of a payload that `place` is of, to be shrunk where `shrunk` has a bit
-    // for an octet. Returns such bits of blocks whose butterflies could overflow.
+    // for an octet; not kAlone: added to x. Returns such bits of blocks whose butterflies could overflow.
     template <bool kAlone, class Offset>
     FC_DEVICE uint32_t decode_from(const uint8_t* payload, const Place<Offset>& place, Offset octet, uint32_t shrunk,
                                    Values& x) const {
-        uint32_t number[8 * kRows<T>], huge = 0;
-        load_numbers<kRows<T>, Offset>(payload, octet, place.groups, number);
+        Eight words[kRows<T>];
+        load_codes<kRows<T>, Offset>(payload, octet, place.groups, words);
+        uint32_t huge = 0;
         Step step{};
         FC_UNROLL for (int half = 0; half < kHalves; half++) {
             if (half == 0 || octet_shift == 1) step = step_at(payload, place, (octet + 2 * half) >> octet_shift);
@@ -96,11 +97,13 @@ template <class T, bool kResiduals = false> struct RotatedTile : RotatedCodes {
             huge |= is_huge ? 3u << 2 * half : 0;
             const float factor = shrunk >> 2 * half & 1 || (kAlone && is_huge) ? kShrink : 1.0f;
             const float each = step.each * factor, less = each * (float)-(kBias + zero);
-            FC_UNROLL for (int i = 0; i < 16; i++)  // exact, never -0
-                x[2 * half + i / 8][i % 8] = fused_multiply_add(float_of(number[16 * half + i]), each, less);
-            if (step.is_constant) {
-                FC_UNROLL for (int i = 0; i < 16; i++) x[2 * half + i / 8][i % 8] = 0.0f;
-                if (is_first(octet + 2 * half)) x[2 * half][0] = step.value * factor;
+            uint32_t number[16];
+            numbers_of(words[2 * half], words[2 * half + 1], number);
+            FC_UNROLL for (int i = 0; i < 16; i++) {
+                float& to = x[2 * half + i / 8][i % 8];
+                float coefficient = fused_multiply_add(float_of(number[i]), each, less);  // exact, never -0
+                if (i == 0 && step.is_constant && is_first(octet + 2 * half)) coefficient = step.value * factor;
+                to = kAlone ? coefficient : to + coefficient;
             }
         }
         return huge;
@@ -278,7 +281,7 @@ private:
         float value[kHalves];
         bool varies[kHalves];
         FC_UNROLL for (int half = 0; half < kHalves; half++)
-            value[half] = c[octet_shift > 1 ? 0 : 2 * half][0] * (1.0f / (float)block());
+            value[half] = (octet_shift > 1 ? c[0][0] : c[2 * half][0]) * (1.0f / (float)block());
         if (kRows<T> == 2 && octet_shift > 1)  // the second thread has a part of a constant's bits
             value[0] = float_of(exchange(bits_of(value[0]), begin / kRows<T> & 1));
         FC_UNROLL for (int half = 0; half < kHalves; half++) {
@@ -418,7 +421,7 @@ private:
 
     // What decoding a block depends on.
     struct Step {
-        float each, size, value;  // size: of the step or of the constant
+        float each, size, value;  // each: 0 of a constant; size: of the step or of the constant
         bool is_constant;
     };
     template <class Offset>
@@ -428,6 +431,7 @@ private:
         const float each = kind == kNanBlock ? float_of(Float32::kNan) : step_of(top, scale);
         Step step = {each, float_of(bits_of(each) & 0x7FFFFFFF), 0.0f, kind == kConstant};
         if (step.is_constant) {
+            step.each = 0.0f;
             step.value = float_of(constant_of(payload, index << octet_shift, place.groups));
             step.size = float_of(bits_of(step.value) & 0x7FFFFFFF);
         }

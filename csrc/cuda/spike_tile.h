@@ -115,11 +115,15 @@ template <class T> struct SpikeTile {
     }
 
     // The octets from `octet` on of a payload that `place` is of.
-    template <bool, class Offset>
+    template <bool kAlone, class Offset>
     FC_DEVICE uint32_t decode_from(const uint8_t* payload, const Place<Offset>& place, Offset octet, uint32_t,
                                    float (&x)[kRows<T>][8]) const {
-        FC_UNROLL for (int row = 0; row < kRows<T>; row++)
-            if (octet + row < place.octets) decode_octet<Offset>(payload, place, octet + row, x[row]);
+        FC_UNROLL for (int row = 0; row < kRows<T>; row++) {
+            if (octet + row >= place.octets) continue;
+            float value[8];
+            decode_octet<Offset>(payload, place, octet + row, value);
+            put<kAlone>(value, x[row]);
+        }
         return 0;
     }
     template <bool> FC_DEVICE void finish(float (&)[kRows<T>][8], uint32_t) const {}

@@ -89,6 +89,11 @@ template <int kCount> FC_DEVICE void clear(float (&total)[kCount][8]) {
         FC_UNROLL for (int i = 0; i < 8; i++) total[row][i] = -0.0f;
 }
 
+// A number alone, or one of a sum.
+template <bool kAlone> FC_DEVICE void put(const float (&value)[8], float (&x)[8]) {
+    FC_UNROLL for (int i = 0; i < 8; i++) x[i] = kAlone ? value[i] : x[i] + value[i];
+}
+
 template <class Size> FC_INLINE Size padded16(Size size) { return (size + 15) & ~(Size)15; }
 
 // What a codec is made of when a kernel starts; `format` as in api.h.
@@ -250,11 +255,15 @@ template <int kBits, class T> struct UniformTile {
         sync();
     }
 
-    template <bool>
+    template <bool kAlone>
     FC_DEVICE uint32_t decode(const uint8_t* payload, int values, int octet, uint32_t, float (&x)[kRows<T>][8]) const {
         const At at = this->at(values);
-        FC_UNROLL for (int row = 0; row < kRows<T>; row++)
-            if (octet + row < at.octets) decode_octet(payload, at, octet + row, x[row]);
+        FC_UNROLL for (int row = 0; row < kRows<T>; row++) {
+            if (octet + row >= at.octets) continue;
+            float value[8];
+            decode_octet(payload, at, octet + row, value);
+            put<kAlone>(value, x[row]);
+        }
         return 0;
     }
     template <bool> FC_DEVICE void finish(float (&)[kRows<T>][8], uint32_t) const {}
@@ -345,10 +354,14 @@ template <class T> struct ExactTile {
         }
         sync();
     }
-    template <bool>
+    template <bool kAlone>
     FC_DEVICE uint32_t decode(const uint8_t* payload, int values, int octet, uint32_t, float (&x)[kRows<T>][8]) const {
-        FC_UNROLL for (int row = 0; row < kRows<T>; row++)
-            if (octet + row < octets(values)) widen<T>(((const Octet<T>*)payload)[octet + row], x[row]);
+        FC_UNROLL for (int row = 0; row < kRows<T>; row++) {
+            if (octet + row >= octets(values)) continue;
+            float value[8];
+            widen<T>(((const Octet<T>*)payload)[octet + row], value);
+            put<kAlone>(value, x[row]);
+        }
         return 0;
     }
     template <bool> FC_DEVICE void finish(float (&)[kRows<T>][8], uint32_t) const {}

@@ -139,7 +139,7 @@ def lookup(table: int) -> Callable[[Any, Any, Any], Any]:
 
 
 def logic(m: Machine, i: Decoded, lanes: Array) -> None:
-    """``LOP3.LUT P0, R1, R2, R3, R4, 0xc0, !PT``"""
+    """``LOP3.LUT P0, R1, R2, R3, R4, 0xc0, !PT``: the predicate: any bit, or (PAND: and) the last operand"""
     if i.memo is None:
         at = i.at[1:] if i.at[0].predicate else i.at
         i.memo = i.at[0] if i.at[0].predicate else None, at[0], at[1:4], lookup(at[4].immediate or 0)
@@ -147,7 +147,8 @@ def logic(m: Machine, i: Decoded, lanes: Array) -> None:
     value = function(*(source.integer(m) for source in sources))
     m.put(result, value, lanes)
     if predicate:
-        m.put_truth(predicate, value != 0, lanes)
+        combine = np.logical_and if "PAND" in i.modifiers else np.logical_or
+        m.put_truth(predicate, combine(value != 0, i.at[-1].truth(m)), lanes)
 
 
 def predicate_logic(m: Machine, i: Decoded, lanes: Array) -> None:
