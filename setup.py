@@ -1,9 +1,9 @@
-"""Builds flashcomm_megatron._C from csrc/ with g++ or clang++ and, where it is found, nvcc; the rest is pyproject.toml.
+"""Builds flashcomm_megatron._C from csrc/ with g++ or clang++ and, for GPUs, nvcc; the rest is pyproject.toml.
 
 The CPU codec is compiled once for every instruction set and chooses when it runs, so one build serves every machine
-of an architecture. No torch header is used, so it also serves every torch.
+of an architecture. No torch header is used, so it also serves every torch. ccache is used where it is installed.
 
-    FLASHCOMM_CUDA=0 | 1      forbid | require CUDA; by default it is built where nvcc is on PATH
+    FLASHCOMM_CUDA=0 | 1      without | with CUDA kernels; by default with them where a GPU and nvcc are found
     TORCH_CUDA_ARCH_LIST      GPU architectures as for torch; default: the GPUs present, else "8.0;9.0+PTX"
     FLASHCOMM_WERROR=1        warnings of our own sources are errors
 """
@@ -15,6 +15,7 @@ import shlex
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 
 import pybind11
@@ -22,12 +23,18 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 CSRC = Path("csrc")
-EXACT = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]  # never -ffast-math: NaN must survive
+CACHE = ["ccache"] if shutil.which("ccache") else []
+CODEC = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]  # never -ffast-math: NaN must survive
 INCLUDE = f"-I{CSRC}"  # sources name headers from there: "format/codec.h"
-COMMON = [INCLUDE, "-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-pthread"]
-CUDA = [INCLUDE, "-std=c++17", "-O3", "-fmad=false", "-DFLASHCOMM_ISA=cuda", "--threads=2"]
-CUDA_SOURCES = ["cuda/collectives.cu", "cuda/codec_cuda.cu", "cuda/shared_memory.cu"]  # the longest first
-CPU_SOURCES = ("cpu/codec_cpu.cpp", "cpu/rotated_cpu.cpp", "cpu/spike_cpu.cpp")  # once for every instruction set
+COMMON = [INCLUDE, "-std=c++17", "-O2", "-g0", "-fPIC", "-fvisibility=hidden", "-pthread"]
+CUDA = [INCLUDE, "-std=c++17", "-O3", "-fmad=false", "-DFLASHCOMM_ISA=cuda"]
+CUDA_SOURCES = ["cuda/collectives.cu", "cuda/codec_cuda.cu", "cuda/shared_memory.cu"]
+# Compiled once for every part of csrc/cuda/instances.h, so that many cores share the work; the longest first.
+CUDA_IN_PARTS = [(dtype, uniform) for uniform in (1, 0) for dtype in ("BFloat16", "Float16", "Float32")]
+PARTS = [f"{dtype},{uniform}" for uniform in ("true", "false") for dtype in ("BFloat16", "Float16", "Float32")]
+# Once for every instruction set. -O3 where loops are left to the compiler's vectorizer; the others are written with
+# vectors, and take half the time to compile with -O2.
+CPU_SOURCES = {"cpu/codec_cpu.cpp": "-O3", "cpu/rotated_cpu.cpp": "-O2", "cpu/spike_cpu.cpp": "-O2"}
 HOST_SOURCES = ("cpu/streams.cpp", "cpu/ring.cpp", "cpu/sockets.cpp", "cpu/codec_threads.cpp")
 INSTRUCTION_SETS = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
@@ -43,15 +50,22 @@ def find_nvcc() -> tuple[str | None, str]:
     """Path of nvcc, or None and the reason."""
     wanted = os.environ.get("FLASHCOMM_CUDA", "")
     if wanted not in ("", "0", "1"):
-        raise SystemExit(f"FLASHCOMM_CUDA={wanted}: choose 0 (never) or 1 (always), or unset it (where nvcc is found).")
+        raise SystemExit(
+            f"FLASHCOMM_CUDA={wanted}: choose 0 (without CUDA) or 1 (with it), or unset it (where a GPU is)."
+        )
     nvcc = shutil.which("nvcc")
     if wanted == "1" and nvcc is None:
         raise SystemExit("FLASHCOMM_CUDA=1 but nvcc is not on PATH: install the CUDA toolkit or unset FLASHCOMM_CUDA.")
     if wanted == "0":
         return None, "built with FLASHCOMM_CUDA=0"
-    return nvcc, "" if nvcc else "built without nvcc"
+    if nvcc is None:
+        return None, "built without nvcc"
+    if wanted == "" and not present_architectures():
+        return None, "built on a machine without a GPU; FLASHCOMM_CUDA=1 builds CUDA kernels all the same"
+    return nvcc, ""
 
 
+@lru_cache
 def present_architectures() -> str:
     """Compute capabilities of this machine's GPUs, "9.0"; empty where there is none or no driver."""
     try:
@@ -99,12 +113,23 @@ class Build(build_ext):
         jobs = self.cpu_jobs(say)
         if nvcc:
             kernels = [nvcc, *CUDA, "-Xcompiler=-fPIC,-fvisibility=hidden", *gencode]
-            jobs = {Path(name).stem: [*kernels, str(CSRC / name)] for name in CUDA_SOURCES} | jobs
+            cuda_jobs = {
+                f"{Path(name).stem}_{dtype}_{uniform}": [
+                    *kernels,
+                    f"-DFLASHCOMM_PART_TYPE={dtype}",  # no comma in a value: nvcc would split it
+                    f"-DFLASHCOMM_PART_UNIFORM={uniform}",
+                    str(CSRC / name),
+                ]
+                for name in CUDA_IN_PARTS
+                for dtype, uniform in PARTS
+            }
+            cuda_jobs |= {Path(name).stem: [*kernels, str(CSRC / name)] for name in CUDA_SOURCES}
+            jobs = cuda_jobs | jobs
         folder = Path(self.build_temp)
         folder.mkdir(parents=True, exist_ok=True)
         objects = [str(folder / f"{name}.o") for name in jobs]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(lambda job, out: run([*job, "-c", "-o", out]), jobs.values(), objects))
+            list(pool.map(lambda job, out: run([*CACHE, *job, "-c", "-o", out]), jobs.values(), objects))
         library = Path(self.get_ext_fullpath(ext.name))
         library.parent.mkdir(parents=True, exist_ok=True)
         if nvcc:  # knows where its runtime lies
@@ -126,8 +151,9 @@ class Build(build_ext):
         if "CUDA_ARCHS" in say:
             jobs["bindings_cuda"] = [*compiler, *includes, str(CSRC / "bindings_cuda.cpp")]
         for name, flags in INSTRUCTION_SETS.items():
-            for source in CPU_SOURCES:
-                command = [*compiler, *EXACT, *flags, f"-DFLASHCOMM_ISA={name}", str(CSRC / source)]
+            for source, effort in CPU_SOURCES.items():
+                effort = "-O2" if name == "baseline" else effort  # for machines of before 2013
+                command = [*compiler, effort, *CODEC, *flags, f"-DFLASHCOMM_ISA={name}", str(CSRC / source)]
                 jobs[f"{Path(source).stem}_{name}"] = command
         return jobs
 

@@ -85,8 +85,8 @@ def saved(part: str) -> list[dict[str, Any]]:
 def recipes(options: argparse.Namespace) -> None:
     lab = bench(options, generated=32)
     rows = {(row["recipe"], row["bits"], row["tp"]): row for row in (saved("recipes") if options.recipe else [])}
-    for config, world in sweep.combinations(options.recipe or RECIPES, options.bits, options.tp, [None], "auto"):
-        score = lab.score(config, world, with_sites=False)
+    for method in sweep.methods(options.recipe or RECIPES, options.bits, options.tp, [None], "auto"):
+        score = lab.score(method.config, method.world, with_sites=False)
         show(score)
         rows[score.recipe, score.bits, score.tp] = flat(score)
     record.save("accuracy_recipes", list(rows.values()))

@@ -15,7 +15,7 @@ import record
 from link_hosts import bits_per_second
 
 import flashcomm_megatron as fc
-from flashcomm_megatron.tools.plan.cost import Codec, Computing, Message, predict
+from flashcomm_megatron.tools.plan.cost import Collective, Compression, on_cpu, seconds
 from flashcomm_megatron.tools.plan.hardware import Link
 from flashcomm_megatron.tools.plan.measured import link
 
@@ -27,8 +27,8 @@ Row = dict[str, Any]
 def main() -> None:
     lab = json.loads((record.RESULTS / "link_lab.json").read_text())["rows"]
     recipes = json.loads((record.RESULTS / "recipes.json").read_text())["rows"]
-    auto = next(row for row in recipes if row["recipe"] == "auto with feedback")
-    speed = Computing(auto["encode_gbs"] * GB, auto["decode_gbs"] * GB)
+    auto = next(row for row in recipes if row["recipe"] == "auto" and row["bits"] == 4 and row["feedback"])
+    speed = on_cpu(fc.Config(bits=4), auto["encode_gbs"] * GB, auto["decode_gbs"] * GB)
     rows = [compared(row, wire(lab, row), speed) for row in lab if row["rate"] != "loopback" and wanted(row)]
     for row in rows:
         cells = (f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values())
@@ -55,24 +55,23 @@ def wire(lab: list[Row], row: Row) -> Link:
     return link(bits_per_second(row["rate"]) / 8, smallest["exact_ms"] / 1e3 / (row["world"] - 1), "link_lab.json")
 
 
-def compared(row: Row, over: Link, speed: Computing) -> Row:
+def compared(row: Row, over: Link, compression: Compression) -> Row:
     """Predicted over measured time, exact and quantized."""
-    codec = Codec(fc.Config(bits=4), speed, "connections")
     if row["what"] == "first token":
         compute = row["compute_ms"] / 1e3
-        messages = [Message("all_reduce", TOKENS * HIDDEN, row["world"], 2 * LAYERS)]
+        sums = Collective("all_reduce", TOKENS * HIDDEN, row["world"], 2 * LAYERS)
     else:
         share = row["world"] if row["what"] == "all_gather" else 1
-        compute, messages = 0.0, [Message(row["what"], row["bytes"] // 2 // share, row["world"])]
+        compute, sums = 0.0, Collective(row["what"], row["bytes"] // 2 // share, row["world"])
     name = {"rate": row["rate"], "world": row["world"], "what": row["what"], "bytes": row.get("bytes")}
-    exact = predict(over, compute, [stock(each) for each in messages])
-    quantized = predict(over, compute, messages, codec)
+    exact = compute + seconds(over, stock(sums), None)
+    quantized = compute + seconds(over, sums, compression)
     return {**name, "exact": 1e3 * exact / row["exact_ms"], "quantized": 1e3 * quantized / row["quantized_ms"]}
 
 
-def stock(message: Message) -> Message:
+def stock(collective: Collective) -> Collective:
     """What gloo sends: its reduce_scatter is an all_reduce of which each rank keeps a part."""
-    return message._replace(collective="all_reduce") if message.collective == "reduce_scatter" else message
+    return collective._replace(kind="all_reduce") if collective.kind == "reduce_scatter" else collective
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ def invariants() -> Iterator[str]:
     yield "| invariant | broken in | tests that fail |"
     yield "|---|---|---|"
     for each in MUTATIONS:
-        yield f"| {each.invariant} | `{each.file}` | `{each.tests}` |"
+        yield f"| {each.invariant} | `{each.function}` of `{each.room}` | `{each.tests}` |"
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from flashcomm_megatron.megatron import checkout, seams, training_log, transformer_engine
-from flashcomm_megatron.megatron.arguments import FLAG
+from flashcomm_megatron.megatron import checkout, seams, training_log
+from flashcomm_megatron.megatron.arguments import SEAMS as DOORS
 
 ROOT = Path(__file__).resolve().parent.parent
 # Every supported release of Megatron-LM, with the Transformer Engine that its pyproject.toml names (0.13 names none;
@@ -51,14 +51,14 @@ def megatron(git: Path, engine: Path, version: str) -> States:
         sources(git, f"core_v{version}", "megatron/core", "megatron/training") as folder,
         sources(engine, f"v{MEGATRON[version]}", "transformer_engine/pytorch") as other,
     ):
-        rows = [*seams.rows_of(checkout.version(folder), with_transformer_engine=True), FLAG, training_log.SEAM]
-        return dict(checkout.status(rows, folder, other))
+        rows = seams.rows_of(checkout.version(folder), with_transformer_engine=True, with_tokens=True)
+        return dict(checkout.status([*rows, *DOORS, training_log.SEAM], folder, other))
 
 
 def engine(git: Path, version: str) -> States:
     """State of every row of one Transformer Engine."""
     with sources(git, f"v{version}", "transformer_engine/pytorch") as folder:
-        rows = [row for row in transformer_engine.ROWS if row.module.startswith("transformer_engine")]
+        rows = [row for row in seams.TRANSFORMER_ENGINE if row.module.startswith("transformer_engine")]
         return dict(checkout.status(rows, folder))
 
 

@@ -5,26 +5,38 @@
 
 namespace flashcomm {
 
-constexpr int kInterface = 6;  // raise it with every change of what Python calls; flashcomm_megatron/codec/extension.py checks
+constexpr int kInterface =
+    6;  // raise it with every change of what Python calls; flashcomm_megatron/codec/extension.py checks
 
 enum Dtype { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
 // Of flashcomm_megatron.codec; the bits of Rotated are counted in halves.
 enum Format { kUniformFormat = 0, kRotatedFormat = 1, kSpikeFormat = 2, kFormats = 3 };
 
+// A codec, and a tensor of `numel` values in rows of `width`; 0, or not less than numel: in one row.
 struct Spec {
     int format, bits;
-    int64_t block, numel;
+    int64_t block, numel, width = 0;
+};
+
+// A codec, and a tensor cut into `count` slices: slice i holds the values [i * length, min((i + 1) * length, numel)), of
+// whole rows, or of a tensor of one row. Its payload lies at i * stride bytes.
+struct Slices {
+    int format, bits;
+    int64_t block, width, numel, length, count, stride;
 };
 
 // `memory` (x's dtype, or null): what the last encoding lost, to be added, and then what this one lost; Rotated only.
 void encode(const void* x, void* memory, int dtype, const Spec&, uint8_t* payload, int threads);
 void decode_sum(const uint8_t* const* payloads, int count, const Spec&, void* out, int dtype, int threads);
 
-// On the current device, in stream order; std::runtime_error names what CUDA reports. Only in builds with nvcc.
+// On the current device, in stream order; std::runtime_error names what CUDA reports. Only in builds with nvcc. Each is
+// one launch; reduce_slices_cuda is two where there is no kernel for the pair of codecs.
 bool has_codec_cuda(int dtype, const Spec&);  // whatever its numel
-void encode_cuda(const void* x, void* memory, int dtype, const Spec&, uint8_t* payload, void* stream);
-void decode_sum_cuda(const uint8_t* const* payloads, int count, const Spec&, void* out, int dtype, void* stream);
+void encode_slices_cuda(const void* x, void* residual, int dtype, const Slices&, uint8_t* payloads, void* stream);
+void reduce_slices_cuda(const uint8_t* const* payloads, int count, const Spec& from, void* out, int dtype,
+                        const Spec* gather, uint8_t* payload, void* residual, void* stream);
+void decode_slices_cuda(const uint8_t* payloads, const Slices&, void* x, int dtype, void* stream);
 
 // The instruction sets this machine can run, best first; nullptr behind the last. The best is used unless told.
 const char* isa_name(int i);
@@ -33,8 +45,7 @@ bool use_isa(const char* name);  // false: not among them
 
 // What one instruction set offers for one format: the blocks first .. last - 1 of a tensor.
 struct Kernels {
-    void (*encode)(const void* x, void* memory, int dtype, const Spec&, uint8_t* payload, int64_t first,
-                   int64_t last);
+    void (*encode)(const void* x, void* memory, int dtype, const Spec&, uint8_t* payload, int64_t first, int64_t last);
     void (*decode_sum)(const uint8_t* const* payloads, int count, const Spec&, void* out, int dtype, int64_t first,
                        int64_t last);
 };

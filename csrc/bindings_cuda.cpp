@@ -2,6 +2,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
+#include <tuple>
+
 #include "api.h"
 #include "cuda/workspace.h"
 
@@ -10,21 +13,70 @@ using namespace flashcomm;
 using Address = std::uintptr_t;
 using ReleaseGil = py::call_guard<py::gil_scoped_release>;
 
+using Codec = std::tuple<int, int, int64_t>;  // format, bits, block
+
+static Spec spec_of(const Codec& codec, int64_t numel, int64_t width) {
+    return {std::get<0>(codec), std::get<1>(codec), std::get<2>(codec), numel, width};
+}
+static Slices slices_of(const Codec& codec, int64_t width, int64_t numel, int64_t length, int64_t count,
+                        int64_t stride) {
+    return {std::get<0>(codec), std::get<1>(codec), std::get<2>(codec), width, numel, length, count, stride};
+}
+
+// As bindings.cpp has them, with a stream in the place of threads.
 static void bind_codecs(py::module_& m) {
-    m.def("has_codec_cuda", [](int dtype, int format, int bits, int64_t block) {
-        return has_codec_cuda(dtype, {format, bits, block, 1});
-    });
-    m.def("encode_cuda", [](Address x, int dtype, int64_t numel, int format, int bits, int64_t block, Address payload,
-                            Address residual, Address stream) {
-        const Spec spec = {format, bits, block, numel};
-        encode_cuda((const void*)x, (void*)residual, dtype, spec, (uint8_t*)payload, (void*)stream);
-    }, ReleaseGil());
-    m.def("decode_sum_cuda", [](const std::vector<Address>& payloads, int64_t numel, int format, int bits,
-                                int64_t block, Address out, int dtype, Address stream) {
-        const auto* addresses = reinterpret_cast<const uint8_t* const*>(payloads.data());
-        decode_sum_cuda(addresses, (int)payloads.size(), {format, bits, block, numel}, (void*)out, dtype,
-                        (void*)stream);
-    }, ReleaseGil());
+    m.def(
+        "has_codec_cuda",
+        [](int dtype, int format, int bits, int64_t block, int64_t numel, int64_t width) {
+            return has_codec_cuda(dtype, {format, bits, block, numel, width});
+        },
+        py::arg("dtype"), py::arg("format"), py::arg("bits"), py::arg("block"), py::arg("numel") = 1,
+        py::arg("width") = 0);
+    m.def(
+        "encode_slices_cuda",
+        [](Address x, Address residual, int dtype, const Codec& codec, int64_t width, int64_t numel, int64_t length,
+           int64_t count, int64_t stride, Address payloads, Address stream) {
+            encode_slices_cuda((const void*)x, (void*)residual, dtype,
+                               slices_of(codec, width, numel, length, count, stride), (uint8_t*)payloads,
+                               (void*)stream);
+        },
+        ReleaseGil());
+    m.def(
+        "decode_slices_cuda",
+        [](Address payloads, const Codec& codec, int64_t width, int64_t numel, int64_t length, int64_t count,
+           int64_t stride, Address x, int dtype, Address stream) {
+            decode_slices_cuda((const uint8_t*)payloads, slices_of(codec, width, numel, length, count, stride),
+                               (void*)x, dtype, (void*)stream);
+        },
+        ReleaseGil());
+    m.def(
+        "reduce_slices_cuda",
+        [](const std::vector<Address>& payloads, const Codec& codec, int64_t width, int64_t numel, Address out,
+           int dtype, const std::optional<Codec>& gather, Address payload, Address residual, Address stream) {
+            const Spec second = spec_of(gather.value_or(codec), numel, width);
+            reduce_slices_cuda(reinterpret_cast<const uint8_t* const*>(payloads.data()), (int)payloads.size(),
+                               spec_of(codec, numel, width), (void*)out, dtype, gather ? &second : nullptr,
+                               (uint8_t*)payload, (void*)residual, (void*)stream);
+        },
+        ReleaseGil());
+    // One slice, and one leg: what codec/extension.py calls.
+    m.def(
+        "encode_cuda",
+        [](Address x, int dtype, int64_t numel, int format, int bits, int64_t block, Address payload, Address residual,
+           Address stream) {
+            const Slices one = {format, bits, block, 0, numel, numel, 1, 0};
+            encode_slices_cuda((const void*)x, (void*)residual, dtype, one, (uint8_t*)payload, (void*)stream);
+        },
+        ReleaseGil());
+    m.def(
+        "decode_sum_cuda",
+        [](const std::vector<Address>& payloads, int64_t numel, int format, int bits, int64_t block, Address out,
+           int dtype, Address stream) {
+            reduce_slices_cuda(reinterpret_cast<const uint8_t* const*>(payloads.data()), (int)payloads.size(),
+                               {format, bits, block, numel}, (void*)out, dtype, nullptr, nullptr, nullptr,
+                               (void*)stream);
+        },
+        ReleaseGil());
 }
 
 // Request(kind=..., reduce=..., ...): every field by its name; those that tests alone set may be left out.
@@ -62,10 +114,8 @@ void bind_cuda(py::module_& m) {
     m.def("has_collective", has_collective, py::arg("reduce"), py::arg("gather"), py::arg("dtype"),
           py::arg("with_residuals") = false);
 
-    py::class_<Leg>(m, "Leg")
-        .def(py::init<int, int, int>(), py::arg("format"), py::arg("bits"), py::arg("block"));
-    py::class_<Request>(m, "Request")
-        .def(py::init(&request_of));
+    py::class_<Leg>(m, "Leg").def(py::init<int, int, int>(), py::arg("format"), py::arg("bits"), py::arg("block"));
+    py::class_<Request>(m, "Request").def(py::init(&request_of));
     py::class_<Workspace>(m, "Workspace")
         .def(py::init<int, int, int, int, int, int64_t, std::vector<uintptr_t>>(), py::arg("device"), py::arg("world"),
              py::arg("first"), py::arg("ranks"), py::arg("blocks"), py::arg("region"), py::arg("inboxes"))

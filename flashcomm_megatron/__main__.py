@@ -18,8 +18,8 @@ import sys
 from collections.abc import Callable
 
 from . import cpu, environment
+from .megatron import coverage
 from .megatron.patching import PatchError
-from .observe import messages as announce
 from .tools.accuracy import main as accuracy
 from .tools.calibrate import main as calibrate
 from .tools.compare.command import main as compare
@@ -68,15 +68,20 @@ def run(script: str, argv: list[str], on_cpu: bool = False) -> int:
     if script != "-m" and not os.path.exists(script):
         commands = ", ".join(COMMANDS)
         return _refuse(f"{script}: no such file, and no command: choose {commands} or a script's path.")
+    left: SystemExit | None = None
     try:
         _execute(script, argv, on_cpu)
     except (cpu.NeedsGPU, PatchError) as error:
         return _refuse(str(error))
-    announce.ignored(argv)
+    except SystemExit as error:  # whatever its code, the verdict holds
+        left = error
+    coverage.ignored(argv)
     try:
-        announce.close()
+        coverage.close()
     except RuntimeError as error:
         return _refuse(str(error), 1)
+    if left is not None:
+        raise left
     return 0
 
 

@@ -16,6 +16,7 @@ from .codec.recipes import RECIPES, Legs
 
 TRANSPORTS = ("auto", "peer", "host", "group")
 ALGORITHMS = ("auto", "one-step", "two-step", "hierarchical")
+FEEDBACK = ("auto", "off")
 EXACT = 16  # grad_bits that leave gradients to the original collectives
 TYPES = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,), "None": (type(None),)}  # a field's words
 
@@ -40,6 +41,11 @@ class Config:
         "Leave tensors of fewer bytes than this to the original collective. Default: where compression starts to pay.",
     )
     thresholds: str | None = _option(None, "File of measured thresholds, made by bench --tune, for the same purpose.")
+    feedback: str = _option(
+        "auto",
+        "Residual feedback in evaluation and inference: auto (where a layer was measured to add its sums to its input "
+        "unchanged) or off. Reinforcement learning needs off: old log-probabilities must equal the training forward's.",
+    )
     transport: str = _option(
         "auto",
         "How bytes move: peer (GPUs) or host memory shared by the ranks of a machine (CPUs elsewhere: connections), or "
@@ -79,6 +85,7 @@ class Config:
         _check(positive, "log-interval", self.log_interval, "1 or more")
         _check(self.transport in TRANSPORTS, "transport", self.transport, ", ".join(TRANSPORTS))
         _check(self.algorithm in ALGORITHMS, "algorithm", self.algorithm, ", ".join(ALGORITHMS))
+        _check(self.feedback in FEEDBACK, "feedback", self.feedback, ", ".join(FEEDBACK))
         self._check_gradients()
         self._check_calibration()
         try:

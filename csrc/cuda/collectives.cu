@@ -1,5 +1,5 @@
-// The fused collectives on CUDA: one kernel for each pair of legs and number type; the idea is in collectives.h.
-#include "cuda/collectives.h"
+// Workspaces: memory and launches of the fused collectives. Kernels: collective_part.cu; the idea: collectives.h.
+#include "cuda/collective_part.h"
 
 #include <map>
 #include <mutex>
@@ -14,37 +14,17 @@ using namespace FLASHCOMM_ISA;
 
 namespace {
 
-constexpr int kBlocksPerMultiprocessor = 2;  // resident at once: bounds the registers, and with them the grid
 // Workspaces whose grids are resident on a device together, so that they may wait for their peers in any order: each
 // launches a fourth of the blocks that the device holds (66 on an H100, 54 on an A100).
 constexpr int kWorkspacesAtOnce = 4;
-
-template <class Reduce, class Gather, class T>
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
-    collective_kernel(const __grid_constant__ Call call) {
-    Worker<Reduce, Gather, T>::hire(call).run();
-}
-
-// What one request needs of the kernel that serves it.
-struct Kernel {
-    void (*function)(Call) = nullptr;
-    Shape shape{};
-    int shared_bytes = 0;
-};
 
 Setting setting(const flashcomm::Leg& leg) { return {leg.format, leg.bits, leg.block}; }
 
 Kernel kernel_for(const Request& request, const Capacity& capacity) {
     Kernel kernel;
-    const Setting reduce = setting(request.reduce), gather = setting(request.gather);
-    with_legs(reduce, gather, request.dtype, !request.residuals.empty(), [&](auto first, auto second, auto type) {
-        using Reduce = typename decltype(first)::type;
-        using Gather = typename decltype(second)::type;
-        using T = typename decltype(type)::type;
-        using W = Worker<Reduce, Gather, T>;
-        kernel.shape = W::shape((Collective)request.kind, request.numel, capacity, reduce, gather);
-        kernel.shared_bytes = W::shared_bytes(kernel.shape, reduce, gather);
-        kernel.function = collective_kernel<Reduce, Gather, T>;
+    with_part(request.reduce.format, request.dtype, [&](auto type, auto is_uniform) {
+        using Part = CollectivePart<typename decltype(type)::type, is_uniform.value>;
+        kernel = Part::kernel(request, setting(request.reduce), setting(request.gather), capacity);
     });
     if (!kernel.function || kernel.shape.tile == 0)
         throw std::runtime_error("flash-comm: no fused kernel for legs of " + std::to_string(request.reduce.bits) +
@@ -187,8 +167,8 @@ void Workspace::launch(const Request& request) {
     end_turn((void*)request.stream);
 }
 
-// Kernels of one workspace must not overlap, whichever streams they are launched on: each waits for the event behind the
-// last one. In a capture the events are the graph's own edges; graphs and eager calls are ordered by whoever replays.
+// Kernels of one workspace must not overlap, whichever streams they are launched on: each waits for the event behind
+// the last one. In a capture the events are the graph's own edges. Who replays a graph orders it with other calls.
 void Workspace::take_turn(void* stream) {
     const uint64_t capture = capture_of(stream);
     if (stream == (capture ? captured_on_ : launched_on_) && capture == capture_) return;

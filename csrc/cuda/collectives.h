@@ -46,13 +46,13 @@ struct Call {
     int world, first, ranks;  // of the group; the first of this launch and how many run in it
     Setting reduce, gather;
     int64_t region;
-    uint64_t deadline;  // nanoseconds a block waits for a flag
+    uint64_t deadline;         // nanoseconds a block waits for a flag
     const void* x[kMaxWorld];  // of the ranks of this launch
     void* out[kMaxWorld];
     Control* control[kMaxWorld];
-    uint8_t* own[kMaxWorld];    // what they send themselves
+    uint8_t* own[kMaxWorld];            // what they send themselves
     void* residuals[kLegs][kMaxWorld];  // of each leg, where the codec keeps residuals
-    uint8_t* inbox[kMaxWorld];  // of every rank of the group, as this device addresses them
+    uint8_t* inbox[kMaxWorld];          // of every rank of the group, as this device addresses them
     // Tests alone set these: a rank that reads its inbox late, and the protocol without its second buffer.
     int stalled_rank;
     uint64_t stall;
@@ -78,7 +78,8 @@ template <class Reduce, class Gather, class T> struct alignas(16) Worker {
         const int scratch = max2(Reduce(reduce).scratch_bytes(), Gather(gather).scratch_bytes());
         return (int)sizeof(Worker) + shape.stride + max2(scratch, 2 * shape.stride);
     }
-    static Shape shape(Collective kind, int64_t numel, const Capacity& at, const Setting& reduce, const Setting& gather) {
+    static Shape shape(Collective kind, int64_t numel, const Capacity& at, const Setting& reduce,
+                       const Setting& gather) {
         const Reduce first(reduce);
         const Gather second(gather);
         return shape_of(kind, numel, at, {first.block(), first.unit()}, {second.block(), second.unit()}, kTileValues<T>,
@@ -122,27 +123,36 @@ private:
     // The residual of a leg of a tile of a slice.
     template <class Codec> FC_DEVICE Word* residual(const Codec& codec, Leg leg, int slice, int64_t t) const {
         if constexpr (Codec::kKeepsResiduals)
-            return (Word*)call.residuals[leg][local] + slice * codec.residual_numel(call.shape.slice) + t * call.shape.tile;
+            return (Word*)call.residuals[leg][local] + slice * codec.residual_numel(call.shape.slice) +
+                   t * call.shape.tile;
         else return nullptr;
     }
     FC_DEVICE int64_t tile(int d) const { return first + (int64_t)d * call.shape.blocks; }
 
+    // ---- a round, phase by phase ---------------------------------------------------------------------------------
+
     // False: a flag did not come.
     FC_DEVICE bool one_round() {
         if (reduces(call.kind)) {
+            // phase 1 (two-step, one-step, reduce-scatter): encode x, push the payloads, raise the flags
             send(reduce, kReduceLeg);
             announce(kReduceLeg);
+            // phase 2: wait for all ranks' payloads; decode them and sum. Two-step: encode the sum and push it
             if (!await(kReduceLeg)) return false;
             sum();
         } else {
+            // phases 1 and 2 of all-gather: encode this rank's slice and push it
             send(gather, kGatherLeg);
         }
         if (!gathers(call.kind)) return true;
+        // phase 3 (two-step, all-gather): raise the flags, wait for all ranks' payloads, decode them into the output
         announce(kGatherLeg);
         if (!await(kGatherLeg)) return false;
         decode();
         return true;
     }
+
+    // ---- phase 1: encode and push --------------------------------------------------------------------------------
 
     // Encodes this rank's part of x and pushes it: scattering, every rank's slice to that rank; sharing, all of it (in
     // one-step) or its slice of what all-gather returns to every rank.
@@ -172,6 +182,8 @@ private:
         else codec.encode(octets, count, scratch(), payload());
     }
 
+    // ---- phase 2: decode, sum, share ------------------------------------------------------------------------------
+
     // Adds up what all ranks sent for this rank's slice; two-step shares the sum, others keep it.
     FC_DEVICE void sum() {
         const int slice = call.kind == kOneStep ? 0 : rank;
@@ -183,7 +195,7 @@ private:
                 shrunk = huge;
                 clear(total);
                 receive<false>(reduce, kReduceLeg, d, [&](int) { return values(d); }, shrunk, total,
-                               [&](int, uint32_t is_huge) { huge |= is_huge; });
+                               [&](int, uint32_t more) { huge |= more; });
             } while (Reduce::kRotates && !sync_and(huge == shrunk));
             if (values(d) == 0) continue;
             Octet<T> octets[kRows<T>];
@@ -196,36 +208,25 @@ private:
 
     FC_DEVICE void share_sum(Octet<T> (&octets)[kRows<T>], int values, int d) {
         const int left = values - 8 * first_octet<T>();
-        FC_UNROLL for (int row = 0; row < kRows<T>; row++) repeat_last(octets[row], left - 8 * row);
+        FC_UNROLL for (int row = 0; row < kRows<T>; row++) repeat_last<T>(octets[row], left - 8 * row);
         sync();  // all have decoded: what encoding needs takes the place of payloads
         encode(gather, octets, values, residual(gather, kGatherLeg, 0, tile(d)));
         push_all(kGatherLeg, d, gather.bytes(values));
     }
+
+    // ---- phase 3: decode -------------------------------------------------------------------------------------------
 
     FC_DEVICE void decode() {
         for (int d = 0; d < call.shape.depth; d++) {
             const int64_t t = tile(d);
             auto values_of = [&](int source) { return call.shape.values(call.shape.size(source), t); };
             float x[kRows<T>][8];
-            receive<true>(gather, kGatherLeg, d, values_of, 0, x,
-                          [&](int source, uint32_t huge) {
-                              Octet<T> octets[kRows<T>];
-                              gather.template finish<true>(x, huge);
-                              narrow<T>(x, octets);
-                              store<T>(out(source) + t * call.shape.tile, values_of(source), octets);
-                          });
-        }
-    }
-
-    // As load(): what a last, partial octet lacks is its last value.
-    static FC_DEVICE void repeat_last(Octet<T>& octet, int left) {
-        if (left <= 0 || left >= 8) return;
-        uint32_t last = 0;
-        FC_UNROLL for (int i = 0; i < 8; i++) {
-            const uint32_t word = i < left ? octet.at(i) : last;
-            last = word;
-            if constexpr (sizeof(Word) == 4) octet.w[i] = word;
-            else octet.w[i / 2] = i & 1 ? (octet.w[i / 2] & 0xFFFF) | word << 16 : (octet.w[i / 2] & 0xFFFF0000) | word;
+            receive<true>(gather, kGatherLeg, d, values_of, 0, x, [&](int source, uint32_t huge) {
+                Octet<T> octets[kRows<T>];
+                gather.template finish<true>(x, huge);
+                narrow<T>(x, octets);
+                store<T>(out(source) + t * call.shape.tile, values_of(source), octets);
+            });
         }
     }
 
@@ -247,8 +248,8 @@ private:
         for (int distance = 1; distance <= call.world; distance++) push((rank + distance) % call.world, leg, d, bytes);
     }
 
-    // The payloads of one tile from every rank, in rank order, one read ahead, decoded to x (not kAlone: added): use(source, huge),
-    // whole warps together. values_of(source): of the tile; shrunk, huge: a bit for each row.
+    // The payloads of one tile from every rank, in rank order, one read ahead, decoded to x (not kAlone: added): after
+    // each use(source, huge), whole warps together. values_of(source): of the tile; shrunk, huge: a bit for each row.
     template <bool kAlone, class Codec, class Values, class Use>
     FC_DEVICE void receive(const Codec& codec, Leg leg, int d, Values values_of, uint32_t shrunk, float (&x)[kRows<T>][8],
                            Use use) {
@@ -282,8 +283,7 @@ private:
             if ((Codec::kRotates ? kRows<T> * (lane & ~(kWarp - 1)) : octet) >= octets) continue;
             // A lane behind the end decodes something, for nobody.
             const int first = octet < octets ? octet : 0;
-            const uint32_t huge = codec.template decode<kAlone>((const uint8_t*)to, values, first, shrunk, x);
-            use(source, huge);
+            use(source, codec.template decode<kAlone>((const uint8_t*)to, values, first, shrunk, x));
         }
     }
 

@@ -1,7 +1,7 @@
 // What the kernels need of the machine that runs them, in two dozen small functions.
 //
-// Compiled by nvcc these are CUDA. Compiled by a host compiler they are declared only: tests/support/emulator.cpp defines them
-// with one fiber for each thread, so that the kernels of tile.h and collectives.h run and are checked without a GPU.
+// Compiled by nvcc these are CUDA. Compiled by a host compiler they are only declared: tests/support/stand_ins/cuda
+// defines them with one fiber for each thread, so that the kernels run and are checked without a GPU.
 // What an emulation cannot show is the memory model; the PTX below is where that is decided.
 #pragma once
 
@@ -202,7 +202,7 @@ template <class T> struct Keys {
 
 template <class T> FC_DEVICE Keys<T> extremes(const Octet<T>& octet) {
     using Word = typename T::Word;
-    Keys<T> keys = {(Word)~(Word)0, 0};
+    Keys<T> keys = {(Word) ~(Word)0, 0};
     FC_UNROLL for (int i = 0; i < 8; i++) {
         const Word key = ordered<T>((Word)octet.at(i));
         keys.low = key < keys.low ? key : keys.low;
@@ -232,13 +232,13 @@ FC_DEVICE Keys<T> paired_extremes(const Octet<T>& octet, Min least, Max most) {
 }
 template <> FC_DEVICE Keys<BFloat16> extremes(const Octet<BFloat16>& octet) {
     using Pair = __nv_bfloat162;
-    return paired_extremes<BFloat16, Pair>(octet, [](Pair a, Pair b) { return __hmin2_nan(a, b); },
-                                           [](Pair a, Pair b) { return __hmax2_nan(a, b); });
+    return paired_extremes<BFloat16, Pair>(
+        octet, [](Pair a, Pair b) { return __hmin2_nan(a, b); }, [](Pair a, Pair b) { return __hmax2_nan(a, b); });
 }
 template <> FC_DEVICE Keys<Float16> extremes(const Octet<Float16>& octet) {
     using Pair = __half2;
-    return paired_extremes<Float16, Pair>(octet, [](Pair a, Pair b) { return __hmin2_nan(a, b); },
-                                          [](Pair a, Pair b) { return __hmax2_nan(a, b); });
+    return paired_extremes<Float16, Pair>(
+        octet, [](Pair a, Pair b) { return __hmin2_nan(a, b); }, [](Pair a, Pair b) { return __hmax2_nan(a, b); });
 }
 #endif
 

@@ -2,6 +2,8 @@
 // collective has one is a pure function of the configuration, so all ranks agree on it.
 #pragma once
 
+#include <type_traits>
+
 #include "api.h"
 #include "cuda/rotated_tile.h"
 #include "cuda/shape.h"
@@ -35,61 +37,59 @@ template <class Visit> bool with_bits(int bits, Visit visit) {
     return false;
 }
 
-// visit(codec, number type) for formats whose width is a runtime value; false: not one of them.
-template <class Visit> bool with_direct(int format, int dtype, bool with_residuals, Visit visit) {
-    bool found = false;
-    with_dtype(dtype, [&](auto type) {
-        using T = typename decltype(type)::type;
-        if (format == kRotatedFormat && with_residuals) visit(Is<RotatedTile<T, true>>{}, type), found = true;
-        if (format == kRotatedFormat && !with_residuals) visit(Is<RotatedTile<T>>{}, type), found = true;
-        if (format == kSpikeFormat && !with_residuals) visit(Is<SpikeTile<T>>{}, type), found = true;
-    });
-    return found;
-}
-
 constexpr int kExactBits = 16;  // both legs uncompressed: what benchmarks compare with
 
-// Whether collectives are compiled for a codec: always, but to try a compiler on a third of them.
-template <int kBits, class T> constexpr bool compiled(Is<UniformTile<kBits, T>>) {
-#ifdef FLASHCOMM_FEW_COLLECTIVES
-    return kBits % 3 == (int)(sizeof(typename T::Word) / 4 + (T::kNan == 0x7FC0 ? 0 : 1));
-#else
-    return true;
-#endif
-}
+// Kernels are compiled in parts, each for one number type and either uniform blocks or the other formats, so that many
+// cores share the work: setup.py lists the parts, FLASHCOMM_PART_TYPE and _UNIFORM say which one is compiled. The width
+// is in the type where the time is in the planes, and a runtime value where it is in the arithmetic: three kernels for
+// rotated blocks, not 39.
 
-template <int kBits, class T, class Visit>
-bool visit_equal_legs(Is<UniformTile<kBits, T>> codec, Is<T> type, Visit visit) {
-    if constexpr (compiled(Is<UniformTile<kBits, T>>{})) return visit(codec, codec, type), true;
+// visit(tile codec) for a format whose width is a runtime value; false: not one of them.
+template <class T, class Visit> bool with_direct(int format, bool with_residuals, Visit visit) {
+    if (format == kRotatedFormat && with_residuals) return visit(Is<RotatedTile<T, true>>{}), true;
+    if (format == kRotatedFormat) return visit(Is<RotatedTile<T>>{}), true;
+    if (format == kSpikeFormat && !with_residuals) return visit(Is<SpikeTile<T>>{}), true;
     return false;
 }
 
-// visit(codec of the reduce leg, codec of the gather leg, number type); false: there is no such kernel. The width is in
-// the type where the time is in the planes, and a runtime value where it is in the arithmetic: three kernels, not 39.
+// visit(tile codec of the reduce leg, of the gather leg); false: there is no such kernel.
+template <class T, bool kUniform, class Visit>
+bool with_legs_of(const Setting& reduce, const Setting& gather, bool with_residuals, Visit visit) {
+    if (reduce.format != gather.format || (reduce.format == kUniformFormat) != kUniform) return false;
+    if constexpr (!kUniform) {
+        return with_direct<T>(reduce.format, with_residuals, [&](auto codec) { visit(codec, codec); });
+    } else {
+        if (with_residuals) return false;
+        if (reduce.bits == 4 && gather.bits == 8)  // Flash Communication's "INT6"
+            return visit(Is<UniformTile<4, T>>{}, Is<UniformTile<8, T>>{}), true;
+        if constexpr (sizeof(typename T::Word) == 2)
+            if (reduce.bits == kExactBits && gather.bits == kExactBits)
+                return visit(Is<ExactTile<T>>{}, Is<ExactTile<T>>{}), true;
+        return reduce.bits == gather.bits && with_bits(reduce.bits, [&](auto bits) {
+                   visit(Is<UniformTile<bits.value, T>>{}, Is<UniformTile<bits.value, T>>{});
+               });
+    }
+}
+
+// The same for any part; visit is given the number type as well.
 template <class Visit>
 bool with_legs(const Setting& reduce, const Setting& gather, int dtype, bool with_residuals, Visit visit) {
     bool found = false;
-    if (reduce.format != gather.format || (with_residuals && reduce.format != kRotatedFormat)) return false;
     with_dtype(dtype, [&](auto type) {
         using T = typename decltype(type)::type;
-        if (reduce.format == kRotatedFormat && with_residuals)
-            visit(Is<RotatedTile<T, true>>{}, Is<RotatedTile<T, true>>{}, type), found = true;
-        if (reduce.format == kRotatedFormat && !with_residuals)
-            visit(Is<RotatedTile<T>>{}, Is<RotatedTile<T>>{}, type), found = true;
-        if (reduce.format == kSpikeFormat)
-            visit(Is<SpikeTile<T>>{}, Is<SpikeTile<T>>{}, type), found = true;
-        if (reduce.format != kUniformFormat) return;
-        if (reduce.bits == gather.bits)
-            with_bits(reduce.bits, [&](auto bits) {
-                found = visit_equal_legs(Is<UniformTile<bits.value, T>>{}, type, visit);
-            });
-        if (reduce.bits == 4 && gather.bits == 8)  // Flash Communication's "INT6"
-            visit(Is<UniformTile<4, T>>{}, Is<UniformTile<8, T>>{}, type), found = true;
-        if constexpr (sizeof(typename T::Word) == 2)
-            if (reduce.bits == kExactBits && gather.bits == kExactBits)
-                visit(Is<ExactTile<T>>{}, Is<ExactTile<T>>{}, type), found = true;
+        const auto pass_on = [&](auto first, auto second) { visit(first, second, type); };
+        found = reduce.format == kUniformFormat ? with_legs_of<T, true>(reduce, gather, with_residuals, pass_on)
+                                                : with_legs_of<T, false>(reduce, gather, with_residuals, pass_on);
     });
     return found;
+}
+
+// visit(number type, is uniform) as types, for the part that has these kernels.
+template <class Visit> void with_part(int format, int dtype, Visit visit) {
+    with_dtype(dtype, [&](auto type) {
+        if (format == kUniformFormat) visit(type, std::true_type{});
+        else visit(type, std::false_type{});
+    });
 }
 
 // Whether the kernel serves these legs: their units fit into one tile.

@@ -1,5 +1,5 @@
-// The rules by which ranks share inboxes. tests/support/protocol_model.py has the same rules under the same names, tries
-// every interleaving of them, and shows that each is needed.
+// The rules by which ranks share inboxes. tests/support/protocol_model.py has the same rules under the same names,
+// tries every interleaving of them, and shows that each is needed.
 //
 //     round       one pass over the inboxes. Rounds are numbered through all calls of a workspace: a call of k rounds
 //                 is rounds epoch + 1 ... epoch + k, and its last block to end advances the epoch. The epoch lives in

@@ -89,12 +89,13 @@ template <class T, bool kResiduals = false> struct RotatedTile : RotatedCodes {
                                    Values& x) const {
         Eight words[kRows<T>];
         load_codes<kRows<T>, Offset>(payload, octet, place.groups, words);
-        uint32_t huge = 0;
+        uint32_t huge = 0, constants = 0;
         Step step{};
         FC_UNROLL for (int half = 0; half < kHalves; half++) {
             if (half == 0 || octet_shift == 1) step = step_at(payload, place, (octet + 2 * half) >> octet_shift);
-            const bool is_huge = step.size >= kHugeStep;
+            const bool is_huge = (bits_of(step.each) & 0x7FFFFFFF) >= bits_of(kHugeStep) && step.each == step.each;
             huge |= is_huge ? 3u << 2 * half : 0;
+            constants |= (uint32_t)step.is_constant << half;
             const float factor = shrunk >> 2 * half & 1 || (kAlone && is_huge) ? kShrink : 1.0f;
             const float each = step.each * factor, less = each * (float)-(kBias + zero);
             uint32_t number[16];
@@ -102,11 +103,11 @@ template <class T, bool kResiduals = false> struct RotatedTile : RotatedCodes {
             FC_UNROLL for (int i = 0; i < 16; i++) {
                 float& to = x[2 * half + i / 8][i % 8];
                 float coefficient = fused_multiply_add(float_of(number[i]), each, less);  // exact, never -0
-                if (i == 0 && step.is_constant && is_first(octet + 2 * half)) coefficient = step.value * factor;
+                if (i == 0 && step.is_constant) coefficient = -0.0f;
                 to = kAlone ? coefficient : to + coefficient;
             }
         }
-        return huge;
+        return constants ? huge | add_constants<kAlone>(payload, place, octet, shrunk, constants, x) : huge;
     }
 
     // A sum of such coefficients, or one alone, becomes values: all lanes of a warp.
@@ -419,9 +420,8 @@ private:
         }
     }
 
-    // What decoding a block depends on.
     struct Step {
-        float each, size, value;  // each: 0 of a constant; size: of the step or of the constant
+        float each;  // 0 of a constant
         bool is_constant;
     };
     template <class Offset>
@@ -429,13 +429,31 @@ private:
         const uint32_t scale = payload[place.scales + index], kind = scale & 0x7F;
         const uint32_t top = *(const uint16_t*)(payload + place.tops + 2 * (index / kFamily));
         const float each = kind == kNanBlock ? float_of(Float32::kNan) : step_of(top, scale);
-        Step step = {each, float_of(bits_of(each) & 0x7FFFFFFF), 0.0f, kind == kConstant};
-        if (step.is_constant) {
-            step.each = 0.0f;
-            step.value = float_of(constant_of(payload, index << octet_shift, place.groups));
-            step.size = float_of(bits_of(step.value) & 0x7FFFFFFF);
+        return {kind == kConstant ? 0.0f : each, kind == kConstant};
+    }
+
+    // The first coefficient of the halves that `constants` has a bit for: the constant, or 0 where no block starts.
+    template <bool kAlone, class Offset>
+    FC_DEVICE uint32_t add_constants(const uint8_t* payload, const Place<Offset>& place, Offset octet, uint32_t shrunk,
+                                     uint32_t constants, Values& x) const {
+        uint32_t huge = 0;
+        float values[2] = {-0.0f, -0.0f};
+#if defined(__CUDA_ARCH__)
+#pragma unroll 1  // rare: one copy
+#endif
+        for (int half = 0; half < kHalves; half++) {
+            if (!(constants >> half & 1)) continue;
+            const Offset at = octet + 2 * half, first = at >> octet_shift << octet_shift;
+            const uint32_t bits = constant_of(payload, first, place.groups);
+            const bool is_huge = (bits & 0x7FFFFFFF) >= bits_of(kHugeStep);
+            huge |= is_huge ? 3u << 2 * half : 0;
+            const float factor = shrunk >> 2 * half & 1 || (kAlone && is_huge) ? kShrink : 1.0f;
+            const float value = at == first ? float_of(bits) * factor : 0.0f;
+            if (half) values[1] = value;
+            else values[0] = value;
         }
-        return step;
+        FC_UNROLL for (int half = 0; half < kHalves; half++) x[2 * half][0] += values[half];
+        return huge;
     }
 };
 

@@ -68,8 +68,8 @@ inline int64_t common_multiple(int64_t a, int64_t b) {
 template <class PayloadBytes>
 Shape shape_of(Collective kind, int64_t numel, const Capacity& capacity, Grain reduce, Grain gather, int most,
                PayloadBytes payload_bytes) {
-    const int64_t unit = kind == kTwoStep ? common_multiple(reduce.unit, gather.unit)
-                                          : (reduces(kind) ? reduce.unit : gather.unit);
+    const int64_t unit =
+        kind == kTwoStep ? common_multiple(reduce.unit, gather.unit) : (reduces(kind) ? reduce.unit : gather.unit);
     Shape shape{};
     shape.numel = numel;
     shape.slice = kind == kOneStep ? numel : ceil_div(numel, capacity.world);

@@ -21,7 +21,7 @@ template <class T> struct SpikeTile {
     static constexpr int kMostAhead = 1;
     // 8 bits in blocks of 8, of which each has 6 bytes and two places of 3 bits beside it.
     static constexpr int kMaxBytes = kTileValues<T> * 15 / 8 < kSlotBytes ? kTileValues<T> * 15 / 8 : (int)kSlotBytes;
-    static constexpr int kBlocksTogether = 4;                       // whose positions are an octet
+    static constexpr int kBlocksTogether = 4;  // whose positions are an octet
 
     // The two least and the two greatest keys of some values, and where the least and the greatest come first.
     struct Ends {
@@ -147,7 +147,8 @@ template <class T> struct SpikeTile {
         const float span = frame.span(code), step = span / (float)((1 << bits) - 1), grow = 1 / frame.prescale;
         const float low = frame.anchor + (float)(int8_t)payload[place.lows + index] * (span / kUnits);
         const int begin = place_of(octet);
-        const int low_at = (int)position(payload, place, 2 * index), high_at = (int)position(payload, place, 2 * index + 1);
+        const int low_at = (int)position(payload, place, 2 * index),
+                  high_at = (int)position(payload, place, 2 * index + 1);
         FC_UNROLL for (int i = 0; i < 8; i++) {
             const float rest = (low + (float)(int)byte_of(codes, i) * step) * grow;
             x[i] = limited(low_at == begin + i ? minimum : high_at == begin + i ? maximum : rest);
@@ -180,7 +181,7 @@ private:
 
     // Of the first `count` values of an octet whose first is number `at` of its block.
     static FC_DEVICE Ends ends_of(const Octet<T>& octet, int count, int at) {
-        constexpr Word most = (Word)~(Word)0;
+        constexpr Word most = (Word) ~(Word)0;
         Ends ends = {{most, most}, {0, 0}, (uint8_t)at, (uint8_t)at};
         FC_UNROLL for (int i = 0; i < 8; i++) {
             if (i >= count) continue;
@@ -217,7 +218,7 @@ private:
     // Writes the metadata of one block but for its positions, and returns what its codes depend on.
     template <class Offset>
     FC_DEVICE Meta fit(const Ends* ends, int index, int values, uint8_t* payload, const Place<Offset>& place) const {
-        constexpr uint32_t above = ordered<T>(T::kInfinity), below = (typename T::Word)~above;
+        constexpr uint32_t above = ordered<T>(T::kInfinity), below = (typename T::Word) ~above;
         const int left = values - index * block(), count = left < block() ? left : block();
         Ends e = ends[index * octets_per_block];
         for (int i = 1; 8 * i < count; i++) take(e, ends[index * octets_per_block + i]);
@@ -283,8 +284,8 @@ private:
         widen<T>(octet, x);
         FC_UNROLL for (int i = 0; i < 8; i++) {
             const float q = (x[i] * meta.prescale - meta.start) * meta.inverse, above = q > 0 ? q : 0.0f;
-            const bool is_rest = meta.inverse != 0 && 8 * at + i < values && begin + i != meta.low_at &&
-                                 begin + i != meta.high_at;
+            const bool is_rest =
+                meta.inverse != 0 && 8 * at + i < values && begin + i != meta.low_at && begin + i != meta.high_at;
             code[i] = is_rest ? rounded(above < levels ? above : levels) & 0xFF : 0;
         }
         store_octet<Offset>(bits, place.octets, place.octet + at, four_bytes(code), four_bytes(code + 4), payload);

@@ -34,6 +34,7 @@ namespace flashcomm::FLASHCOMM_ISA {
 
 constexpr int kThreads = 256;
 constexpr int kLeastTile = 8 * kThreads;  // values: one octet a thread
+
 template <class T> constexpr int kRows = 8 / (int)sizeof(typename T::Word);  // octets of one thread
 template <class T> constexpr int kTileOctets = kThreads * kRows<T>;
 template <class T> constexpr int kTileValues = 8 * kTileOctets<T>;
@@ -46,8 +47,7 @@ template <class T> FC_DEVICE int first_octet() { return kRows<T> * thread(); }
 // which changes no extreme.
 template <class T> FC_DEVICE void load(const typename T::Word* x, int values, int first, Octet<T>& octet) {
     if (((uintptr_t)x & 15) == 0 && first + 8 <= values) {
-        FC_UNROLL for (int v = 0; v < Octet<T>::kVectors; v++)
-            ((Vec16*)&octet)[v] = ((const Vec16*)(x + first))[v];
+        FC_UNROLL for (int v = 0; v < Octet<T>::kVectors; v++)((Vec16*)&octet)[v] = ((const Vec16*)(x + first))[v];
     } else if (first < values) {
         FC_UNROLL for (int i = 0; i < 8; i++) {
             const uint32_t word = x[first + i < values ? first + i : values - 1];
@@ -66,11 +66,21 @@ template <class T> FC_DEVICE void load(const typename T::Word* x, int values, Oc
 // Writes the octet that starts at value `first` of out[0 .. values).
 template <class T> FC_DEVICE void store(typename T::Word* out, int values, int first, const Octet<T>& octet) {
     if (((uintptr_t)out & 15) == 0 && first + 8 <= values) {
-        FC_UNROLL for (int v = 0; v < Octet<T>::kVectors; v++)
-            ((Vec16*)(out + first))[v] = ((const Vec16*)&octet)[v];
+        FC_UNROLL for (int v = 0; v < Octet<T>::kVectors; v++)((Vec16*)(out + first))[v] = ((const Vec16*)&octet)[v];
     } else {
-        FC_UNROLL for (int i = 0; i < 8; i++)
-            if (first + i < values) out[first + i] = (typename T::Word)octet.at(i);
+        FC_UNROLL for (int i = 0; i < 8; i++) if (first + i < values) out[first + i] = (typename T::Word)octet.at(i);
+    }
+}
+
+// Pads the octet of which `left` values are left with its last one, as load() does.
+template <class T> FC_DEVICE void repeat_last(Octet<T>& octet, int left) {
+    if (left <= 0 || left >= 8) return;
+    uint32_t last = 0;
+    FC_UNROLL for (int i = 0; i < 8; i++) {
+        const uint32_t word = i < left ? octet.at(i) : last;
+        last = word;
+        if constexpr (sizeof(typename T::Word) == 4) octet.w[i] = word;
+        else octet.w[i / 2] = i & 1 ? (octet.w[i / 2] & 0xFFFF) | word << 16 : (octet.w[i / 2] & 0xFFFF0000) | word;
     }
 }
 
@@ -85,8 +95,7 @@ template <class T> FC_DEVICE void narrow(const float (&x)[kRows<T>][8], Octet<T>
 
 // -0 is what changes nothing when a float is added to it, -0 included.
 template <int kCount> FC_DEVICE void clear(float (&total)[kCount][8]) {
-    FC_UNROLL for (int row = 0; row < kCount; row++)
-        FC_UNROLL for (int i = 0; i < 8; i++) total[row][i] = -0.0f;
+    FC_UNROLL for (int row = 0; row < kCount; row++) FC_UNROLL for (int i = 0; i < 8; i++) total[row][i] = -0.0f;
 }
 
 // A number alone, or one of a sum.
@@ -324,9 +333,8 @@ private:
     }
 
     FC_DEVICE void zero_gaps(const At& at, uint8_t* payload) const {
-        each_plane(kBits, at.octets, [&](auto width, int, int start) {
-            zero_gap(payload + start, at.octets * width.value);
-        });
+        each_plane(kBits, at.octets,
+                   [&](auto width, int, int start) { zero_gap(payload + start, at.octets * width.value); });
         zero_gap(payload + at.scales, 2 * at.blocks);
         zero_gap(payload + at.minima, 2 * at.blocks);
     }

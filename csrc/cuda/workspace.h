@@ -49,8 +49,8 @@ struct Request {
 // The ranks first .. first + ranks - 1 of a group of `world`, whose inboxes are addressed by `inboxes`; the control
 // words of these ranks, and what they send themselves, belong to it.
 //
-// Calls may come on any stream: each waits, by an event, for the call before it. Workspaces of one device may be launched
-// in different orders by different ranks, on different streams: up to four of them are resident together.
+// Calls may come on any stream: each waits, by an event, for the call before it. Workspaces of one device may be
+// launched in different orders by different ranks, on different streams: up to four of them are resident together.
 class Workspace {
 public:
     Workspace(int device, int world, int first, int ranks, int blocks, int64_t region, std::vector<uintptr_t> inboxes);

@@ -125,13 +125,13 @@ struct Bf16Pair {
     uint32_t scale, minimum;  // upper halves of float32
 
     static constexpr uint32_t kNan = 0x7FC0;
-    static constexpr uint32_t kHuge = 0x7A80;    // 2**118: scales from here on could overflow, halve first
-    static constexpr float kTiny = 0x1p-100f;    // scales below have a reciprocal beyond float32: scale up first
+    static constexpr uint32_t kHuge = 0x7A80;  // 2**118: scales from here on could overflow, halve first
+    static constexpr float kTiny = 0x1p-100f;  // scales below have a reciprocal beyond float32: scale up first
 
     // The metadata of a block whose extremes have these ordered keys; levels = 2**bits - 1.
     // Without a branch or a bool that could become one, so that a loop over blocks stays a loop over vectors.
     template <class T> static FC_INLINE Fit fit(uint32_t low_key, uint32_t high_key, float levels) {
-        constexpr uint32_t above = ordered<T>(T::kInfinity), below = (typename T::Word)~above;
+        constexpr uint32_t above = ordered<T>(T::kInfinity), below = (typename T::Word) ~above;
         const uint32_t finite = mask(high_key < above) & mask(low_key > below);
         const float low = choose(finite, T::widen(unordered<T>(low_key)), 0.0f);
         const float high = choose(finite, T::widen(unordered<T>(high_key)), 0.0f);
@@ -153,7 +153,11 @@ struct Bf16Pair {
         const uint32_t escaped = finite & mask(low == high) & mask(minimum != low);
         const uint32_t minimum_bits = choose(escaped, bits, bits_of(minimum)) >> 16;
         const uint32_t scale_bits = choose(escaped, 0x8000 | (bits >> 1 & 0x7FFF), bits_of(scale) >> 16);
-        return {minimum, prescale, inverse, choose(finite, minimum_bits, kNan), choose(finite, scale_bits, kNan),
+        return {minimum,
+                prescale,
+                inverse,
+                choose(finite, minimum_bits, kNan),
+                choose(finite, scale_bits, kNan),
                 choose(escaped, bits & 1, choose(finite, Fit::kVaries, 0)),
                 finite & ~escaped & mask(prescale == 1.0f) & mask(minimum <= low)};
     }
@@ -260,7 +264,7 @@ template <class T>
 FC_BOTH void encode_block(const typename T::Word* x, const Layout& at, int64_t index, uint8_t* payload) {
     using Word = typename T::Word;
     const int64_t begin = index * at.block, end = begin + at.block < at.numel ? begin + at.block : at.numel;
-    Word low = (Word)~(Word)0, high = 0;
+    Word low = (Word) ~(Word)0, high = 0;
     for (int64_t i = begin; i < end; i++) {
         const Word key = ordered<T>(x[i]);
         low = key < low ? key : low;

@@ -16,14 +16,14 @@
 
 namespace flashcomm::FLASHCOMM_ISA {
 
-constexpr int kFamily = 32;                            // blocks that share a top
+constexpr int kFamily = 32;                                   // blocks that share a top
 constexpr int kNanBlock = 127, kConstant = 126, kLast = 125;  // of the scale byte without its sign
-constexpr int kKeyShift = 20;                          // a key counts float32 bit patterns in units of 2**20
-constexpr int kNearest = 32;                           // steps of at most this many levels round to nearest, others up
-constexpr uint32_t kLeastKey = (127 - 100) << 3;       // 2**-100
-constexpr int kGroup = 4;                              // blocks whose numbers lie together in a memory
-constexpr float kHugeStep = 0x1p100f;                  // from here on butterflies could overflow: shrink first
-constexpr uint32_t kHugeKey = (127 + 100) << 3;        // its key
+constexpr int kKeyShift = 20;                                 // a key counts float32 bit patterns in units of 2**20
+constexpr int kNearest = 32;                      // steps of at most this many levels round to nearest, others up
+constexpr uint32_t kLeastKey = (127 - 100) << 3;  // 2**-100
+constexpr int kGroup = 4;                         // blocks whose numbers lie together in a memory
+constexpr float kHugeStep = 0x1p100f;             // from here on butterflies could overflow: shrink first
+constexpr uint32_t kHugeKey = (127 + 100) << 3;   // its key
 constexpr float kShrink = 0x1p-16f, kGrow = 0x1p16f;
 
 // Where everything lies. `half_bits` is twice the width.

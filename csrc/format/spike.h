@@ -80,7 +80,7 @@ struct Frame {
         if (!(needed > 0) || exponent == 0) return 0;
         const int32_t steps = (int32_t)(bits_of(needed) - (uint32_t)(exponent - kOctaves) * (1u << 23));
         const int32_t code = (steps + (1 << kSpanShift) - 1) >> kSpanShift;
-        return code < 1 ? 1 : code > (int32_t)kLargestSpan ? kLargestSpan : (uint32_t)code;
+        return code < 1 ? 1 : (uint32_t)code < kLargestSpan ? (uint32_t)code : kLargestSpan;
     }
 };
 

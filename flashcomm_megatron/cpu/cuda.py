@@ -105,7 +105,7 @@ def _seed(original: Any) -> Callable[[int], Any]:
 
 
 def _set_rng_state(original: Any) -> Callable[..., None]:
-    return lambda state, *device: torch.set_rng_state(state)
+    return lambda new_state, *args, **options: torch.set_rng_state(new_state)
 
 
 PROPERTIES = SimpleNamespace(

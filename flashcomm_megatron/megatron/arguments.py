@@ -1,12 +1,18 @@
-"""The ``--flash-comm-*`` flags, made from the fields of Config, and how they reach a script nobody edited.
+"""The ``--flash-comm-*`` flags, made from the fields of Config, and every other door by which a setting comes in.
 
-Megatron builds its parser in ``megatron.training.arguments.add_megatron_arguments``, which every ``parse_args``
-looks up at call time. Importing this package waits for that module (when_imported.py) and wraps the one function,
-so our group stands in Megatron's own ``--help`` and argument dump. Any other script calls :func:`add_arguments`.
+**Flags.** Megatron builds its parser in ``megatron.training.arguments.add_megatron_arguments``, which every
+``parse_args`` looks up at call time. Importing this package waits for that module (when_imported.py) and wraps the one
+function, so our group stands in Megatron's own ``--help`` and argument dump. Any other script calls
+:func:`add_arguments`. ``--flash-comm-bits`` is an argparse action that switches flash-comm on when, and only when, the
+flag is given. The other options are read from the same namespace after parsing, so their order does not matter. A
+combination that no recipe knows ends the program with one sentence and exit code 2, like any other wrong flag.
 
-``--flash-comm-bits`` is an argparse action that switches flash-comm on when, and only when, the flag is given. The
-other options are read from the same namespace after parsing, so their order does not matter; a combination that no
-recipe knows ends the program with one sentence and exit code 2, like any other wrong flag.
+**Finished arguments**: from ``--yaml-cfg``, ``set_defaults``, a program, a Ray driver. Megatron and its callers hand
+them to ``megatron.training.global_vars.set_args``, which we wrap: what they say is put in force, and where they say
+nothing, they are made to say what is in force.
+
+**FLASH_COMM_BITS**, for programs without arguments of Megatron's: in force from
+``megatron.core.parallel_state.initialize_model_parallel`` on, unless something else was before.
 """
 
 from __future__ import annotations
@@ -22,8 +28,8 @@ from typing import Any
 
 from .. import environment
 from ..config import Config, current, set_current
-from . import patching, seams
-from .patching import PatchError, Seam
+from . import installation, patching
+from .patching import Function, PatchError, Seam
 from .when_imported import when_imported
 
 logger = logging.getLogger(__name__)
@@ -56,23 +62,46 @@ def config_from(namespace: argparse.Namespace) -> Config | None:
 
 
 def enable_from(namespace: argparse.Namespace) -> None:
-    """Switch on as ``namespace`` says, if it does and parsing has not: it may come from a YAML file or a program.
+    """Make finished arguments and what is in force agree: switch on as ``namespace`` says, or write down what is on.
 
-    Raises what :func:`api.enable` raises.
+    Raises what :func:`enable` raises.
     """
     config = config_from(namespace)
-    if config is not None and config != current():
-        set_current(config)
-        seams.install()
+    if config is None:
+        enable_from_environment()
+    elif config != current():
+        _switch_on(config)
+    found = current()
+    for field in fields(Config) if found is not None and not environment.is_disabled() else ():
+        setattr(namespace, PREFIX + field.name, getattr(found, field.name))
+
+
+def enable_from_environment() -> None:
+    """Switch on as FLASH_COMM_BITS says, if it is set and nothing is on yet."""
+    bits = environment.bits()
+    if bits is not None and current() is None:
+        _switch_on(Config(bits=bits), ", as FLASH_COMM_BITS says")
+
+
+def _switch_on(config: Config, why: str = "") -> None:
+    before = current()
+    set_current(config)
+    try:
+        installation.install(config.experts, why)
+    except Exception:
+        set_current(before)
+        raise
 
 
 class _SwitchOn(argparse.Action):
-    """Stores the width and patches Megatron; the configuration is made when it is first asked for."""
+    """Stores a value and patches Megatron; the configuration is made when it is first asked for."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: Any = None) -> None:
-        setattr(namespace, self.dest, values)
-        set_current(partial(config_from, namespace))  # type: ignore[arg-type]
-        _or_exit(parser, seams.install)
+        setattr(namespace, self.dest, values if self.nargs is None else True)
+        if getattr(namespace, f"{PREFIX}bits", None) is not None:
+            set_current(partial(config_from, namespace))  # type: ignore[arg-type]
+            experts = bool(getattr(namespace, f"{PREFIX}experts", None))
+            _or_exit(parser, partial(installation.install, experts))
 
 
 def _parse(parser: argparse.ArgumentParser, parse: Callable[..., Any], args: Any = None, namespace: Any = None) -> Any:
@@ -80,8 +109,10 @@ def _parse(parser: argparse.ArgumentParser, parse: Callable[..., Any], args: Any
     namespace, unknown = parse(args, namespace)
     _or_exit(parser, environment.check)
     _or_exit(parser, partial(config_from, namespace))
-    if getattr(namespace, f"{PREFIX}bits", None) is not None:
-        current()
+    if getattr(namespace, f"{PREFIX}bits", None) is not None:  # by the flag, by a default, by a namespace handed in
+        config = config_from(namespace)
+        if config is not None and config != current():
+            _or_exit(parser, partial(_switch_on, config))
     return namespace, unknown
 
 
@@ -90,7 +121,7 @@ def _or_exit(parser: argparse.ArgumentParser, check: Callable[[], Any]) -> None:
     try:
         check()
     except (ValueError, PatchError) as error:
-        seams.uninstall()
+        installation.uninstall()
         set_current(None)
         parser.exit(2, f"{parser.prog}: error: {error}\n")
 
@@ -103,37 +134,67 @@ def _how(field: Field[Any], kind: Any) -> dict[str, Any]:
     """argparse's keywords for one field."""
     help = field.metadata["help"]
     if kind is bool:
-        return {"action": "store_true", "help": help}
+        action = {"action": _SwitchOn, "nargs": 0} if field.name == "experts" else {"action": "store_true"}
+        return {"help": help} | action
     kinds = {kind, *typing.get_args(kind)}
     convert = next((each for each in (int, float) if each in kinds), str)
     how: dict[str, Any] = {"type": convert, "metavar": "NAME" if convert is str else "N", "help": help}
     return how | ({"action": _SwitchOn} if field.name == "bits" else {})
 
 
-# ---- Megatron's own parser ----------------------------------------------------------------------------------------
+# ---- Megatron's own functions ---------------------------------------------------------------------------------------
 
 
-def _with_flags(original: Callable[..., Any]) -> Callable[..., Any]:
+def _with_flags(original: Function) -> Function:
     def add_megatron_arguments(parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> argparse.ArgumentParser:
         return add_arguments(original(parser, *args, **kwargs))
 
     return add_megatron_arguments
 
 
+def _with_enable(original: Function) -> Function:
+    def set_args(args: Any, *more: Any, **kwargs: Any) -> Any:
+        if args is not None:
+            enable_from(args)
+        return original(args, *more, **kwargs)
+
+    return set_args
+
+
+def _with_environment(original: Function) -> Function:
+    def initialize_model_parallel(*args: Any, **kwargs: Any) -> Any:
+        enable_from_environment()
+        return original(*args, **kwargs)
+
+    return initialize_model_parallel
+
+
 FLAG = Seam(MEGATRON_ARGUMENTS, "add_megatron_arguments", ("parser",), _with_flags,
             "adds our flags to Megatron's parser; every parse_args since 0.12 looks it up at call time")  # fmt: skip
+FINISHED = Seam("megatron.training.global_vars", "set_args", ("args",), _with_enable,
+                "finished arguments pass here, whoever made them; its module calls it by this name")  # fmt: skip
+VARIABLE = Seam("megatron.core.parallel_state", "initialize_model_parallel", ("tensor_model_parallel_size",),
+                _with_environment, "every program calls it before it builds a model")  # fmt: skip
+SEAMS = (FLAG, FINISHED)
 
 
 def install() -> None:
-    """Put the flags into Megatron's parser as soon as the script imports it; at once if it has."""
+    """Open the doors as soon as the script imports Megatron's modules; at once if it has."""
     when_imported(MEGATRON_ARGUMENTS, _patch_parser)
+    when_imported(FINISHED.module, partial(_patch, FINISHED, "call flashcomm_megatron.enable() on every rank."))
+    if environment.bits() is not None:
+        when_imported(VARIABLE.module, partial(_patch, VARIABLE, "call flashcomm_megatron.enable() on every rank."))
 
 
 def _patch_parser() -> None:
     parser = getattr(sys.modules[MEGATRON_ARGUMENTS], "add_megatron_arguments", None)
     if "flashcomm_megatron" in getattr(getattr(parser, "__code__", None), "co_names", ()):
         return  # it asks us for the flags by itself: a Megatron with one of patches/ applied
+    _patch(FLAG, "pass extra_args_provider=flashcomm_megatron.add_arguments.")
+
+
+def _patch(seam: Seam, instead: str) -> None:
     try:
-        patching.apply([FLAG])
+        patching.apply([seam])
     except PatchError as error:
-        logger.warning("%s\nUntil then pass extra_args_provider=flashcomm_megatron.add_arguments.", error)
+        logger.warning("%s\nUntil then %s", error, instead)

@@ -16,6 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from . import patching
 from .patching import PatchError, Seam
 
 INFO = Path("megatron", "core", "package_info.py")
@@ -43,17 +44,22 @@ def has(module: str, *folders: Path) -> bool:
 
 def _state(seam: Seam, folders: Sequence[Path]) -> str:
     try:
-        found = _parameters(seam.module, seam.name.split("."), folders)
+        return patching.fit(seam, _stand_in(_signature(seam.module, seam.name.split("."), folders)))
     except PatchError as problem:
         return str(problem)
-    if [name for name, _ in found][: len(seam.params)] == list(seam.params):
-        return "fits"
-    expected, shown = ", ".join(seam.params), ", ".join(text for _, text in found)
-    return f"expected parameters ({expected}, ...), found ({shown})"
 
 
-def _parameters(module: str, names: Sequence[str], folders: Sequence[Path]) -> list[tuple[str, str]]:
-    """Name and text of every parameter of the function that ``names`` leads to from ``module``."""
+def _stand_in(signature: inspect.Signature) -> Any:
+    """A function with the signature of one that is only read."""
+
+    def function(*args: Any, **kwargs: Any) -> None: ...
+
+    function.__signature__ = signature  # type: ignore[attr-defined]
+    return function
+
+
+def _signature(module: str, names: Sequence[str], folders: Sequence[Path]) -> inspect.Signature:
+    """Signature of the function that ``names`` leads to from ``module``."""
     if module.split(".")[0] == "torch":
         return _running(module, names)
     file = _file(module, folders)
@@ -62,10 +68,10 @@ def _parameters(module: str, names: Sequence[str], folders: Sequence[Path]) -> l
     node = _lookup(_tree(file), names[0])
     if isinstance(node, ast.ImportFrom):
         original = next(each.name for each in node.names if (each.asname or each.name) == names[0])
-        return _parameters(_absolute(node, module, file), [original, *names[1:]], folders)
+        return _signature(_absolute(node, module, file), [original, *names[1:]], folders)
     if isinstance(node, ast.Assign):
         package, *rest = ast.unparse(node.value).split(".")
-        return _parameters(package, [*rest, *names[1:]], folders)
+        return _signature(package, [*rest, *names[1:]], folders)
     for name in names[1:]:
         node = _lookup(node, name)
     return _arguments(node)
@@ -94,23 +100,41 @@ def _names(scope: Any) -> Iterator[tuple[str, Any]]:
             yield from (found for handler in getattr(node, "handlers", ()) for found in _names(handler))
 
 
-def _arguments(node: Any) -> list[tuple[str, str]]:
+def _arguments(node: Any) -> inspect.Signature:
     if not isinstance(node, ast.FunctionDef):
         raise PatchError("expected a function")
     given = node.args
-    return [
-        (each.arg, ast.unparse(each))
-        for each in (*given.posonlyargs, *given.args, given.vararg, *given.kwonlyargs, given.kwarg)
-        if each
-    ]
+    plain = [*given.posonlyargs, *given.args]
+    defaults = [None] * (len(plain) - len(given.defaults)) + list(given.defaults)
+    kinds: list[Any] = [inspect.Parameter.POSITIONAL_ONLY] * len(given.posonlyargs)
+    kinds += [inspect.Parameter.POSITIONAL_OR_KEYWORD] * len(given.args)
+    found = [_parameter(*each) for each in zip(plain, kinds, defaults, strict=True)]
+    if given.vararg:
+        found.append(_parameter(given.vararg, inspect.Parameter.VAR_POSITIONAL, None))
+    for argument, default in zip(given.kwonlyargs, given.kw_defaults, strict=True):
+        found.append(_parameter(argument, inspect.Parameter.KEYWORD_ONLY, default))
+    if given.kwarg:
+        found.append(_parameter(given.kwarg, inspect.Parameter.VAR_KEYWORD, None))
+    return inspect.Signature(found)
 
 
-def _running(module: str, names: Sequence[str]) -> list[tuple[str, str]]:
-    """Parameters of a function of the torch that is imported already."""
+def _parameter(argument: ast.arg, kind: Any, default: ast.expr | None) -> inspect.Parameter:
+    """A parameter as it stands in the source; a default that is no literal is only known to be one."""
+    value: Any = inspect.Parameter.empty
+    if default is not None:
+        try:
+            value = ast.literal_eval(default)
+        except ValueError:
+            value = patching.UNREAD
+    return inspect.Parameter(argument.arg, kind, default=value)
+
+
+def _running(module: str, names: Sequence[str]) -> inspect.Signature:
+    """Signature of a function of the torch that is imported already."""
     found: Any = importlib.import_module(module)
     for name in names:
         found = getattr(found, name)
-    return [(name, str(each)) for name, each in inspect.signature(found).parameters.items()]
+    return inspect.signature(found)
 
 
 def _file(module: str, folders: Sequence[Path]) -> Path | None:

@@ -14,14 +14,10 @@ from torch import Tensor
 from .. import collectives
 from ..codec.recipes import Legs
 from ..collectives import agreement
-from ..collectives import plan as policy
 from ..collectives.algorithms import Residuals
 from ..config import Config
-from ..observe import messages as announce
+from . import calibrated, feedback, gradients, modes
 from . import context as where
-from . import feedback, gradients, modes, sites
-
-UNFIT = "uneven splits or a buffer of the caller's"
 
 
 class Call(NamedTuple):
@@ -32,8 +28,11 @@ class Call(NamedTuple):
     residuals: Residuals | None = None  # what this rank's roundings lost at the layers before
 
 
-def wanted(kind: str, collective: str, x: Tensor, group: Any) -> Call | None:
-    """How to compress, or None: not inside a site of this kind, deferred and counted, or only observed."""
+def wanted(kind: str, collective: str, x: Tensor, group: Any, reason: str | None = None) -> Call | None:
+    """How to compress, or None: not inside a site of this kind, deferred and counted, or only observed.
+
+    ``reason``: why the caller must have the original, if it must.
+    """
     site = where.site()
     if site is None or site.kind != kind or group is None:
         return None
@@ -42,21 +41,24 @@ def wanted(kind: str, collective: str, x: Tensor, group: Any) -> Call | None:
         if kind == "row":
             observer(site.module, x, group)
         return None
-    if modes.forbids(site, collective, x, group):
+    if modes.forbids(site, collective, x, group, reason):
         return None
     agreement.check(group, site.config)  # before a file is read, which may fail on this rank alone
-    legs = sites.legs(site.config, site.module, group) if kind == "row" else None
+    legs = calibrated.legs(site.config, site.module, group) if kind == "row" else None
     if not collectives.wants(collective, x, group, site.config, legs):
         return None
     row = kind == "row"  # asked here: inside an autograd function gradients look switched off
     return Call(site.config, legs, feedback.residuals(site.module, x, group, site.config) if row else None)
 
 
-def unfit(kind: str, collective: str, x: Tensor, group: Any) -> None:
-    """Count a collective whose place ours cannot take."""
+def as_original_wants(kind: str, x: Tensor) -> Tensor:
+    """``x`` as the original collective is handed it at a site: contiguous.
+
+    Megatron's own sum leaves a tensor that is not contiguous unsummed. Compressed sums do not, so a call that is
+    deferred must not either, or a layer would be right at one length and wrong at another.
+    """
     site = where.site()
-    if site is not None and site.kind == kind and group is not None and where.observer() is None:
-        announce.deferred(UNFIT, policy.exact_bytes(collective, x.nbytes, group.size()), site.config)
+    return x.contiguous() if site is not None and site.kind == kind else x
 
 
 def run(function: type[torch.autograd.Function], x: Tensor, group: Any, call: Call) -> Any:

@@ -1,13 +1,19 @@
-"""Tokens of a mixture of experts, on request (``--flash-comm-experts``): the all-to-all of Megatron's token dispatcher.
+"""Mixtures of experts: tokens between ranks, on request, and shared experts that communicate by themselves.
 
-The dispatcher sends tokens [n, hidden] and their probabilities [n] through the same function; only tokens, which have
-two dimensions, are compressed, and their gradients on the way back at the gradients' width. Routing maps, counts and
-probabilities stay exact. Off by default: an expert sees its tokens rounded, which no residual takes up.
+**Tokens** (``--flash-comm-experts``): the all-to-all of Megatron's token dispatcher. The dispatcher sends tokens
+[n, hidden] and their probabilities [n] through the same function; only tokens, which have two dimensions, are
+compressed, and their gradients on the way back at the gradients' width. Routing maps, counts and probabilities stay
+exact. Off by default: an expert sees its tokens rounded, which no residual takes up.
+
+**Shared experts** are ordinary linear layers, unless they run beside the dispatcher (``--moe-shared-expert-overlap``)
+or fused: then their linear layers do not communicate, and SharedExpertMLP gathers and sums around them, by names of its
+own module. Those are compressed at the site of the linear layer that they serve. The gradient of an input that was not
+gathered (no sequence parallelism) is summed by Megatron as before.
 """
 
 from __future__ import annotations
 
-import inspect
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,30 +23,55 @@ from torch import Tensor
 
 from ..collectives.alltoall import all_to_all
 from ..config import Config, current
-from ..observe import messages as announce
-from . import context as where
-from .context import Function
-from .patching import Seam
+from ..observe import messages
+from . import context, layers, modes
+from .patching import Function
 
 Splits = Sequence[int] | None
 
 
-def _all_to_all(original: Function) -> Function:
-    defaults = {name: each.default for name, each in inspect.signature(original).parameters.items()}
+# ---- tokens ---------------------------------------------------------------------------------------------------------
 
-    def tokens(
-        group: Any, input_: Tensor, output_split_sizes_: Splits = None, input_split_sizes: Splits = None, **more: Any
+
+def tokens(original: Function) -> Function:
+    """Tokens to and from their experts."""
+
+    def all_to_all(
+        group: Any, input_: Tensor, output_split_sizes_: Splits = None, input_split_sizes: Splits = None
     ) -> Any:
         config = current()
-        if config is None or not config.experts or input_.dim() != 2 or where.observer() is not None:
-            return original(group, input_, output_split_sizes_, input_split_sizes, **more)
-        asked = [name for name, value in more.items() if value != defaults.get(name, inspect.Parameter.empty)]
-        if asked:  # for example use_nccl_stream, from Megatron 0.18 on: only the original knows what it means
-            announce.deferred(f"argument {asked[0]}", input_.nbytes, config)
-            return original(group, input_, output_split_sizes_, input_split_sizes, **more)
+        if config is None or not config.experts or input_.dim() != 2 or context.observer() is not None:
+            return original(group, input_, output_split_sizes_, input_split_sizes)
+        reason = modes.why_not(_running.megatrons)
+        if reason is not None:
+            messages.deferred(reason, input_.nbytes, config)
+            return original(group, input_, output_split_sizes_, input_split_sizes)
         return _Tokens.apply(input_, group, output_split_sizes_, input_split_sizes, config)  # type: ignore[no-untyped-call]
 
-    return tokens
+    return all_to_all
+
+
+class _Running(threading.local):
+    """Whose forward is running on this thread."""
+
+    megatrons: Any = None  # TransformerConfig of the dispatcher
+    shared: Any = None  # SharedExpertMLP that communicates by itself
+
+
+_running = _Running()
+
+
+def dispatcher_method(original: Function) -> Function:
+    """A method of a token dispatcher: note its model's configuration, which the all-to-all is not handed."""
+
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        outer, _running.megatrons = _running.megatrons, self.config
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            _running.megatrons = outer
+
+    return method
 
 
 class _Tokens(torch.autograd.Function):
@@ -68,8 +99,66 @@ def _sizes(splits: Splits) -> list[int] | None:
     return None if splits is None else list(splits)
 
 
-ROWS = (
-    Seam("megatron.core.transformer.moe.token_dispatcher", "all_to_all",
-         ("group", "input_", "output_split_sizes_", "input_split_sizes"), _all_to_all,
-         "tokens to and from their experts; the dispatcher's own binding, looked up at every call"),
-)  # fmt: skip
+# ---- shared experts that communicate by themselves -------------------------------------------------------------------
+
+
+def shared_method(original: Function) -> Function:
+    """A method of SharedExpertMLP that communicates: note whose names are about to be called."""
+
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        outer, _running.shared = _running.shared, self
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            _running.shared = outer
+
+    return method
+
+
+def shared_gather(original: Function) -> Function:
+    """Input of the shared experts under sequence parallelism."""
+    gather = layers.gather(original)
+
+    def gather_from_sequence_parallel_region(
+        input_: Tensor, tensor_parallel_output_grad: bool = True, group: Any = None
+    ) -> Any:
+        with context.at(_site("column", "linear_fc1")):
+            return gather(input_, tensor_parallel_output_grad, _group(group))
+
+    return gather_from_sequence_parallel_region
+
+
+def shared_reduce_scatter(original: Function) -> Function:
+    """Sum of the shared experts under sequence parallelism."""
+    reduce_scatter = layers.reduce_scatter(original)
+
+    def reduce_scatter_to_sequence_parallel_region(input_: Tensor, group: Any = None) -> Any:
+        with context.at(_site("row", "linear_fc2")):
+            return reduce_scatter(input_, _group(group))
+
+    return reduce_scatter_to_sequence_parallel_region
+
+
+def shared_all_reduce(original: Function) -> Function:
+    """Sum of the shared experts."""
+    all_reduce = layers.all_reduce(original)
+
+    def reduce_from_tensor_model_parallel_region(input_: Tensor, group: Any = None) -> Any:
+        with context.at(_site("row", "linear_fc2")):
+            return all_reduce(input_, _group(group))
+
+    return reduce_from_tensor_model_parallel_region
+
+
+def _site(kind: str, layer: str) -> context.Site | None:
+    config, shared = current(), _running.shared
+    return None if config is None or shared is None else context.Site(kind, getattr(shared, layer), config)
+
+
+def _group(group: Any) -> Any:
+    """The group that Megatron means where it hands none."""
+    if group is not None or _running.shared is None:
+        return group
+    from megatron.core.parallel_state import get_tensor_model_parallel_group
+
+    return get_tensor_model_parallel_group()

@@ -1,117 +1,206 @@
-"""Residual feedback: what a rounding lost is given back by the rank's next contribution to the same residual stream.
+"""Residual feedback: what a rounding lost is added to the rank's next contribution to the same residual stream.
 
 A transformer adds the output of every row-parallel layer to one residual stream, so an error made by one collective
-stays in the stream unless a later one takes it out again. With feedback each rank remembers, between the layers of one
-forward pass, what its roundings lost, of its partial sum on the reduce leg and of its finished slice on the gather leg,
-and adds it to what it encodes next on that leg (the memory of codec/rotated.py). The stream then carries one rounding
-error at a time instead of the sum of all, at no byte on the wire.
+stays in the stream unless a later one takes it out again. With feedback each rank keeps, between the layers of one
+forward pass, what its roundings lost: of its partial sum on the reduce leg, of its finished slice on the gather leg.
+It adds that to what it encodes next on the same leg. The stream then carries one rounding error at a time instead of
+the sum of all, at no byte on the wire.
 
-That is right only where outputs really are added up unchanged. Feedback is off, and counted with its reason:
+Measured, not assumed
+---------------------
+That is right only where sums reach the stream unchanged. A norm behind the sum, a multiplier, a gate, a mixture of
+streams: each makes it wrong, without bound. So every transformer layer is measured by the first forward that could use
+feedback in it, before it is used there:
 
-- in training: dropout scales the output, recomputation runs a layer twice, gradients would not match the forward;
-- where the residual branch is normalized (``apply_residual_connection_post_layernorm``);
-- for shared experts, whose output a router may scale;
-- while a CUDA graph is captured, whose replays would not see the memory of the layers around it.
+    output of the layer - its input  =  sum of what its row-parallel layers returned, within the dtype's rounding
 
-A memory begins at the first row-parallel layer of a stack of layers and is forgotten when that layer, or an earlier one
-than the last, comes round again (the next forward pass, the next micro-batch, the next generated token) and whenever
-shape, dtype, device, group or configuration change.
+(:mod:`measure` says how that is decided.) The ranks vote, because under sequence parallelism each sees its own tokens.
+A layer that fails has no feedback from then on; its class is said once and counted.
+
+From one layer to the next the residuals travel with the tensor that the layer returned. A layer that is handed that
+very tensor goes on with them; a layer that is handed any other starts anew. So two batches that one model runs in
+turns, depths of multi-token prediction, and streams that are mixed between layers never share residuals, and when the
+tensor is freed, behind the last layer, so are they.
+
+Feedback is off, and counted with its reason: in training (dropout scales the output, recomputation runs a layer twice),
+where gradients are recorded, outside of a transformer layer, inside a mixture of experts, in the forward that
+measures, and while a CUDA graph is captured, whose replays would not see the residuals of the layers around it.
+``--flash-comm-feedback off`` turns it off everywhere.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import Counter
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..codec.recipes import RECIPES
 from ..collectives.algorithms import Residuals
-from ..config import Config
-from . import sites
+from ..comm import votes
+from ..config import Config, current
+from ..observe import counters, messages
+from . import measure
+from .patching import Function
 
 ON = "on"
+MEASURING = "this forward measures"
 
 
 class _Stream:
-    """The memory of one stack of layers on this thread's forward pass."""
+    """A residual stream on its way through the layers: what was lost, and what kind of contribution lost it."""
 
     def __init__(self) -> None:
         self.residuals = Residuals()
-        self.last = -1  # place of the layer that contributed last
-        self.kind: Any = None  # shape, dtype, device, group and configuration of its contribution
+        self.kind: Any = None  # shape, dtype, device, group and configuration
+        self.sample: Tensor | None = None  # of the tensor it travels with, while layers are measured
 
 
-class _Place(NamedTuple):
-    """Where a layer stands: its stack's memory, its number in execution order, whether it feeds the stream directly."""
+class _Visit:
+    """One transformer layer whose forward is running."""
 
-    stream: _Stream
-    number: int
-    is_direct: bool
+    def __init__(self, layer: nn.Module, x: Tensor) -> None:
+        found: _Stream | None = _streams.pop(x, None)
+        self.layer, self.stream = layer, found or _Stream()
+        self.is_in_mixture = False
+        self.group: Any = None  # of the compressed sums
+        self.rows: list[Tensor] | None = None if layer in _adds_up else []  # samples of what was contributed
+        if self.rows is not None:
+            self.x = measure.sample(x)
+            self.follows = found is None or found.sample is None or torch.equal(found.sample, self.x)
 
 
-_places: WeakKeyDictionary[nn.Module, _Place] = WeakKeyDictionary()
-_counts: Counter[str] = Counter()
-_lock = threading.Lock()
+class _Here(threading.local):
+    visit: _Visit | None = None
+
+
+_here = _Here()
+_streams: Any = WeakTensorKeyDictionary()
+_adds_up: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # layer: what was measured
 
 
 def residuals(layer: nn.Module, x: Tensor, group: Any, config: Config) -> Residuals | None:
-    """The memory to hand to the collective that sums ``layer``'s partial sum ``x``, or None where feedback is off."""
-    if not RECIPES[config.recipe].feedback:
+    """The residuals for the collective that sums ``layer``'s partial sum ``x``, or None where feedback is off."""
+    if not RECIPES[config.recipe].feedback or config.feedback == "off":
         return None
-    reason = _reason(layer, x)
-    _counts[reason or ON] += 1
-    return None if reason else _recall(_place(layer), (x.shape, x.dtype, x.device, group, config))
+    reason = _reason(layer, x, group)
+    counters.count_feedback(reason or ON)
+    if reason or _here.visit is None:
+        return None
+    stream, kind = _here.visit.stream, (x.shape, x.dtype, x.device, group, config)
+    if stream.kind != kind:
+        stream.residuals, stream.kind = Residuals(), kind
+    return stream.residuals
 
 
-def counts() -> dict[str, int]:
-    """How many contributions were given feedback ("on") and how many were not, by reason."""
-    return dict(_counts)
+def forget() -> None:
+    """Free all residuals, and measure every layer anew."""
+    _streams.clear()
+    _adds_up.clear()
 
 
-def reset_counts() -> None:
-    """Forget the counts."""
-    _counts.clear()
+def held() -> int:
+    """How many residual streams are kept between layers at this moment."""
+    return len(_streams)
 
 
-def _reason(layer: Any, x: Tensor) -> str | None:
-    """Why there is no feedback here, or None. Asked at every call: one attribute or flag each."""
+def _reason(layer: nn.Module, x: Tensor, group: Any) -> str | None:
+    """Why there is no feedback here, or None. Asked at every call: a few attributes."""
+    visit = _here.visit
     if layer.training:
         return "training"
     if torch.is_grad_enabled():
         return "gradients are recorded"
-    if getattr(layer.config, "apply_residual_connection_post_layernorm", False):
-        return "the residual branch is normalized"
-    if not _place(layer).is_direct:
-        return "shared experts"
+    if visit is None:
+        return "outside of a transformer layer"
+    if visit.is_in_mixture:
+        return "inside a mixture of experts"
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
         return "a CUDA graph is captured"
-    return None
+    if visit.rows is not None:
+        visit.group = group
+        return MEASURING
+    return None if _adds_up[visit.layer] else f"{type(visit.layer).__name__} does not add its sums unchanged"
 
 
-def _recall(place: _Place, kind: Any) -> Residuals:
-    """The stack's memory as it is before the layer at ``place`` contributes a tensor of ``kind``."""
-    stream = place.stream
-    if place.number <= stream.last or stream.kind != kind:
-        stream.residuals = Residuals()
-    stream.last, stream.kind = place.number, kind
-    return stream.residuals
+# ---- what takes the place of Megatron's forwards -------------------------------------------------------------------
 
 
-def _place(layer: nn.Module) -> _Place:
-    """Where ``layer`` stands; the first time, all layers of its model are noted, which must be running."""
-    if layer not in _places:
-        with _lock:
-            _note(sites.row_layers(layer))
-    return _places[layer]
+def layer_forward(original: Function) -> Function:
+    """A transformer layer: its residual stream goes in, and comes out with what its sums lost."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        x = args[0] if args else kwargs.get("hidden_states")
+        if not isinstance(x, Tensor) or not _may_be_on(self, x):
+            return original(self, *args, **kwargs)
+        outer, visit = _here.visit, _Visit(self, x)
+        _here.visit = visit
+        try:
+            output = original(self, *args, **kwargs)
+        finally:
+            _here.visit = outer
+        _leave(visit, output[0] if isinstance(output, tuple) else output)
+        return output
+
+    return forward
 
 
-def _note(rows: dict[str, nn.Module]) -> None:
-    """Give every row-parallel layer of a model, by name, its place. A stack is what stands before ``.layers.``."""
-    streams: dict[str, _Stream] = {}
-    for number, (name, row) in enumerate(rows.items()):
-        stack = f".{name}".partition(".layers.")[0]
-        _places[row] = _Place(streams.setdefault(stack, _Stream()), number, "shared_experts" not in name.split("."))
+def mixture_forward(original: Function) -> Function:
+    """A mixture of experts: one contribution, whatever runs inside."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        visit = _here.visit
+        if visit is None or visit.is_in_mixture:
+            return original(self, *args, **kwargs)
+        visit.is_in_mixture = True
+        try:
+            output = original(self, *args, **kwargs)
+        finally:
+            visit.is_in_mixture = False
+        contributed(output)
+        return output
+
+    return forward
+
+
+def contributed(output: Any) -> None:
+    """Note what a row-parallel layer or a mixture returned, if the layer around it is being measured.
+
+    ``output``: a tensor, or a tensor and a bias (or None) that the caller adds.
+    """
+    visit = _here.visit
+    if visit is None or visit.rows is None or visit.is_in_mixture:
+        return
+    value, bias = output if isinstance(output, tuple) and len(output) == 2 else (output, None)
+    if isinstance(value, Tensor):
+        visit.rows.append(measure.sample(value if bias is None else value + bias))
+
+
+def _may_be_on(layer: nn.Module, x: Tensor) -> bool:
+    config = current()
+    if config is None or config.feedback == "off" or not RECIPES[config.recipe].feedback:
+        return False
+    if layer.training or torch.is_grad_enabled():
+        return False
+    return layer in _adds_up or not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _leave(visit: _Visit, output: Any) -> None:
+    """End of a layer: decide on what was measured, and let the residuals travel with the output."""
+    if not isinstance(output, Tensor):
+        return
+    if visit.rows is not None and visit.group is not None:
+        found = visit.follows and measure.adds_up(visit.x, measure.sample(output), visit.rows)
+        agreed = not votes.failure("" if found else "does not add up", visit.group)
+        _adds_up[visit.layer] = agreed
+        if not agreed:
+            messages.say(
+                f"flash-comm: residual feedback is off in {type(visit.layer).__name__}: what it returns is not its "
+                "input plus what its row-parallel layers returned."
+            )
+    if _adds_up.get(visit.layer):
+        visit.stream.sample = None if visit.rows is None else measure.sample(output)
+        _streams[output] = visit.stream

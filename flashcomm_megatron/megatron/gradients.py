@@ -36,8 +36,8 @@ from ..observe import counters
 from ..observe import messages as announce
 from . import context as where
 from . import modes
-from .context import LAYERS, Function, Site
-from .patching import Seam
+from .context import Site
+from .patching import Function
 
 EXACT = "gradients exact"  # the reason that counts what grad_bits 16 leaves alone
 NOT_A_SUM = "no sum of one contiguous gradient"
@@ -107,28 +107,32 @@ def sent(collective: Callable[..., Any], x: Tensor, group: Any, site: Site, legs
 def _exactly(name: str, gradient: Tensor, group: Any) -> Tensor:
     from megatron.core.tensor_parallel import mappings
 
-    result: Tensor = getattr(mappings, name)(gradient, group)
+    result: Tensor = getattr(mappings, name)(gradient.contiguous(), group)
     return result
 
 
-# ---- the table ----------------------------------------------------------------------------------------------------
+# ---- what takes the place of Megatron's functions ------------------------------------------------------------------
 
 
-def _backward(original: Function) -> Function:
-    def backward(ctx: Any, *grads: Any) -> Any:
+def linear_backward(original: Function) -> Function:
+    """Backward of a linear layer's autograd function: at its site, with a group that compresses its gradient."""
+
+    def backward(ctx: Any, *args: Any, **kwargs: Any) -> Any:
         site, group = getattr(ctx, "flash_comm_site", None), ctx.tp_group
         if site is not None and ctx.allreduce_dgrad:
             ctx.tp_group = Compressing(group, site)
         try:
             with where.at(site):
-                return original(ctx, *grads)
+                return original(ctx, *args, **kwargs)
         finally:
             ctx.tp_group = group
 
     return backward
 
 
-def _reduce_scatter_tensor(original: Function) -> Function:
+def reduce_scatter_tensor(original: Function) -> Function:
+    """Gradient of a column-parallel layer's input under sequence parallelism."""
+
     def reduce_scatter_tensor(
         output: Tensor, input: Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False
     ) -> Any:
@@ -141,18 +145,3 @@ def _reduce_scatter_tensor(original: Function) -> Function:
         return handle if async_op else None
 
     return reduce_scatter_tensor
-
-
-LINEAR, FROZEN = "LinearWithGradAccumulationAndAsyncCommunication", "LinearWithFrozenWeight"
-ROWS = (
-    Seam(LAYERS, f"{LINEAR}.forward", ("ctx", "input", "weight"), where.keep_site,
-         "keeps the site for backward; apply() looks forward up on the class at every call"),
-    Seam(LAYERS, f"{LINEAR}.backward", ("ctx", "grad_output"), _backward,
-         "restores the site, for the second gather of the input and for the gradient; looked up on the class as well"),
-    Seam(LAYERS, f"{FROZEN}.forward", ("ctx", "input", "weight"), where.keep_site,
-         "keeps the site for backward where the weight is frozen"),
-    Seam(LAYERS, f"{FROZEN}.backward", ("ctx", "grad_output"), _backward,
-         "all-reduce of the input's gradient where the weight is frozen"),
-    Seam(LAYERS, "dist_reduce_scatter_func", ("output", "input"), _reduce_scatter_tensor,
-         "reduce-scatter of the input's gradient under sequence parallelism; layers.py's own binding"),
-)  # fmt: skip

@@ -5,8 +5,16 @@ the replacement from the original, and why this name reaches its callers. :func:
 compares every row, and only when all of them fit rebinds any. :func:`revert` restores the very objects it found and
 refuses when somebody has patched over us, because undoing ours would then undo theirs.
 
+A replacement never breaks a caller
+-----------------------------------
+Newer versions add arguments to the functions we replace. A replacement either takes ``*args, **kwargs`` and passes
+them on, or it names what it knows. Then :func:`fit` compares it with the original: every caller of the original must
+be able to call the replacement. An argument that the replacement does not name, given with a value other than its
+default, goes to the original: the replacement runs around an original that has the argument bound, and
+:func:`unknown_argument` tells it that it must call that original and count the call.
+
 torch.compile breaks its graph at a replaced name. Nothing here knows Megatron; which names are replaced stands in
-seams/.
+seams.py.
 """
 
 from __future__ import annotations
@@ -15,12 +23,14 @@ import functools
 import importlib
 import inspect
 import logging
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 
 logger = logging.getLogger(__name__)
+Function = Callable[..., Any]
 
 
 class Seam(NamedTuple):
@@ -29,7 +39,7 @@ class Seam(NamedTuple):
     module: str
     name: str
     params: tuple[str, ...]  # leading parameters the replacement relies on: the guard against drift
-    replace: Callable[[Callable[..., Any]], Callable[..., Any]]  # original -> replacement
+    replace: Callable[[Function], Function]  # original -> replacement
     why: str  # one sentence: who resolves this name, when
     is_layer: bool = False  # a module's forward: torch.compile breaks its graph here but still compiles the original
 
@@ -92,7 +102,10 @@ def revert(seams: Iterable[Seam]) -> None:
 
 
 def status(seams: Iterable[Seam]) -> list[tuple[str, str]]:
-    """Path and state of every row: "patched", "patched again by ...", "fits", or why it does not fit."""
+    """Path and state of every row: "patched", "patched again by ...", "fits", or why it does not fit.
+
+    "fits" is followed by the arguments with which a call is left to the original.
+    """
     return [(seam.path, _state(seam)) for seam in seams]
 
 
@@ -100,29 +113,37 @@ def _state(seam: Seam) -> str:
     binding = _applied.get(seam.path)
     if binding is None:
         try:
-            _bind(seam)
+            return fit(seam, _function(_find(seam)[2]))
         except PatchError as problem:
             return str(problem)
-        return "fits"
     return "patched" if binding.found is binding.replacement else f"patched again by {_origin(binding.found)}"
 
 
 def _bind(seam: Seam) -> _Binding:
     """Look the name up, compare its parameters and make its replacement; nothing is rebound yet."""
-    owner, attribute = _owner(seam)
-    if attribute not in vars(owner):
-        raise PatchError("it does not exist")
-    original = vars(owner)[attribute]
-    is_static = isinstance(original, staticmethod)
-    function = original.__func__ if is_static else original
-    _compare(function, seam.params)
-    replacement = seam.replace(function)
+    owner, attribute, original = _find(seam)
+    function = _function(original)
+    fit(seam, function)
+    replacement = _accepting_all(seam, function)
     if inspect.isfunction(replacement):  # a class that stands in for a class keeps its own name
         # What replaces a name counts, plans and waits: nothing that torch.compile could trace.
         outside: Any = functools.partial(torch.compiler.disable, recursive=not seam.is_layer)
         replacement = outside(replacement)
         functools.update_wrapper(replacement, function)
+    is_static = isinstance(original, staticmethod)
     return _Binding(owner, attribute, original, staticmethod(replacement) if is_static else replacement)
+
+
+def _find(seam: Seam) -> tuple[Any, str, Any]:
+    """The module or class that holds the name, the last part of the name, and the object bound to it."""
+    owner, attribute = _owner(seam)
+    if attribute not in vars(owner):
+        raise PatchError("it does not exist")
+    return owner, attribute, vars(owner)[attribute]
+
+
+def _function(bound: Any) -> Any:
+    return bound.__func__ if isinstance(bound, staticmethod) else bound
 
 
 def _owner(seam: Seam) -> tuple[Any, str]:
@@ -139,24 +160,111 @@ def _owner(seam: Seam) -> tuple[Any, str]:
     return owner, attribute
 
 
-def _compare(function: Any, expected: tuple[str, ...]) -> None:
-    if not expected and callable(function):
-        return
+# ---- whole signatures ---------------------------------------------------------------------------------------------
+
+
+class _Call(threading.local):
+    unknown: str | None = None
+
+
+_call = _Call()
+
+
+def unknown_argument() -> str | None:
+    """The argument because of which the replacement that is running must call its original, or None."""
+    return _call.unknown
+
+
+def fit(seam: Seam, original: Any) -> str:
+    """ "fits", and which arguments are left to the original; PatchError if some call of it breaks the replacement."""
+    theirs = _leading(original, seam.params)
+    replacement = seam.replace(original)
+    if not seam.params or not inspect.isfunction(replacement) or _passes_all_on(replacement):
+        return "fits"
+    ours = inspect.signature(replacement).parameters
+    for (name, mine), other in zip(ours.items(), [*theirs.values(), None], strict=False):
+        if other is None or name != other.name:
+            raise PatchError(f"its replacement takes {name} where the original has {other or 'nothing'}")
+        if mine.default is mine.empty and other.default is not other.empty:
+            raise PatchError(f"its replacement needs {name}, which the original does not")
+        if mine.default is not mine.empty and not _same(mine.default, other.default):
+            raise PatchError(f"the default of {name} was {mine.default!r} and is {other.default!r}")
+    left = [name for name in theirs if name not in ours]
+    return f"fits; with {' or '.join(left)} the original is called" if left else "fits"
+
+
+def _same(mine: Any, other: Any) -> bool:
+    """Whether two defaults are equal; one that was read in a source as a name cannot be compared."""
+    return other is UNREAD or bool(mine == other)
+
+
+UNREAD = object()  # the default of a parameter that stands in a source as anything but a literal
+
+
+def _leading(original: Any, expected: tuple[str, ...]) -> Mapping[str, inspect.Parameter]:
+    """Parameters of ``original``, which must begin with ``expected``; an empty table row asks for none."""
+    if not expected and callable(original):
+        return {}
     try:
-        found = inspect.signature(function).parameters
+        found = inspect.signature(original).parameters
     except (TypeError, ValueError) as error:
         raise PatchError(
-            f"expected a function with parameters ({', '.join(expected)}, ...), found {function!r}"
+            f"expected a function with parameters ({', '.join(expected)}, ...), found {original!r}"
         ) from error
     if tuple(found)[: len(expected)] != expected:
-        raise PatchError(
-            f"expected parameters ({', '.join(expected)}, ...), found ({', '.join(map(str, found.values()))})"
-        )
+        raise PatchError(f"expected parameters ({', '.join(expected)}, ...), found ({', '.join(found)})")
+    return found
+
+
+def _passes_all_on(replacement: Function) -> bool:
+    kinds = {each.kind for each in inspect.signature(replacement).parameters.values()}
+    return {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD} <= kinds
+
+
+def _accepting_all(seam: Seam, original: Function) -> Function:
+    """The replacement, callable with everything that the original is: what it does not name goes to the original."""
+    replacement = seam.replace(original)
+    if not seam.params or not inspect.isfunction(replacement) or _passes_all_on(replacement):
+        return replacement
+    signature, known = inspect.signature(original), frozenset(inspect.signature(replacement).parameters)
+    if known == frozenset(signature.parameters):
+        return replacement
+
+    def accepting_all(*args: Any, **kwargs: Any) -> Any:
+        if len(args) <= len(known) and known.issuperset(kwargs):
+            return replacement(*args, **kwargs)
+        given = _flat(signature.bind(*args, **kwargs))
+        more = {name: value for name, value in given.items() if name not in known}
+        asked = [name for name, value in more.items() if not _is_default(signature, name, value)]
+        mine = {name: value for name, value in given.items() if name in known}
+        if not asked:
+            return replacement(**mine)
+        outer, _call.unknown = _call.unknown, asked[0]
+        try:
+            return seam.replace(functools.partial(original, **more))(**mine)
+        finally:
+            _call.unknown = outer
+
+    return accepting_all
+
+
+def _flat(given: inspect.BoundArguments) -> dict[str, Any]:
+    """Arguments by name, those that only the original's ``**kwargs`` names among them."""
+    kinds = given.signature.parameters
+    rest = [name for name in given.arguments if kinds[name].kind is inspect.Parameter.VAR_KEYWORD]
+    flat = {name: value for name, value in given.arguments.items() if name not in rest}
+    return flat | {key: value for name in rest for key, value in given.arguments[name].items()}
+
+
+def _is_default(signature: inspect.Signature, name: str, value: Any) -> bool:
+    """Whether leaving the argument out would mean the same; tensors and the like are never equal to a default."""
+    default = signature.parameters[name].default if name in signature.parameters else inspect.Parameter.empty
+    return value is default or (isinstance(value, bool | int | float | str) and bool(value == default))
 
 
 def _origin(found: Any) -> str:
     """Who bound this object, as far as it tells."""
-    function = found.__func__ if isinstance(found, staticmethod) else found
+    function = _function(found)
     code = getattr(function, "__code__", None)
     name = f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', type(function).__name__)}"
     return f"{name} ({code.co_filename}:{code.co_firstlineno})" if code else name

@@ -11,23 +11,24 @@ from torch import Tensor
 
 from ..codec import Codec
 from ..config import Config, current, set_current
-from . import seams
+from . import installation
 
 
 def enable(config: Config | None = None, **options: Any) -> None:
     """Compress Megatron's tensor-parallel collectives from now on: ``enable(Config(bits=4))`` or ``enable(bits=4)``.
 
     May be called before or after Megatron is imported, and again with other options. Every rank must call it alike.
-    Raises ValueError for an option no recipe knows, RuntimeError if the installed Megatron does not fit the seams.
+    Raises ValueError for an option no recipe knows, RuntimeError if the installed Megatron does not fit.
     """
     if config is not None and options:
         raise ValueError(f"enable() takes a Config or options, found both ({', '.join(options)}).")
     if config is not None and not isinstance(config, Config):
         raise ValueError(f"enable({config!r}): expected a Config, or options by name as in enable(bits=4).")
     before = current()
-    set_current(config or Config(**options))
+    wanted = config or Config(**options)
+    set_current(wanted)
     try:
-        seams.install()
+        installation.install(experts=wanted.experts)
     except Exception:
         set_current(before)
         raise
@@ -35,7 +36,7 @@ def enable(config: Config | None = None, **options: Any) -> None:
 
 def disable() -> None:
     """Restore every replaced Megatron object and switch compression off."""
-    seams.uninstall()
+    installation.uninstall()
     set_current(None)
 
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from ..config import current
 from ..observe.metrics import is_last_rank, metrics, number, send, to_tensorboard
 from . import patching
-from .patching import PatchError, Seam
+from .patching import Function, PatchError, Seam
 from .when_imported import when_imported
 
 logger = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ TRAINING = "megatron.training.training"
 USED = ("loss_dict", "iteration")
 
 
-def _training_log(original: Callable[..., Any]) -> Callable[..., Any]:
+def _training_log(original: Function) -> Function:
     signature = inspect.signature(original)
     missing = [name for name in USED if name not in signature.parameters]
     if missing:

@@ -33,14 +33,13 @@ from ..collectives import plan as policy
 from ..config import current
 from ..observe import messages as announce
 from . import context as where
-from . import differentiable, gradients
-from .context import Function, Site
-from .patching import Seam
+from . import differentiable, feedback, gradients, model
+from .context import Site
+from .patching import Function
 
-EXTENSION = "megatron.core.extensions.transformer_engine"
-LINEAR = "transformer_engine.pytorch.module.linear"
-BASE = "transformer_engine.pytorch.module.base"
-LAYERNORM_LINEAR = "transformer_engine.pytorch.module.layernorm_linear"
+# A layer with one of these runs its communication, in forward or in backward, in user buffers.
+USER_BUFFERS = ("ub_overlap_ag_fprop", "ub_overlap_rs_fprop", "ub_overlap_ag_dgrad", "ub_overlap_rs_dgrad",
+                "ub_bulk_dgrad", "ub_bulk_wgrad")  # fmt: skip
 
 
 class _Visit(threading.local):
@@ -70,6 +69,8 @@ def layer_forward(original: Function) -> Function:
             output = original(self, x, *args, **kwargs)
         if site is not None and not _visit.was_asked:
             _count_unseen(site, x, output[0])
+        if site is not None and site.kind == "row":
+            feedback.contributed(output)
         return output
 
     return forward
@@ -78,7 +79,7 @@ def layer_forward(original: Function) -> Function:
 def site_of(module: Any) -> Site | None:
     """The site that a layer is: none without a parallel dimension (experts, duplicated weights) or as output layer."""
     config = current()
-    if config is None or module.parallel_mode not in ("row", "column") or where.is_output_layer(module, None):
+    if config is None or module.parallel_mode not in ("row", "column") or model.is_output_layer(module, None):
         return None
     return Site(module.parallel_mode, module, config)
 
@@ -99,8 +100,11 @@ def _count_unseen(site: Site, x: Tensor, output: Tensor) -> None:
 
 
 def _overlaps(layer: Any) -> bool:
-    """Whether the layer's communication runs in user buffers, beside its matrix product."""
-    return any(getattr(layer, name, False) for name in ("ub_overlap_ag_fprop", "ub_overlap_rs_fprop"))
+    """Whether some of the layer's communication runs in user buffers, beside its matrix product.
+
+    Backward gathers the input again; by user buffers it would be the exact one, even where forward gathered by name.
+    """
+    return any(getattr(layer, name, False) for name in USER_BUFFERS)
 
 
 def _why_unseen(layer: Any) -> str:
@@ -120,6 +124,7 @@ def all_reduce(original: Function) -> Function:
     """Row all-reduce, and that of a column layer's gradient."""
 
     def allreduce(inp: Any, tp_group: Any = None, async_op: bool = False) -> Any:
+        inp = _contiguous(inp)
         sent = _send(collectives.all_reduce, "row", inp, tp_group, async_op)
         return sent or original(inp, tp_group, async_op)
 
@@ -130,6 +135,7 @@ def reduce_scatter(original: Function) -> Function:
     """Row reduce-scatter, and that of a column layer's gradient."""
 
     def reduce_scatter_along_first_dim(inp: Any, tp_group: Any, async_op: bool = False) -> Any:
+        inp = _contiguous(inp)
         sent = _send(collectives.reduce_scatter, "row", inp, tp_group, async_op)
         return sent or original(inp, tp_group, async_op)
 
@@ -139,13 +145,17 @@ def reduce_scatter(original: Function) -> Function:
 def gather(original: Function) -> Function:
     """Column all-gather, and that of a row layer's gradient."""
 
-    def gather_along_first_dim(
-        inp: Any, process_group: Any, async_op: bool = False, quantizer: Any = None, *args: Any, **kwargs: Any
-    ) -> Any:
+    def gather_along_first_dim(inp: Any, process_group: Any, async_op: bool = False, quantizer: Any = None) -> Any:
+        inp = _contiguous(inp)
         sent = _send(collectives.all_gather, "column", inp, process_group, async_op, quantizer)
-        return sent or original(inp, process_group, async_op, quantizer, *args, **kwargs)
+        return sent or original(inp, process_group, async_op, quantizer)
 
     return gather_along_first_dim
+
+
+def _contiguous(x: Any) -> Any:
+    """``x`` as all of these collectives want it at a site: what a strided tensor holds is summed in a copy of it."""
+    return x.contiguous() if type(x) is Tensor and where.site() is not None else x
 
 
 def _send(
@@ -191,39 +201,6 @@ def _activation(collective: Function, kind: str, x: Tensor, group: Any) -> Funct
 def _gradient(collective: Function, x: Tensor, group: Any, site: Site) -> Function | None:
     legs = gradients.legs_of(collective.__name__, x, group, site)
     return None if legs is None else partial(gradients.sent, collective, x, group, site, legs)
-
-
-REDUCE, GATHER = ("inp", "tp_group", "async_op"), ("inp", "process_group", "async_op", "quantizer")
-ROWS = (
-    Seam(EXTENSION, "TELinear.forward", ("self", "x"), layer_forward,
-         "notes the site of TERowParallelLinear and TEColumnParallelLinear, which inherit this forward",
-         is_layer=True),
-    Seam(EXTENSION, "TELayerNormColumnParallelLinear.forward", ("self", "x"), layer_forward,
-         "notes the column site; a method, so subclasses and instances made earlier find it at call time",
-         is_layer=True),
-    Seam(LINEAR, "_Linear.forward", ("ctx",), where.keep_site,
-         "keeps the site for backward; apply() looks forward up on the class at every call"),
-    Seam(LINEAR, "_Linear.backward", ("ctx",), where.restore_site,
-         "restores the site, so the second gather of the input equals the first; looked up on the class as well"),
-    Seam(LAYERNORM_LINEAR, "_LayerNormLinear.forward", ("ctx",), where.keep_site,
-         "keeps the site for backward, for a norm and its linear layer in one"),
-    Seam(LAYERNORM_LINEAR, "_LayerNormLinear.backward", ("ctx",), where.restore_site,
-         "restores the site, for a norm and its linear layer in one"),
-    Seam(LINEAR, "allreduce", REDUCE, all_reduce,
-         "row all-reduce, and of a column layer's gradient; linear.py's own binding, looked up at every call"),
-    Seam(LINEAR, "reduce_scatter_along_first_dim", REDUCE, reduce_scatter,
-         "row reduce-scatter under sequence parallelism, and of a column layer's gradient; linear.py's own binding"),
-    Seam(LINEAR, "gather_along_first_dim", GATHER, gather,
-         "column all-gather under sequence parallelism, forward and again for the weight gradient"),
-    Seam(LAYERNORM_LINEAR, "allreduce", REDUCE, all_reduce,
-         "all-reduce of the gradient before a norm; layernorm_linear.py's own binding"),
-    Seam(LAYERNORM_LINEAR, "reduce_scatter_along_first_dim", REDUCE, reduce_scatter,
-         "reduce-scatter of the gradient before a norm; layernorm_linear.py's own binding"),
-    Seam(LAYERNORM_LINEAR, "gather_along_first_dim", GATHER, gather,
-         "column all-gather after a norm; layernorm_linear.py's own binding"),
-    Seam(BASE, "gather_along_first_dim", GATHER, gather,
-         "all-gather of a row layer's gradient under sequence parallelism; base.py's own binding"),
-)  # fmt: skip
 
 
 def is_present() -> bool:

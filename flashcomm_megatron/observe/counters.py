@@ -20,6 +20,7 @@ class Counters:
         self.calls = 0
         self.quantized = 0
         self.deferred: Counter[str] = Counter()
+        self.feedback: Counter[str] = Counter()
         self.exact_bytes = 0
         self.wire_bytes = 0
         self.remote_bytes = 0
@@ -56,10 +57,19 @@ def count_deferred(reason: str, exact_bytes: int, seconds: float = 0.0) -> None:
         _counters.seconds += seconds
 
 
-def stats() -> dict[str, Any]:
-    """Totals since the last reset: calls, quantized, deferred {reason: n}, {exact,wire,remote}_bytes, seconds."""
+def count_feedback(state: str) -> None:
+    """One compressed sum with residual feedback ("on") or without, for a reason."""
     with _lock:
-        return {**vars(_counters), "deferred": dict(_counters.deferred)}
+        _counters.feedback[state] += 1
+
+
+def stats() -> dict[str, Any]:
+    """Totals since the last reset: calls, quantized, {exact,wire,remote}_bytes, seconds, and by reason:
+
+    ``deferred`` collectives, and compressed sums with ``feedback`` ("on") and without.
+    """
+    with _lock:
+        return {**vars(_counters), "deferred": dict(_counters.deferred), "feedback": dict(_counters.feedback)}
 
 
 def reset_stats() -> None:

@@ -5,7 +5,7 @@ the first rounding of its own contribution: x against decode(encode(x)). One in 
 in one window of at most ``WINDOW`` values that moves on through the tensor from sample to sample, so neither time nor
 memory depends on the model. Sums stay on the device; :func:`read` is the only place that waits for it.
 
-A *site* is where a collective stands: the kind of layer that seams/where.py notes, else the collective's own name.
+A *site* is where a collective stands: the kind of layer that location.py notes, else the collective's own name.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from __future__ import annotations
 import math
 import threading
 from collections import Counter
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..codec import Codec
+from . import location
 
 EVERY = 100  # calls of a site for one sample
 WINDOW = 2**16  # values of one sample
@@ -35,28 +35,18 @@ class Error(NamedTuple):
 _calls: Counter[str] = Counter()
 _sums: dict[tuple[str, torch.device], Tensor] = {}  # float64 [squared error, squared value, blocks not finite]
 _lock = threading.Lock()
-Where = Callable[[], str | None]
-_where: Where | None = None
-_who: Where | None = None
-
-
-def locate(where: Where | None, who: Where | None = None) -> None:
-    """``where()`` names the site of the collective that is about to run, or None for the collective's own name.
-
-    ``who()`` names the very layer there, for errors; it may take its time.
-    """
-    global _where, _who
-    _where, _who = where, who or _who
 
 
 def site() -> str | None:
     """The kind of site of the collective that is about to run, None at no site."""
-    return _where() if _where else None
+    place = location.here()
+    return place.kind if place else None
 
 
 def layer() -> str | None:
     """The layer that is communicating, None outside every layer."""
-    return _who() if _who else None
+    place = location.here()
+    return place.name if place else None
 
 
 def sample(collective: str, x: Tensor, codec: Codec) -> None:

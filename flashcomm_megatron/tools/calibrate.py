@@ -27,9 +27,8 @@ from torch import Tensor, nn
 from .. import environment
 from ..codec.published import ranges
 from ..config import Config, set_current
-from ..megatron import seams, sites
+from ..megatron import context, coverage, installation, model
 from ..megatron.patching import PatchError
-from ..observe import messages as announce
 
 GAMMA = 0.01
 BATCHES = 32
@@ -86,12 +85,12 @@ class Recorder:
     def _start(self, layer: nn.Module, group: Any) -> None:
         from megatron.core import parallel_state
 
-        announce.stop()  # nothing is compressed, on purpose
+        coverage.stop()  # nothing is compressed, on purpose
         stages = parallel_state.get_pipeline_model_parallel_world_size()
         if stages > 1:
             raise _refused(f"the model has to be in one pipeline stage, found {stages}.")
         self.group = group
-        self.names = {each: name for name, each in sites.row_layers(layer).items()}
+        self.names = {each: name for name, each in model.row_layers(layer).items()}
 
     def _of_all_ranks(self, mine: Tensor) -> Tensor:
         """[2, features] of every tensor-parallel rank -> [2, ranks, features]."""
@@ -117,15 +116,15 @@ def main(argv: list[str]) -> int:
     recorder = Recorder(options.out, options.batches)
     try:
         set_current(Config(bits=8))  # a site needs one; whatever it says, an observed collective is exact
-        seams.install()
-        seams.observe(recorder)
+        installation.install()
+        context.observe(recorder)
         _run(command)
         _end(recorder)
     except PatchError as error:
         raise _refused(error) from error
     finally:
-        seams.observe(None)
-        announce.stop()
+        context.observe(None)
+        coverage.stop()
     return 0
 
 

@@ -16,8 +16,9 @@ from .. import environment
 from ..codec import extension
 from ..collectives import thresholds
 from ..config import current
-from ..megatron import checkout, feedback, patching, seams, training_log
-from ..megatron.arguments import FLAG
+from ..megatron import checkout, installation, patching, seams, training_log
+from ..megatron.arguments import SEAMS as DOORS
+from ..observe import counters
 from ..version import __version__
 
 
@@ -41,7 +42,7 @@ def report() -> Report:
     try:
         with warnings.catch_warnings():  # Megatron's, about optimizers and the like
             warnings.simplefilter("ignore")
-            megatron, rows = seams.megatron_version(), patching.status(seams.rows()) + _training_seams()
+            megatron, rows = installation.megatron_version(), _installed_seams()
     except patching.PatchError as error:
         megatron, rows = f"none ({error.__cause__})", []
     return Report(
@@ -57,7 +58,7 @@ def report() -> Report:
             or "no FLASH_COMM_* variable set",
             "least bytes": _least(),
             "state": _state(),
-            "feedback": ", ".join(f"{n} x {what}" for what, n in feedback.counts().items()) or "no sum so far",
+            "feedback": _feedback(),
             "seams": rows,
         }
     )
@@ -74,9 +75,8 @@ def report_on(megatron: Path, transformer_engine: Path | None = None) -> Report:
     if installed is not None and installed.origin is not None:
         folders.append(Path(installed.origin).parent.parent)
     found = checkout.has("transformer_engine.pytorch", *folders)
-    rows = [*seams.rows_of(version, found)]
-    if checkout.has(FLAG.module, *folders):
-        rows += [FLAG, training_log.SEAM]
+    rows = [*seams.rows_of(version, found, with_tokens=True)]
+    rows += [row for row in (*DOORS, training_log.SEAM) if checkout.has(row.module, *folders)]
     return Report(
         {
             "flashcomm_megatron": __version__,
@@ -101,7 +101,7 @@ def main(argv: list[str]) -> int:
     except patching.PatchError as error:
         parser.exit(2, f"{parser.prog}: error: {error}.\n")
     print(found)
-    return int(any(state != "fits" for _, state in found["seams"]))
+    return int(not all(state.startswith("fits") for _, state in found["seams"]))
 
 
 def _state() -> str:
@@ -135,6 +135,15 @@ def _transports() -> list[str]:
     return ["peer"] * (extension.cuda() is not None) + ["host"] * extension.available() + ["group"]
 
 
-def _training_seams() -> list[tuple[str, str]]:
-    """The rows of parser and log, where they exist: the megatron-core wheel comes without megatron.training."""
-    return patching.status([FLAG, training_log.SEAM]) if find_spec("megatron.training") else []
+def _feedback() -> str:
+    """Whether residual feedback is on, and how many compressed sums had it, or had not and why."""
+    config, counted = current(), counters.stats()["feedback"]
+    state = f"{config.feedback}: " if config else ""
+    return state + (", ".join(f"{n} x {what}" for what, n in counted.items()) or "no sum so far")
+
+
+def _installed_seams() -> list[tuple[str, str]]:
+    """State of every row, the doors of arguments and log among them: the wheel comes without megatron.training."""
+    rows = [*installation.rows(with_tokens=True)]
+    rows += [*DOORS, training_log.SEAM] if find_spec("megatron.training") else []
+    return patching.status(rows)

@@ -65,7 +65,7 @@ def largest_error(x: Tensor, found: Tensor, codec: Uniform) -> Tensor:
     "kind", ["normal", "one_sided", "denormals", "tiny", "signed_zeros", "huge", "outlier", "octaves"]
 )
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_error_is_bounded(kind: str, dtype: torch.dtype) -> None:
+def test_error_is_within_the_analytic_bound(kind: str, dtype: torch.dtype) -> None:
     limit = min(torch.finfo(dtype).max, torch.finfo(torch.bfloat16).max)  # beyond it float32 saturates
     x = tensor(kind, 3000, dtype).clamp(-limit, limit)
     for bits in WIDTHS:
@@ -171,7 +171,7 @@ def compare(native: ModuleType, codec: Uniform, x: Tensor, dtypes: tuple[torch.d
 
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("bits", WIDTHS)
-def test_every_length(native: ModuleType, bits: int, block: int) -> None:
+def test_compiled_equals_definition_at_every_length(native: ModuleType, bits: int, block: int) -> None:
     for dtype in DTYPES:
         for n in LENGTHS:
             compare(native, Uniform(bits, block), tensor("normal", n, dtype, seed=n), (dtype,))
@@ -179,7 +179,7 @@ def test_every_length(native: ModuleType, bits: int, block: int) -> None:
 
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_data(native: ModuleType, kind: str, block: int) -> None:
+def test_compiled_equals_definition_on_every_kind_of_data(native: ModuleType, kind: str, block: int) -> None:
     for dtype in DTYPES:
         x = tensor(kind, LONG, dtype)
         for bits in WIDTHS:
@@ -187,7 +187,7 @@ def test_every_kind_of_data(native: ModuleType, kind: str, block: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_payload(native: ModuleType, dtype: torch.dtype) -> None:
+def test_compiled_decodes_any_bytes_as_defined(native: ModuleType, dtype: torch.dtype) -> None:
     """Bytes that no encoder writes, too."""
     generator = torch.Generator().manual_seed(0)
     for bits in WIDTHS:
@@ -230,7 +230,7 @@ def test_every_16_bit_pattern_survives(native: ModuleType, dtype: torch.dtype) -
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_every_rounding_to_16_bits(native: ModuleType, dtype: torch.dtype) -> None:
+def test_compiled_rounds_to_16_bits_as_torch_does(native: ModuleType, dtype: torch.dtype) -> None:
     """Midpoints between all neighbours and the numbers beside them, against torch's conversion."""
     words = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).float()
     words = words[words.isfinite()].sort().values
@@ -244,7 +244,7 @@ def test_every_rounding_to_16_bits(native: ModuleType, dtype: torch.dtype) -> No
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rounding_of_sums(native: ModuleType, dtype: torch.dtype) -> None:
+def test_compiled_sums_round_as_torch_does(native: ModuleType, dtype: torch.dtype) -> None:
     """Two bfloat16 constants a few octaves apart hit ties all the time; against torch's addition and conversion."""
     generator, count = torch.Generator().manual_seed(3), 20000
     shape = (2, count)
@@ -261,7 +261,7 @@ def test_rounding_of_sums(native: ModuleType, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("block", [24, 32, 64])
 @pytest.mark.parametrize("bits", [5, 8])
-def test_threads_change_nothing(native: ModuleType, bits: int, block: int) -> None:
+def test_threads_do_not_change_the_result(native: ModuleType, bits: int, block: int) -> None:
     codec, x = Uniform(bits, block), tensor("octaves", 2**20 + 77, torch.bfloat16)
     results, before = [], torch.get_num_threads()
     try:
@@ -277,7 +277,7 @@ def test_threads_change_nothing(native: ModuleType, bits: int, block: int) -> No
 
 
 @needs_extension
-def test_any_address_will_do() -> None:
+def test_compiled_takes_tensors_at_any_address() -> None:
     """Tensors need their elements' alignment only, payloads none."""
     codec, x = Uniform(7, 32), tensor("normal", LONG + 1, torch.bfloat16)[1:]
     size = codec.wire_bytes(LONG)
@@ -298,7 +298,7 @@ def test_any_address_will_do() -> None:
     dtype=st.sampled_from(DTYPES),
     out_dtype=st.sampled_from(DTYPES),
 )
-def test_anything(
+def test_compiled_equals_definition_on_random_cases(
     seeds: list[int], kinds: list[str], n: int, bits: int, block: int, dtype: torch.dtype, out_dtype: torch.dtype
 ) -> None:
     codec = Uniform(bits, block)

@@ -33,7 +33,7 @@ def payload(size: int = BYTES) -> Tensor:
 
 
 @pytest.mark.skipif(os.environ.get("FLASH_COMM_EXTENSION") == "0", reason="FLASH_COMM_EXTENSION=0")
-def test_it_was_built() -> None:
+def test_the_extension_was_built() -> None:
     assert extension.available(), f"the compiled codec is {extension.reason()}"
 
 
@@ -50,7 +50,7 @@ def test_it_was_built() -> None:
         (torch.zeros(100), payload().to("meta"), "out is on meta; expected cpu"),
     ],
 )
-def test_encode_refuses(x: Tensor, out: Tensor, message: str) -> None:
+def test_encode_refuses_wrong_tensors(x: Tensor, out: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=f"encode: {message}"):
         extension.encode(CODEC, x, out)
 
@@ -67,7 +67,7 @@ def test_encode_refuses(x: Tensor, out: Tensor, message: str) -> None:
         ([payload().to("meta")], torch.zeros(100), "payload is on meta; expected cpu"),
     ],
 )
-def test_decode_sum_refuses(payloads: list[Tensor], out: Tensor, message: str) -> None:
+def test_decode_sum_refuses_wrong_tensors(payloads: list[Tensor], out: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=f"decode_sum: {message}"):
         extension.decode_sum(CODEC, payloads, out)
 
@@ -109,7 +109,9 @@ def test_without_extension_the_reference_gives_the_same_bits(monkeypatch: pytest
         (ImportError("_C.so: wrong ELF class"), "cannot be loaded, run pip install -e . again: _C.so: wrong ELF class"),
     ],
 )
-def test_the_reason_is_kept(monkeypatch: pytest.MonkeyPatch, error: ImportError, reason: str) -> None:
+def test_the_reason_for_a_missing_extension_is_kept(
+    monkeypatch: pytest.MonkeyPatch, error: ImportError, reason: str
+) -> None:
     def fail(name: str) -> ModuleType:
         raise error
 
@@ -118,12 +120,12 @@ def test_the_reason_is_kept(monkeypatch: pytest.MonkeyPatch, error: ImportError,
     assert extension._load() == (None, reason)
 
 
-def test_it_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_extension_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLASH_COMM_EXTENSION", "0")
     assert extension._load() == (None, "FLASH_COMM_EXTENSION=0")
 
 
-def test_description(native: ModuleType) -> None:
+def test_the_extension_describes_itself(native: ModuleType) -> None:
     found = native.info()
     assert found["isa"] in found["isas"] and found["isas"][-1] == "baseline"
     assert bool(found["cuda"]) != bool(found["without_cuda"])
@@ -133,7 +135,7 @@ def test_description(native: ModuleType) -> None:
         assert extension.reason() == found["without_cuda"]
 
 
-def test_it_needs_no_torch(native: ModuleType) -> None:
+def test_the_extension_loads_without_torch(native: ModuleType) -> None:
     """One build serves every torch."""
     code = f"""
 import importlib.util, sys
@@ -191,7 +193,7 @@ def test_cuda_equals_the_definition(native: ModuleType, kind: str, dtype: torch.
         ({"FLASHCOMM_CUDA": "0", "CXX": "no-such-compiler"}, "needs a C++17 compiler: no-such-compiler was not found"),
     ],
 )
-def test_build_refuses(tmp_path: Path, variables: dict[str, str], message: str) -> None:
+def test_the_build_refuses_in_one_sentence(tmp_path: Path, variables: dict[str, str], message: str) -> None:
     pytest.importorskip("setuptools")
     pytest.importorskip("pybind11")
     command = [

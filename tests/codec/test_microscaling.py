@@ -126,7 +126,7 @@ def test_blocks_decode_to_the_nearest_multiple_of_the_specification_s_scale(name
 
 
 @pytest.mark.parametrize("name", ELEMENTS)
-def test_extreme_blocks(name):
+def test_blocks_of_extremes_stay_within_bounds(name):
     element = ELEMENTS[name]
     for dtype in DTYPES:
         limits = torch.finfo(dtype)
@@ -171,7 +171,7 @@ def test_the_payload_of_a_small_block_byte_by_byte():
 
 
 @pytest.mark.parametrize(("recipe", "bits", "bits_per_value"), [("mx", 4, 4.25), ("mx", 5, 5.25), ("mx-int", 3, 3.25)])
-def test_bits_on_the_wire(recipe, bits, bits_per_value):
+def test_payloads_have_the_formats_bits(recipe, bits, bits_per_value):
     legs = Config(bits=bits, recipe=recipe).legs
     assert legs.reduce.wire_bytes(8192) * 8 / 8192 == bits_per_value
     narrow = Config(bits=bits, recipe=recipe, block=8).legs
@@ -190,7 +190,7 @@ def test_every_width_of_the_three_recipes_has_an_element_of_that_width():
     assert used == set(ELEMENTS)
 
 
-def test_other_blocks_are_refused():
+def test_blocks_that_the_format_does_not_have_are_refused():
     with pytest.raises(ValueError, match="block=64: choose 8, 16 or 32"):
         Microscaling("e2m1", 64)
     with pytest.raises(ValueError, match="--flash-comm-block=64: choose 8, 16 or 32"):

@@ -98,7 +98,7 @@ def test_an_outlier_alone_in_its_block_stays_exact() -> None:
         assert torch.allclose(through(Rotated(bits, 32), x), x, rtol=1 / 16, atol=1e-4), bits
 
 
-def test_the_bound_can_fail() -> None:
+def test_a_width_too_few_breaks_the_bound() -> None:
     x = tensor("normal", 1300, torch.float32)
     assert ((through(Rotated(4, 32), x) - x).abs() > bound(Rotated(8, 32), x)).any()
 
@@ -136,13 +136,13 @@ def test_a_bad_value_turns_its_block_and_no_other_into_nan(dtype: torch.dtype, b
 
 
 @pytest.mark.parametrize("numel", [1, 2, 15, 16, 17, 31, 33, 1000, 1024, 1025, 1057])
-def test_any_length(numel: int) -> None:
+def test_error_is_bounded_at_any_length(numel: int) -> None:
     x = tensor("normal", numel, torch.float32)
     for codec in (Rotated(2, 16), Rotated(4.5, 32), Rotated(8, 64)):
         assert (through(codec, x) - x).abs().max() <= bound(codec, x).max() + 1e-6
 
 
-def test_no_values() -> None:
+def test_an_empty_tensor_is_an_empty_payload() -> None:
     codec, nothing = Rotated(4.5, 32), torch.empty(0)
     assert codec.wire_bytes(0) == 0 and codec.encode(nothing).numel() == 0
     assert codec.decode_sum([codec.encode(nothing)], nothing).numel() == 0
@@ -222,7 +222,7 @@ def test_any_bits_encode_and_decode(bits: float, block: int, numel: int, seed: i
 
 
 def coefficients_of(codec: Rotated, residual: Tensor, blocks: int) -> Tensor:
-    """A residual as float64 [blocks, block]: of every four blocks the first four numbers of each, then the next four."""
+    """A residual as float64 [blocks, block]; it holds, of every four blocks, four numbers of each in turns."""
     found = torch.zeros(blocks, codec.block, dtype=torch.float64)
     for index in range(blocks):
         for i in range(codec.block):

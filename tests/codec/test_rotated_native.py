@@ -115,7 +115,7 @@ def test_residuals_equal_definition(dtype, codec, monkeypatch):
 
 
 @pytest.mark.parametrize("codec", [Rotated(3, 16), Rotated(4.5, 32), Rotated(5, 64)], ids=str)
-def test_signed_zeros_of_a_residual(codec):
+def test_residuals_keep_the_sign_of_zero(codec):
     defined = torch.zeros(codec.residual_numel(3001), dtype=torch.float16)
     compiled = {isa: defined.clone() for isa in ISAS}
     for x in fading(3001):
@@ -136,7 +136,7 @@ def test_threads_do_not_change_the_result(monkeypatch):
         assert same(out, codec.decode_sum_ref([payload, payload], x.numel(), x.dtype))
 
 
-def test_wrong_residuals_are_refused():
+def test_residuals_of_a_wrong_size_are_refused():
     codec, x = Rotated(4, 32), torch.randn(64)
     with pytest.raises(ValueError, match=r"residual has 64 numbers; .* keeps 128 of 64 values"):
         codec.encode(x, residual=torch.zeros(64))

@@ -47,7 +47,7 @@ def test_compiled_equals_definition(bits: int, block: int, dtype: torch.dtype) -
 
 
 @pytest.mark.parametrize("numel", [1, 2, 7, 9, 63, 64, 65])
-def test_any_length(numel: int) -> None:
+def test_compiled_equals_definition_at_any_length(numel: int) -> None:
     codec, x = Spike(3, 64), tensor("normal", numel, torch.float32)
     payload = codec.encode(x)
     assert torch.equal(payload, codec.encode_ref(x))

@@ -29,7 +29,7 @@ def test_collectives_equal_their_specification(world):
 
 
 @pytest.mark.parametrize("world", [1, 5, 8])
-def test_other_worlds(world):
+def test_ranks_of_other_worlds_agree(world):
     assert len(spawn(_ranks_agree, world, 2)) == world
 
 
@@ -178,7 +178,7 @@ def _subgroups(rank: int, world: int) -> None:
     assert torch.equal(all_reduce(part(rank, (300,), torch.float32), mine, config), expected_all_reduce(config, peers))
 
 
-def test_two_groups_at_once():
+def test_two_groups_at_once_do_not_mix():
     spawn(_subgroups, 4)
 
 

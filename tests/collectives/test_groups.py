@@ -115,7 +115,7 @@ def put_away(rank: int, world: int) -> None:
         assert torch.equal(handle.wait(), torch.full((LARGE,), 2.0))
 
 
-def test_teardown_in_any_order() -> None:
+def test_groups_can_be_closed_in_any_order() -> None:
     spawn(put_away, 2)
 
 

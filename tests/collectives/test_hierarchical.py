@@ -138,7 +138,7 @@ def test_bytes_of_the_halves_are_those_sent(nodes: tuple[int, ...], kind: str) -
 
 
 @pytest.mark.parametrize("nodes", LAYOUTS)
-def test_bytes_are_those_sent(nodes: tuple[int, ...]) -> None:
+def test_counted_bytes_are_those_sent(nodes: tuple[int, ...]) -> None:
     numel = 5000
     plan, sent = planned(numel, nodes, piece=2048), {}
 

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(extension.module() is None, reason="the extensio
 
 
 @pytest.mark.parametrize("transport", faults.TRANSPORTS)
-def test_a_rank_that_does_something_else(transport: str) -> None:
+def test_a_rank_that_does_something_else_is_named(transport: str) -> None:
     heard = spawn(faults.alive, 3, transport)
     for fault in faults.LIVES:
         texts = [each[fault.name].text for each in heard]
@@ -30,7 +30,7 @@ def test_a_rank_that_does_something_else(transport: str) -> None:
 
 
 @pytest.mark.parametrize("transport", faults.TRANSPORTS)
-def test_a_rank_whose_process_ends(transport: str) -> None:
+def test_a_rank_whose_process_ends_is_named(transport: str) -> None:
     world = 2 * len(faults.ENDS)
     heard = spawn(faults.ending, world, transport, lost=range(1, world, 2))
     for i, fault in enumerate(faults.ENDS):

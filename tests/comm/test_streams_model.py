@@ -24,6 +24,6 @@ def test_all_bytes_arrive_and_nobody_sleeps_for_ever(bytes: int, capacity: int, 
     ],
     ids=["no second look", "doorbell read late", "counter before data", "no look for room"],
 )
-def test_every_rule_is_needed(rules: Rules, found: str) -> None:
+def test_without_any_one_rule_the_model_fails(rules: Rules, found: str) -> None:
     broken, _ = explore(5, 2, rules)
     assert broken is not None and found in broken

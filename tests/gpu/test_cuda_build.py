@@ -1,19 +1,22 @@
 """What can be said of the CUDA code without a GPU: it compiles for every architecture, spills nothing, and fails well.
 
-Collectives are compiled for every width of one number type or another, and for the oldest and the newest architecture;
-FLASHCOMM_TEST_ALL_KERNELS=1 compiles all for all, seven minutes on two cores.
+One number type is compiled for the oldest architecture, another for the newest; FLASHCOMM_TEST_ALL_KERNELS=1 compiles
+all for all.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 
 import pytest
+import setuptools
 import torch
 
 from flashcomm_megatron.codec import extension
@@ -30,27 +33,44 @@ def known_architectures() -> list[str]:
     return subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
 
 
-@pytest.mark.skipif(nvcc is None, reason="nvcc is not on PATH")
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("source", ["codec_cuda", "collectives", "shared_memory"])
-def test_compiles_and_spills_nothing(root, tmp_path, source, architecture):
+SOURCES = ["codec_part", "collective_part"]  # with the kernels of one part: csrc/cuda/instances.h
+PARTS = list(product(("BFloat16", "Float16", "Float32"), (1, 0)))
+KERNELS = {("codec_part", 1): 24, ("codec_part", 0): 8, ("collective_part", 1): 8, ("collective_part", 0): 3}
+
+
+def compiled(root: Path, folder: Path, source: str, architecture: str, *flags: str) -> str:
+    """What nvcc and ptxas say while they compile a source for one architecture."""
     if architecture not in known_architectures():
         pytest.skip(f"this nvcc does not know {architecture}")
-    has_time = os.environ.get("FLASHCOMM_TEST_ALL_KERNELS") == "1"
-    if source == "collectives" and architecture not in ("sm_80", "sm_120") and not has_time:
-        pytest.skip("two minutes each: FLASHCOMM_TEST_ALL_KERNELS=1 compiles the architectures between as well")
-    few = [] if has_time else ["-DFLASHCOMM_FEW_COLLECTIVES"]
     target = f"-gencode=arch={architecture.replace('sm', 'compute')},code={architecture}"
-    command = [nvcc, *FLAGS, *few, target, f"csrc/cuda/{source}.cu", "-o", str(tmp_path / "out.o")]
-    compiled = subprocess.run(command, cwd=root, capture_output=True, text=True)
-    assert compiled.returncode == 0, compiled.stderr[-4000:]
-    report = compiled.stdout + compiled.stderr
+    command = [str(nvcc), *FLAGS, *flags, target, f"csrc/cuda/{source}.cu", "-o", str(folder / "out.o")]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(nvcc is None, reason="nvcc is not on PATH")
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("dtype", "uniform"), PARTS)
+@pytest.mark.parametrize("source", SOURCES)
+def test_compiles_and_spills_nothing(root, tmp_path, source, dtype, uniform, architecture):
+    has_time = os.environ.get("FLASHCOMM_TEST_ALL_KERNELS") == "1"
+    if (dtype, architecture) not in (("BFloat16", "sm_80"), ("Float32", "sm_120")) and not has_time:
+        pytest.skip("half a minute each: FLASHCOMM_TEST_ALL_KERNELS=1 compiles all parts for all architectures")
+    part = f"-DFLASHCOMM_PART_TYPE={dtype}", f"-DFLASHCOMM_PART_UNIFORM={uniform}"
+    report = compiled(root, tmp_path, source, architecture, *part)
     kernels = re.findall(r"entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill", report, re.DOTALL)
-    assert len(kernels) >= {"codec_cuda": 60, "collectives": 18, "shared_memory": 0}[source], (
-        "ptxas reports every kernel"
-    )
+    assert len(kernels) >= KERNELS[source, uniform], "ptxas reports every kernel"
     spilling = [name for name, stack, spilled in kernels if (stack, spilled) != ("0", "0")]
     assert not spilling, "a kernel spills registers or keeps an array in local memory"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(nvcc is None, reason="nvcc is not on PATH")
+@pytest.mark.parametrize("source", ["codec_cuda", "collectives", "shared_memory"])
+def test_host_code_compiles(root, tmp_path, source):
+    compiled(root, tmp_path, source, "sm_90")
 
 
 @pytest.mark.skipif(extension.cuda() is None, reason=f"no CUDA kernels: {extension.reason()}")
@@ -67,8 +87,33 @@ def test_without_a_driver_a_cuda_call_says_what_is_wrong():
             call()
 
 
-def test_sources_ship(root):
+def test_sources_that_the_build_names_exist(root):
     """Every file of csrc that the build names exists, and an sdist takes headers along."""
     named = re.findall(r'"((?:\w+/)?\w+\.(?:cu|cpp))"', (root / "setup.py").read_text())
     assert named and all((root / "csrc" / name).exists() for name in named)
     assert "csrc" in (Path(root) / "MANIFEST.in").read_text()
+
+
+@pytest.mark.parametrize(
+    ("commands", "wanted", "with_cuda", "says"),
+    [
+        ([], "", False, "without nvcc"),
+        (["nvcc"], "", False, "FLASHCOMM_CUDA=1 builds CUDA kernels"),
+        (["nvcc"], "1", True, ""),
+        (["nvcc", "nvidia-smi"], "", True, ""),
+        (["nvcc", "nvidia-smi"], "0", False, "FLASHCOMM_CUDA=0"),
+    ],
+    ids=["no-nvcc", "no-gpu", "asked-for", "gpu", "refused"],
+)
+def test_cuda_is_built_where_a_gpu_is_or_it_is_asked_for(
+    root, tmp_path, monkeypatch, commands, wanted, with_cuda, says
+):
+    for name in commands:
+        (tmp_path / name).write_text("#!/bin/sh\necho 9.0\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("FLASHCOMM_CUDA", wanted)
+    monkeypatch.chdir(root)
+    monkeypatch.setattr(setuptools, "setup", lambda **options: None)
+    found, reason = runpy.run_path("setup.py")["find_nvcc"]()
+    assert bool(found) == with_cuda and says in reason

@@ -66,7 +66,7 @@ def check(ranks, kind, numel, dtype, codecs, seed=0, in_place=False):
 
 
 @pytest.mark.parametrize("ranks", [one_launch(world) for world in range(2, 9)], indirect=True)
-def test_any_world_kind_and_numel(ranks):
+def test_any_world_kind_and_numel_equals_the_specification(ranks):
     for kind, (seed, numel) in product(KINDS, enumerate((1, 7, 65, 2048, 10_001, 300_007))):
         for codecs in (BLOCK32, AUTO, FLASH_V2):
             check(ranks, kind, numel, torch.bfloat16, codecs, seed)
@@ -74,46 +74,46 @@ def test_any_world_kind_and_numel(ranks):
 
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("ranks", [one_launch(3)], indirect=True)
-def test_any_width_dtype_and_block(ranks, bits):
+def test_any_width_dtype_and_block_equals_the_specification(ranks, bits):
     for dtype, block, kind in product(DTYPES, (8, 32, 40, 128, 1024), KINDS):
         check(ranks, kind, 20_001, dtype, (Uniform(bits, block), Uniform(bits, block)))
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("ranks", [one_launch(3)], indirect=True)
-def test_every_width_of_the_recipes(ranks, bits):
+def test_every_width_of_the_recipes_equals_the_specification(ranks, bits):
     for dtype, recipe, kind in product(DTYPES, ("auto", "flash-v2"), KINDS):
         for block in (32, 64):
             check(ranks, kind, 20_001, dtype, Config(bits=bits, recipe=recipe, block=block).legs)
 
 
 @pytest.mark.parametrize("ranks", [one_launch(4)], indirect=True)
-def test_legs_of_different_widths(ranks):
+def test_legs_of_different_widths_equal_the_specification(ranks):
     for dtype in DTYPES:
         check(ranks, "two-step", 100_003, dtype, Config(bits=6, recipe="flash-v1").legs)
 
 
 @pytest.mark.parametrize("ranks", [one_launch(2, 4), one_launch(5, 4)], indirect=True)
-def test_messages_of_many_rounds(ranks):
+def test_messages_of_many_rounds_equal_the_specification(ranks):
     """Four blocks a rank and the smallest inboxes: 3 million values take dozens of rounds of one kernel."""
     for kind, codecs in product(KINDS, ((Uniform(8, 8), Uniform(8, 8)), AUTO)):
         check(ranks, kind, 3_000_001 if kind != "all_gather" else 500_001, torch.bfloat16, codecs)
 
 
 @pytest.mark.parametrize("ranks", [one_launch(2), one_launch(8)], indirect=True)
-def test_in_place(ranks):
+def test_a_call_may_reduce_in_place(ranks):
     for kind, dtype, codecs in product(("one-step", "two-step"), DTYPES, (BLOCK32, AUTO)):
         check(ranks, kind, 1_000_003, dtype, codecs, in_place=True)
 
 
 @pytest.mark.parametrize("ranks", [one_launch(2, host_memory=True), one_launch(4, host_memory=True)], indirect=True)
-def test_inboxes_in_host_memory(ranks):
+def test_inboxes_in_host_memory_give_the_same_bits(ranks):
     for kind in KINDS:
         check(ranks, kind, 700_001, torch.bfloat16, BLOCK32)
 
 
 @pytest.mark.parametrize("ranks", [one_launch(2), one_launch(8)], indirect=True)
-def test_uncompressed_path(ranks):
+def test_the_uncompressed_kernel_sums_exactly(ranks):
     for kind, dtype in product(("one-step", "two-step"), (torch.float16, torch.bfloat16)):
         parts = [torch.randint(-8, 8, (200_003,), device="cuda").to(dtype) for _ in range(ranks.world)]
         out = outputs(kind, parts)
@@ -123,7 +123,7 @@ def test_uncompressed_path(ranks):
 
 @pytest.mark.parametrize("kind", ["one-step", "two-step", "reduce_scatter"])
 @pytest.mark.parametrize("ranks", [one_launch(2), one_launch(3)], indirect=True)
-def test_what_a_rounding_lost_is_carried_on(ranks, kind):
+def test_residuals_are_added_to_the_next_call(ranks, kind):
     """Three calls with a memory: results and memories of the algorithms over any process group."""
     for dtype in DTYPES:
         calls = [[strange(30_000, dtype, 10 * call + r) for r in range(ranks.world)] for call in range(3)]
@@ -152,7 +152,7 @@ def integers(numel: int, rank: int, call: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("ranks", [one_launch(2)], indirect=True)
-def test_fifty_thousand_calls_of_alternating_shapes(ranks):
+def test_fifty_thousand_calls_of_alternating_shapes_stay_exact(ranks):
     """A new payload every call, exact to the last bit; kernels that miss a flag end at their deadline."""
     sizes = [64, 200_000, 2048, 32, 70_000, 8192 * 32]
     exact = {n: [[integers(n, rank, call) for rank in range(2)] for call in range(4)] for n in sizes}
@@ -169,7 +169,7 @@ def test_fifty_thousand_calls_of_alternating_shapes(ranks):
 
 
 @pytest.mark.parametrize("ranks", [one_launch(2), one_launch(4)], indirect=True)
-def test_the_counter_wraps(ranks):
+def test_calls_stay_right_when_the_call_counter_wraps(ranks):
     ranks.kernels.preset(2**64 - 4)
     for call, kind in enumerate(KINDS * 3):
         check(ranks, kind, (100, 50_000)[call % 2], torch.bfloat16, BLOCK32, call)
@@ -197,7 +197,7 @@ def run_on_streams(ranks, kinds, **tests) -> bool:
 
 
 @pytest.mark.parametrize("ranks", [pytest.param(lambda: Streams(2), id="streams")], indirect=True)
-def test_kernels_that_overtake_each_other(ranks):
+def test_kernels_that_overtake_each_other_stay_right(ranks):
     """Reduce-scatter after reduce-scatter, gathers after gathers, and mixed, with a rank that reads 200 us late."""
     sequences = [["reduce_scatter"] * 6, ["all_gather"] * 6, ["reduce_scatter", "all_gather"] * 4, KINDS * 3]
     for kinds, stalled in product(sequences, (0, 1)):
@@ -251,7 +251,7 @@ def capture(ranks, kind, numel, calls):
 
 
 @pytest.mark.parametrize("ranks", [one_launch(2)], indirect=True)
-def test_graphs_of_different_sizes_replayed_in_turns(ranks):
+def test_graphs_of_different_sizes_can_be_replayed_in_turns(ranks):
     """Inputs change in place and outputs are full of NaN before every replay; eager calls come between."""
     graphs = [capture(ranks, "one-step", numel, calls) for numel, calls in ((64, 5), (300_000, 3), (4096, 6))]
     for replay in range(max(3, 20 // SLOWER)):

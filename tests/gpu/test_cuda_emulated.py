@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from codec_cases import KINDS
 from patience import patient
 
 from flashcomm_megatron.codec import extension
@@ -26,10 +27,12 @@ ROOT = Path(__file__).resolve().parents[2]
 SUPPORT = ROOT / "tests" / "support"
 STAND_IN = SUPPORT / "stand_ins" / "cuda"
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs these tests itself, or its stand-in does"),
     pytest.mark.skipif(not extension.available(), reason=f"no extension to give a CUDA half to: {extension.reason()}"),
 ]
 
+LEGS = "(Rotated(bits=4.5, block=32), Rotated(bits=5, block=64))"
 CODEC, COLLECTIVES, PROCESSES, FAULTS = (
     f"tests/gpu/test_cuda_{name}.py" for name in ("codec", "collectives", "processes", "faults")
 )
@@ -40,29 +43,35 @@ ALL = {
 }
 PART = {
     "kernels": [
-        f"{CODEC}::test_equals_the_definition[Uniform(bits=3, block=1000)]",
-        f"{CODEC}::test_equals_the_definition[Rotated(bits=4.5, block=32)]",
-        f"{CODEC}::test_equals_the_definition[Rotated(bits=8, block=256)]",
-        f"{CODEC}::test_equals_the_definition[Spike(bits=4, block=64)]",
-        f"{CODEC}::test_memories_equal_the_definition[Rotated(bits=5, block=64)]",
-        f"{CODEC}::test_unaligned_views[Uniform(bits=4, block=32)]",
-        f"{COLLECTIVES}::test_any_world_kind_and_numel[2-ranks]",
-        f"{COLLECTIVES}::test_inboxes_in_host_memory[2-ranks-host]",
-        f"{COLLECTIVES}::test_what_a_rounding_lost_is_carried_on[3-ranks-two-step]",
-        f"{COLLECTIVES}::test_the_counter_wraps[2-ranks]",
+        f"{CODEC}::test_codec_kernels_equal_the_definition[Uniform(bits=3, block=1000)]",
+        f"{CODEC}::test_codec_kernels_equal_the_definition[Rotated(bits=4.5, block=32)]",
+        f"{CODEC}::test_codec_kernels_equal_the_definition[Rotated(bits=8, block=256)]",
+        f"{CODEC}::test_codec_kernels_equal_the_definition[Spike(bits=4, block=64)]",
+        f"{CODEC}::test_codec_kernels_with_residuals_equal_the_definition[Rotated(bits=5, block=64)]",
+        f"{CODEC}::test_what_a_codec_must_survive[{next(iter(KINDS))}]",
+        f"{CODEC}::test_slices_are_encoded_and_decoded_as_one_by_one[Uniform(bits=4, block=32)]",
+        f"{CODEC}::test_slices_are_encoded_and_decoded_as_one_by_one[Uniform(bits=3, block=1000)]",
+        f"{CODEC}::test_slices_are_encoded_and_decoded_as_one_by_one[Rotated(bits=4.5, block=32)]",
+        f"{CODEC}::test_slices_have_residuals_of_their_own[Rotated(bits=4.5, block=32)]",
+        f"{CODEC}::test_sums_are_encoded_as_out_holds_them[{LEGS}]",
+        f"{CODEC}::test_unaligned_views_give_the_same_bits[Uniform(bits=4, block=32)]",
+        f"{COLLECTIVES}::test_any_world_kind_and_numel_equals_the_specification[2-ranks]",
+        f"{COLLECTIVES}::test_inboxes_in_host_memory_give_the_same_bits[2-ranks-host]",
+        f"{COLLECTIVES}::test_residuals_are_added_to_the_next_call[3-ranks-two-step]",
+        f"{COLLECTIVES}::test_calls_stay_right_when_the_call_counter_wraps[2-ranks]",
         f"{COLLECTIVES}::test_negative_control_without_the_second_buffer[streams]",
         f"{COLLECTIVES}::test_a_missing_rank_is_named_at_the_deadline[streams]",
-        f"{COLLECTIVES}::test_graphs_of_different_sizes_replayed_in_turns[2-ranks]",
-        "tests/observe/test_metrics.py::test_cuda_sees_no_wait",
+        f"{COLLECTIVES}::test_graphs_of_different_sizes_can_be_replayed_in_turns[2-ranks]",
+        "tests/observe/test_metrics.py::test_sampling_on_cuda_waits_for_nothing",
     ],
     "processes": [
-        f"{PROCESSES}::test_collectives_of_processes[2-peer]",
+        f"{PROCESSES}::test_collectives_of_processes_equal_their_specification[2-peer]",
         f"{PROCESSES}::test_ranks_that_stay_name_the_one_that_left[host]",
         f"{PROCESSES}::test_a_second_stream_waits_for_the_first",
         f"{PROCESSES}::test_two_groups_launched_in_opposite_orders",
         f"{PROCESSES}::test_the_current_device_stays",
-        f"{PROCESSES}::test_a_captured_call",
-        f"{PROCESSES}::test_made_twenty_times_nothing_leaks[peer]",
+        f"{PROCESSES}::test_a_captured_call_counts_on_at_every_replay",
+        f"{PROCESSES}::test_a_workspace_made_twenty_times_leaks_nothing[peer]",
     ],
     "faults": [
         f"{FAULTS}::test_ranks_fall_back_together_and_say_why_once[no-peer-access]",
@@ -70,7 +79,7 @@ PART = {
         f"{FAULTS}::test_ranks_fall_back_together_and_say_why_once[not-the-peers]",
         f"{FAULTS}::test_negative_control_inboxes_that_are_not_mapped",
         f"{FAULTS}::test_a_workspace_is_rebuilt_after_an_error",
-        f"{FAULTS}::test_codec_kernels_and_messages_of_the_process_group",
+        f"{FAULTS}::test_over_the_process_group_codec_kernels_serve",
     ],
 }
 HAS_TIME = os.environ.get("FLASHCOMM_TEST_ALL_EMULATED") == "1"
@@ -134,7 +143,7 @@ bench_cuda.main()
 """
 
 
-def test_the_harness_runs(gpu, tmp_path):
+def test_gpu_check_runs_on_the_stand_in(gpu, tmp_path):
     """gpu_check without its build, on three tests and on the benchmark with tiny tensors."""
     script = f"""
 import sys
@@ -142,8 +151,10 @@ sys.path[:0] = ["benchmarks"]
 import gpu_check
 gpu_check.BUILD = [sys.executable, "-c", "pass"]
 gpu_check.BENCH = [sys.executable, "-c", {SMALL!r}, "--out"]
-gpu_check.TESTS = {{"tests": ["tests/gpu/test_cuda_codec.py::test_unaligned_views"],
-                   "tests-processes": ["tests/gpu/test_cuda_processes.py::test_a_captured_call"]}}
+gpu_check.TESTS = {{
+    "tests": ["tests/gpu/test_cuda_codec.py::test_unaligned_views_give_the_same_bits"],
+    "tests-processes": ["tests/gpu/test_cuda_processes.py::test_a_captured_call_counts_on_at_every_replay"],
+}}
 sys.exit(gpu_check.main())
 """
     environment = {**gpu, "PATH": with_command(tmp_path, "nvcc", "exit 0", gpu)}

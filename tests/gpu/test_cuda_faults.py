@@ -179,7 +179,7 @@ def _carried(rank: int, world: int, transport: str) -> None:
 
 
 @pytest.mark.parametrize(("world", "transport"), [(2, "peer"), (3, "peer"), (3, "group")])
-def test_what_roundings_lost_is_carried_on(world, transport):
+def test_residuals_are_carried_on_over_every_transport(world, transport):
     spawn(_carried, world, transport, seconds=60)
 
 
@@ -188,7 +188,7 @@ def _on_two_gpus(rank: int, world: int) -> str:
     return _collectives(rank, world, "peer")
 
 
-def test_a_gpu_for_each_rank():
+def test_ranks_with_a_gpu_each_reach_each_others_inboxes():
     assert spawn(_on_two_gpus, 2, seconds=100) == ["PeerInboxes"] * 2
 
 
@@ -227,5 +227,5 @@ def _over_the_group(rank: int, world: int) -> None:
         assert same(reduce_scatter(parts[rank].to(device), group, config), want)
 
 
-def test_codec_kernels_and_messages_of_the_process_group():
+def test_over_the_process_group_codec_kernels_serve():
     spawn(_over_the_group, 3, seconds=60)

@@ -71,7 +71,7 @@ def _collectives(rank: int, world: int, transport: str) -> str:
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("world", [2, 4])
-def test_collectives_of_processes(transport, world):
+def test_collectives_of_processes_equal_their_specification(transport, world):
     served = {"peer": "PeerInboxes", "host": "HostInboxes"}[transport]
     assert spawn(_collectives, world, transport, seconds=100) == [served] * world
 
@@ -179,7 +179,7 @@ def _graph(rank: int, world: int) -> None:
     workspace.close(group)
 
 
-def test_a_captured_call():
+def test_a_captured_call_counts_on_at_every_replay():
     spawn(_graph, 2, seconds=60)
 
 
@@ -198,7 +198,7 @@ def _again_and_again(rank: int, world: int, transport: str) -> list[int]:
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_made_twenty_times_nothing_leaks(transport):
+def test_a_workspace_made_twenty_times_leaks_nothing(transport):
     for used in spawn(_again_and_again, 2, transport, seconds=100):
         assert used[-1] - used[2] < 8 << 20
 
@@ -215,5 +215,5 @@ def _bounded(rank: int, world: int) -> float:
     return time.monotonic() - started
 
 
-def test_two_hundred_calls():
+def test_two_hundred_calls_take_bounded_time():
     assert len(spawn(_bounded, 2, seconds=100)) == 2

@@ -9,7 +9,7 @@ KINDS = [Call(kind) for kind in SCRIPTS]
 NOBODY_HAS_ANY = frozenset({0, 1, 2})
 
 
-def test_two_ranks_any_three_calls_then_the_first_again():
+def test_no_order_of_two_ranks_breaks_any_three_calls_then_the_first_again():
     """Every mix of kinds, among them calls where rank 1, or every rank, has nothing."""
     calls = [*KINDS, Call("two-step", empty=frozenset({1})), Call("reduce_scatter", empty=NOBODY_HAS_ANY)]
     for start in sequences(calls, 3):
@@ -18,7 +18,7 @@ def test_two_ranks_any_three_calls_then_the_first_again():
         assert problem is None, (sequence, problem)
 
 
-def test_three_ranks_any_three_calls():
+def test_no_order_of_three_ranks_breaks_any_three_calls():
     calls = [*KINDS, Call("two-step", empty=frozenset({1, 2}))]
     for sequence in sequences(calls, 3):
         problem, _ = explore(3, sequence)
@@ -26,19 +26,19 @@ def test_three_ranks_any_three_calls():
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
-def test_peers_taken_in_any_order(order):
+def test_peers_may_be_taken_in_any_order(order):
     problem, states = explore(3, [Call("reduce_scatter"), Call("all_gather"), Call("two-step")], order=order)
     assert problem is None
     assert states > 500, "the search must not be trivial"
 
 
-def test_rounds_inside_one_call():
+def test_rounds_inside_one_call_do_not_mix():
     """A message larger than the inboxes takes several rounds of one kernel."""
     for kind in SCRIPTS:
         assert explore(3, [Call(kind, rounds=3), Call("reduce_scatter", rounds=2)])[0] is None
 
 
-def test_grids_that_differ_between_calls():
+def test_grids_may_differ_between_calls():
     """Two blocks, then one, then two: a block that sat out a call must not be confused by its old flags."""
     for first in ("two-step", "reduce_scatter"):
         for second in ("all_gather", "reduce_scatter"):
@@ -46,7 +46,7 @@ def test_grids_that_differ_between_calls():
             assert explore(2, calls)[0] is None
 
 
-def test_the_counter_wraps():
+def test_the_model_holds_when_the_call_counter_wraps():
     """With flags modulo 8 the counter wraps in the middle of the sequence."""
     calls = [Call("reduce_scatter"), Call("two-step"), Call("all_gather"), Call("reduce_scatter"), Call("two-step")]
     for first in range(4, 12):

@@ -64,14 +64,14 @@ def test_without_the_flag_nothing_changes(installs: list[str]) -> None:
     assert config.current() is None and installs == []
 
 
-def test_bits_alone_switch_on(installs: list[str]) -> None:
+def test_the_flag_for_bits_alone_switches_on(installs: list[str]) -> None:
     namespace = parser().parse_args(["--flash-comm-bits", "4"])
     assert namespace.flash_comm_bits == 4 and namespace.flash_comm_recipe is None
     assert config.current() == fc.Config(bits=4) and installs == ["install"]
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_order_does_not_matter(installs: list[str], first: bool) -> None:
+def test_the_order_of_flags_does_not_matter(installs: list[str], first: bool) -> None:
     bits, rest = ["--flash-comm-bits", "8"], ["--flash-comm-recipe", "flash-v1", "--flash-comm-block", "64"]
     parser().parse_args([*bits, *rest] if first else [*rest, *bits])
     assert config.current() == fc.Config(bits=8, recipe="flash-v1", block=64)
@@ -112,7 +112,7 @@ def test_known_args_subparsers_and_parents_switch_on_too(installs: list[str]) ->
     assert config.current() == fc.Config(bits=6, block=64)
 
 
-def test_adding_twice_is_harmless(installs: list[str]) -> None:
+def test_adding_our_arguments_twice_is_harmless(installs: list[str]) -> None:
     one = parser()
     assert fc.add_arguments(one) is one
     one.parse_args(["--flash-comm-bits", "4"])

@@ -67,7 +67,7 @@ def seam(name: str, *params: str, module: str = "megatron.core.names") -> Seam:
     ],
     ids=lambda row: row.name,
 )
-def test_names_are_followed(folder: Path, row: Seam) -> None:
+def test_names_are_found_in_a_source_tree(folder: Path, row: Seam) -> None:
     assert checkout.status([row], folder) == [(row.path, "fits")]
 
 
@@ -82,11 +82,11 @@ def test_names_are_followed(folder: Path, row: Seam) -> None:
     ],
     ids=lambda row: getattr(row, "name", ""),
 )
-def test_what_does_not_fit_is_told(folder: Path, row: Seam, state: str) -> None:
+def test_a_seam_that_does_not_fit_says_why(folder: Path, row: Seam, state: str) -> None:
     assert checkout.status([row], folder) == [(row.path, state)]
 
 
-def test_the_version_is_read(folder: Path, tmp_path: Path) -> None:
+def test_the_version_of_a_source_tree_is_read(folder: Path, tmp_path: Path) -> None:
     assert checkout.version(folder) == "0.16.2rc1"
     with pytest.raises(PatchError, match="holds no Megatron"):
         checkout.version(tmp_path / "megatron")

@@ -173,7 +173,7 @@ def test_recomputation_draws_the_same_dropout(trained: list[dict[str, Any]]) -> 
     assert trained[0]["dropout"][0] != trained[0]["tp2"][0]
 
 
-def test_streams(trained: list[dict[str, Any]]) -> None:
+def test_each_rank_draws_from_its_own_random_stream_and_a_common_one(trained: list[dict[str, Any]]) -> None:
     """Each rank has a stream of its own beside the common one, and neither moves the other."""
     (own, common), (other, common_too) = (rank["streams"] for rank in trained)
     assert torch.equal(common, common_too)

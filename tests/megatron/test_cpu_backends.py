@@ -46,7 +46,7 @@ def test_the_mean_of_two_is_half_their_sum(on: None, monkeypatch: pytest.MonkeyP
     assert x.tolist() == [3.0, 3.0]
 
 
-def test_nothing_is_compiled(on: None) -> None:
+def test_torch_compile_and_script_return_the_function_itself(on: None) -> None:
     def function(x: int) -> int:
         return x
 
@@ -83,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def test_defaults_of_options(on: None) -> None:
+def test_options_get_defaults_that_need_no_gpu(on: None) -> None:
     assert parser().parse_args([]).transformer_impl == "local"
     assert not hasattr(argparse.ArgumentParser().parse_args([]), "transformer_impl")
 
@@ -96,7 +96,9 @@ def test_defaults_of_options(on: None) -> None:
         (["--cuda-graph-impl", "local"], "CUDA graphs need a GPU: leave --cuda-graph-impl out."),
     ],
 )
-def test_options_that_need_a_gpu(on: None, capsys: pytest.CaptureFixture[str], given: list[str], sentence: str) -> None:
+def test_options_that_need_a_gpu_are_refused_in_one_sentence(
+    on: None, capsys: pytest.CaptureFixture[str], given: list[str], sentence: str
+) -> None:
     with pytest.raises(SystemExit) as exit:
         parser().parse_args(given)
     said = capsys.readouterr().err

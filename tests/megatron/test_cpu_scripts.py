@@ -131,7 +131,7 @@ ELSEWHERE = {"device_count", "device", "stream", "range", "Event", "CUDAGraph", 
 
 
 @pytest.mark.parametrize("name", ANSWERS)
-def test_torch_cuda_answers(on: None, name: str) -> None:
+def test_torch_cuda_answers_as_with_one_gpu(on: None, name: str) -> None:
     call, expected = ANSWERS[name]
     assert call() == expected
 
@@ -148,12 +148,12 @@ def test_devices_are_the_ranks_of_this_machine(on: None, monkeypatch: pytest.Mon
     assert torch.cuda.device_count() == 4
 
 
-def test_contexts_do_nothing(on: None) -> None:
+def test_cuda_contexts_do_nothing(on: None) -> None:
     with torch.cuda.device(1), torch.cuda.stream(torch.cuda.Stream()), torch.cuda.nvtx.range("forward"):
         assert torch.ones(2, device="cuda").sum() == 2
 
 
-def test_events_read_the_clock(on: None) -> None:
+def test_cuda_events_read_the_clock(on: None) -> None:
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     time.sleep(0.01)
@@ -162,7 +162,7 @@ def test_events_read_the_clock(on: None) -> None:
     assert start.elapsed_time(end) >= 10
 
 
-def test_random_states(on: None) -> None:
+def test_cuda_random_states_are_the_cpus(on: None) -> None:
     outer = torch.get_rng_state()
     try:
         torch.cuda.manual_seed_all(5)
@@ -176,7 +176,7 @@ def test_random_states(on: None) -> None:
         torch.set_rng_state(outer)
 
 
-def test_a_graph_cannot_be(on: None) -> None:
+def test_a_cuda_graph_is_refused_in_one_sentence(on: None) -> None:
     with pytest.raises(cpu.NeedsGPU, match="CUDA graphs need a GPU: leave"):
         torch.cuda.CUDAGraph()
 
@@ -184,7 +184,7 @@ def test_a_graph_cannot_be(on: None) -> None:
 # ---- the word "cuda" ----------------------------------------------------------------------------------------------
 
 
-def test_devices_in_calls(on: None) -> None:
+def test_cuda_devices_in_calls_mean_the_cpu(on: None) -> None:
     x = torch.arange(3, device="cuda:1")
     device = torch.device("cuda", 0)
     made = [
@@ -207,7 +207,7 @@ def test_devices_in_calls(on: None) -> None:
     x.record_stream(torch.cuda.current_stream())
 
 
-def test_types_by_name(on: None) -> None:
+def test_tensor_types_can_be_named_as_cudas(on: None) -> None:
     x = torch.zeros(2)
     assert x.type() == "torch.cuda.FloatTensor" and x.bfloat16().type() == "torch.cuda.BFloat16Tensor"
     assert x.type("torch.cuda.HalfTensor").dtype == torch.float16
@@ -220,7 +220,7 @@ def test_words_that_are_no_device_stay(on: None) -> None:
         torch.zeros(1, device="cudart")
 
 
-def test_later_threads_too(on: None) -> None:
+def test_threads_started_later_are_in_cpu_mode_too(on: None) -> None:
     found: list[Any] = []
     thread = threading.Thread(target=lambda: found.append(torch.zeros(1, device="cuda").device.type))
     thread.start()
@@ -295,7 +295,7 @@ assert layers.RowParallelLinear.forward is before
 """
 
 
-def test_a_notebook_that_imported_megatron_first() -> None:
+def test_a_notebook_may_import_megatron_first() -> None:
     command = [sys.executable, "-c", NOTEBOOK]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=patient(120))
     assert ran.returncode == 0, ran.stderr

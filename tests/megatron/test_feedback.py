@@ -125,7 +125,7 @@ def test_interleaved_forwards_keep_their_own() -> None:
     assert one.layers[0].fc2.seen is one.layers[0].proj.seen is not two.layers[0].proj.seen
 
 
-def test_off_with_a_reason() -> None:
+def test_feedback_that_is_off_is_counted_with_its_reason() -> None:
     x = torch.ones(3, 8)
     Stack().train()(x)
     with torch.enable_grad():

@@ -34,7 +34,7 @@ def checkout(tmp_path: Path) -> str:
     return str(tmp_path)
 
 
-def test_it_is_valid_shell() -> None:
+def test_the_script_is_valid_shell() -> None:
     assert subprocess.run(["bash", "-n", str(SCRIPT)]).returncode == 0
     assert os.access(SCRIPT, os.X_OK)
 
@@ -52,7 +52,7 @@ def test_without_bits_there_is_no_flag_and_only_the_folder_differs(checkout: str
     assert compressed.replace(" --flash-comm-bits 6", "").replace("runs/6", "runs/exact") == exact
 
 
-def test_text_and_cpu(checkout: str) -> None:
+def test_a_users_text_and_cpu_mode_reach_the_command(checkout: str) -> None:
     words = script(checkout, DRY_RUN="1", CPU="1", DATA="my text", VOCAB="v.json", MERGES="m.txt").stdout
     assert "-m flashcomm_megatron --cpu " in words and "--mock-data" not in words
     assert shlex.split(words)[shlex.split(words).index("--data-path") + 1] == "my text"

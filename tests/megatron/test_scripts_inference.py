@@ -24,6 +24,8 @@ PROMPT, TOKENS = "Tim and Sue went to the", 40
 STATIC = try_scripts.SCRIPTS[1]
 SENTENCE = "flashcomm_megatron: error: Dynamic batching needs flash-attention, which needs a GPU: "
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def model(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
@@ -83,7 +85,7 @@ def test_four_bits_give_sensible_english(static: dict[int, dict[str, Any]], shar
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_start_and_closing_line(static: dict[int, dict[str, Any]], bits: int) -> None:
+def test_the_scripts_print_one_start_and_one_closing_line(static: dict[int, dict[str, Any]], bits: int) -> None:
     printed = static[bits]["printed"]
     assert printed.count(f"flash-comm: {bits}-bit auto") == 1
     # Two sums in each of six layers for the prompt and every token but the last.

@@ -18,6 +18,7 @@ from patience import patient
 
 SCALARS = {"flash-comm/wire-bytes", "flash-comm/exact-bytes", "flash-comm/compression", "flash-comm/quantized-calls"}
 TRAIN = try_scripts.TRAIN
+pytestmark = pytest.mark.slow
 
 
 def losses(output: str) -> dict[int, str]:

@@ -223,7 +223,7 @@ def test_what_travels_between_pipeline_stages_is_not_touched(four: list[dict[Any
             assert all(torch.equal(a, b) for a, b in zip(sender[kind], receiver[kind], strict=True))
 
 
-def test_replicas_agree(four: list[dict[Any, Any]]) -> None:
+def test_data_parallel_replicas_hold_the_same_bits(four: list[dict[Any, Any]]) -> None:
     for one, other in zip(four[:2], four[2:], strict=True):
         for distributed in (False, True):
             assert one[distributed]["stats"]["deferred"] == {}

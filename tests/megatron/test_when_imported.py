@@ -40,7 +40,7 @@ def test_the_callback_comes_after_the_module_has_run(package: Path) -> None:
     assert waiting() == 0
 
 
-def test_at_once_if_it_is_there(package: Path) -> None:
+def test_a_module_that_is_there_is_called_for_at_once(package: Path) -> None:
     importlib.import_module("late.target")
     seen = []
     when_imported("late.target", lambda: seen.append("called"))

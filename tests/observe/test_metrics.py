@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import itertools
 import json
 import logging
 import sys
@@ -23,6 +23,7 @@ from flashcomm_megatron.observe import error_sampling as sampling
 
 CONFIG = fc.Config(bits=4, min_bytes=0)
 CODEC = CONFIG.legs.reduce
+NUMBERS = itertools.count()
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +31,6 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No counts, samples, destinations or configuration left over from another test."""
     fc.reset_stats()
     sampling.reset()
-    monkeypatch.setattr(importlib.import_module("flashcomm_megatron.observe.metrics"), "_described", set())
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     yield
     config.set_current(None)
@@ -56,7 +56,7 @@ def some_calls(rank: int, world: int, folder: str) -> dict[str, float]:
     return fc.log_metrics(7, {"loss": 2.5})
 
 
-def test_scalars_of_a_run(tmp_path: Path) -> None:
+def test_scalars_of_a_run_are_those_counted(tmp_path: Path) -> None:
     seen = spawn(some_calls, 2, str(tmp_path))
     wire = 3 * fc.wire_bytes(4096, CONFIG) + fc.wire_bytes(4096, CONFIG, "gather") + 8 * 4
     exact = 4 * 4096 * 4 + 8 * 4
@@ -148,7 +148,7 @@ def test_sampling_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_cuda_sees_no_wait() -> None:
+def test_sampling_on_cuda_waits_for_nothing() -> None:
     x = values(640).cuda()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -177,7 +177,7 @@ class Wandb(ModuleType):
 
     def __init__(self) -> None:
         super().__init__("wandb")
-        self.run = SimpleNamespace(id="abc")
+        self.run = SimpleNamespace(id=f"run {next(NUMBERS)}")  # a new run: it has our settings yet to get
         self.logged: list[tuple[int, dict[str, float]]] = []
         self.configs: list[dict[str, Any]] = []
         self.config = SimpleNamespace(update=lambda entries, allow_val_change: self.configs.append(entries))
@@ -311,7 +311,7 @@ def test_tensorboard_gets_ours_only(megatron: Megatron) -> None:
     assert "lm loss" not in megatron.tensorboard.scalars  # Megatron's own line
 
 
-def test_once_an_interval(megatron: Megatron) -> None:
+def test_logging_happens_once_an_interval(megatron: Megatron) -> None:
     for step in range(1, 16):
         megatron.log(LOSSES, {}, 0.1, iteration=step, loss_scale=1.0)
     assert [step for step, _ in megatron.wandb.logged] == [5, 10, 15]
@@ -328,14 +328,14 @@ def test_a_rank_without_writers_reads_nothing(megatron: Megatron) -> None:
     assert "all_reduce" in sampling.read()
 
 
-def test_file_without_any_writer(megatron: Megatron, tmp_path: Path) -> None:
+def test_the_metrics_file_needs_no_writer(megatron: Megatron, tmp_path: Path) -> None:
     megatron.writers["wandb"] = None
     config.set_current(fc.Config(bits=4, metrics=str(tmp_path / "run.jsonl")))
     megatron.log(LOSSES, {}, 0.1, 10, 1.0)
     assert lines(tmp_path / "run.jsonl")[1]["lm loss"] == 4.25
 
 
-def test_off_logs_nothing(megatron: Megatron) -> None:
+def test_when_off_nothing_is_logged(megatron: Megatron) -> None:
     config.set_current(None)
     assert megatron.log(LOSSES, {}, 0.1, 10, 1.0) == "report"
     assert megatron.wandb.logged == []
@@ -369,4 +369,4 @@ def test_enable_wraps_and_disable_restores(monkeypatch: pytest.MonkeyPatch) -> N
     assert fake.module.training_log is not fake.original
     fc.disable()
     assert fake.module.training_log is fake.original
-    assert training_log.SEAM.path not in patching._applied
+    assert patching.status([training_log.SEAM]) == [(training_log.SEAM.path, "fits")]

@@ -9,6 +9,7 @@ pytest.importorskip("megatron.core", reason="megatron-core is not installed")
 import long_training
 
 STEPS = 120
+pytestmark = pytest.mark.slow
 
 
 def test_a_resumed_run_has_the_weights_of_one_that_went_through() -> None:

@@ -9,6 +9,7 @@ from ranks import spawn
 from flashcomm_megatron.codec import extension
 
 CALLS = 600
+pytestmark = pytest.mark.slow
 
 
 @pytest.mark.skipif(extension.module() is None, reason="the extension is not built")

@@ -1,13 +1,13 @@
-// Runs the CUDA kernels of csrc/ without a GPU: fibers for threads, blocks of all ranks in random order.
+// Runs the fused collectives of csrc/ in an order drawn from a seed: fibers for threads, blocks of all ranks in turn.
 //
-// Which block goes on is drawn from a seed, so ranks overtake each other by whole rounds and calls; fibers.h has the rest
-// and what this cannot show. tests/support/emulator.py builds this and calls the functions at the end.
+// stand_ins/cuda runs the same kernels, and the codec's, below the host code as it is, each stream's blocks in turn. Only
+// here do ranks overtake each other by whole rounds and calls, repeatably. fibers.h has the rest and what this cannot
+// show. tests/support/emulator.py builds this and calls the functions at the end.
 #include "stand_ins/cuda/fibers.h"
 
 #include <deque>
 #include <random>
 
-#include "cuda/codec_kernels.h"
 #include "cuda/collectives.h"
 #include "cuda/instances.h"
 
@@ -135,62 +135,6 @@ int run(World* world, const Job* jobs, int count, unsigned seed, unsigned absent
         Block& block = ranks[r].blocks[b];
         for (int steps = 1 + (int)(random() % 40); steps && !block.ended(); steps--) step(block);
     }
-}
-
-static void run_blocks(int64_t count, const std::function<void()>& body) {
-    for (int64_t index = 0; index < count; index++) {
-        Block block(body, index, count, kThreads);
-        while (!block.ended()) step(block);
-    }
-}
-
-// The codec kernels; `blocks` is the grid. False where the block has no whole tile.
-bool encode(const void* x, int dtype, int64_t numel, const Setting* with, int64_t blocks, uint8_t* payload,
-            void* residual) {
-    bool found = false;
-    if (with->format == kUniformFormat) with_dtype(dtype, [&](auto type) {
-        using T = typename decltype(type)::type;
-        const int tile = tensor_tile<T>(numel, with->block, blocks);
-        found = tile != 0;
-        if (found) with_bits(with->bits, [&](auto width) {
-            const TensorCodec<width.value, T> codec(numel, with->block, tile);
-            run_blocks(blocks, [&] { codec.encode((const typename T::Word*)x, payload); });
-        });
-    });
-    with_direct(with->format, dtype, residual, [&](auto tile, auto type) {
-        using T = typename decltype(type)::type;
-        const DirectCodec<typename decltype(tile)::type, T> codec(*with, numel, blocks);
-        found = codec.tile != 0;
-        if (found) run_blocks(blocks, [&] {
-            codec.encode((const typename T::Word*)x, payload, (typename T::Word*)residual);
-        });
-    });
-    return found;
-}
-
-bool decode_sum(const uint8_t* const* payloads, int count, int dtype, int64_t numel, const Setting* with,
-                int64_t blocks, void* out) {
-    bool found = false;
-    Payloads all{};
-    for (int p = 0; p < count; p++) all.at[p] = payloads[p];
-    if (with->format == kUniformFormat) with_dtype(dtype, [&](auto type) {
-        using T = typename decltype(type)::type;
-        const int tile = tensor_tile<T>(numel, with->block, blocks);
-        found = tile != 0;
-        if (found) with_bits(with->bits, [&](auto width) {
-            const TensorCodec<width.value, T> codec(numel, with->block, tile);
-            run_blocks(blocks, [&] { codec.decode_sum(all, count, (typename T::Word*)out); });
-        });
-    });
-    with_direct(with->format, dtype, false, [&](auto tile, auto type) {
-        using T = typename decltype(type)::type;
-        const DirectCodec<typename decltype(tile)::type, T> codec(*with, numel, blocks);
-        found = codec.tile != 0;
-        if (found) run_blocks(ceil_div(numel, kLeastTile), [&] {
-            codec.decode_sum(all, count, (typename T::Word*)out);
-        });
-    });
-    return found;
 }
 
 // The rules by name, for the model to compare itself with.

@@ -1,4 +1,4 @@
-"""The CUDA kernels run on the host (emulator.cpp): built once with the system's compiler and called through ctypes."""
+"""The fused collectives run on the host, ranks in any order: emulator.cpp, built once, called through ctypes."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def library() -> Any:
         getattr(loaded, name).restype = ctypes.c_void_p
     for name in ("world_error", "world_epoch"):
         getattr(loaded, name).restype = ctypes.c_uint64
-    for name in ("shape", "encode", "decode_sum", "rule_reached"):
+    for name in ("shape", "rule_reached"):
         getattr(loaded, name).restype = ctypes.c_bool
     return loaded
 
@@ -138,23 +138,3 @@ class World:
     def epoch(self, rank: int) -> int:
         """Rounds this rank has ended."""
         return library().world_epoch(self, rank)
-
-
-def encode(codec: Any, x: Tensor, memory: Tensor | None = None, blocks: int = 2) -> Tensor | None:
-    """The payload of the codec kernel run with a grid of ``blocks``; None where the block has no whole tile."""
-    payload = torch.full((codec.wire_bytes(x.numel()),), 0xEE, dtype=torch.uint8)
-    size, grid, setting = ctypes.c_int64(x.numel()), ctypes.c_int64(blocks), Setting(*codec.native)
-    before = ctypes.c_void_p(x.data_ptr()), DTYPES[x.dtype], size, ctypes.byref(setting), grid
-    after = ctypes.c_void_p(payload.data_ptr()), ctypes.c_void_p(0 if memory is None else memory.data_ptr())
-    done = library().encode(*before, *after)
-    return payload if done else None
-
-
-def decode_sum(codec: Any, payloads: Sequence[Tensor], numel: int, dtype: torch.dtype, blocks: int = 2) -> Tensor:
-    """What the decode kernel writes, run with a grid of ``blocks``."""
-    out = torch.full((numel,), torch.nan, dtype=dtype)
-    addresses = (ctypes.c_void_p * len(payloads))(*(payload.data_ptr() for payload in payloads))
-    size, grid, setting = ctypes.c_int64(numel), ctypes.c_int64(blocks), Setting(*codec.native)
-    target = ctypes.c_void_p(out.data_ptr())
-    assert library().decode_sum(addresses, len(payloads), DTYPES[dtype], size, ctypes.byref(setting), grid, target)
-    return out

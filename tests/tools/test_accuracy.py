@@ -17,9 +17,10 @@ from flashcomm_megatron.collectives.algorithms import Residuals
 from flashcomm_megatron.config import Config
 from flashcomm_megatron.tools import accuracy
 from flashcomm_megatron.tools.accuracy import plot, sweep
+from flashcomm_megatron.tools.accuracy.baselines import BASELINES, Float8, Symmetric
 from flashcomm_megatron.tools.accuracy.llama import Llama, windows
 from flashcomm_megatron.tools.accuracy.ranks import Compressed, exact, payload_bytes
-from flashcomm_megatron.tools.accuracy.score import Bench, Score
+from flashcomm_megatron.tools.accuracy.score import Bench, Method, Score, Tally
 
 save_file = pytest.importorskip("safetensors.torch", reason="safetensors is not installed").save_file
 tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
@@ -106,7 +107,7 @@ def test_without_compression_ranks_change_nothing_but_the_order_of_additions(mod
         assert torch.allclose(model(tokens(), world, exact), model(tokens(), 1, exact), atol=1e-4)
 
 
-def test_a_cache_continues(model: Llama) -> None:
+def test_a_cache_continues_a_text_as_the_whole_does(model: Llama) -> None:
     whole, cache = model(tokens(), 1, exact), {}
     pieces = [model(part, 1, exact, cache) for part in (tokens()[:, :7], tokens()[:, 7:8], tokens()[:, 8:9])]
     assert torch.allclose(torch.cat(pieces, 1), whole[:, :9], atol=1e-4)
@@ -158,7 +159,7 @@ def test_one_rank_loses_nothing(bench: Bench) -> None:
     assert score.diverged_after == 12 and set(score.agreement_by_quarter) == {1.0}
 
 
-def test_scores_say_what_they_say(bench: Bench, model: Llama) -> None:
+def test_scores_are_those_of_their_definitions(bench: Bench, model: Llama) -> None:
     score = bench.score(Config(bits=3, min_bytes=0), 2, with_sites=True)
     reference = model(bench.windows, 1, exact)[:, :-1].log_softmax(-1)
     found = model(bench.windows, 2, Compressed(Config(bits=3, min_bytes=0), 2, {}))[:, :-1].log_softmax(-1)
@@ -186,10 +187,160 @@ def test_generation_diverges_where_the_text_does(bench: Bench, model: Llama) -> 
     assert bench.score(config, 2, with_sites=False).diverged_after == same
 
 
-def test_wider_is_better(bench: Bench) -> None:
+def test_wider_formats_are_closer(bench: Bench) -> None:
     for recipe in ("auto", "flash-v1", "flash-v2", "mx-int"):
         losses = [bench.score(Config(bits=bits, recipe=recipe, min_bytes=0), 2, False).kl for bits in (4, 8)]
         assert losses[1] < 0.2 * losses[0], recipe
+
+
+def test_windows_are_streamed_and_the_exact_model_reads_each_once(
+    folder: Path, model: Llama, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One window at a time: the same scores as all at once, and one exact forward a window for two methods."""
+    read: list[tuple[int, int]] = []
+    forward = Llama.__call__
+
+    def counted(self: Llama, batch: Tensor, world: int, *more: object) -> Tensor:
+        read.append((world, len(batch)))
+        return forward(self, batch, world, *more)  # type: ignore[arg-type]
+
+    streamed = Bench(model, bench.windows, 2, 8, 0)
+    streamed.batch = 1
+    monkeypatch.setattr(Llama, "__call__", counted)
+    configs = [Config(bits=bits, recipe="flash-v1", min_bytes=0) for bits in (8, 4)]
+    todo = [(Method("flash-v1", config, 2), Tally()) for config in configs]
+    assert streamed.steps(todo, with_sites=False) == 3 * 4 == sum(streamed.run(todo, with_sites=False))
+    assert read == [(1, 1), (2, 1), (2, 1)] * 4
+    for method, tally in todo:
+        found, whole = streamed.finish(method, tally), bench.score(method.config, 2, False)
+        assert found.rise == pytest.approx(whole.rise, rel=1e-5) and found.kl == pytest.approx(whole.kl, rel=1e-4)
+
+
+def test_errors_are_those_of_the_windows(bench: Bench, model: Llama) -> None:
+    """The standard error of the rise, from losses computed here; none for one window."""
+    config = Config(bits=3, min_bytes=0)
+    losses = []
+    for add, world in ((exact, 1), (Compressed(config, 2, {}), 2)):
+        logits = model(bench.windows, world, add)[:, :-1].double()
+        losses.append(torch.nn.functional.cross_entropy(logits.transpose(1, 2), bench.windows[:, 1:], reduction="none"))
+    excess = (losses[1] - losses[0]).mean(1)
+    score = bench.score(config, 2, False)
+    error = math.exp(excess.mean().item()) * excess.std().item() / len(excess) ** 0.5
+    assert score.rise_error == pytest.approx(error, rel=1e-3)
+    perplexity, its_error = bench.exact_perplexity
+    assert perplexity == pytest.approx(losses[0].mean().exp().item(), rel=1e-5)
+    assert its_error == pytest.approx(perplexity * losses[0].mean(1).std().item() / len(excess) ** 0.5, rel=1e-3)
+    alone = Bench(model, bench.windows[:1], 1, 8, 0).score(config, 2, False)
+    assert alone.rise_error is None and alone.kl_error is None
+
+
+def test_a_stopped_run_goes_on_within_a_method(folder: Path, model: Llama, bench: Bench, tmp_path: Path) -> None:
+    """Stopped after two of four windows, it reads the other two only, and ends with the same score."""
+    wanted = sweep.methods(["auto"], [4], [2], [None], "auto")
+    results, stopped = sweep.Results(str(tmp_path), {}), Bench(model, bench.windows, 2, 8, 0)
+    stopped.batch = 1
+    results.tallies |= {"exact": stopped.exact, wanted[0].key: (tally := Tally())}
+    run = stopped.run([(wanted[0], tally)], False)
+    for _ in range(4):  # exact, method, exact, method
+        next(run)
+    results.save()
+    again, resumed = sweep.Results(str(tmp_path), {}), Bench(model, bench.windows, 2, 8, 0)
+    resumed.batch = 1
+    assert len(again.tallies[wanted[0].key].loss) == 2
+    resumed.exact = again.tallies["exact"]
+    assert resumed.steps([(wanted[0], again.tallies[wanted[0].key])], False) == 4
+    sweep.run(wanted, again, resumed, False)
+    found, whole = again.scores[wanted[0].key], bench.score(wanted[0].config, 2, False)
+    assert found.kl == pytest.approx(whole.kl, rel=1e-3) and found.rise == pytest.approx(whole.rise, abs=1e-5)
+
+
+def test_progress_is_said_without_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first and the last step, and one line each half minute in between, with the time that is left."""
+    now = 0.0
+    monkeypatch.setattr(sweep.time, "monotonic", lambda: now)
+    progress = sweep.Progress(100)
+    for _ in range(100):
+        now += 2.0
+        progress.advance(1, "window")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "accuracy: 1 of 100 forwards, window, about 3 min left"
+    assert lines[1] == "accuracy: 16 of 100 forwards, window, about 3 min left"
+    assert lines[-1] == "accuracy: 100 of 100 forwards, window, about 0 s left" and len(lines) == 8
+
+
+# ---- baselines ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [4, 6])
+def test_quickreduce_is_its_published_format(bits: int) -> None:
+    """The largest magnitude becomes the most negative code and comes back as float16 gives it; half a step elsewhere,
+    a whole one at the other end, where the positive codes stop."""
+    codec = Symmetric(bits)
+    x = torch.randn(32 * 50, generator=torch.Generator().manual_seed(bits))
+    out = codec.decode_sum([codec.encode(x)], torch.empty_like(x))
+    blocks, found = x.view(-1, 32), out.view(-1, 32)
+    step = blocks.abs().amax(1, keepdim=True) / (1 << (bits - 1))
+    assert ((found - blocks).abs() <= step * 1.002).all()
+    inner = blocks.abs() < step * ((1 << (bits - 1)) - 1.6)
+    assert ((found - blocks).abs() <= step * 0.502)[inner].all()
+    assert codec.wire_bytes(3072) == 3072 * bits / 8 + 2 * 96
+    assert codec.decode_sum([codec.encode(torch.zeros(40))], torch.empty(40)).tolist() == [0.0] * 40
+
+
+def test_float8_is_e4m3_in_blocks_of_128() -> None:
+    codec = Float8()
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    out = codec.decode_sum([codec.encode(x)], torch.empty_like(x))
+    for first in range(0, 1000, 128):
+        part, found = x[first : first + 128], out[first : first + 128]
+        least = part.abs().max() / 448 * 2**-10  # half of the smallest subnormal
+        assert ((found - part).abs() <= torch.maximum(part.abs() / 16 * 1.001, least)).all()
+    assert codec.wire_bytes(512) == 512 + 4 * 4
+    assert codec.decode_sum([codec.encode(torch.zeros(40))], torch.empty(40)).tolist() == [0.0] * 40
+
+
+def test_baselines_are_scored(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = ["--out", str(tmp_path), "--recipe", "quickreduce,fp8", "--tp", "2", "--generate", "0"]
+    assert accuracy.main([*arguments(folder), *more]) == 0
+    scores = json.loads((tmp_path / "accuracy.json").read_text())["scores"]
+    assert list(scores) == ["quickreduce 6-bit TP2", "quickreduce 4-bit TP2", "fp8 8-bit TP2"]
+    bits = [round(each["wire_bits"], 1) for each in scores.values()]
+    assert bits == [6.5, 4.5, 8.2]
+    six, four, float8 = (each["kl"] for each in scores.values())
+    assert 0 < six < four / 5 and 0 < float8 < four / 5
+
+
+# ---- checkpoints as they come -----------------------------------------------------------------------------------
+
+
+def variant(folder: Path, to: Path, **config: object) -> Path:
+    """The checkpoint with another config.json."""
+    for name in ("model.safetensors", "tokenizer.json", "text.txt"):
+        (to / name).symlink_to(folder / name)
+    (to / "config.json").write_text(json.dumps(CONFIG | config))
+    return to
+
+
+def test_a_declared_context_sizes_nothing(folder: Path, model: Llama, tmp_path: Path) -> None:
+    long = Llama(str(variant(folder, tmp_path, max_position_embeddings=131072)))
+    assert torch.equal(long(tokens(), 1, exact), model(tokens(), 1, exact))
+    assert len(long.rotations[0]) < 100
+
+
+def test_a_model_without_bos_reads_text_alone(folder: Path, tmp_path: Path) -> None:
+    alone = variant(folder, tmp_path, bos_token_id=None)
+    assert windows(str(alone), str(alone / "text.txt"), Llama(str(alone)), 4, 2).shape == (2, 4)
+    with_bos = windows(str(folder), str(folder / "text.txt"), Llama(str(folder)), 4, 2)
+    without = windows(str(alone), str(alone / "text.txt"), Llama(str(alone)), 4, 2)
+    assert without.flatten()[:3].tolist() == with_bos[0, 1:].tolist()
+    assert accuracy.main([*arguments(alone), "--tp", "2", "--bits", "4", "--recipe", "auto"]) == 0
+
+
+def test_sizes_that_the_heads_allow_are_the_default(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert Llama(str(folder)).rank_counts == [1, 2]
+    assert accuracy._worlds(None, Llama(str(folder))) == [1, 2]
 
 
 # ---- the command -------------------------------------------------------------------------------------------------
@@ -205,11 +356,14 @@ def test_the_command_writes_and_resumes(
     assert lines[0].startswith("recipe,bits,tp,block,wire_bits,perplexity,rise")
     assert "flash-v1" in capsys.readouterr().out
 
-    scored: list[Config] = []
-    original = Bench.score
-    monkeypatch.setattr(Bench, "score", lambda self, config, *a: scored.append(config) or original(self, config, *a))
+    scored: list[str] = []
+    finish = Bench.finish
+    monkeypatch.setattr(
+        Bench, "finish", lambda self, method, t: scored.append(method.recipe) or finish(self, method, t)
+    )
     assert accuracy.main(arguments(folder, *few, "auto,flash-v1,outlier,mx")) == 0
-    assert {config.recipe for config in scored} == {"mx"}, "what was scored is not scored again"
+    assert set(scored) == {"mx"}, "what was scored is not scored again"
+    assert "exact: perplexity" in capsys.readouterr().out
 
     assert accuracy.main([*arguments(folder, *few, "auto"), "--length", "30"]) == 2
     assert "was made with other length" in capsys.readouterr().err
@@ -219,6 +373,8 @@ def test_the_command_writes_and_resumes(
     ("more", "sentence"),
     [
         (["--recipe", "best"], "choose all or some of auto"),
+        (["--tp", "4"], "--tp 4: 4 attention heads, 2 key/value heads and 96 MLP features cannot all be shared by 4"),
+        (["--tp", "4"], "Choose from 1, 2."),
         (["--length", "60"], "must fit the model's context of 48"),
         (["--sequences", "99"], "99 wanted; lower --sequences"),
     ],
@@ -245,9 +401,9 @@ def test_documents_give_their_beginnings(folder: Path, model: Llama, tmp_path: P
 def test_all_means_every_recipe_at_every_width_it_has() -> None:
     from flashcomm_megatron.codec.recipes import RECIPES
 
-    rows = sweep.combinations(RECIPES, range(2, 9), [2, 8], [None], "auto")
-    assert len(rows) == 2 * sum(len(row.widths) for row in RECIPES.values())
-    assert len({sweep.name(*each) for each in rows}) == len(rows)
+    rows = sweep.methods([*RECIPES, *BASELINES], range(2, 9), [2, 8], [None], "auto")
+    assert len(rows) == 2 * sum(len(row.widths) for row in (*RECIPES.values(), *BASELINES.values()))
+    assert len({each.key for each in rows}) == len(rows)
 
 
 def row(bits: float, rise: float) -> Score:

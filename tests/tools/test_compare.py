@@ -46,7 +46,7 @@ def rows(what: table.Comparison) -> dict[str, table.Row]:
 # ---- JSON lines -----------------------------------------------------------------------------------------------------
 
 
-def test_lines_are_read(tmp_path: Path) -> None:
+def test_a_metrics_file_is_read(tmp_path: Path) -> None:
     run = read(str(write(tmp_path / "four.jsonl", steps=3)))
     assert run.name == "four" and run.settings == {"bits": 4, "recipe": "auto"} and run.notes == []
     assert run.series("flash-comm/wire-bytes") == ([1, 2, 3], [GIB / 4, GIB / 2, GIB * 3 / 4])
@@ -110,17 +110,17 @@ def test_a_folder_of_several_runs_lists_them(tmp_path: Path) -> None:
         read(str(tmp_path))
 
 
-def test_a_folder_without_runs(tmp_path: Path) -> None:
+def test_a_folder_without_runs_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CannotRead, match=r"no run in this folder, neither \*\.wandb nor \*\.jsonl"):
         read(str(tmp_path))
 
 
-def test_nothing_of_that_name() -> None:
+def test_a_missing_run_is_refused_by_name() -> None:
     with pytest.raises(CannotRead, match=r"gone\.jsonl: no such file or folder"):
         read("gone.jsonl")
 
 
-def test_a_file_without_a_step(tmp_path: Path) -> None:
+def test_a_file_without_a_step_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "other.jsonl"
     path.write_text('{"config": {}}\n[1, 2]\n')
     with pytest.raises(CannotRead, match=r"no logged step in it\. .*line 2 is no JSON"):
@@ -190,7 +190,7 @@ def test_runs_of_one_name_are_told_apart(tmp_path: Path, capsys: pytest.CaptureF
 # ---- numbers --------------------------------------------------------------------------------------------------------
 
 
-def test_final_numbers(tmp_path: Path) -> None:
+def test_final_numbers_are_those_of_the_runs(tmp_path: Path) -> None:
     runs = [
         read(str(write(tmp_path / "base.jsonl", loss=2.0))),
         read(str(write(tmp_path / "b.jsonl", loss=2.5, steps=20))),
@@ -340,7 +340,7 @@ def test_names_are_escaped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "<b>" not in html and "&lt;b&gt;&amp;x" in html
 
 
-def test_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_plot_is_written_as_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     compare(tmp_path, capsys, write(tmp_path / "a.jsonl"), write(tmp_path / "b.jsonl"), "--png")
     for plot in plots.PLOTS:
         assert (tmp_path / f"out-{plot.name}.png").read_bytes().startswith(b"\x89PNG")
@@ -359,7 +359,7 @@ def test_a_workspace_needs_entity_and_project(tmp_path: Path, capsys: pytest.Cap
     assert code == 2 and html == "" and "--wandb project: give entity/project." in said
 
 
-def test_module_command(tmp_path: Path) -> None:
+def test_the_command_writes_the_page(tmp_path: Path) -> None:
     shutil.copy(write(tmp_path / "a.jsonl"), tmp_path / "b.jsonl")
     done = subprocess.run(
         [sys.executable, "-m", "flashcomm_megatron", "compare", "a.jsonl", "b.jsonl"],

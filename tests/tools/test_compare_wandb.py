@@ -82,7 +82,7 @@ def test_an_empty_wandb_file_is_said(tmp_path: Path) -> None:
         read(str(tmp_path))
 
 
-def test_a_run_of_the_service(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_of_wandbs_service_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     history = [{"_step": 1, "_timestamp": 5.0, "lm loss": 2.0, "flash-comm/wire-bytes": 7, "note": "x", "bad": "NaN"}]
     found = SimpleNamespace(name="nice-name", config={"flash-comm": {"bits": 4}}, scan_history=lambda: history)
     fake = ModuleType("wandb")

@@ -200,13 +200,13 @@ def reference_perplexity(shared_data: Path) -> float:
     return math.exp(torch.cat(losses).mean())
 
 
-def test_ranks_report_alike(runs: list[dict[int, generate.Run]]) -> None:
+def test_all_ranks_report_the_same_text(runs: list[dict[int, generate.Run]]) -> None:
     for bits, run in runs[0].items():
         other = runs[1][bits]
         assert (run.text, run.perplexity) == (other.text, other.perplexity)
 
 
-def test_traffic_is_counted(runs: list[dict[int, generate.Run]]) -> None:
+def test_bytes_of_every_sum_are_counted(runs: list[dict[int, generate.Run]]) -> None:
     """Two sums a layer, for each document scored and each token generated; 32 bits a value become 4 and metadata."""
     stats = runs[0][4].stats
     assert stats["quantized"] == stats["calls"] == 2 * 6 * DOCUMENTS
@@ -280,7 +280,7 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-def test_refusals(
+def test_wrong_options_are_refused_before_ranks_start(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One sentence, exit code 2, before any rank is started; only one rank of a machine speaks."""

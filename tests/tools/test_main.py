@@ -106,7 +106,7 @@ def test_an_unknown_variable_is_refused_at_start(script: Path) -> None:
     assert ran.returncode == 2 and ran.stdout == "" and "FLASH_COMM_WIDTH is no variable of flash-comm" in ran.stderr
 
 
-def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_script_the_usage_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     assert main([]) == 2
     assert capsys.readouterr().out.count("torchrun --nproc-per-node 8 -m flashcomm_megatron pretrain_gpt.py") == 2

@@ -61,7 +61,7 @@ def our_flags() -> set[str]:
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name)
-def test_links_resolve(path: Path) -> None:
+def test_links_in_documents_resolve(path: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
         if re.match(r"[a-z]+:", target):
             continue
@@ -74,19 +74,19 @@ def test_links_resolve(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", CURRENT, ids=name)
-def test_paths_exist(path: Path) -> None:
+def test_paths_in_documents_exist(path: Path) -> None:
     for word in set(PATH.findall(code(path))):
         assert any(ROOT.glob(word.rstrip("/"))), f"{name(path)} names {word}"
 
 
 @pytest.mark.parametrize("path", CURRENT, ids=name)
-def test_flags_exist(path: Path) -> None:
+def test_flags_in_documents_exist(path: Path) -> None:
     unknown = set(re.findall(r"--flash-comm(?:-[a-z]+)+", path.read_text())) - our_flags()
     assert not unknown, f"{name(path)}: {sorted(unknown)} not among {sorted(our_flags())}"
 
 
 @pytest.mark.parametrize("path", CURRENT, ids=name)
-def test_script_options_exist(path: Path) -> None:
+def test_script_options_in_documents_exist(path: Path) -> None:
     """In a command that runs one of our scripts, every option is one that the script defines."""
     for script, rest in re.findall(r"((?:examples|benchmarks)/\w+\.py)(.*)", code(path)):
         source = (ROOT / script).read_text()
@@ -95,7 +95,7 @@ def test_script_options_exist(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", CURRENT, ids=name)
-def test_variables_exist(path: Path) -> None:
+def test_environment_variables_in_documents_exist(path: Path) -> None:
     folders = ("flashcomm_megatron", "csrc", "tests")
     files = [ROOT / "setup.py", *(file for folder in folders for file in (ROOT / folder).rglob("*.[pch]*"))]
     known = "".join(file.read_text() for file in files if file.suffix in (".py", ".h", ".cpp", ".cu"))
@@ -104,14 +104,14 @@ def test_variables_exist(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", CURRENT, ids=name)
-def test_make_targets_exist(path: Path) -> None:
+def test_make_targets_in_documents_exist(path: Path) -> None:
     targets = set(re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(), re.M))
     for target in re.findall(r"(?:^|[ ;&])make ((?!\w+=)[a-z-]+)", code(path), re.M):
         assert target in targets, f"{name(path)}: make {target} is not among {sorted(targets)}"
 
 
 @pytest.mark.parametrize("path", CURRENT, ids=name)
-def test_commands_exist(path: Path) -> None:
+def test_commands_in_documents_exist(path: Path) -> None:
     for command in re.findall(r"-m flashcomm_megatron ([a-z]+)(?![\w./])", code(path)):
         assert command in COMMANDS, f"{name(path)}: flashcomm_megatron {command} is not among {sorted(COMMANDS)}"
 

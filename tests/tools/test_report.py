@@ -17,7 +17,7 @@ from flashcomm_megatron.codec import extension
 from flashcomm_megatron.megatron import feedback, seams
 
 
-def test_without_megatron(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_report_works_without_megatron(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "megatron.core", None)
     found = fc.report()
     assert found["megatron-core"].startswith("none (") and found["seams"] == []
@@ -25,7 +25,7 @@ def test_without_megatron(monkeypatch: pytest.MonkeyPatch) -> None:
     assert str(found).splitlines()[0].split() == ["flashcomm_megatron", fc.__version__]
 
 
-def test_state_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_report_says_what_is_on_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "megatron.core", None)
     monkeypatch.delenv("FLASH_COMM_DISABLE", raising=False)
     assert fc.report()["state"] == "off"
@@ -73,7 +73,7 @@ def test_every_seam_fits_the_installed_megatron() -> None:
     assert all(seam.path in str(found) and seam.why for seam in seams.SEAMS)
 
 
-def test_the_command_prints_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_the_report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, "megatron.core", None)
     assert main(["report"]) == 0
     assert capsys.readouterr().out == f"{fc.report()}\n"

@@ -7,6 +7,7 @@ every row-parallel layer the list of partial sums that the ranks would hold. Who
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,12 +43,19 @@ class Llama:
         self.kv_heads = int(self.config.get("num_key_value_heads", self.heads))
         self.width = int(self.config.get("head_dim") or self.config["hidden_size"] // self.heads)
         self.context = int(self.config["max_position_embeddings"])
-        self.rotations = _rotations(self.width, self.context, _theta(self.config))
+        self.theta = _theta(self.config)
+        self.rotations = _rotations(self.width, 0, self.theta)
 
     @property
     def sites(self) -> list[str]:
         """The row-parallel layers, in execution order."""
         return [f"layers.{i}.{name}" for i in range(self.layers) for name in ("self_attn.o_proj", "mlp.down_proj")]
+
+    @property
+    def rank_counts(self) -> list[int]:
+        """The tensor-parallel sizes that can share attention heads, key/value heads and MLP features."""
+        shared = math.gcd(self.heads, self.kv_heads, int(self.config["intermediate_size"]))
+        return [count for count in range(1, shared + 1) if shared % count == 0]
 
     def __call__(self, tokens: Tensor, world: int, add: Sum, cache: Cache | None = None) -> Tensor:
         """Logits [batch, tokens, vocabulary] of int64 ``tokens`` [batch, tokens] that follow what ``cache`` holds."""
@@ -84,6 +92,9 @@ class Llama:
 
     def _rotate(self, x: Tensor, start: int) -> Tensor:
         """Rotary embedding, half-split, of [batch, heads, tokens, width] whose first token stands at ``start``."""
+        end = start + x.size(2)
+        if len(self.rotations[0]) < end:  # grown as needed: a context of 131072 tokens is declared, never used up
+            self.rotations = _rotations(self.width, 2 * end, self.theta)
         cosine, sine = (each[start : start + x.size(2)] for each in self.rotations)
         first, second = x.chunk(2, -1)
         return x * cosine + torch.cat([-second, first], -1) * sine
@@ -95,18 +106,20 @@ class Llama:
 
 
 def windows(folder: str, text: str, model: Llama, length: int, count: int) -> Tensor:
-    """``count`` windows of ``length`` tokens, int64, each BOS and text.
+    """``count`` windows of ``length`` tokens, int64, each BOS (where the model has one) and text.
 
     A file with ``<|endoftext|>`` gives the beginning of each document that is long enough, any other file consecutive
     pieces. ValueError if there are too few.
     """
     tokenizer = _needs("tokenizers").Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
     documents = [each.strip() for each in Path(text).read_text().split("<|endoftext|>") if each.strip()]
-    bos, rows = int(model.config["bos_token_id"]), []
+    bos = model.config.get("bos_token_id")
+    head = [] if bos is None else [int(bos)]
+    taken, rows = length - len(head), []
     for document in documents:
         ids = tokenizer.encode(document, add_special_tokens=False).ids
-        starts = range(0, len(ids), length - 1) if len(documents) == 1 else (0,)
-        rows += [[bos, *ids[start : start + length - 1]] for start in starts]
+        starts = range(0, len(ids), taken) if len(documents) == 1 else (0,)
+        rows += [[*head, *ids[start : start + taken]] for start in starts]
     rows = [row for row in rows if len(row) == length]
     if len(rows) < count:
         raise ValueError(f"--text {text}: {len(rows)} windows of {length} tokens, {count} wanted; lower --sequences.")

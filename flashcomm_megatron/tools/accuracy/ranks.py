@@ -6,7 +6,6 @@ notes, for every site, how much of the sum was lost, and how many bits a value t
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Collection
 
@@ -50,7 +49,8 @@ class Recorder:
 class Compressed:
     """Sums of ``world`` simulated ranks under ``config``.
 
-    ``sites`` are the sites to compress, all if None. ``ranges`` serve recipes that are calibrated.
+    ``sites`` are the sites to compress, all if None. ``ranges`` serve recipes that are calibrated. ``codecs`` stand in
+    for the configuration's own (baselines.py).
     """
 
     def __init__(
@@ -60,8 +60,10 @@ class Compressed:
         ranges: Ranges,
         has_feedback: bool = True,
         sites: Collection[str] | None = None,
+        codecs: Legs | None = None,
     ) -> None:
         self.config, self.world, self.ranges, self.sites = config, world, ranges, sites
+        self.codecs = codecs
         self.has_feedback = has_feedback and RECIPES[config.recipe].feedback
         self.lost: dict[str, float] = defaultdict(float)
         self.sent: dict[str, float] = defaultdict(float)
@@ -96,13 +98,8 @@ class Compressed:
         """Bits on the wire of one value, all included: 16 is what an uncompressed bfloat16 ring would send."""
         return self.bits / self.values if self.values else 0.0
 
-    @property
-    def decibels(self) -> dict[str, float]:
-        """Signal to noise of each site's sums. With feedback the noise includes what is given back."""
-        return {site: 10 * math.log10(self.sent[site] / lost) for site, lost in self.lost.items() if lost}
-
     def _plan(self, site: str, rank: int, x: Tensor) -> policy.Plan:
-        legs = None
+        legs = self.codecs
         if RECIPES[self.config.recipe].calibrated:
             if site not in self.legs:
                 low, high = self.ranges[site]

@@ -1,4 +1,4 @@
-"""The command line of plan."""
+"""The options of plan, and their texts as numbers."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ import sys
 from pathlib import Path
 
 from . import PROJECTION
-from .answers import answer
-from .cost import Computing
 from .hardware import GB, LINKS
 from .models import MODELS
+from .tables import table
 
 UNITS = {"kbit": 1e3 / 8, "mbit": 1e6 / 8, "gbit": 1e9 / 8, "kb": 1e3, "mb": 1e6, "gb": 1e9}
 
@@ -21,7 +20,7 @@ def main(argv: list[str]) -> int:
     """Exit code: 0, or 2 with a sentence when something asked for does not exist or does not fit."""
     options = _parser().parse_args(argv)
     try:
-        found = answer(options)
+        found = table(options)
     except (ValueError, OSError) as error:
         print(f"plan: {error}", file=sys.stderr)
         return 2
@@ -57,7 +56,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--rate", type=float, default=400.0, metavar="GBPS", help="Gbit/s of each GPU's network card. Default: 400")
     add("--sweep", action="store_true", help="draw where it starts to pay")
     add("--out", type=Path, default=Path("plan.png"), help="the figure of --sweep. Default: %(default)s")
-    add("--published", action="store_true", help="compare the planner with figures that others published")
     add("--json", action="store_true", help="print JSON")
     return parser
 
@@ -87,9 +85,9 @@ def _none(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{text}: expected a rate such as 100Mbit, 1Gbit (bits) or 12GB (bytes) a second.")
 
 
-def _speed(text: str) -> Computing:
+def _speed(text: str) -> tuple[float, float]:
     try:
         encode, decode = (float(part) * GB for part in text.split(","))
-        return Computing(encode, decode)
+        return encode, decode
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text}: expected two numbers such as 14.3,16.0.") from None

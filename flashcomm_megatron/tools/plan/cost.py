@@ -1,175 +1,165 @@
-"""The cost of one collective, and of one step of a model: what the planner and the link lab both reckon with.
+"""The time of one collective: latency, bytes over the link's rate, codec work over the codec's speed.
 
-A collective costs the latency of its exchanges, the bytes it sends over the link's rate, and the codec's work over the
-codec's speed; the latter two one after the other, unless the policy cuts the tensor into pieces, which overlap. Bytes
-are those of the real codecs and algorithms, decisions the real policy's. :func:`predict` is the whole model.
+On a GPU nothing overlaps. On a CPU large tensors are cut into pieces that are under way together: of sending and codec
+the longer one counts, and one piece of the other. Bytes are those of the real number formats.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
-
-import torch
+from functools import lru_cache
+from typing import NamedTuple
 
 from ...codec.recipes import RECIPES
-from ...collectives import algorithms
-from ...collectives import plan as policy
-from ...comm.wire import Wire
 from ...config import Config
 from .hardware import MEMORY_EFFICIENCY, Gpu, Link
 
+BYTES = 2  # of a bf16 value
+GPU_MIN_BYTES, CPU_MIN_BYTES = 1 << 20, 1 << 10  # the minimum size of a compressed tensor, where the user sets none
+CPU_PIECE = 256 * 1024  # values of a CPU's piece
+SAMPLE = 1 << 20  # values by which a format's bits a value are found
 
-class Message(NamedTuple):
-    """``times`` equal collectives over ``numel`` values on every rank; of an all_gather, before it."""
 
-    collective: str  # "all_reduce", "reduce_scatter" or "all_gather"
+class Collective(NamedTuple):
+    """``times`` equal collectives over ``numel`` bf16 values on every rank; of an all_gather, before it."""
+
+    kind: str  # "all_reduce", "reduce_scatter" or "all_gather"
     numel: int
     world: int
     times: int = 1
-    dtype: torch.dtype = torch.bfloat16
 
     @property
     def nbytes(self) -> int:
-        return self.numel * self.dtype.itemsize
-
-
-class Work(NamedTuple):
-    """What one rank's codec does in one collective, in bytes of uncompressed values, and of all it reads and writes."""
-
-    encoded: float
-    decoded: float
-    encode_moved: float
-    decode_moved: float
-
-
-class Speed(Protocol):
-    """How fast a codec works."""
-
-    def seconds(self, work: Work) -> float:
-        """Time of ``work``."""
+        return self.numel * BYTES
 
 
 @dataclass(frozen=True)
-class Streaming:
-    """A codec as fast as memory: bytes read and written per second. GPUs; what make gpu-check measures."""
+class Speed:
+    """Bytes per second that a codec encodes and decodes: of values where arithmetic limits it (``by_values``, CPUs),
+    else of all it reads and writes (GPUs)."""
 
     encode: float
     decode: float
-
-    def seconds(self, work: Work) -> float:
-        return work.encode_moved / self.encode + work.decode_moved / self.decode
+    by_values: bool = False
 
 
 @dataclass(frozen=True)
-class Computing:
-    """A codec as fast as its arithmetic: bytes of values per second. CPUs; what benchmarks/bench_codec.py measures."""
-
-    encode: float
-    decode: float
-
-    def seconds(self, work: Work) -> float:
-        return work.encoded / self.encode + work.decoded / self.decode
-
-
-@dataclass(frozen=True)
-class Codec:
-    """What compresses: a configuration, how fast its codecs run, and what joins the ranks (wire.py)."""
+class Compression:
+    """A configuration, the speed of its codecs, and the two numbers that differ between GPUs and CPUs."""
 
     config: Config
     speed: Speed
-    wire: str = "cuda"
+    min_bytes: int = GPU_MIN_BYTES
+    piece: int = 0  # 0: a tensor is sent as one
+
+    def deferred(self, collective: Collective) -> str:
+        """Why the collective stays exact; empty if it is compressed."""
+        least = self.min_bytes if self.config.min_bytes is None else self.config.min_bytes
+        if RECIPES[self.config.recipe].calibrated and collective.kind != "all_gather":
+            return "no calibrated site"
+        return f"below {least} bytes" if collective.nbytes < least else ""
+
+    def one_step(self, collective: Collective) -> bool:
+        """Whether an all-reduce gathers partial sums instead of going in two steps."""
+        asked, usual = self.config.algorithm, RECIPES[self.config.recipe].algorithm
+        automatic = "one-step" if collective.world <= 2 else "two-step"
+        algorithm = next((name for name in (asked, usual) if name != "auto"), automatic)
+        return collective.kind == "all_reduce" and algorithm == "one-step"
+
+    def pieces(self, collective: Collective) -> int:
+        """How many pieces are under way together."""
+        if not self.piece:
+            return 1
+        slices = collective.world if collective.kind == "all_reduce" and not self.one_step(collective) else 1
+        values = collective.numel // collective.world if collective.kind == "reduce_scatter" else collective.numel
+        return max(math.ceil(values / (self.piece * slices)), 1)
 
 
-def assumed_speed(gpu: Gpu) -> Streaming:
-    """Codecs limited by the GPU's memory, where none was measured."""
+def on_gpu(config: Config, gpu: Gpu) -> Compression:
+    """Codecs in fused kernels, limited by the GPU's memory: the assumption where none was measured."""
     rate = gpu.memory_rate * MEMORY_EFFICIENCY
-    return Streaming(rate, rate)
+    return Compression(config, Speed(rate, rate))
 
 
-def predict(link: Link, compute_seconds: float, messages: Iterable[Message], codec: Codec | None = None) -> float:
-    """Seconds of one step: its compute, then each of its collectives, by ``codec`` where the policy says so.
-
-    ``codec`` None: all exact.
-    """
-    return compute_seconds + sum(message.times * seconds(link, message, codec) for message in messages)
+def on_cpu(config: Config, encode: float, decode: float) -> Compression:
+    return Compression(config, Speed(encode, decode, by_values=True), CPU_MIN_BYTES, CPU_PIECE)
 
 
-def seconds(link: Link, message: Message, codec: Codec | None) -> float:
-    """Seconds of one collective."""
-    plan = None if codec is None else plan_of(message, codec)
-    if codec is None or plan is None or plan.reason is not None:
-        return _exact(link, message)
-    sent, exchanges = wire_bytes(message, plan), _exchanges(message, plan)
-    waits = link.latency + link.codec_latency + exchanges * (link.step + (message.world - 1) * link.message)
+# ---- time ----------------------------------------------------------------------------------------------------------
+
+
+def seconds(link: Link, collective: Collective, compression: Compression | None) -> float:
+    """Of all ``collective.times``; ``compression`` None: exact."""
+    if compression is None or compression.deferred(collective):
+        return collective.times * _exact(link, collective)
+    two_step = collective.kind == "all_reduce" and not compression.one_step(collective)
+    exchanges = 2 if two_step else 1
+    waits = link.latency + link.codec_latency + exchanges * (link.step + (collective.world - 1) * link.message)
+    sent = sent_bytes(collective, compression)
+    wire, coding = sent / link.send_rate(collective.world), codec_seconds(collective, compression)
     drained = sent / link.drain if link.drain else 0.0
-    wire, coding = sent / link.send_rate(message.world), codec.speed.seconds(work(message, plan, codec))
-    return waits + drained + max(wire, coding) + min(wire, coding) / pieces(message, plan)
+    overlapped = max(wire, coding) + min(wire, coding) / compression.pieces(collective)
+    return collective.times * (waits + drained + overlapped)
 
 
-def pieces(message: Message, plan: policy.Plan) -> int:
-    """How many pieces are under way together; 1 where nothing overlaps."""
-    piece: int = plan.piece
-    values = message.numel // message.world if message.collective == "reduce_scatter" else message.numel
-    return math.ceil(values / piece) if piece else 1
-
-
-def plan_of(message: Message, codec: Codec) -> policy.Plan:
-    """The policy's plan for a tensor like this; ``reason`` says why it stays exact."""
-    x = torch.empty(1, dtype=message.dtype, device="meta").expand(message.numel)
-    return policy.plan(message.collective, x, message.world, codec.config, wire=Wire(codec.wire))
-
-
-def wire_bytes(message: Message, plan: policy.Plan) -> int:
-    """Bytes that one rank sends."""
-    _, numel, world, *_ = message
-    if message.collective == "reduce_scatter":
-        return (world - 1) * plan.reduce.wire_bytes(numel // world)
-    if message.collective == "all_gather":
-        return (world - 1) * plan.gather.wire_bytes(numel)
-    count = algorithms.one_step_bytes if plan.algorithm == "one-step" else algorithms.two_step_bytes
-    return count(numel, 0, world, plan)
-
-
-def work(message: Message, plan: policy.Plan, codec: Codec) -> Work:
-    """What the codec of one rank has to do."""
-    _, numel, world, *_ = message
-    if message.collective == "all_gather":
-        total = _gather(message.nbytes, plan.gather.wire_bytes(numel), world)
-    elif message.collective == "all_reduce" and plan.algorithm == "one-step":
-        wire = plan.reduce.wire_bytes(numel)
-        total = [message.nbytes, world * message.nbytes, message.nbytes + wire, world * wire + message.nbytes]
-    else:
-        total = _reduce(message.nbytes, plan.reduce.wire_bytes(numel), world)
-        if message.collective == "all_reduce":
-            part = plan.gather.wire_bytes(-(-numel // world))
-            total = [a + b for a, b in zip(total, _gather(message.nbytes / world, part, world), strict=True)]
-    if RECIPES[codec.config.recipe].feedback:  # what was lost is read and written with every value encoded
-        total[2] += 2 * total[0]
-    return Work(*total)
-
-
-def _reduce(nbytes: float, wire: float, world: int) -> list[float]:
-    """Encode a tensor, decode and add as many values from all ranks into one slice."""
-    return [nbytes, nbytes, nbytes + wire, wire + nbytes / world]
-
-
-def _gather(nbytes: float, wire: float, world: int) -> list[float]:
-    """Encode a slice, decode everybody's."""
-    return [nbytes, world * nbytes, nbytes + wire, world * (wire + nbytes)]
-
-
-def _exact(link: Link, message: Message) -> float:
+def _exact(link: Link, collective: Collective) -> float:
     """The better of a ring and, where there is one, the switch that adds."""
-    steps = (message.world - 1) * (2 if message.collective == "all_reduce" else 1)
-    sent = policy.exact_bytes(message.collective, message.nbytes, message.world)
-    ring = link.latency + steps * (link.step + link.message) + sent / link.send_rate(message.world)
-    if link.multicast is None or message.collective != "all_reduce":
+    steps = (collective.world - 1) * (2 if collective.kind == "all_reduce" else 1)
+    wire = exact_bytes(collective) / link.send_rate(collective.world)
+    ring = link.latency + steps * (link.step + link.message) + wire
+    if link.multicast is None or collective.kind != "all_reduce":
         return ring
-    return min(ring, link.latency + message.nbytes / link.multicast)
+    return min(ring, link.latency + collective.nbytes / link.multicast)
 
 
-def _exchanges(message: Message, plan: policy.Plan) -> int:
-    return 2 if message.collective == "all_reduce" and plan.algorithm == "two-step" else 1
+# ---- bytes and codec work ------------------------------------------------------------------------------------------
+
+
+def exact_bytes(collective: Collective) -> int:
+    """Bytes that one rank sends in a ring."""
+    kind, numel, world, _ = collective
+    parts = {"all_reduce": 2 * (world - 1) / world, "reduce_scatter": (world - 1) / world, "all_gather": world - 1}
+    return int(BYTES * numel * parts[kind])
+
+
+def sent_bytes(collective: Collective, compression: Compression) -> float:
+    """Bytes that one rank sends compressed."""
+    kind, numel, world, _ = collective
+    reduce, gather = value_bytes(compression.config)
+    if kind == "all_gather":
+        return (world - 1) * numel * gather
+    if compression.one_step(collective):
+        return (world - 1) * numel * reduce
+    return (world - 1) / world * numel * (reduce + (gather if kind == "all_reduce" else 0.0))
+
+
+@lru_cache
+def value_bytes(config: Config) -> tuple[float, float]:
+    """Bytes a value of the reduce leg and of the gather leg, metadata included."""
+    if RECIPES[config.recipe].calibrated:
+        return config.bits / 8, config.legs.gather.wire_bytes(SAMPLE) / SAMPLE  # a reduce leg without metadata
+    return config.legs.reduce.wire_bytes(SAMPLE) / SAMPLE, config.legs.gather.wire_bytes(SAMPLE) / SAMPLE
+
+
+def codec_seconds(collective: Collective, compression: Compression) -> float:
+    """What one rank encodes and decodes, over the codec's speed."""
+    kind, _, world, _ = collective
+    values: float = collective.nbytes
+    reduce, gather = (each / BYTES for each in value_bytes(compression.config))  # of a value's own bytes
+    # Each leg: values encoded, values decoded, values written after decoding; and the payload's share of a value.
+    if kind == "all_gather":
+        legs = [(values, world * values, world * values, gather)]
+    elif compression.one_step(collective):
+        legs = [(values, world * values, values, reduce)]
+    else:
+        legs = [(values, values, values / world, reduce)]
+        if kind == "all_reduce":
+            legs.append((values / world, values, values, gather))
+    encoded, decoded = sum(leg[0] for leg in legs), sum(leg[1] for leg in legs)
+    if compression.speed.by_values:
+        return encoded / compression.speed.encode + decoded / compression.speed.decode
+    residuals = 2 if RECIPES[compression.config.recipe].feedback else 0  # read and written with every value encoded
+    read = sum((1 + share) * leg[0] for *leg, share in legs) + residuals * encoded
+    written = sum(share * leg[1] + leg[2] for *leg, share in legs)
+    return read / compression.speed.encode + written / compression.speed.decode

@@ -1,6 +1,6 @@
-"""Measurements in place of assumptions: a codec's speed from make gpu-check, a link and a step from the link lab.
+"""Measurements in place of assumptions: a codec's speed from make gpu-check, a link and a step from a link lab.
 
-The link lab's JSON: ``rate_bits_per_second`` of each rank's link, ``latency_seconds`` of one exchange,
+A link lab's JSON: ``rate_bits_per_second`` of each rank's link, ``latency_seconds`` of one exchange,
 ``compute_seconds`` of a step, ``encode_gbytes_per_second`` and ``decode_gbytes_per_second`` of values on one rank.
 """
 
@@ -11,34 +11,37 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .cost import Computing, Streaming
+from .cost import Speed
 from .hardware import GB, Link
 
 GPU_CHECKS = Path("benchmarks/results/gpu-check")  # below the current folder
+LAB = (
+    "rate_bits_per_second",
+    "latency_seconds",
+    "compute_seconds",
+    "encode_gbytes_per_second",
+    "decode_gbytes_per_second",
+)
 
 
 class Lab(NamedTuple):
-    """What the link lab measured."""
+    """What a link lab measured: the link, and bytes of values a second that the codec encodes and decodes."""
 
     link: Link
     compute_seconds: float
-    speed: Computing
+    encode: float
+    decode: float
 
 
 def lab(path: Path) -> Lab:
     """Read a link lab's JSON; ValueError naming what is missing."""
     found = _object(path)
-    rate, latency, compute, encode, decode = (
-        _number(path, found, name)
-        for name in (
-            "rate_bits_per_second",
-            "latency_seconds",
-            "compute_seconds",
-            "encode_gbytes_per_second",
-            "decode_gbytes_per_second",
-        )
-    )
-    return Lab(link(rate / 8, latency, str(path)), compute, Computing(encode * GB, decode * GB))
+    for name in LAB:
+        value = found.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+            raise ValueError(f"{path}: {name} should be a number, found {value!r}.")
+    rate, latency, compute, encode, decode = (float(found[name]) for name in LAB)
+    return Lab(link(rate / 8, latency, str(path)), compute, encode * GB, decode * GB)
 
 
 def link(rate: float, latency: float, source: str) -> Link:
@@ -46,12 +49,12 @@ def link(rate: float, latency: float, source: str) -> Link:
     return Link(rate, source, 0.0, source, codec_latency=0.0, step=latency)
 
 
-def gpu_check(path: Path, bits: int) -> Streaming:
+def gpu_check(path: Path, bits: int) -> Speed:
     """Speed of the codec at ``bits`` in a gpu_check.json: the last bf16 row at that width, the largest tensor."""
     try:
         rows = _object(path)["measured"]["codec"]
         row = [row for row in rows if row.get("bits") == bits and row.get("dtype") == "bfloat16"][-1]
-        return Streaming(row["encode GB/s"] * GB, row["decode GB/s"] * GB)
+        return Speed(row["encode GB/s"] * GB, row["decode GB/s"] * GB)
     except (KeyError, TypeError, IndexError, AttributeError):
         raise ValueError(f"{path}: no codec of {bits} bits in bfloat16 was measured there: make gpu-check.") from None
 
@@ -74,10 +77,3 @@ def _object(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{path}: expected a JSON object, found {type(found).__name__}.")
     return found
-
-
-def _number(path: Path, found: dict[str, Any], name: str) -> float:
-    value = found.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-        raise ValueError(f"{path}: {name} should be a number, found {value!r}.")
-    return float(value)

@@ -182,8 +182,16 @@ def half_minmax(m: Machine, i: Decoded, lanes: Array) -> None:
     m.put(i.at[0], np.where(nan, np.uint16(HALF_NAN), result).astype(np.uint16).view(np.uint32), lanes)
 
 
+def two_halves(m: Machine, i: Decoded, lanes: Array) -> None:
+    """``HFMA2.MMA R1, -RZ, RZ, 0, 5.96e-08``: how the compiler loads a constant; no other form of it is known here"""
+    if not (i.at[1].is_zero and i.at[2].is_zero):
+        raise NotImplementedError(i.source.text)
+    high, low = (operand.floating(m).astype(np.float16).view(np.uint16).astype(np.uint32) for operand in i.at[3:5])
+    m.put(i.at[0], high << np.uint32(16) | low, lanes)
+
+
 STEPS = {
-    "FADD": add, "FMUL": multiply, "FFMA": multiply_add, "HADD2": widen, "FMNMX": minmax, "FSEL": select,
+    "HFMA2": two_halves, "FADD": add, "FMUL": multiply, "FFMA": multiply_add, "HADD2": widen, "FMNMX": minmax, "FSEL": select,
     "FSETP": compare, "FCHK": check_division, "MUFU": approximate, "FRND": floor, "I2F": from_integer,
     "I2FP": from_integer, "F2I": to_integer, "F2FP": pack, "HMNMX2": half_minmax, "VHMNMX": half_minmax,
 }  # fmt: skip

@@ -15,20 +15,21 @@ using namespace flashcomm;
 using namespace flashcomm::FLASHCOMM_ISA;
 
 template <class Codec, class Word> struct Encode {
-    Codec codec;
+    SlicedCodec<Codec> codec;
     const Word* x;
     uint8_t* payload;
-    Word* memory;
+    Word* residual;
+    int64_t residual_numel;
 };
-template <class Codec, class Word> struct DecodeSum {
-    Codec codec;
+template <class Codec, class Word> struct Decode {
+    SlicedCodec<Codec> codec;
     Payloads payloads;
     int count;
     Word* out;
 };
 template <int kBits, class T> using Uniform = TensorCodec<kBits, T>;
 template <class T> using Rotated = DirectCodec<RotatedTile<T>, T>;
-template <class T> using RotatedCarrying = DirectCodec<RotatedTile<T, true>, T>;
+template <class T> using Carrying = DirectCodec<RotatedTile<T, true>, T>;
 template <class T> using Spike = DirectCodec<SpikeTile<T>, T>;
 
 #if defined(__CUDACC__)
@@ -36,34 +37,28 @@ template <class T> using Spike = DirectCodec<SpikeTile<T>, T>;
 using T = TYPE;
 using Word = T::Word;
 
-template <int kBits> FC_DEVICE void encode(const Encode<Uniform<kBits, T>, Word>& call) {
-    call.codec.encode(call.x, call.payload);
-}
-template <class Tile> FC_DEVICE void encode(const Encode<DirectCodec<Tile, T>, Word>& call) {
-    call.codec.encode(call.x, call.payload, call.memory);
-}
+#define ENCODE(name, ...)                                                                             \
+    extern "C" __global__ void __launch_bounds__(kThreads, 2)                                         \
+        encode_##name(const __grid_constant__ Encode<__VA_ARGS__, Word> call) {                       \
+        encode_slices<__VA_ARGS__, T>(call.codec, call.x, call.payload, call.residual, call.residual_numel); \
+    }
+#define DECODE(name, ...)                                                                             \
+    extern "C" __global__ void __launch_bounds__(kThreads, 2)                                         \
+        decode_##name(const __grid_constant__ Decode<__VA_ARGS__, Word> call) {                       \
+        decode_slices<__VA_ARGS__, T>(call.codec, call.payloads, call.count, call.out);               \
+    }
 
-#define ENCODE(name, bounds, ...)                                                                                  \
-    extern "C" __global__ void __launch_bounds__ bounds                                                            \
-        encode_##name(const __grid_constant__ Encode<__VA_ARGS__, Word> call) {                                    \
-        encode(call);                                                                                              \
-    }
-#define DECODE(name, ...)                                                                                          \
-    extern "C" __global__ void __launch_bounds__(kThreads, 2)                                                      \
-        decode_##name(const __grid_constant__ DecodeSum<__VA_ARGS__, Word> call) {                                 \
-        call.codec.decode_sum(call.payloads, call.count, call.out);                                                \
-    }
 #if defined(CODECS)
-#define UNIFORM(bits) ENCODE(uniform##bits, (kThreads), Uniform<bits, T>) DECODE(uniform##bits, Uniform<bits, T>)
+#define UNIFORM(bits) ENCODE(uniform##bits, Uniform<bits, T>) DECODE(uniform##bits, Uniform<bits, T>)
 #if CODECS == 1  // flash-v1 and auto alone
 UNIFORM(4)
 #else
 UNIFORM(2) UNIFORM(3) UNIFORM(4) UNIFORM(5) UNIFORM(6) UNIFORM(7) UNIFORM(8)
-ENCODE(carrying, (kThreads, 2), RotatedCarrying<T>)
-ENCODE(spike, (kThreads, 2), Spike<T>)
+ENCODE(carrying, Carrying<T>)
+ENCODE(spike, Spike<T>)
 DECODE(spike, Spike<T>)
 #endif
-ENCODE(rotated, (kThreads, 2), Rotated<T>)
+ENCODE(rotated, Rotated<T>)
 DECODE(rotated, Rotated<T>)
 #endif
 
@@ -94,32 +89,28 @@ template <class Parameters> void fill(Launch* launch, const Parameters& paramete
     memcpy(launch->parameters, (const void*)&parameters, sizeof parameters);
 }
 
-// visit(codec of the whole tensor, number type); `enough`: tiles beyond which tiles become larger
+// visit(sliced codec of a tensor in one slice, number type); `enough`: tiles beyond which tiles become larger
 template <class Visit>
 bool with_codec(const Setting& with, int dtype, bool carries, int64_t numel, int64_t enough, Visit visit) {
     bool found = false;
-    if (with.format == kUniformFormat) with_dtype(dtype, [&](auto type) {
+    with_dtype(dtype, [&](auto type) {
         using T = typename decltype(type)::type;
+        const auto make = [&](auto codec, int tile) {
+            using Codec = typename decltype(codec)::type;
+            found = tile != 0;
+            if (!found) return;
+            const Codec of(with, numel, tile);
+            visit(SlicedCodec<Codec>{of, of, {numel, numel, 0, 1}}, type);
+        };
         const int tile = tensor_tile<T>(numel, with.block, enough);
-        found = tile != 0;
-        if (found) with_bits(with.bits, [&](auto bits) { visit(Uniform<bits.value, T>(numel, with.block, tile), type); });
-    });
-    with_direct(with.format, dtype, carries, [&](auto tile, auto type) {
-        using T = typename decltype(type)::type;
-        const DirectCodec<typename decltype(tile)::type, T> codec(with, numel, enough);
-        found = codec.tile != 0;
-        if (found) visit(codec, type);
+        if (with.format == kUniformFormat) with_bits(with.bits, [&](auto bits) { make(Is<Uniform<bits.value, T>>{}, tile); });
+        with_direct<T>(with.format, carries, [&](auto codec) {
+            using Codec = DirectCodec<typename decltype(codec)::type, T>;
+            const int64_t unit = typename decltype(codec)::type(with).unit();
+            make(Is<Codec>{}, Codec::tile_of(numel, unit, with.block, enough));
+        });
     });
     return found;
-}
-
-template <int kBits, class T> int encode_bytes(const TensorCodec<kBits, T>& codec) { return codec.encode_bytes(); }
-template <int kBits, class T> int decode_bytes(const TensorCodec<kBits, T>& codec) { return codec.decode_bytes(); }
-template <class Tile, class T> int encode_bytes(const DirectCodec<Tile, T>& codec) { return codec.codec.scratch_bytes(); }
-template <class Tile, class T> int decode_bytes(const DirectCodec<Tile, T>&) { return 0; }
-template <int kBits, class T> int64_t decode_blocks(const TensorCodec<kBits, T>& codec) { return codec.tiles(); }
-template <class Tile, class T> int64_t decode_blocks(const DirectCodec<Tile, T>& codec) {
-    return ceil_div(codec.codec.octets(codec.numel), kThreads);
 }
 
 }  // namespace
@@ -127,11 +118,12 @@ template <class Tile, class T> int64_t decode_blocks(const DirectCodec<Tile, T>&
 extern "C" {
 
 bool encode_launch(const Setting* with, int dtype, int64_t numel, int64_t enough, int64_t most_blocks, uint64_t x,
-                   uint64_t payload, uint64_t memory, Launch* launch) {
-    return with_codec(*with, dtype, memory, numel, enough, [&](const auto& codec, auto type) {
+                   uint64_t payload, uint64_t residual, Launch* launch) {
+    return with_codec(*with, dtype, residual, numel, enough, [&](const auto& codec, auto type) {
         using Word = typename decltype(type)::type::Word;
-        const Encode<std::decay_t<decltype(codec)>, Word> call = {codec, (Word*)x, (uint8_t*)payload, (Word*)memory};
-        fill(launch, call, std::min(codec.tiles(), most_blocks), encode_bytes(codec));
+        using Codec = std::decay_t<decltype(codec.whole)>;
+        const Encode<Codec, Word> call = {codec, (Word*)x, (uint8_t*)payload, (Word*)residual, 0};
+        fill(launch, call, std::min(codec.tiles(), most_blocks), codec.whole.encode_bytes());
     });
 }
 
@@ -139,9 +131,10 @@ bool decode_launch(const Setting* with, int dtype, int64_t numel, int64_t enough
                    const uint64_t* payloads, int count, uint64_t out, Launch* launch) {
     return with_codec(*with, dtype, false, numel, enough, [&](const auto& codec, auto type) {
         using Word = typename decltype(type)::type::Word;
-        DecodeSum<std::decay_t<decltype(codec)>, Word> call = {codec, {}, count, (Word*)out};
+        using Codec = std::decay_t<decltype(codec.whole)>;
+        Decode<Codec, Word> call = {codec, {}, count, (Word*)out};
         memcpy((void*)&call.payloads, payloads, 8 * count);
-        fill(launch, call, std::min(decode_blocks(codec), most_blocks), decode_bytes(codec));
+        fill(launch, call, std::min(codec.tiles(), most_blocks), codec.whole.decode_bytes());
     });
 }
 

@@ -18,10 +18,11 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[3] / "csrc"
-SOURCES = [
-    CSRC / name for name in ("cuda/collectives.cu", "cuda/codec_cuda.cu", "cuda/shared_memory.cu", "bindings_cuda.cpp")
-]
-SOURCES += [HERE / name for name in ("module.cpp", "runtime.cpp", "fibers.cpp")]
+SOURCES = [CSRC / name for name in ("cuda/collectives.cu", "cuda/codec_cuda.cu", "cuda/shared_memory.cu")]
+SOURCES += [CSRC / "bindings_cuda.cpp", *(HERE / name for name in ("module.cpp", "runtime.cpp", "fibers.cpp"))]
+# As in setup.py: once for every part of csrc/cuda/instances.h.
+IN_PARTS = [CSRC / "cuda" / name for name in ("collective_part.cu", "codec_part.cu")]
+PARTS = [(dtype, uniform) for dtype in ("Float32", "Float16", "BFloat16") for uniform in (1, 0)]
 # Names of its own, lest its types meet those of an extension that was built with nvcc.
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-pthread", "-Wall", "-Wextra"]
 FLAGS += [
@@ -39,15 +40,18 @@ HEADERS = [f"-isystem{path}" for path in (pybind11.get_include(), sysconfig.get_
 def build(folder: Path) -> Path:
     """The module, compiled into ``folder``."""
     compiler = shutil.which(os.environ.get("CXX", "g++").split()[0]) or "c++"
-    objects = [folder / f"{source.name}.o" for source in SOURCES]
+    jobs = [(source, ()) for source in SOURCES] + [(source, part) for source in IN_PARTS for part in PARTS]
+    objects = [folder / f"{'-'.join(map(str, (source.stem, *part)))}.o" for source, part in jobs]
 
-    def compile(source: Path, target: Path) -> None:
+    def compile(job: tuple[Path, tuple[()] | tuple[str, int]], target: Path) -> None:
+        source, part = job
         language = ["-x", "c++"] if source.suffix == ".cu" else []
         headers = HEADERS if source.name in ("bindings_cuda.cpp", "module.cpp") else []
-        subprocess.run([compiler, *FLAGS, *headers, *language, "-c", source, "-o", target], check=True)
+        which = [f"-DFLASHCOMM_PART_TYPE={part[0]}", f"-DFLASHCOMM_PART_UNIFORM={part[1]}"] if part else []
+        subprocess.run([compiler, *FLAGS, *which, *headers, *language, "-c", source, "-o", target], check=True)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(compile, SOURCES, objects))
+        list(pool.map(compile, jobs, objects))
     module = folder / "cuda_half.so"
     subprocess.run([compiler, "-shared", "-pthread", *objects, f"-L{TORCH / 'lib'}", "-lc10", "-o", module], check=True)
     return module

@@ -1,20 +1,27 @@
-"""What others measured and published, and what the planner says of the same: the evidence for and against it.
+"""What others measured and published, and what `plan` says of the same: the evidence for and against it.
 
-Each figure tells how it stands to the planner: *held out*, nothing was set by it; *fitted*, a constant in hardware.py
-was; *chosen*, it decided between two published constants. Misses carry the reason.
+run as:  python benchmarks/planner_published.py        (prints the comparison; docs/planner.md holds it)
+
+Each figure tells how it stands to the model of costs: *held out*, nothing was set by it; *fitted*, a constant in
+hardware.py was; *chosen*, it decided between two published constants. Misses carry the reason.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
-from ...config import Config
-from .cost import Codec, Message, assumed_speed, seconds
-from .hardware import US, gpu, link
-from .inference import Inference, Job, infer
-from .models import model
-from .table import number
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from flashcomm_megatron.config import Config
+from flashcomm_megatron.tools.plan import PROJECTION
+from flashcomm_megatron.tools.plan.cost import Collective, on_gpu, seconds
+from flashcomm_megatron.tools.plan.hardware import US, gpu, link
+from flashcomm_megatron.tools.plan.models import model
+from flashcomm_megatron.tools.plan.printing import aligned
+from flashcomm_megatron.tools.plan.serving import Job, Times, times
 
 KIB, MIB = 2**10, 2**20
 TOLERANCE = 0.2
@@ -58,15 +65,35 @@ def all_reduce(name: str, tp: int, nbytes: int, bits: int, block: int = 128) -> 
     """Seconds of a two-step all-reduce of ``nbytes`` bytes on ``tp`` GPUs; 16 bits: the vendor's exact one."""
     row = gpu(name)
     config = Config(bits=min(bits, 8), recipe="flash-v1", block=block, min_bytes=0)
-    codec = None if bits == 16 else Codec(config, assumed_speed(row))
-    return seconds(link(row.link), Message("all_reduce", nbytes // 2, tp), codec)
+    compression = None if bits == 16 else on_gpu(config, row)
+    return seconds(link(row.link), Collective("all_reduce", nbytes // 2, tp), compression)
 
 
-def serve(name: str, tp: int, bits: int) -> Inference:
+def serve(name: str, tp: int, bits: int) -> Times:
     """llama-3-70b, 8 prompts of 1024 tokens."""
     row = gpu(name)
     job = Job(row, link(row.link), model("llama-3-70b"), tp, 8, 1024)
-    return infer(job, None if bits == 16 else Codec(Config(bits=bits, recipe="flash-v1"), assumed_speed(row)))
+    return times(job, None if bits == 16 else on_gpu(Config(bits=bits, recipe="flash-v1"), row))
+
+
+def number(value: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def main() -> None:
+    print(f"plan: {PROJECTION}\n\n{aligned(HEADER, rows(), left=1)}")
+
+
+HEADER = ("figure", "published", "plan", "off by", "role", "why it is more than 20 % off")
+
+
+def rows() -> list[list[str]]:
+    """The table's cells."""
+    return [
+        [f.what, f.text, number(f.predict()), f"{f.error:+.0%}", f.role, "" if f.holds else MISSES.get(f.what, "?")]
+        for f in figures()
+    ]
 
 
 def figures() -> list[Figure]:
@@ -168,9 +195,9 @@ def _size(nbytes: int) -> str:
     return f"{nbytes // MIB} MiB" if nbytes >= MIB else f"{nbytes // KIB} KiB"
 
 
-# Figure -> why the planner is more than 20 % off. tests/tools/test_planner.py checks that these are all.
-_OVERLAP = "QuickReduce's kernel sends one tile while it encodes the next; the planner lets nothing overlap"
-_RCCL = "RCCL reaches less of its links at medium sizes; the planner knows one rate and one latency"
+# Figure -> why it is more than 20 % off. tests/tools/test_plan_published.py checks that these are all.
+_OVERLAP = "QuickReduce's kernel sends one tile while it encodes the next; plan lets nothing overlap"
+_RCCL = "RCCL reaches less of its links at medium sizes; plan knows one rate and one latency"
 _OWN = "published time out of line with the same kernel's at 64 MiB, and slower than the exact one"
 _M = "all-reduce, MI300X"
 MISSES = {
@@ -186,3 +213,7 @@ MISSES = {
     f"{_M} TP8 16 MiB, 4 bits over exact": _RCCL,
     f"{_M} TP4 8 MiB, 8 bits, us": _OWN,
 }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+// The codec on CUDA for one part (instances.h), all slices of a tensor in one launch: tiles (codec_kernels.h) where
+// blocks make whole tiles; of uniform blocks the others too, codec.h one block or octet a thread.
+#include "cuda/codec_part.h"
+
+#include <algorithm>
+
+#include "cuda/instances.h"
+#include "cuda/launch.h"
+
+namespace flashcomm {
+
+using namespace FLASHCOMM_ISA;
+
+namespace {
+
+constexpr int64_t kManyBlocks = 4096;  // of a grid; more only adds launches of blocks
+constexpr int64_t kEnoughTiles = 512;  // to occupy a device: smaller tensors are cut into smaller tiles
+
+// 2 blocks a multiprocessor: left to itself the compiler spills, on sm_120, to fit a third.
+template <class Codec, class T>
+__global__ void __launch_bounds__(kThreads, 2)
+    encode_kernel(const __grid_constant__ SlicedCodec<Codec> codec, const typename T::Word* x, uint8_t* payloads,
+                  typename T::Word* residual, int64_t residual_numel) {
+    encode_slices<Codec, T>(codec, x, payloads, residual, residual_numel);
+}
+
+template <class Codec, class T>
+__global__ void __launch_bounds__(kThreads, 2)
+    decode_kernel(const __grid_constant__ SlicedCodec<Codec> codec, const __grid_constant__ Payloads payloads,
+                  int count, typename T::Word* out) {
+    decode_slices<Codec, T>(codec, payloads, count, out);
+}
+
+// ---- uniform blocks that make no whole tiles -------------------------------------------------------------------
+
+struct SlicedLayout {
+    Layout whole, last;
+    Cut cut;
+
+    FC_INLINE const Layout& of(int64_t slice) const { return slice == cut.short_slice() ? last : whole; }
+};
+
+[[maybe_unused]] FC_DEVICE int64_t thread_index() { return block_index() * kThreads + thread(); }
+
+template <class T>
+__global__ void scalar_encode_kernel(const typename T::Word* x, const __grid_constant__ SlicedLayout at,
+                                     uint8_t* payloads) {
+    const int64_t slice = thread_index() / at.whole.blocks, index = thread_index() - slice * at.whole.blocks;
+    if (slice >= at.cut.count || index * at.whole.block >= at.cut.size(slice)) return;
+    const Layout& layout = at.of(slice);
+    uint8_t* payload = payloads + slice * at.cut.stride;
+    encode_block<T>(x + slice * at.cut.length, layout, index, payload);
+    if (index == 0) layout.zero_gaps(payload);
+}
+
+template <class T>
+__global__ void scalar_decode_kernel(const __grid_constant__ Payloads payloads, int count,
+                                     const __grid_constant__ SlicedLayout at, typename T::Word* out) {
+    const int64_t slice = thread_index() / at.whole.octets, octet = thread_index() - slice * at.whole.octets;
+    if (slice >= at.cut.count || 8 * octet >= at.cut.size(slice)) return;
+    const uint8_t* alone = payloads.at[0] + slice * at.cut.stride;  // several payloads are of one slice
+    decode_octet<T>(count == 1 ? &alone : payloads.at, count, at.of(slice), octet, out + slice * at.cut.length);
+}
+
+template <class From, class Gather, class T>
+__global__ void __launch_bounds__(kThreads, 2)
+    reduce_kernel(const __grid_constant__ From from, const __grid_constant__ Gather gather,
+                  const __grid_constant__ Payloads payloads, int count, typename T::Word* out, uint8_t* payload,
+                  typename T::Word* residual) {
+    reduce<From, Gather, T>(from, gather, payloads, count, out, payload, residual);
+}
+
+// ---- which codec, how large a grid -----------------------------------------------------------------------------
+
+Grid a_thread_each(int64_t things, void* stream) { return {ceil_div(things, kThreads), kThreads, 0, stream}; }
+Grid a_block_each(int64_t tiles, int shared_bytes, void* stream) {
+    return {std::min(tiles, kManyBlocks), kThreads, shared_bytes, stream};
+}
+
+Setting setting(const Spec& spec) { return {spec.format, spec.bits, (int)spec.block}; }
+Setting setting(const Slices& slices) { return {slices.format, slices.bits, (int)slices.block}; }
+Cut cut_of(const Slices& slices) { return {slices.numel, slices.length, slices.stride, (int)slices.count}; }
+
+// The sizes of whole slices and of the last; where all are whole, the last is not used.
+int64_t whole_size(const Cut& cut) { return std::min(cut.length, cut.numel); }
+int64_t last_size(const Cut& cut) { return cut.short_size() ? cut.short_size() : whole_size(cut); }
+
+// The codec of tensors that has a codec of tiles.
+template <class Tile, class T> struct TensorOf {
+    using type = DirectCodec<Tile, T>;
+};
+template <int kBits, class T> struct TensorOf<UniformTile<kBits, T>, T> {
+    using type = TensorCodec<kBits, T>;
+};
+
+// Values of a tile for a codec, a multiple of `block` too: its own, or another codec's; 0: no whole tile.
+template <class T, bool kUniform> int tile_of(const Setting& with, int64_t numel, int64_t block) {
+    if constexpr (kUniform) return tensor_tile<T>(numel, common_multiple(with.block, block), kEnoughTiles);
+    int tile = 0;
+    with_direct<T>(with.format, false, [&](auto codec) {
+        using Tile = typename decltype(codec)::type;
+        const int64_t unit = common_multiple(Tile(with).unit(), block);
+        tile = DirectCodec<Tile, T>::tile_of(numel, unit, with.block, kEnoughTiles);
+    });
+    return tile;
+}
+
+// visit(sliced codec) where blocks make whole tiles.
+template <class T, bool kUniform, class Visit>
+void with_sliced(const Slices& slices, bool with_residuals, int tile, Visit visit) {
+    const Cut cut = cut_of(slices);
+    const Setting with = setting(slices);
+    const auto make = [&](auto codec) {
+        using Codec = typename TensorOf<typename decltype(codec)::type, T>::type;
+        visit(SlicedCodec<Codec>{Codec(with, whole_size(cut), tile), Codec(with, last_size(cut), tile), cut});
+    };
+    if constexpr (kUniform) with_bits(with.bits, [&](auto bits) { make(Is<UniformTile<bits.value, T>>{}); });
+    else with_direct<T>(with.format, with_residuals, make);
+}
+
+SlicedLayout layout_of(const Slices& slices) {
+    const Cut cut = cut_of(slices);
+    return {Layout(whole_size(cut), slices.bits, slices.block), Layout(last_size(cut), slices.bits, slices.block), cut};
+}
+
+// Numbers of the residual of a whole slice.
+int64_t residual_numel(const Slices& slices) {
+    if (slices.format != kRotatedFormat) return 0;
+    return memory_numel(ceil_div(slices.length, slices.block), slices.block);
+}
+
+}  // namespace
+
+template <class T, bool kUniform> bool CodecPart<T, kUniform>::has(const Spec& spec) {
+    return kUniform || tile_of<T, kUniform>(setting(spec), spec.numel, 1) != 0;
+}
+
+template <class T, bool kUniform>
+void CodecPart<T, kUniform>::encode(const void* from, void* residual, const Slices& slices, uint8_t* payloads,
+                                    void* stream) {
+    const auto* x = (const typename T::Word*)from;
+    const int tile = tile_of<T, kUniform>(setting(slices), slices.numel, 1);
+    if (tile)
+        with_sliced<T, kUniform>(slices, residual, tile, [&](const auto& codec) {
+            using Codec = std::decay_t<decltype(codec.whole)>;
+            const Grid grid = a_block_each(codec.tiles(), codec.whole.encode_bytes(), stream);
+            launch("encode", encode_kernel<Codec, T>, grid, codec, x, payloads, (typename T::Word*)residual,
+                   residual_numel(slices));
+        });
+    else if constexpr (kUniform) {
+        const SlicedLayout at = layout_of(slices);
+        launch("encode", scalar_encode_kernel<T>, a_thread_each(at.whole.blocks * slices.count, stream), x, at,
+               payloads);
+    }
+}
+
+template <class T, bool kUniform>
+void CodecPart<T, kUniform>::decode(const Payloads& payloads, int count, const Slices& slices, void* to, void* stream) {
+    auto* x = (typename T::Word*)to;
+    const int tile = tile_of<T, kUniform>(setting(slices), slices.numel, 1);
+    if (tile)
+        with_sliced<T, kUniform>(slices, false, tile, [&](const auto& codec) {
+            using Codec = std::decay_t<decltype(codec.whole)>;
+            if constexpr (!decltype(codec.whole.codec)::kKeepsResiduals) {  // they decode as those without
+                const Grid grid = a_block_each(codec.tiles(), codec.whole.decode_bytes(), stream);
+                launch("decode", decode_kernel<Codec, T>, grid, codec, payloads, count, x);
+            }
+        });
+    else if constexpr (kUniform) {
+        const SlicedLayout at = layout_of(slices);
+        launch("decode", scalar_decode_kernel<T>, a_thread_each(at.whole.octets * slices.count, stream), payloads,
+               count, at, x);
+    }
+}
+
+template <class T, bool kUniform>
+bool CodecPart<T, kUniform>::reduce(const Payloads& payloads, int count, const Spec& from, void* out,
+                                    const Spec& gather, uint8_t* payload, void* residual, void* stream) {
+    const Setting first = setting(from), second = setting(gather);
+    if (first.bits == kExactBits || first.format != second.format) return false;
+    const int64_t blocks = second.format == kRotatedFormat ? kFamily : SpikeTile<T>::kBlocksTogether;
+    const int tile = tile_of<T, kUniform>(first, from.numel, kUniform ? gather.block : blocks * gather.block);
+    if (tile == 0) return false;
+    return with_legs_of<T, kUniform>(first, second, residual, [&](auto one, auto other) {
+        if constexpr (!std::is_same_v<typename decltype(one)::type, ExactTile<T>>) {
+            using From = typename TensorOf<typename decltype(one)::type, T>::type;
+            using Gather = typename TensorOf<typename decltype(other)::type, T>::type;
+            const From decodes(first, from.numel, tile);
+            const Gather encodes(second, from.numel, tile);
+            const int shared = std::max(decodes.decode_bytes(), encodes.encode_bytes());
+            launch("reduce", reduce_kernel<From, Gather, T>, a_block_each(decodes.tiles(), shared, stream), decodes,
+                   encodes, payloads, count, (typename T::Word*)out, payload, (typename T::Word*)residual);
+        }
+    });
+}
+
+template struct CodecPart<FLASHCOMM_PART_TYPE, FLASHCOMM_PART_UNIFORM>;
+
+}  // namespace flashcomm

@@ -1,0 +1,149 @@
+"""What each row-parallel layer did in the first forward, and the verdict at the end of the process.
+
+A job that is believed compressed and is not is the worst outcome, and Megatron has several implementations of every
+layer. So the first forward that runs a row-parallel layer, of whatever kind, is watched through torch's module hooks.
+Before it one line is printed, on rank 0. After it every row-parallel layer that neither compressed nor deferred a sum
+is named: it communicates by names that we do not replace, whatever its class. Then the hooks are gone. A process that
+ends without such a forward is told so as well.
+
+Under ``--flash-comm-strict`` both are errors: the process ends with an exit code other than 0 by every way out, that
+is, when the script returns, by SystemExit of any code, by an exception; ``os._exit`` excepted, which nobody sees.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import sys
+from collections import Counter
+from typing import Any
+
+import torch
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+
+from .. import environment
+from ..config import current
+from ..observe import counters, messages
+from . import model
+
+# In the class name of every implementation of the layer, or of its base; the last one runs it inside, as no module.
+ROW_PARALLEL = ("RowParallelLinear", "TEFusedMLP")
+
+
+class _FirstForward:
+    """Watches until one outermost module that ran row-parallel layers has returned."""
+
+    def __init__(self, patched: str) -> None:
+        self.patched = patched
+        self.outermost: Any = None
+        enter, leave = map(torch.compiler.disable, (self.enter, self.leave))  # the first forward may be a compiled one
+        self.hooks = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
+
+    def enter(self, module: torch.nn.Module, args: Any) -> None:
+        if self.outermost is None:
+            messages.say(messages.headline(self.patched))
+            self.outermost, self.before = module, counters.stats()
+            self.running: list[tuple[Any, int]] = []  # row layers, and the collectives counted when they began
+            self.silent: dict[torch.nn.Module, bool] = {}  # row layers: whether nothing was counted in any call
+        if _sums(module):
+            self.running.append((module, counters.stats()["calls"]))
+
+    def leave(self, module: torch.nn.Module, args: Any, output: Any) -> None:
+        if self.running and self.running[-1][0] is module:
+            _, before = self.running.pop()
+            self.silent[module] = self.silent.get(module, True) and counters.stats()["calls"] == before
+        if module is not self.outermost:
+            return
+        self.outermost = None
+        if self.silent and output is not None:  # None: the forward raised
+            stop()
+            self.judge()
+
+    def judge(self) -> None:
+        """Warn of what this forward left uncompressed; raise where the configuration is strict."""
+        silent = [module for module, is_silent in self.silent.items() if is_silent]
+        now = counters.stats()
+        deferred = Counter(now["deferred"]) - Counter(self.before["deferred"])
+        if silent:
+            kinds = Counter(type(module).__name__ for module in silent)
+            messages.complain(
+                f"the model uses {messages.listed(kinds)}, whose communication is not patched "
+                f"(first: {model.name(silent[0])}). Add --transformer-impl local, or expect these sums to stay exact.",
+                fatal=True,
+            )
+        elif now["quantized"] == self.before["quantized"]:
+            messages.complain(
+                f"after the first forward no collective was quantized (deferred: {messages.listed(deferred)}).",
+                fatal=True,
+            )
+
+
+_watch: _FirstForward | None = None
+_was_started = False
+
+
+def start(patched: str) -> None:
+    """Watch the next forward. ``patched`` is the end of the line that is printed before it."""
+    global _watch, _was_started
+    stop()
+    _watch, _was_started = _FirstForward(patched), True
+    atexit.unregister(_at_exit)
+    atexit.register(_at_exit)
+
+
+def stop() -> None:
+    """Watch no longer."""
+    global _watch
+    if _watch is not None:
+        for hook in _watch.hooks:
+            hook.remove()
+    _watch = None
+
+
+def close() -> None:
+    """End of the script: what was saved, or a complaint that nothing flash-comm could have compressed ever ran.
+
+    RuntimeError where the configuration is strict and that, or an earlier complaint, holds.
+    """
+    atexit.unregister(_at_exit)
+    if current() is None or getattr(sys, "last_value", None) is not None:
+        return
+    if _watch is None:
+        messages.say(messages.summary())
+    else:
+        stop()
+        messages.complain("no tensor-parallel layer ran, so nothing was compressed.", fatal=True)
+    messages.last_verdict()
+
+
+def ignored(argv: list[str]) -> None:
+    """Complain if ``argv`` holds our flags and nothing ever read them, say because of ``parse_known_args``."""
+    flags = [word for word in argv if word.startswith("--flash-comm-")]
+    if flags and not _was_started and not environment.is_disabled():
+        messages.complain(
+            f"the script did not read {flags[0]}. Let it call flashcomm_megatron.add_arguments(parser).", fatal=False
+        )
+
+
+def _at_exit() -> None:
+    """The verdict where no runner asks for it. An exit handler cannot choose the exit code, so it ends the process."""
+    try:
+        close()
+    except RuntimeError as error:
+        print(f"flashcomm_megatron: error: {error}", file=sys.stderr)
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def _sums(module: Any) -> bool:
+    """Whether a module is a row-parallel layer, of whatever make, that has to sum by itself."""
+    kinds = [kind.__name__ for kind in type(module).__mro__]
+    if not any(name in kind for name in ROW_PARALLEL for kind in kinds):
+        return False
+    group = getattr(module, "tp_group", None)
+    alone = group is not None and hasattr(group, "size") and group.size() == 1
+    is_expert = getattr(module, "is_expert", False) or getattr(module, "explicit_expert_comm", False)
+    return not alone and not is_expert and getattr(module, "parallel_mode", "row") == "row"

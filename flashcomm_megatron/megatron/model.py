@@ -1,0 +1,91 @@
+"""Where a layer stands in its model: its name, the row-parallel layers beside it, whether it is the output layer.
+
+Megatron's layers do not know their names. The first time one is asked for, every module that is alive is noted with
+the module that holds it; from then on a name is a walk upwards. It ends at the outermost of Megatron's modules, or of
+all modules where none is Megatron's. Wrappers call their only child ``module`` (DistributedDataParallel,
+Float16Module) or ``_orig_mod`` (torch.compile); those parts of a name are dropped, so a wrapped model is the same
+model.
+"""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+from weakref import ReferenceType, WeakKeyDictionary, ref
+
+from torch import Tensor, nn
+
+WRAPPERS = ("module", "_orig_mod")
+ROW_PARALLEL = ("RowParallelLinear", "TERowParallelLinear")
+
+_holders: WeakKeyDictionary[nn.Module, tuple[ReferenceType[nn.Module], str]] = WeakKeyDictionary()
+_is_output: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def name(layer: nn.Module) -> str:
+    """``layer``'s name inside its model; its class where no other module holds it."""
+    return _joined([part for _, part in _way_up(layer)]) or type(layer).__name__
+
+
+def row_layers(layer: nn.Module) -> dict[str, Any]:
+    """Name and module of every row-parallel layer of the model around ``layer``.
+
+    Without those of experts, which leave communication to their dispatcher.
+    """
+    way = _way_up(layer)
+    model = way[0][0] if way else layer
+    return {_joined(path.split(".")): each for path, each in model.named_modules() if communicates_as_row(each)}
+
+
+def communicates_as_row(module: Any) -> bool:
+    """Whether a module is Megatron's row-parallel layer or Transformer Engine's, and sums by itself."""
+    if not any(kind.__name__ in ROW_PARALLEL for kind in type(module).__mro__):
+        return False
+    is_expert = getattr(module, "is_expert", False) or getattr(module, "explicit_expert_comm", False)
+    return not is_expert and getattr(module, "parallel_mode", "row") == "row"
+
+
+def is_output_layer(module: Any, weight: Tensor | None) -> bool:
+    """Whether a column-parallel layer makes the logits: its model calls it ``output_layer``.
+
+    Only an output layer is handed its weight (the embedding's). Megatron marks the weight of one that owns it as well,
+    but the mark is lost under FSDP2, after ``load_state_dict(assign=True)`` and when a meta tensor becomes a real one.
+    """
+    if weight is not None or getattr(getattr(module, "weight", None), "is_embedding_or_output_parameter", False):
+        return True
+    if module not in _is_output:
+        _is_output[module] = name(module).rpartition(".")[2] == "output_layer"
+    return _is_output[module]
+
+
+def _way_up(layer: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Holders of ``layer`` and what each calls the next one, the model first."""
+    if layer not in _holders:
+        _note_all()
+    way: list[tuple[nn.Module, str]] = []
+    while layer in _holders and len(way) < 100:
+        holder, part = _holders[layer]
+        found = holder()
+        if found is None:
+            break
+        way.insert(0, (found, part))
+        layer = found
+    megatrons = [place for place, (module, _) in enumerate(way) if _is_megatrons(module)]
+    return way[megatrons[0] :] if megatrons else way
+
+
+def _note_all() -> None:
+    """Note who holds whom, for every module that the garbage collector knows."""
+    for module in gc.get_objects():
+        if issubclass(type(module), nn.Module):
+            for part, child in vars(module).get("_modules", {}).items():
+                if child is not None and (child not in _holders or _holders[child][0]() is None):
+                    _holders[child] = ref(module), part
+
+
+def _is_megatrons(module: nn.Module) -> bool:
+    return any(kind.__name__ == "MegatronModule" for kind in type(module).__mro__)
+
+
+def _joined(parts: list[str]) -> str:
+    return ".".join(part for part in parts if part not in WRAPPERS)
