@@ -31,7 +31,13 @@ CODECS = {
     "auto's gather leg, 5 bits, blocks of 64": Rotated(5, 64),
     "rotated 4 bits, blocks of 32, searched": Rotated(4, 32),
 }
-BARS = {"flash-v1 encode": 10, "flash-v1 decode": 7, "auto encode": 24, "auto decode": 16, "auto fused two-step of two ranks": 90}
+BARS = {
+    "flash-v1 encode": 10,
+    "flash-v1 decode": 7,
+    "auto encode": 24,
+    "auto decode": 16,
+    "auto fused two-step of two ranks": 90,
+}
 
 
 def normal(numel: int, seed: int = 0) -> torch.Tensor:
@@ -86,7 +92,11 @@ def main() -> None:
     given = parser.parse_args()
     counts = {architecture: codec_counts(architecture) for architecture in ("sm_90", "sm_80")}
     counts["sm_90"] |= fused_counts("sm_90")
-    record = {"what": "warp instructions x 32 and wavefronts a value; tests/support/sass", "bars": BARS, "counts": counts}
+    record = {
+        "what": "warp instructions x 32 and wavefronts a value; tests/support/sass",
+        "bars": BARS,
+        "counts": counts,
+    }
     given.out.write_text(json.dumps(record, indent=1) + "\n")
     for architecture, rows in counts.items():
         for name, numbers in rows.items():

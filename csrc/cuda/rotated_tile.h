@@ -9,8 +9,8 @@
 //     decode   codes -> coefficients, which are added up -> finish: rotate back
 //
 // Nearly all blocks are plain or constant. NaN, Inf and huge values are noticed by their coefficients, as in
-// rotated_plain.h, and are then looked at closer by their whole warp. Width and block are runtime values: the planes are
-// a few uniform branches beside the butterflies, and one kernel serves all legs.
+// rotated_plain.h, and are then looked at closer by their whole warp. Width and block are runtime values: the planes
+// are a few uniform branches beside the butterflies, and one kernel serves all legs.
 #pragma once
 
 #include "cuda/rotated_codes.h"
@@ -32,8 +32,8 @@ template <class T, bool kResiduals = false> struct RotatedTile : RotatedCodes {
     struct Meta {          // of a block
         uint32_t largest;  // its largest coefficient's bits << 1 | sign, see rotated_plain.h
         uint32_t value;    // of a constant, in the thread that has the block's first value
-        uint32_t kind;     // 0, kNanBlock or kConstant; kShrunk beside it, and kFiner times the step's eighths of an octave
-    };                     // below that which reaches the largest coefficient
+        uint32_t kind;     // 0, kNanBlock or kConstant; plus kShrunk; plus kFiner * eighths of an octave (search())
+    };
     struct alignas(4 * sizeof(Word)) Quad {  // of a residual
         uint32_t w[sizeof(Word)];
     };

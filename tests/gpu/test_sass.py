@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,6 +32,8 @@ pytestmark = [
 ]
 FLASH, AUTO = (Uniform(4, 32), Uniform(4, 128)), (Rotated(4.5, 32), Rotated(5, 64))
 COUNTS = "benchmarks/results/sass_counts.json"
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+import bench_sass  # noqa: E402
 
 
 def is_right(run: Kernels, codec, x, shift: int = 0) -> None:
@@ -53,7 +57,9 @@ def test_strange_data(architecture, codec):
 @pytest.mark.parametrize("dtype", kernels.TYPES, ids=str)
 def test_every_codec(dtype):
     run = Kernels("sm_90", dtype, ALL)
-    codecs = [Uniform(bits, block) for bits, block in ((2, 8), (3, 24), (4, 64), (5, 256), (6, 128), (7, 32), (8, 1000))]
+    codecs = [
+        Uniform(bits, block) for bits, block in ((2, 8), (3, 24), (4, 64), (5, 256), (6, 128), (7, 32), (8, 1000))
+    ]
     codecs += [Rotated(bits, block) for bits, block in ((2, 16), (3.5, 32), (5.5, 128), (6, 64), (7.5, 32))]
     codecs += [Spike(bits, block) for bits, block in ((2, 64), (5, 24), (8, 32))]
     for codec, numel in product(codecs, (1, 5000)):
@@ -92,16 +98,21 @@ def mutated(root, tmp_path, file: str, old: str, new: str):
     return tmp_path
 
 
-ONE_SITE = "largest_of_block(is_finite ? largest(c) >> 1 : ~0u)"
-TWO_SITES = "is_finite ? largest_of_block(largest(c) >> 1) : largest_of_block(~0u)"
+ONE_SITE = "        share_largest(magnitude);\n"
+TWO_SITES = """        uint32_t nothing[kHalves];
+        FC_UNROLL for (int half = 0; half < kHalves; half++) nothing[half] = magnitude[half] | 1;
+        if (is_finite(x, 0, begin, values)) share_largest(magnitude);
+        else share_largest(nothing), magnitude[0] = magnitude[kHalves - 1] = nothing[0];
+"""
 
 
-@pytest.mark.parametrize("architecture", ["sm_90", "sm_80"])
-def test_an_exchange_at_two_places_of_a_warp_is_found(root, tmp_path, architecture):
-    run = Kernels(architecture, torch.bfloat16, FIRST, root=mutated(root, tmp_path, "cuda/rotated_tile.h", ONE_SITE, TWO_SITES))
-    run.encode(AUTO[0], tensor("normal", 2048, torch.bfloat16))
-    with pytest.raises(DivergenceError, match="different places|elsewhere"):
-        run.encode(AUTO[0], strange(2048, torch.bfloat16))
+def test_an_exchange_at_two_places_of_a_warp_is_found(root, tmp_path):
+    """Once such a bug was there. On sm_90 lanes of both places wait apart; sm_80 sends both to one subroutine."""
+    tree = mutated(root, tmp_path, "cuda/rotated_tile.h", ONE_SITE, TWO_SITES)
+    run, codec = Kernels("sm_90", torch.bfloat16, FIRST, root=tree), AUTO[1]
+    run.encode(codec, tensor("normal", 2048, torch.bfloat16))
+    with pytest.raises(DivergenceError, match=r"different places|elsewhere"):
+        run.encode(codec, strange(2048, torch.bfloat16))
 
 
 def test_an_access_out_of_bounds_is_found():
@@ -116,15 +127,10 @@ def test_an_access_out_of_bounds_is_found():
 
 def test_instructions_and_wavefronts_are_as_committed(root):
     """benchmarks/bench_sass.py wrote the counts; more than 3 % above them is a loss that somebody should see."""
-    import sys
-
-    sys.path.insert(0, str(root / "benchmarks"))
-    import bench_sass
-
-    committed = json.loads((root / COUNTS).read_text())["counts"]
+    committed = json.loads((root / COUNTS).read_text())["counts"]["sm_90"]
     for name, found in bench_sass.codec_counts("sm_90").items():
-        assert found["instructions"] <= committed["sm_90"][name]["instructions"] * 1.03, name
-        assert found["wavefronts"] <= max(found["ideal_wavefronts"] * 1.1, 1), name
+        assert found["instructions"] <= committed[name]["instructions"] * 1.03, name
+        assert found["wavefronts"] <= max(committed[name]["wavefronts"] * 1.03, found["ideal_wavefronts"] * 1.1), name
 
 
 @pytest.mark.parametrize("legs", ["rotated", "uniform4"])

@@ -184,5 +184,5 @@ JUMPS = {
 }  # fmt: skip
 STEPS = JUMPS | {
     "BSSY": bssy, "BMOV": bmov, "B2R": b2r, "SHFL": shfl, "VOTE": vote, "REDUX": redux,
-    **dict.fromkeys(["NOP", "YIELD", "ENDCOLLECTIVE", "ERRBAR", "CGAERRBAR", "MEMBAR", "CCTL", "DEPBAR", "UCGABAR_WAIT"], nothing),
+    **dict.fromkeys(["NOP", "YIELD", "ENDCOLLECTIVE", "ERRBAR", "CGAERRBAR", "MEMBAR", "CCTL", "DEPBAR"], nothing),
 }  # fmt: skip

@@ -39,7 +39,7 @@ def _values(m: Machine, operand: Operand, size: int, lanes: Array) -> Array:
 def ldg(m: Machine, i: Decoded, lanes: Array) -> None:
     if lanes.any() and i.address:
         words = m.memory.load(i.address.of(m, wide=True)[lanes], size_of(i))
-        _put_loaded(m, i, [o for o in i.at if not o.predicate][0], words, lanes)
+        _put_loaded(m, i, next(o for o in i.at if not o.predicate), words, lanes)
 
 
 def stg(m: Machine, i: Decoded, lanes: Array) -> None:
@@ -125,6 +125,7 @@ def constant(m: Machine, i: Decoded, lanes: Array) -> None:
 
 
 STEPS = {
-    "LDG": ldg, "LD": ldg, "STG": stg, "ST": stg, "LDS": lds, "STS": sts, "ATOM": atomic, "ATOMG": atomic, "RED": atomic,
-    "S2R": special, "S2UR": special, "CS2R": special, "NANOSLEEP": give_way, "LDC": constant, "ULDC": constant, "R2UR": to_uniform,
+    "LDG": ldg, "LD": ldg, "STG": stg, "ST": stg, "LDS": lds, "STS": sts, "ATOM": atomic, "ATOMG": atomic,
+    "RED": atomic, "S2R": special, "S2UR": special, "CS2R": special, "NANOSLEEP": give_way, "LDC": constant,
+    "ULDC": constant, "R2UR": to_uniform,
 }  # fmt: skip

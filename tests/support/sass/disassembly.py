@@ -20,7 +20,9 @@ def cuobjdump() -> str | None:
     beside = [Path(nvcc).resolve().parent for nvcc in [shutil.which("nvcc")] if nvcc]
     for package, folders in {"nvidia": ("cu13/bin", "cuda_cuobjdump/bin"), "triton": ("backends/nvidia/bin",)}.items():
         spec = importlib.util.find_spec(package)
-        beside += [Path(place) / folder for place in (spec and spec.submodule_search_locations) or () for folder in folders]
+        beside += [
+            Path(place) / folder for place in (spec and spec.submodule_search_locations) or () for folder in folders
+        ]
     return shutil.which("cuobjdump") or next((str(f / "cuobjdump") for f in beside if (f / "cuobjdump").exists()), None)
 
 

@@ -144,7 +144,9 @@ def from_integer(m: Machine, i: Decoded, lanes: Array) -> None:
 def to_integer(m: Machine, i: Decoded, lanes: Array) -> None:
     """``F2I.U32.TRUNC R1, R2``: limited to the range, NaN is 0"""
     x = _flushed(i, i.at[1].floating(m)).astype(np.float64)
-    whole = np.nan_to_num(np.trunc(x) if "TRUNC" in i.modifiers else np.floor(x) if "FLOOR" in i.modifiers else np.rint(x))
+    whole = np.nan_to_num(
+        np.trunc(x) if "TRUNC" in i.modifiers else np.floor(x) if "FLOOR" in i.modifiers else np.rint(x)
+    )
     if "U64" in i.modifiers:
         m.put_wide(i.at[0], np.clip(whole, 0, 2.0**63).astype(np.uint64), lanes)
     elif "U32" in i.modifiers:
@@ -191,7 +193,8 @@ def two_halves(m: Machine, i: Decoded, lanes: Array) -> None:
 
 
 STEPS = {
-    "HFMA2": two_halves, "FADD": add, "FMUL": multiply, "FFMA": multiply_add, "HADD2": widen, "FMNMX": minmax, "FSEL": select,
+    "HFMA2": two_halves,
+    "FADD": add, "FMUL": multiply, "FFMA": multiply_add, "HADD2": widen, "FMNMX": minmax, "FSEL": select,
     "FSETP": compare, "FCHK": check_division, "MUFU": approximate, "FRND": floor, "I2F": from_integer,
     "I2FP": from_integer, "F2I": to_integer, "F2FP": pack, "HMNMX2": half_minmax, "VHMNMX": half_minmax,
 }  # fmt: skip

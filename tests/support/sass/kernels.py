@@ -96,22 +96,34 @@ class Kernels:
         machine = Machine(self.programs[name], self.architecture, memory, parameters, launch.blocks, launch.shared)
         self.counts = machine.run()
 
-    def encode(self, codec: Any, x: Tensor, enough: int = 512, blocks: int = 4096, memory: Tensor | None = None, shift: int = 0) -> Tensor:
-        """The payload. Tiles grow beyond ``enough`` of them; at most ``blocks`` thread blocks; ``memory`` is updated."""
+    def encode(
+        self, codec: Any, x: Tensor, enough: int = 512, blocks: int = 4096, memory: Tensor | None = None, shift: int = 0
+    ) -> Tensor:
+        """The payload; ``memory`` is updated. Tiles grow beyond ``enough`` of them; at most ``blocks`` thread blocks."""
         space, launch, size = GlobalMemory(), Launch(), codec.wire_bytes(x.numel())
         at = space.place(bits_of(x), shift)
         payload = space.place(np.full(size, 0xEE, np.uint8))
         kept = 0 if memory is None else space.place(bits_of(memory))
         limits = ctypes.c_int64(x.numel()), ctypes.c_int64(enough), ctypes.c_int64(blocks)
         places = (ctypes.c_uint64(place) for place in (at, payload, kept))
-        assert host().encode_launch(ctypes.byref(setting(codec)), DTYPES[x.dtype], *limits, *places, ctypes.byref(launch))
+        assert host().encode_launch(
+            ctypes.byref(setting(codec)), DTYPES[x.dtype], *limits, *places, ctypes.byref(launch)
+        )
         name = FORMATS[setting(codec).format].format(codec.bits) if memory is None else "carrying"
         self._run(f"encode_{name}", space, launch)
         if memory is not None:
             memory.view(torch.uint8).numpy()[:] = space.read(kept, memory.nbytes)
         return torch.from_numpy(space.read(payload, size))
 
-    def decode_sum(self, codec: Any, payloads: Sequence[Tensor], numel: int, enough: int = 512, blocks: int = 1 << 20, shift: int = 0) -> Tensor:
+    def decode_sum(
+        self,
+        codec: Any,
+        payloads: Sequence[Tensor],
+        numel: int,
+        enough: int = 512,
+        blocks: int = 1 << 20,
+        shift: int = 0,
+    ) -> Tensor:
         """The sum of what payloads hold."""
         space, launch = GlobalMemory(), Launch()
         addresses = (ctypes.c_uint64 * len(payloads))(*(space.place(bits_of(payload)) for payload in payloads))
@@ -119,17 +131,34 @@ class Kernels:
         to = space.place(bits_of(out), shift)
         limits = ctypes.c_int64(numel), ctypes.c_int64(enough), ctypes.c_int64(blocks)
         target = ctypes.c_uint64(to)
-        assert host().decode_launch(ctypes.byref(setting(codec)), DTYPES[self.dtype], *limits, addresses, len(payloads), target, ctypes.byref(launch))
+        assert host().decode_launch(
+            ctypes.byref(setting(codec)),
+            DTYPES[self.dtype],
+            *limits,
+            addresses,
+            len(payloads),
+            target,
+            ctypes.byref(launch),
+        )
         self._run(f"decode_{FORMATS[setting(codec).format].format(codec.bits)}", space, launch)
         return torch.from_numpy(space.read(to, out.nbytes)).view(self.dtype)
 
-    def collective(self, kind: str, codecs: tuple[Any, Any], calls: Sequence[Sequence[Tensor]], blocks: int = 2, region: int = 24576) -> list[list[Tensor]]:
+    def collective(
+        self,
+        kind: str,
+        codecs: tuple[Any, Any],
+        calls: Sequence[Sequence[Tensor]],
+        blocks: int = 2,
+        region: int = 24576,
+    ) -> list[list[Tensor]]:
         """Consecutive collectives of all ranks, each in one launch over the same inboxes; results by call and rank."""
         world = len(calls[0])
         sizes = (ctypes.c_int64 * 5)()
         host().sizes(world, ctypes.c_int64(region), sizes)
         inbox_bytes, own_bytes, control_bytes, error_at, _ = sizes
-        space = GlobalMemory(sum(x.nbytes * 10 for parts in calls for x in parts) + world * (inbox_bytes + own_bytes) + (1 << 16))
+        space = GlobalMemory(
+            sum(x.nbytes * 10 for parts in calls for x in parts) + world * (inbox_bytes + own_bytes) + (1 << 16)
+        )
         group = Group(world, blocks, region)
         errors = space.place(np.zeros(world, np.uint64))
         for rank in range(world):
@@ -145,15 +174,21 @@ class Kernels:
         assert not space.read(errors, 8 * world).any(), "a flag did not come"
         return found
 
-    def _collective(self, kind: str, codecs: tuple[Any, Any], parts: Sequence[Tensor], group: Group, space: GlobalMemory) -> list[Tensor]:
+    def _collective(
+        self, kind: str, codecs: tuple[Any, Any], parts: Sequence[Tensor], group: Group, space: GlobalMemory
+    ) -> list[Tensor]:
         launch, numel = Launch(), parts[0].numel() * (len(parts) if kind == "all_gather" else 1)
         out = torch.full((numel // len(parts) if kind == "reduce_scatter" else numel,), torch.nan, dtype=self.dtype)
         for rank, part in enumerate(parts):
             group.x[rank], group.out[rank] = space.place(bits_of(part)), space.place(bits_of(out))
         legs = [ctypes.byref(setting(codec)) for codec in codecs]
         size = ctypes.c_int64(numel)
-        made = host().collective_launch(ctypes.byref(group), KINDS[kind], *legs, DTYPES[self.dtype], size, ctypes.byref(launch))
+        made = host().collective_launch(
+            ctypes.byref(group), KINDS[kind], *legs, DTYPES[self.dtype], size, ctypes.byref(launch)
+        )
         assert made, "no kernel for these legs"
         self._run("collective_legs", space, launch)
-        read = (torch.from_numpy(space.read(group.out[rank], out.nbytes)).view(self.dtype) for rank in range(len(parts)))
+        read = (
+            torch.from_numpy(space.read(group.out[rank], out.nbytes)).view(self.dtype) for rank in range(len(parts))
+        )
         return list(read)

@@ -77,7 +77,7 @@ class Operand:
         return self.integer(m).view(np.int32)
 
     def addend(self, m: Machine, carries: bool) -> Array:
-        """uint64 of what an adder of 32 bits is given: -x is ~x + 1, and the 1 may carry; ~x alone where it ``carries``."""
+        """uint64 for an adder of 32 bits: -x is ~x + 1, and the 1 may carry; ~x alone where it ``carries``."""
         if self.negate and not carries:
             return (~self.raw(m)).astype(np.uint64) + np.uint64(1)
         return (~self.raw(m) if self.negate or self.invert else self.raw(m)).astype(np.uint64)
