@@ -3,7 +3,7 @@
 Warp instructions times 32 a value, from the difference of two lengths (what a thread block does for one more tile of
 8192 values) and, where a block does one tile only, all of them; wavefronts of shared memory against the ideal.
 
-    python benchmarks/bench_sass.py [--out FILE] [--fused]
+    python benchmarks/bench_sass.py [--out FILE] [--architectures sm_90 sm_80]
 """
 
 from __future__ import annotations
@@ -89,9 +89,11 @@ def fused_counts(architecture: str) -> dict[str, dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "sass_counts.json")
+    parser.add_argument("--architectures", nargs="+", default=["sm_90"])
     given = parser.parse_args()
-    counts = {architecture: codec_counts(architecture) for architecture in ("sm_90", "sm_80")}
-    counts["sm_90"] |= fused_counts("sm_90")
+    counts = {architecture: codec_counts(architecture) for architecture in given.architectures}
+    for architecture, rows in counts.items():
+        rows |= fused_counts(architecture)
     record = {
         "what": "warp instructions x 32 and wavefronts a value; tests/support/sass",
         "bars": BARS,

@@ -99,7 +99,7 @@ class Kernels:
     def encode(
         self, codec: Any, x: Tensor, enough: int = 512, blocks: int = 4096, memory: Tensor | None = None, shift: int = 0
     ) -> Tensor:
-        """The payload; ``memory`` is updated. Tiles grow beyond ``enough`` of them; at most ``blocks`` thread blocks."""
+        """The payload; ``memory`` is updated. Beyond ``enough`` tiles they grow; at most ``blocks`` thread blocks."""
         space, launch, size = GlobalMemory(), Launch(), codec.wire_bytes(x.numel())
         at = space.place(bits_of(x), shift)
         payload = space.place(np.full(size, 0xEE, np.uint8))

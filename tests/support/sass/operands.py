@@ -53,7 +53,8 @@ class Operand:
     @property
     def is_zero(self) -> bool:
         """Whether it is RZ, URZ or PT: what is written there is gone."""
-        return self.index == (TRUE_PREDICATE if self.predicate else ZERO_REGISTER) and self.immediate is None
+        is_last = self.index == (TRUE_PREDICATE if self.predicate else ZERO_REGISTER)
+        return is_last and self.immediate is None and self.constant is None
 
     def raw(self, m: Machine, word: int = 0) -> Array:
         """The bits of this register, or of the one ``word`` further on."""
