@@ -260,12 +260,15 @@ private:
         }
         butterflies(c);
         if (kResiduals) {
+            Values with;
+            FC_UNROLL for (int i = 0; i < 8 * kRows<T>; i++) with[i / 8][i % 8] = c[i / 8][i % 8];
+            add_residual(residual, begin, octets, with);
             FC_UNROLL for (int half = 0; half < kHalves; half++) {
-                if (is_huge[half]) continue;
-                Values with;
-                FC_UNROLL for (int i = 0; i < 8 * kRows<T>; i++) with[i / 8][i % 8] = c[i / 8][i % 8];
-                add_residual(residual, begin, octets, with);
-                FC_UNROLL for (int i = 0; i < 16; i++) c[2 * half + i / 8][i % 8] = with[2 * half + i / 8][i % 8];
+                const uint32_t keep = mask(is_huge[half]);
+                FC_UNROLL for (int i = 0; i < 16; i++) {
+                    float& value = c[2 * half + i / 8][i % 8];
+                    value = choose(keep, value, with[2 * half + i / 8][i % 8]);
+                }
             }
         }
         measure(c, begin, meta);
