@@ -63,7 +63,7 @@ def one_step(x: Tensor, out: Tensor, plan: Plan, call: Call, residuals: Residual
 def _one_step(x: Tensor, piece: Piece, number: int, plan: Plan, call: Call, residuals: Residuals | None) -> Legs:
     rank, world, size = plan.comm.rank, plan.comm.world, piece.sizes[0]
     inbox = torch.empty(world * size, dtype=torch.uint8, device=x.device)
-    lost = residuals and residuals.of(number, "reduce", plan.reduce.residual_numel_of(piece.slices), x)
+    lost = None if residuals is None else residuals.of(number, "reduce", plan.reduce.residual_numel_of(piece.slices), x)
     plan.reduce.encode_slices(x, piece.slices, inbox[rank * size : (rank + 1) * size], lost)
     yield plan.transport.gather(inbox, size, call)
     plan.reduce.reduce_slices(inbox.view(world, size).unbind(), x, width=piece.slices.width)
@@ -77,7 +77,7 @@ def two_step(x: Tensor, out: Tensor, plan: Plan, call: Call, residuals: Residual
 
 def _two_step(x: Tensor, piece: Piece, number: int, plan: Plan, call: Call, residuals: Residuals | None) -> Legs:
     rank, world, slices = plan.comm.rank, plan.comm.world, piece.slices
-    lost = residuals and residuals.of(number, "reduce", plan.reduce.residual_numel_of(slices), x)
+    lost = None if residuals is None else residuals.of(number, "reduce", plan.reduce.residual_numel_of(slices), x)
     outbox = torch.empty(sum(piece.sizes), dtype=torch.uint8, device=x.device)
     plan.reduce.encode_slices(x, slices, outbox, lost)
     inbox = outbox.new_empty(world * piece.sizes[rank])
@@ -87,7 +87,11 @@ def _two_step(x: Tensor, piece: Piece, number: int, plan: Plan, call: Call, resi
     gathered = outbox.new_empty(world * size)
     mine = x[piece.start : piece.end]
     own = gathered[rank * size : rank * size + piece.own_size]
-    lost = residuals and residuals.of(number, "gather", plan.gather.residual_numel(mine.numel(), slices.width), x)
+    lost = (
+        None
+        if residuals is None
+        else residuals.of(number, "gather", plan.gather.residual_numel(mine.numel(), slices.width), x)
+    )
     plan.reduce.reduce_slices(payloads, mine, plan.gather, own, lost, slices.width)
     yield plan.transport.gather(gathered, size, call)
     plan.gather.decode_slices(gathered, slices, x)
@@ -99,7 +103,7 @@ def _two_step(x: Tensor, piece: Piece, number: int, plan: Plan, call: Call, resi
 def reduce_scatter(x: Tensor, out: Tensor, plan: Plan, call: Call, residuals: Residuals | None = None) -> Steps:
     """Sum of every rank's ``x``, this rank's slice of it in ``out``."""
     (piece,), flat = plan.pieces, x.view(-1)
-    lost = residuals and residuals.of(0, "reduce", plan.reduce.residual_numel_of(piece.slices), flat)
+    lost = None if residuals is None else residuals.of(0, "reduce", plan.reduce.residual_numel_of(piece.slices), flat)
     outbox = torch.empty(sum(piece.sizes), dtype=torch.uint8, device=x.device)
     plan.reduce.encode_slices(flat, piece.slices, outbox, lost)
     inbox = torch.empty_like(outbox)

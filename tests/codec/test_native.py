@@ -153,8 +153,8 @@ def test_cuda_without_a_driver_is_one_readable_error(native: ModuleType) -> None
         pytest.skip("there is a driver")
     with pytest.raises(RuntimeError, match=r"flash-comm: encode on CUDA failed: .*\(cudaError"):
         native.encode_slices_cuda(0, 0, 0, (0, 4, 32), 0, 100, 100, 1, 0, 0, 0)
-    with pytest.raises(RuntimeError, match=r"flash-comm: decode_sum on CUDA failed: .*\(cudaError"):
-        native.decode_sum_cuda([0], 100, 0, 4, 32, 0, 0, 0)
+    with pytest.raises(RuntimeError, match=r"flash-comm: decode on CUDA failed: .*\(cudaError"):
+        native.reduce_slices_cuda([0], (0, 4, 32), 0, 100, 0, 0, None, 0, 0, 0)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
