@@ -51,8 +51,7 @@ template <class Message> bool finished(const Message& message) {
 }  // namespace
 
 Streams::Streams(int rank, const std::vector<End>& ends, uint64_t capacity)
-    : mine_((SegmentHeader*)ends[rank].segment),
-      spins_(ends.size() <= std::thread::hardware_concurrency()),
+    : mine_((SegmentHeader*)ends[rank].segment), spins_(ends.size() <= std::thread::hardware_concurrency()),
       peers_(ends.size()) {
     const int world = (int)ends.size();
     for (int r = 0; r < world; r++) {
@@ -70,8 +69,8 @@ Streams::~Streams() {
     all.erase(std::find(all.begin(), all.end(), this));
 }
 
-Streams::Handle Streams::start(const std::vector<Posting>& sends, const std::vector<Posting>& receives,
-                               uint64_t number, const std::string& what) {
+Streams::Handle Streams::start(const std::vector<Posting>& sends, const std::vector<Posting>& receives, uint64_t number,
+                               const std::string& what) {
     const std::lock_guard<std::mutex> guard(mutex_);
     auto handle = std::make_shared<Exchange>();
     const auto post = [&](std::deque<Message>& queue, const Posting& posting) {

@@ -43,7 +43,7 @@ struct End {
 };
 
 class Streams {
-   public:
+public:
     struct Exchange {  // what one start() posted
         int open = 0;  // messages not finished
     };
@@ -63,7 +63,7 @@ class Streams {
     // `interrupted` is asked now and then whether the user wants to stop; the streams stay usable if so.
     Outcome wait(const Handle& handle, double seconds, bool (*interrupted)() = nullptr);
 
-   private:
+private:
     struct Message {
         Frame frame, arrived;
         uint8_t* data;

@@ -122,8 +122,7 @@ template <int kBits, class T> struct TensorCodec {
             }
             if (p + 1 < count) fetch(p + 1);
             sync();  // the buffer written next was read before this barrier
-            if (kRows<T> * lane < at.octets)
-                codec.template decode<false>(packed, valid, kRows<T> * lane, 0, total);
+            if (kRows<T> * lane < at.octets) codec.template decode<false>(packed, valid, kRows<T> * lane, 0, total);
         }
         if (count & 1) sync();  // the next tile starts with the buffer that was read last
     }
@@ -169,7 +168,8 @@ template <class Tile, class T> struct DirectCodec {
     }
     FC_DEVICE void zero_gaps(uint8_t* payload) const { codec.zero_gaps(whole, numel, payload); }
 
-    FC_DEVICE void sum_tile(int64_t t, const Payloads& payloads, int64_t offset, int count, float (&x)[kRows<T>][8]) const {
+    FC_DEVICE void sum_tile(int64_t t, const Payloads& payloads, int64_t offset, int count,
+                            float (&x)[kRows<T>][8]) const {
         const int64_t octets = codec.octets(numel), first = t * (tile / 8);
         if (first + kRows<T> * (thread() & ~(kWarp - 1)) >= octets) return;
         const int64_t octet = first + first_octet<T>();
@@ -178,7 +178,8 @@ template <class Tile, class T> struct DirectCodec {
 
 private:
     // Of the octets from `octet` on; payloads lie `offset` bytes behind their addresses. Whole warps.
-    FC_DEVICE void sum(const Payloads& payloads, int64_t offset, int count, int64_t octet, float (&x)[kRows<T>][8]) const {
+    FC_DEVICE void sum(const Payloads& payloads, int64_t offset, int count, int64_t octet,
+                       float (&x)[kRows<T>][8]) const {
         uint32_t huge = 0, shrunk = 0;
         if (count == 1) {
             huge = codec.template decode_from<true>(payloads.at[0] + offset, whole, octet, 0, x);

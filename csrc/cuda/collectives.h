@@ -194,8 +194,9 @@ private:
             do {
                 shrunk = huge;
                 clear(total);
-                receive<false>(reduce, kReduceLeg, d, [&](int) { return values(d); }, shrunk, total,
-                               [&](int, uint32_t more) { huge |= more; });
+                receive<false>(
+                    reduce, kReduceLeg, d, [&](int) { return values(d); }, shrunk, total,
+                    [&](int, uint32_t more) { huge |= more; });
             } while (Reduce::kRotates && !sync_and(huge == shrunk));
             if (values(d) == 0) continue;
             Octet<T> octets[kRows<T>];
@@ -251,8 +252,8 @@ private:
     // The payloads of one tile from every rank, in rank order, one read ahead, decoded to x (not kAlone: added): after
     // each use(source, huge), whole warps together. values_of(source): of the tile; shrunk, huge: a bit for each row.
     template <bool kAlone, class Codec, class Values, class Use>
-    FC_DEVICE void receive(const Codec& codec, Leg leg, int d, Values values_of, uint32_t shrunk, float (&x)[kRows<T>][8],
-                           Use use) {
+    FC_DEVICE void receive(const Codec& codec, Leg leg, int d, Values values_of, uint32_t shrunk,
+                           float (&x)[kRows<T>][8], Use use) {
         constexpr int kAll = (Codec::kMaxBytes + 16 * kThreads - 1) / (16 * kThreads);
         constexpr int kAhead = kAll < Codec::kMostAhead ? kAll : Codec::kMostAhead;
         Vec16 ahead[kAhead ? kAhead : 1];

@@ -46,8 +46,8 @@ struct alignas(8) Vec8 {
 };
 template <int kBytes> FC_DEVICE void store_bytes(uint8_t* at, const uint32_t* w) {
     if constexpr (kBytes >= 16) {
-        FC_UNROLL for (int v = 0; v < kBytes / 16; v++)
-            ((Vec16*)at)[v] = {{w[4 * v], w[4 * v + 1], w[4 * v + 2], w[4 * v + 3]}};
+        FC_UNROLL for (int v = 0; v < kBytes / 16;
+                       v++)((Vec16*)at)[v] = {{w[4 * v], w[4 * v + 1], w[4 * v + 2], w[4 * v + 3]}};
     }
     if constexpr (kBytes == 8) *(Vec8*)at = {{w[0], w[1]}};
     if constexpr (kBytes == 4) *(uint32_t*)at = w[0];

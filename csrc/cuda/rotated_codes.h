@@ -17,7 +17,7 @@ struct RotatedCodes {
     };
 
     int levels, zero, word_bits, octet_shift;  // 1 << octet_shift octets are a block
-    uint32_t inverse;  // 2**24 / levels, rounded up
+    uint32_t inverse;                          // 2**24 / levels, rounded up
     bool is_paired;
 
     FC_INLINE explicit RotatedCodes(Setting with)
@@ -71,8 +71,8 @@ struct RotatedCodes {
             Eight lower[kOctets / 2], upper[kOctets / 2];
             FC_UNROLL for (int k = 0; k < kOctets / 2; k++) {
                 uint32_t number[8];
-                FC_UNROLL for (int i = 0; i < 8; i++)
-                    number[i] = code[16 * k + 2 * i] + code[16 * k + 2 * i + 1] * (uint32_t)levels;
+                FC_UNROLL for (int i = 0; i < 8; i++) number[i] =
+                    code[16 * k + 2 * i] + code[16 * k + 2 * i + 1] * (uint32_t)levels;
                 lower[k] = eight_of(number), upper[k] = upper_eight_of(number);
             }
             store_words<kOctets / 2>(lower, upper, octet / 2, all, payload, groups);
@@ -111,8 +111,8 @@ struct RotatedCodes {
             uint32_t number[16];
             load_codes<2, Offset>(payload, first + 2 * half, groups, words);
             numbers_of(words[0], words[1], number);
-            FC_UNROLL for (int i = 0; i < 16; i++)
-                bits |= (number[i] >> 8 & ((1u << constant_bits()) - 1)) << (16 * half + i * constant_bits());
+            FC_UNROLL for (int i = 0; i < 16; i++) bits |= (number[i] >> 8 & ((1u << constant_bits()) - 1))
+                                                           << (16 * half + i * constant_bits());
         }
         return bits;
     }
@@ -132,7 +132,7 @@ private:
 
     template <int kCount, class Offset>
     FC_DEVICE void store_words(const Eight (&lower)[kCount], const Eight (&upper)[kCount], Offset eight, bool all,
-                                uint8_t* payload, Offset groups) const {
+                               uint8_t* payload, Offset groups) const {
         each_plane(word_bits, groups, [&](auto width, int shift, Offset start) {
             Eight x[kCount];
             FC_UNROLL for (int k = 0; k < kCount; k++) x[k] = shifted(shift < 8 ? lower[k] : upper[k], shift & 7);

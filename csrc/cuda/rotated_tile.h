@@ -25,7 +25,7 @@ template <class T, bool kResiduals = false> struct RotatedTile : RotatedCodes {
     static constexpr int kMostAhead = 1;
     static constexpr int kMaxBytes = kTileValues<T> * (256 + 16 + 1) / 256;  // 8 bits, blocks of 16
     static constexpr int kLargestBlock = 8 * kWarp;
-    static constexpr int kHalves = kRows<T> / 2;            // a half: 16 values, the smallest block
+    static constexpr int kHalves = kRows<T> / 2;                // a half: 16 values, the smallest block
     static constexpr int kThreadShift = kRows<T> == 4 ? 2 : 1;  // 1 << kThreadShift octets are a thread's
     static constexpr uint32_t kShrunk = 256, kFiner = 512;
 
@@ -127,7 +127,9 @@ template <class T, bool kResiduals = false> struct RotatedTile : RotatedCodes {
 private:
     // ---- lanes -----------------------------------------------------------------------------------------------------
 
-    template <class Offset> FC_DEVICE bool is_first(Offset octet) const { return (octet & ((1 << octet_shift) - 1)) == 0; }
+    template <class Offset> FC_DEVICE bool is_first(Offset octet) const {
+        return (octet & ((1 << octet_shift) - 1)) == 0;
+    }
     // visit(1), visit(2), ...: how far apart the lanes of a block are.
     template <class Visit> FC_DEVICE void each_distance(Visit visit) const {
         for (int apart = 1; apart >> (octet_shift - kThreadShift < 0 ? 0 : octet_shift - kThreadShift) == 0; apart *= 2)
@@ -143,10 +145,8 @@ private:
     // ---- rotation ------------------------------------------------------------------------------------------------
 
     FC_DEVICE void butterflies(Values& x) const {
-        FC_UNROLL for (int stride = 1; stride < 8; stride *= 2)
-            FC_UNROLL for (int row = 0; row < kRows<T>; row++)
-                FC_UNROLL for (int i = 0; i < 8; i++)
-                    if (!(i & stride)) butterfly(x[row][i], x[row][i + stride]);
+        FC_UNROLL for (int stride = 1; stride < 8; stride *= 2) FC_UNROLL for (int row = 0; row < kRows<T>; row++)
+            FC_UNROLL for (int i = 0; i < 8; i++) if (!(i & stride)) butterfly(x[row][i], x[row][i + stride]);
         rows_apart<1>(x);
         if constexpr (kRows<T> == 4)
             if (octet_shift > 1) rows_apart<2>(x);
@@ -165,9 +165,8 @@ private:
         a = sum, b = difference;
     }
     template <int kApart> static FC_DEVICE void rows_apart(Values& x) {
-        FC_UNROLL for (int row = 0; row < kRows<T>; row++)
-            FC_UNROLL for (int i = 0; i < 8; i++)
-                if (!(row & kApart)) butterfly(x[row][i], x[row + kApart][i]);
+        FC_UNROLL for (int row = 0; row < kRows<T>; row++) FC_UNROLL for (int i = 0; i < 8; i++) if (!(row & kApart))
+            butterfly(x[row][i], x[row + kApart][i]);
     }
 
     // The largest of what the threads of a block have for each half.
@@ -205,20 +204,21 @@ private:
             if (octet >= octets) continue;
             Octet<T> before;
             float more[8];
-            FC_UNROLL for (int half = 0; half < 2; half++)
-                ((Quad*)&before)[half] = *(const Quad*)(residual + residual_place(octet) + half * 4 * kGroup);
+            FC_UNROLL for (int half = 0; half < 2; half++)((Quad*)&before)[half] =
+                *(const Quad*)(residual + residual_place(octet) + half * 4 * kGroup);
             widen<T>(before, more);
             FC_UNROLL for (int i = 0; i < 8; i++) c[row][i] += more[i];
         }
     }
     FC_DEVICE void replace_residual(const float (&error)[8], int octet, Word* residual) const {
         const Octet<T> now = narrow<T>(error);
-        FC_UNROLL for (int half = 0; half < 2; half++)
-            *(Quad*)(residual + residual_place(octet) + half * 4 * kGroup) = ((const Quad*)&now)[half];
+        FC_UNROLL for (int half = 0; half < 2; half++) * (Quad*)(residual + residual_place(octet) + half * 4 * kGroup) =
+            ((const Quad*)&now)[half];
     }
 
     // The values of this thread; zeros behind the last block.
-    static FC_DEVICE void fill(const Octet<T> (&x)[kRows<T>], int begin, int values, int octets, float last, Values& c) {
+    static FC_DEVICE void fill(const Octet<T> (&x)[kRows<T>], int begin, int values, int octets, float last,
+                               Values& c) {
         FC_UNROLL for (int row = 0; row < kRows<T>; row++) {
             widen<T>(x[row], c[row]);
             if (8 * (begin + row) < values) continue;
@@ -242,13 +242,13 @@ private:
         if (~votes(is_plain)) rotate_strange(x, residual, begin, values, octets, last, c, meta);
     }
 
-    FC_DEVICE void rotate_strange(const Octet<T> (&x)[kRows<T>], const Word* residual, int begin, int values, int octets,
-                                  float last, Values& c, Meta (&meta)[kHalves]) const {
+    FC_DEVICE void rotate_strange(const Octet<T> (&x)[kRows<T>], const Word* residual, int begin, int values,
+                                  int octets, float last, Values& c, Meta (&meta)[kHalves]) const {
         fill(x, begin, values, octets, last, c);
         uint32_t magnitude[kHalves];
         bool is_any_huge = false, is_huge[kHalves], is_nan[kHalves];
-        FC_UNROLL for (int half = 0; half < kHalves; half++)
-            magnitude[half] = is_finite(x, half, begin, values) ? largest(c, half) >> 1 : ~0u;
+        FC_UNROLL for (int half = 0; half < kHalves; half++) magnitude[half] =
+            is_finite(x, half, begin, values) ? largest(c, half) >> 1 : ~0u;
         share_largest(magnitude);
         FC_UNROLL for (int half = 0; half < kHalves; half++) {
             is_nan[half] = magnitude[half] >= Float32::kInfinity, is_huge[half] = magnitude[half] >= bits_of(kHugeStep);
@@ -284,8 +284,8 @@ private:
         uint32_t most[kHalves];
         float value[kHalves];
         bool varies[kHalves];
-        FC_UNROLL for (int half = 0; half < kHalves; half++)
-            value[half] = (octet_shift > 1 ? c[0][0] : c[2 * half][0]) * (1.0f / (float)block());
+        FC_UNROLL for (int half = 0; half < kHalves; half++) value[half] =
+            (octet_shift > 1 ? c[0][0] : c[2 * half][0]) * (1.0f / (float)block());
         if (kRows<T> == 2 && octet_shift > 1)  // the second thread has a part of a constant's bits
             value[0] = float_of(exchange(bits_of(value[0]), begin / kRows<T> & 1));
         FC_UNROLL for (int half = 0; half < kHalves; half++) {
@@ -328,8 +328,8 @@ private:
     }
     FC_DEVICE uint32_t errors_of(const Values& c, int half, float eighths) const {
         uint32_t errors = 0;
-        FC_UNROLL for (int i = 0; i < 16; i++)
-            errors += squared_error(c[2 * half + i / 8][i % 8], eighths, zero, levels);
+        FC_UNROLL for (int i = 0; i < 16; i++) errors +=
+            squared_error(c[2 * half + i / 8][i % 8], eighths, zero, levels);
         return errors;
     }
 
@@ -343,7 +343,7 @@ private:
 
     // Of the values of a half; what lies behind the last value is that again.
     static FC_DEVICE bool is_finite(const Octet<T> (&x)[kRows<T>], int half, int begin, int values) {
-        constexpr uint32_t above = ordered<T>(T::kInfinity), below = (typename T::Word)~above;
+        constexpr uint32_t above = ordered<T>(T::kInfinity), below = (typename T::Word) ~above;
         bool all = true;
         FC_UNROLL for (int row = 2 * half; row < 2 * half + 2; row++) {
             const Keys<T> keys = extremes<T>(x[row]);
@@ -353,9 +353,7 @@ private:
     }
 
     // Coefficients from here on are a reason to look closer; Inf and NaN of float16 may have widened to finite numbers.
-    static FC_DEVICE uint32_t strange() {
-        return T::kMax < 1e30f ? bits_of(65504.0f) << 1 : bits_of(0x1p99f) << 1;
-    }
+    static FC_DEVICE uint32_t strange() { return T::kMax < 1e30f ? bits_of(65504.0f) << 1 : bits_of(0x1p99f) << 1; }
     // The largest magnitude of a half, << 1, | 1 if a negative number has it. As integers the positive numbers are the
     // largest signed ones, and the negative ones the largest unsigned.
     static FC_DEVICE uint32_t largest(const Values& c, int half) {
@@ -393,7 +391,8 @@ private:
     // Codes of a half, its scale and its family's top; the residual.
     template <class Offset>
     FC_DEVICE void quantize(const Values& c, int half, int begin, int octets, const Meta& meta, uint32_t key,
-                            uint32_t top, uint8_t* payload, const Place<Offset>& place, Word* residual, uint32_t* code) const {
+                            uint32_t top, uint8_t* payload, const Place<Offset>& place, Word* residual,
+                            uint32_t* code) const {
         const int octet = begin + 2 * half, index = octet >> octet_shift;
         const uint32_t kind = meta.kind & 0x7F, scale = distance_of(top, key) | (meta.largest & 1 ? 0 : 0x80);
         if (is_first(octet) && octet < octets) {
@@ -414,12 +413,12 @@ private:
             }
         } else {
             const int width = constant_bits(), first = 8 * width * (octet & ((1 << octet_shift) - 1));
-            FC_UNROLL for (int i = 0; i < 16; i++)
-                code[i] = first + i * width < 32 ? meta.value >> (first + i * width) & ((1u << width) - 1) : 0;
+            FC_UNROLL for (int i = 0; i < 16; i++) code[i] =
+                first + i * width < 32 ? meta.value >> (first + i * width) & ((1u << width) - 1) : 0;
         }
         if (kResiduals) {
-            FC_UNROLL for (int row = 0; row < 2; row++)
-                if (octet + row < octets) replace_residual(error[row], octet + row, residual);
+            FC_UNROLL for (int row = 0; row < 2; row++) if (octet + row < octets)
+                replace_residual(error[row], octet + row, residual);
         }
     }
 

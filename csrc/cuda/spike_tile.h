@@ -88,7 +88,8 @@ template <class T> struct SpikeTile {
     template <bool kOwn, class Offset>
     FC_DEVICE void encode_to(const Octet<T> (&x)[kRows<T>], int values, uint8_t* scratch, uint8_t* payload,
                              const Place<Offset>& place) const {
-        const int lane = thread(), begin = first_octet<T>(), octets = this->octets(values), blocks = this->blocks(values);
+        const int lane = thread(), begin = first_octet<T>(), octets = this->octets(values),
+                  blocks = this->blocks(values);
         Ends* ends = (Ends*)scratch;
         Meta* metas = (Meta*)(scratch + kTileOctets<T> * (int)sizeof(Ends));
         FC_UNROLL for (int row = 0; row < kRows<T>; row++) {
