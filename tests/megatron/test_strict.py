@@ -67,7 +67,7 @@ def fallback(rank: int, world: int, strict: bool) -> str:
 @pytest.mark.parametrize("strict", [False, True])
 def test_a_transport_that_was_asked_for_and_falls_back(strict: bool) -> None:
     for text in spawn(fallback, 2, strict):
-        assert ("transport host does not serve" in text and "No space left" in text) == strict, text
+        assert ("transport shared-memory does not serve" in text and "No space left" in text) == strict, text
 
 
 def test_what_only_the_original_can_do_is_counted() -> None:
@@ -75,15 +75,15 @@ def test_what_only_the_original_can_do_is_counted() -> None:
     site, reason = where.Site("row", torch.nn.Linear(1, 1), Config(bits=4)), "argument use_global_buffer"
     group = SimpleNamespace(size=lambda: 2)
     with where.at(site):
-        assert differentiable.wanted("column", "all_gather", torch.ones(8), group, reason) is None
+        assert differentiable.planned("column", "all_gather", torch.ones(8), group, reason) is None
         assert counters.stats()["deferred"] == {}
-        assert differentiable.wanted("row", "reduce_scatter", torch.ones(8), group, reason) is None
+        assert differentiable.planned("row", "reduce_scatter", torch.ones(8), group, reason) is None
     assert counters.stats()["deferred"] == {reason: 1}
     with (
         where.at(site._replace(config=Config(bits=4, strict=True))),
         pytest.raises(RuntimeError, match="argument use_global_buffer"),
     ):
-        differentiable.wanted("row", "reduce_scatter", torch.ones(8), group, reason)
+        differentiable.planned("row", "reduce_scatter", torch.ones(8), group, reason)
     counters.reset_stats()
 
 
