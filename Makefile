@@ -3,12 +3,14 @@
 #   PYTHON=python3.12   another interpreter        MODEL=DIR      another checkpoint for the demo
 #   VENV=DIR            another environment        TP=N           ranks of the demo (default: the fewest its heads allow)
 #   WORKERS=N           test processes (default: one per core, at most 4)
+#   NEWEST=python3.12   the interpreter of `make test-newest`, 3.12 or newer
 #   ARCHS=LIST          GPUs of `make wheel CUDA=1`, as in TORCH_CUDA_ARCH_LIST
 PYTHON  ?= python3
 VENV    ?= .venv
 MODEL   ?=
 TP      ?=
 WORKERS ?= auto
+NEWEST  ?= python3.12
 ARCHS   ?= 8.0;8.6;8.9;9.0;10.0;12.0+PTX
 SHELL   := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -41,7 +43,7 @@ if not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")):
 endef
 export PREFLIGHT
 
-.PHONY: help demo demo-llm docs test test-slow test-all lint wheel bench gpu-check fuzz threads soak mutations coverage emulated
+.PHONY: help demo demo-llm docs test test-slow test-newest test-all lint wheel bench gpu-check fuzz threads soak mutations coverage emulated
 help:  ## Say what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1: /'
 
@@ -76,6 +78,19 @@ test: $(READY)  ## Run the tests of a developer: no compiler, no sanitizer, minu
 
 test-slow: $(READY)  ## Run the other tests: compilers, sanitizers, stand-ins, restarts, soak, fuzz, mutations
 	$(PYTEST) -m slow --dist worksteal
+
+# The newest of everything that pip finds; constraints.txt does not hold there.
+FRESH        := $(VENV)/newest
+NEWEST_TESTS ?= $(addprefix tests/megatron/test_,seams.py mixtures.py gradients.py feedback.py model.py compiled_layers.py \
+                  patching.py training.py train_tiny.py transformer_engine.py scripts_training.py scripts_inference.py)
+test-newest:  ## Run the tests of Megatron's room with the newest megatron-core; NEWEST=python3.13, NEWEST_TESTS=FILES
+	@$(NEWEST) -c 'import sys; sys.exit(sys.version_info < (3, 12))' || { \
+	  echo "flashcomm_megatron: $(NEWEST) is no Python 3.12 or newer: name one with make test-newest NEWEST=..." >&2; exit 1; }
+	@[ -x $(FRESH)/bin/python ] || $(NEWEST) -m venv $(FRESH)
+	FLASHCOMM_CUDA=0 $(FRESH)/bin/python -m pip install --disable-pip-version-check --quiet --upgrade \
+	  --editable '.[examples,test]' einops
+	@$(FRESH)/bin/python -c 'import megatron.core as m, torch; print("== megatron-core", m.__version__, "torch", torch.__version__)'
+	$(FRESH)/bin/python -m pytest -q -n $(WORKERS) --maxprocesses 4 --dist loadfile --durations 25 $(NEWEST_TESTS)
 
 test-all: test test-slow  ## Run every test
 

@@ -3,7 +3,8 @@
     python benchmarks/version_matrix.py MEGATRON_GIT TRANSFORMER_ENGINE_GIT [--packages DIR]
 
 Both are clones with their tags, of NVIDIA/Megatron-LM and NVIDIA/TransformerEngine; DIR holds a megatron-core that has
-no tag, as pip installs it. Nothing of them is imported: whole signatures are read (flashcomm_megatron/megatron/checkout.py). A name that a version does not have shows as a dash.
+no tag, as pip installs it. Nothing of them is imported: whole signatures are read
+(flashcomm_megatron/megatron/checkout.py). A name that a version does not have shows as a dash.
 """
 
 from __future__ import annotations

@@ -59,24 +59,6 @@ static void bind_codecs(py::module_& m) {
                                (uint8_t*)payload, (void*)residual, (void*)stream);
         },
         ReleaseGil());
-    // One slice, and one leg: what codec/extension.py calls.
-    m.def(
-        "encode_cuda",
-        [](Address x, int dtype, int64_t numel, int format, int bits, int64_t block, Address payload, Address residual,
-           Address stream) {
-            const Slices one = {format, bits, block, 0, numel, numel, 1, 0};
-            encode_slices_cuda((const void*)x, (void*)residual, dtype, one, (uint8_t*)payload, (void*)stream);
-        },
-        ReleaseGil());
-    m.def(
-        "decode_sum_cuda",
-        [](const std::vector<Address>& payloads, int64_t numel, int format, int bits, int64_t block, Address out,
-           int dtype, Address stream) {
-            reduce_slices_cuda(reinterpret_cast<const uint8_t* const*>(payloads.data()), (int)payloads.size(),
-                               {format, bits, block, numel}, (void*)out, dtype, nullptr, nullptr, nullptr,
-                               (void*)stream);
-        },
-        ReleaseGil());
 }
 
 // Request(kind=..., reduce=..., ...): every field by its name; those that tests alone set may be left out.

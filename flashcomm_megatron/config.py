@@ -118,7 +118,7 @@ class Config:
 
     @property
     def legs(self) -> Legs:
-        """The codecs of both legs. A calibrated recipe has another reduce leg at every site (sites.py)."""
+        """The codecs of both legs. A calibrated recipe has another reduce leg at every site."""
         row = RECIPES[self.recipe]
         return row.legs(self.bits, self.block or row.block)
 

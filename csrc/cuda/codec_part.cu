@@ -58,8 +58,7 @@ __global__ void scalar_decode_kernel(const __grid_constant__ Payloads payloads, 
                                      const __grid_constant__ SlicedLayout at, typename T::Word* out) {
     const int64_t slice = thread_index() / at.whole.octets, octet = thread_index() - slice * at.whole.octets;
     if (slice >= at.cut.count || 8 * octet >= at.cut.size(slice)) return;
-    const uint8_t* alone = payloads.at[0] + slice * at.cut.stride;  // several payloads are of one slice
-    decode_octet<T>(count == 1 ? &alone : payloads.at, count, at.of(slice), octet, out + slice * at.cut.length);
+    decode_octet<T>(payloads.at, count, at.of(slice), octet, out + slice * at.cut.length, slice * at.cut.stride);
 }
 
 template <class From, class Gather, class T>

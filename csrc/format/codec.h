@@ -272,16 +272,17 @@ FC_BOTH void encode_block(const typename T::Word* x, const Layout& at, int64_t i
     at.store(payload, index, fit.scale_bits, fit.minimum_bits);
 }
 
-// Decodes eight values of `count` payloads and writes their float32 sum, in the order given, into the tensor out.
+// Decodes eight values of `count` payloads, which lie `offset` bytes behind their addresses, and writes their float32
+// sum, in the order given, into the tensor out.
 template <class T>
 FC_BOTH void decode_octet(const uint8_t* const* payloads, int count, const Layout& at, int64_t octet,
-                          typename T::Word* out) {
+                          typename T::Word* out, int64_t offset = 0) {
     const int64_t row = octet / at.rows.octets, first = octet % at.rows.octets * 8;
     float sum[8] = {};
     for (int p = 0; p < count; p++) {
-        const Bf16Pair pair = at.load(payloads[p], row * at.rows.blocks + first / at.block);
+        const Bf16Pair pair = at.load(payloads[p] + offset, row * at.rows.blocks + first / at.block);
         uint8_t codes[8];
-        at.load_codes(payloads[p], octet, codes);
+        at.load_codes(payloads[p] + offset, octet, codes);
         for (int i = 0; i < 8; i++) {
             const float part = pair.value<T>(codes[i]);
             sum[i] = p ? sum[i] + part : part;

@@ -97,11 +97,11 @@ def encode_slices(codec: Codec, x: Tensor, slices: Slices, out: Tensor, residual
     if residuals is not None:
         _check("encode: residual", residuals, (x.dtype,), x.device, codec.residual_numel_of(slices))
         address = residuals.data_ptr()
-    fitted = codec.fitted(width)
-    function, last = _serving("encode_slices", fitted, x, length, width)
+    known = codec.fitted(width).native
+    function, last = _serving("encode_slices", x, length, width, known)
     if function is None:
         return False
-    shape = (fitted.native, width, numel, length, world, stride)
+    shape = (known, width, numel, length, world, stride)
     function(x.data_ptr(), address, DTYPES[x.dtype], *shape, out.data_ptr(), last)
     return True
 
@@ -112,11 +112,11 @@ def decode_slices(codec: Codec, payloads: Tensor, slices: Slices, out: Tensor) -
     stride = codec.wire_bytes(length, width)
     _check("decode: out", out, DTYPES, out.device, numel)
     _check("decode: payloads", payloads, BYTES, out.device, codec.wire_bytes_of(slices))
-    fitted = codec.fitted(width)
-    function, last = _serving("decode_slices", fitted, out, length, width)
+    known = codec.fitted(width).native
+    function, last = _serving("decode_slices", out, length, width, known)
     if function is None:
         return False
-    shape = (fitted.native, width, numel, length, world, stride)
+    shape = (known, width, numel, length, world, stride)
     function(payloads.data_ptr(), *shape, out.data_ptr(), DTYPES[out.dtype], last)
     return True
 
@@ -136,21 +136,20 @@ def reduce_slices(
     if not payloads:
         raise ValueError("decode_sum: no payloads found; give at least one.")
     _check_payloads(payloads, device, codec.wire_bytes(numel, width))
-    fitted, second, target, address = codec.fitted(width), None, 0, 0
+    known, second, target, address = codec.fitted(width).native, None, 0, 0
     if gather is not None and payload is not None:
         _check("reduce: payload", payload, BYTES, device, gather.wire_bytes(numel, width))
-        second, target = gather.fitted(width), payload.data_ptr()
-        if second.native is None:
+        second, target = gather.fitted(width).native, payload.data_ptr()
+        if second is None:
             return False
         if residual is not None:
             _check("reduce: residual", residual, (out.dtype,), device, gather.residual_numel(numel, width))
             address = residual.data_ptr()
-    function, last = _serving("reduce_slices", fitted, out, numel, width, second)
+    function, last = _serving("reduce_slices", out, numel, width, known, second)
     if function is None:
         return False
     addresses = [each.data_ptr() for each in payloads]
-    after = (None if second is None else second.native, target, address, last)
-    function(addresses, fitted.native, width, numel, out.data_ptr(), DTYPES[out.dtype], *after)
+    function(addresses, known, width, numel, out.data_ptr(), DTYPES[out.dtype], second, target, address, last)
     return True
 
 
@@ -175,18 +174,22 @@ def _check_payloads(payloads: Sequence[Tensor], device: torch.device, length: in
 
 
 def _serving(
-    name: str, codec: Codec, x: Tensor, numel: int, width: int, second: Codec | None = None
+    name: str,
+    x: Tensor,
+    numel: int,
+    width: int,
+    codec: tuple[int, int, int] | None,
+    second: tuple[int, int, int] | None = None,
 ) -> tuple[Callable[..., None] | None, int]:
     """The compiled function for the device of ``x``, or None, and its last argument: threads, or a CUDA stream."""
-    native = codec.native
-    if _extension is None or native is None:
+    if _extension is None or codec is None:
         return None, 0
     if x.device.type == "cpu":
         return getattr(_extension, name), torch.get_num_threads()
     if x.device.type != "cuda":
         return None, 0
     for each in (codec, second):
-        if each is not None and not has_cuda_kernel(each.native, x.dtype, numel, width):
+        if each is not None and not has_cuda_kernel(each, x.dtype, numel, width):
             return None, 0
     function = getattr(_extension, name + "_cuda")
     if x.device.index == torch.cuda.current_device():

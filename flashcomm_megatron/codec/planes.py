@@ -6,9 +6,9 @@ decodes to the same bits whatever stands beside it. csrc/format/rows.h has the s
 
 A payload is a sequence of *sections*, each starting on a 16-byte boundary, gaps zero. Codes of any width from 1 to 8
 bits travel as *bit planes* of 8, 4, 2 or 1 bits, so that no code ever straddles a byte (bit splitting,
-FlashCommunication V2, arXiv 2508.03760). The first plane holds the low bits of every code; inside a plane, values follow each other from
-the least significant bit of a byte upwards: 4-bit plane, byte 0 = ``q[0] | q[1] << 4``. Eight values are whole bytes in
-every plane, so codes are counted in octets, and each row's codes are padded to whole octets.
+FlashCommunication V2, arXiv 2508.03760). The first plane holds the low bits of every code; inside a plane, values
+follow each other from the least significant bit of a byte upwards: 4-bit plane, byte 0 = ``q[0] | q[1] << 4``. Eight
+values are whole bytes in every plane, so codes are counted in octets, and each row's codes are padded to whole octets.
 
 All arithmetic here is defined by bit patterns, never by a library's rounding or order of reduction, so that another
 implementation can agree bit for bit.

@@ -30,7 +30,7 @@ class Recipe(NamedTuple):
     algorithm: str  # "auto", "one-step" or "two-step" when the user leaves it open
     legs: Callable[[int, int], Legs]  # (bits, block) -> codecs
     source: str
-    calibrated: bool = False  # the reduce leg has a codec of its own at every site, from a calibration file (sites.py)
+    calibrated: bool = False  # the reduce leg has a codec of its own at every site, from a calibration file
     feedback: bool = False  # what a rounding lost is added to the rank's next contribution (feedback.py)
 
 

@@ -3,22 +3,39 @@
 The idea
 --------
 A few features of a transformer's activations are many times larger than the rest, and a scale that covers them leaves
-the others two or three levels. A Walsh-Hadamard rotation inside each block spreads an outlier evenly over the block;
-what comes out is close to a centred Gaussian whatever went in, so the format needs no minimum, and its scale fits in
-one byte that counts down from the largest scale of 32 blocks::
+the others two or three levels. So each block is multiplied by a Hadamard matrix before it is rounded. Each result, a
+*coefficient*, is a sum of all values of the block with signs, so an outlier is spread evenly over the block, and no
+coefficient is much larger than the others. Coefficients are close to a centred Gaussian whatever went in, so the format
+needs no minimum: a block has one scale, and integers on both sides of zero. The decoder multiplies by the same matrix.
+The scale fits in one byte: it counts down, in steps of an eighth of an octave, from the largest scale of 32 blocks, a
+*super-block* (``FAMILY``). Half-bit widths exist because two codes of 22 levels fit in 9 bits::
 
     c = H x / block        step = max|c| / zero        q = zero + round(+-c / step)        x' = H c'
 
 with ``H`` the Hadamard matrix of ``block`` rows, ``levels`` codes 0 .. levels - 1 and ``zero = levels // 2``. The
 sign is chosen so that the largest coefficient becomes code 0, which is the end of the range that reaches farther.
 
+A block of 8 numbers at 4 bits (real blocks have 16 to 1024). Rounded plainly, the 9 would stretch the step to 0.64.
+Rotated, the largest coefficient is 1.29, the step 1.29 / 8, rounded to 0.156; the sign makes the largest code 0::
+
+    >>> x = torch.tensor([[0.3, -0.2, 0.7, 9.0, -0.4, 0.0, 0.5, -0.6]])
+    >>> c = butterflies(x) / 8
+    >>> [round(value, 2) for value in c[0].tolist()]
+    [1.16, -0.89, -1.24, 0.91, 1.29, -1.06, -1.16, 1.29]
+    >>> q = (8 + (c / -0.15625).round()).clamp(0, 15)
+    >>> q[0].int().tolist()
+    [1, 14, 15, 2, 0, 15, 15, 0]
+    >>> [round(value, 2) for value in butterflies((q - 8) * -0.15625)[0].tolist()]
+    [0.31, 0.0, 0.31, 8.75, -0.31, 0.0, 0.31, -0.62]
+
 The wire
 --------
-Sections for ``n`` values, ``blocks = ceil(n / block)`` (the last one filled with the last value), aligned as in
-wire.py::
+Each row is cut into blocks of its own, ``ceil(width / block)``, the last one filled with the row's last value; so are
+super-blocks. For a width where smaller blocks take fewer bytes they are used, down to 16 (``fitted``). Sections,
+aligned as in planes.py::
 
-    | planes of the codes           | scales      | tops                     |
-    | blocks * block * bits / 8 bytes | blocks x u8 | ceil(blocks / 32) x u16 |
+    | planes of the codes             | scales      | tops               |
+    | blocks * block * bits / 8 bytes | blocks x u8 | super-blocks x u16 |
 
     bits    2   2.5   3   3.5   4   4.5   5   5.5   6   6.5   7   7.5   8
     levels  4   5     8   11    16  22    32  45    64  90    128 181   256
@@ -34,7 +51,8 @@ compared as integers, in eighths of a step, so that the order of summation does 
 
 ``top`` is the largest key of 32 blocks, ``scale = negative << 7 | d`` the block's own: ``key = top - d``. A block whose
 step would lie more than 125 eighths of an octave below the largest takes ``d = 125``. Steps are at least 2**-100: a
-block far below decodes to zeros. ``negative`` says that the largest coefficient is positive.
+block far below decodes to zeros. ``negative``, the step's sign bit, is set when the step is negative: the sign is
+chosen so that the largest coefficient maps to code 0.
 Two values of ``scale`` are escapes:
 
 - 127: the block held a NaN or an Inf and decodes to NaN.
@@ -46,25 +64,26 @@ fixed order, strides 1, 2, 4, ..., (a, b) -> (a + b, a - b); every product is by
 decoded coefficient is -0, so that all implementations agree bit for bit, also those that rotate one payload's codes as
 integers.
 
-The memory
-----------
-Residual feedback (feedback.py) adds what one encoding lost to the next one. Only the next encoding of a tensor with the
-same codec and shape reads it, so it is kept where rounding happens, among the coefficients, and nothing is rotated
-back. With ``h = H x = block * c``::
+The residual
+------------
+Residual feedback (feedback.py) adds the rounding error of one encoding to the next one. Only the next encoding of a
+tensor with the same codec and shape reads it, so it is kept where rounding happens, as coefficients, and nothing is
+rotated back. With ``h = H x = block * c``::
 
-    h' = h + memory        q as above, of h'        memory = h' - q * step * block
+    h' = h + residual        q as above, of h'        residual = h' - q * step * block
 
-the product being exact and ``q`` never -0. Numbers have the tensor's dtype and are finite: float16 is rounded and
-limited, bfloat16 is cut, the upper half of a float32. A block of NaN, Inf, an exact constant (of ``h'``) or values from
-2**100 on leaves zeros; the last ones are encoded without a memory. Numbers lie as vectors of 512 bits hold them, always
-four blocks together: the first four coefficients of each, then their next four, to the last.
+The product is exact and ``q`` is never -0. Numbers have the tensor's dtype and are finite: float16 is rounded and
+clamped, bfloat16 is truncated to the upper half of a float32. A block of NaN, Inf, an exact constant (of ``h'``) or
+values from 2**100 on leaves zeros; the last ones are encoded without a residual. The layout is that of 512-bit vectors:
+four blocks of a row together, the first four coefficients of each, then their next four, to the last. A row's blocks
+are padded to a multiple of four.
 
 Error: a coefficient is off by at most ``step / 2``, or by what it lies beyond the first or last code's value. ``step``
 is ``max|c| / zero`` within -1/17 and +1/16, beyond 32 levels within +1/8, unless one of the floors above is larger; up
 to 16 levels it may be 4/5 of that, with fewer than 8 levels 2/3. A value is off by at most the sum of its block's
-coefficients' errors, and the squared errors of a block sum to ``block`` times those of its coefficients. With a memory
-all this is the error of ``h'``, so that errors of calls telescope: what the sum of all that was decoded lacks of the
-sum of all values is the last memory, ``H memory / block``, and what cutting and limiting took from those before.
+coefficients' errors, and the squared errors of a block sum to ``block`` times those of its coefficients. With a
+residual all this is the error of ``h'``, so that errors of calls telescope: what the sum of all that was decoded lacks
+of the sum of all values is the last residual, ``H residual / block``, and what truncating and clamping took before.
 """
 
 from __future__ import annotations
@@ -95,7 +114,7 @@ from .planes import (
 LEVELS = {2: 4, 2.5: 5, 3: 8, 3.5: 11, 4: 16, 4.5: 22, 5: 32, 5.5: 45, 6: 64, 6.5: 90, 7: 128, 7.5: 181, 8: 256}
 BLOCKS = (16, 32, 64, 128, 256, 512, 1024)
 FAMILY = 32  # blocks that share a top
-GROUP = 4  # blocks whose numbers lie together in a memory
+GROUP = 4  # blocks whose numbers lie together in a residual
 NAN, CONSTANT, LAST = 127, 126, 125  # of the scale byte without its sign; LAST is the largest distance from the top
 KEY_SHIFT = 20  # a key counts float32 bit patterns in units of 2**20: eight steps an octave
 NEAREST = 32  # steps of at most this many levels are rounded to nearest, others up

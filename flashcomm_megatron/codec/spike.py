@@ -2,10 +2,23 @@
 
 The idea
 --------
-The minimum and the maximum of a block, its *spikes*, travel as floating-point numbers with their positions. The
-integer range then only has to cover the rest, which is what makes 2 bits usable::
+A few values of an activation are many times larger than the rest. Plain block integers (uniform.py) spread their steps
+over such values and leave the others two or three steps. Here the minimum and the maximum of each block, its *spikes*,
+travel as bfloat16 numbers of their own, with their positions in the block. The integers only have to cover the rest,
+whose range is often ten times smaller. That is what makes 2 and 3 bits usable. The decoder computes the rest from the
+integers, then writes the two spikes into their places. The price is metadata: two numbers, two positions, a span and an
+offset a block, so blocks are larger, 64 values::
 
     span >= max(rest) - min(rest)        x' = low + q * span / (2**bits - 1)        spikes: themselves, in bfloat16
+
+A block of 8 numbers at 2 bits. The spikes are 9 and -6; the rest lies within -0.4 and 0.7 and gets all four codes::
+
+    >>> x = torch.tensor([0.3, -0.2, 0.7, 9.0, -0.4, 0.0, 0.5, -6.0])
+    >>> payload = Spike(2, 8).encode(x)
+    >>> join_planes([payload[:2]], 2).tolist()  # the spikes' codes are not used
+    [2, 1, 3, 0, 0, 1, 2, 0]
+    >>> [round(value, 2) for value in Spike(2, 8).decode_ref(payload, 8).tolist()]
+    [0.4, -0.01, 0.82, 9.0, -0.43, -0.01, 0.4, -6.0]
 
 At 2 bits the metadata would outweigh the codes, so it is compressed against what the decoder knows already, the
 spikes: the span is an 8-bit float whose exponent counts down from that of the larger spike, and ``low`` is an 8-bit
@@ -14,10 +27,11 @@ layouts open; they are ours.
 
 The wire
 --------
-Sections for ``n`` values, ``blocks = ceil(n / block)``, aligned as in wire.py::
+Sections for rows of ``ceil(width / block)`` blocks, a row's last one short where the block does not divide the width,
+and ``ceil(width / 8)`` octets of codes, aligned as in planes.py::
 
     | planes of the codes | spike minima  | spike maxima  | spans       | lows        | planes of the positions |
-    | n8 * bits / 8 bytes | blocks x bf16 | blocks x bf16 | blocks x u8 | blocks x i8 | 2 * blocks codes        |
+    | octets * bits bytes | blocks x bf16 | blocks x bf16 | blocks x u8 | blocks x i8 | 2 * blocks codes        |
 
 Positions take ``log2(block)`` bits, rounded up; a block's minimum and maximum follow each other. Bits per value, all
 included::
@@ -186,8 +200,8 @@ class Spike(Codec):
         return span / torch.full_like(span, self.levels)
 
     def _extremes_of_rest(self, keys: Tensor, positions: Tensor, row: int) -> tuple[Tensor, Tensor]:
-        """Smallest and largest key of every block without its spikes and what fills it at the row's end; of an empty rest,
-        the smaller spike twice."""
+        """Smallest and largest key of every block without its spikes and what fills it at the row's end. If nothing is
+        left, the smaller spike twice."""
         spike = torch.zeros_like(keys, dtype=torch.bool).scatter_(1, positions.t(), True)
         spike.view(-1, math.ceil(row / self.block) * self.block)[:, row:] = True
         limits = torch.iinfo(keys.dtype)

@@ -2,21 +2,34 @@
 
 The idea
 --------
-A tensor is cut into blocks of ``block`` values. Each block travels as a minimum, a scale and one small integer
-per value::
+Neighbouring values of an activation have similar magnitudes. So each row is cut into blocks of ``block`` values. Each
+block travels as its minimum, a scale and one small integer for each value. The integers count steps of the scale,
+starting at the minimum; the largest integer reaches the maximum. Decoding is one multiplication and one addition. The
+error of a value is at most half a step. One large value makes the steps of its whole block large, so small blocks are
+more accurate, and cost more bytes: minimum and scale take 32 bits a block::
 
     scale = (max - min) / (2**bits - 1)        q = round((x - min) / scale)        x' = min + q * scale
 
 Sending the minimum instead of a rounded zero point keeps blocks that do not straddle zero exact to half a
 step (a zero point clamped into the integer range is off by the whole offset), and makes constants exact.
 
+A block of 8 numbers at 4 bits. The minimum is -1.2, the range 3.3, so the scale is 3.3 / 15 = 0.22; both are rounded to
+bfloat16, to -1.203 and 0.2207. The 8 codes are 32 bits, so 16 bytes of bfloat16 have become 8::
+
+    >>> x = torch.tensor([0.3, -1.2, 0.7, 2.1, -0.4, 0.0, 1.5, -0.9])
+    >>> plane, scales, minima = split_sections(Uniform(4, 8).encode(x), [4, 2, 2])
+    >>> join_planes([plane], 4).tolist()
+    [7, 0, 9, 15, 4, 5, 12, 1]
+    >>> [round(value, 2) for value in Uniform(4, 8).decode_ref(Uniform(4, 8).encode(x), 8).tolist()]
+    [0.34, -1.2, 0.78, 2.11, -0.32, -0.1, 1.45, -0.98]
+
 The wire
 --------
-One payload for ``n`` values. ``n8`` is ``n`` rounded up to 8, ``blocks`` is ``ceil(n / block)``; every section
-starts on a 16-byte boundary, gaps are zero::
+Rows of ``width`` values have ``ceil(width / block)`` blocks each, the last one short where the block does not divide
+the width, and ``ceil(width / 8)`` octets of codes. Sections start on a 16-byte boundary, gaps are zero::
 
     | 8-, 4-, 2-, 1-bit planes ...        | scales         | minima         |
-    | n8 * w / 8 bytes for each plane w   | blocks x bf16  | blocks x bf16  |
+    | octets * w bytes for each plane w   | blocks x bf16  | blocks x bf16  |
 
     bits    8  7      6    5    4  3    2
     planes  8  4+2+1  4+2  4+1  4  2+1  2       the first plane holds the low bits of every code
@@ -24,7 +37,7 @@ starts on a 16-byte boundary, gaps are zero::
 Inside a plane, values follow each other from the least significant bit of a byte upwards: 4-bit plane, byte 0 =
 ``q[0] | q[1] << 4``. Eight values are always whole bytes in every plane, so odd widths cost no bit twiddling.
 
-Metadata is bfloat16 whatever the tensor's dtype, so a payload's size depends on ``n`` alone and it can be
+Metadata is bfloat16 whatever the tensor's dtype, so a payload's size depends on the shape alone and it can be
 decoded to any dtype. The minimum is rounded down and the scale up, so every value of the block lies in
 ``[min, min + levels * scale]`` and the error is at most half a scale. Two escapes use codes the pair cannot
 otherwise take:

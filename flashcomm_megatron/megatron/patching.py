@@ -25,12 +25,19 @@ import inspect
 import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 
 logger = logging.getLogger(__name__)
 Function = Callable[..., Any]
+F = TypeVar("F", bound=Function)
+
+
+def untraced(function: F) -> F:
+    """``function``, into which torch.compile does not look; what a layer's replacement calls needs it."""
+    disable: Any = torch.compiler.disable
+    return cast(F, disable(function))
 
 
 class Seam(NamedTuple):

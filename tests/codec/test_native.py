@@ -88,11 +88,11 @@ def test_without_extension_the_reference_gives_the_same_bits(monkeypatch: pytest
         sent = CODEC.encode(x)
         return sent, CODEC.decode_sum([sent, sent], torch.empty_like(x))
 
-    compiled = results()
+    fast = results()
     monkeypatch.setattr(compiled, "_extension", None)
     monkeypatch.setattr(compiled, "_reason", "not built: run pip install -e .")
     reference = results()
-    assert torch.equal(compiled[0], reference[0]) and same(compiled[1], reference[1])
+    assert torch.equal(fast[0], reference[0]) and same(fast[1], reference[1])
     assert not compiled.available() and compiled.info() == {}
     assert compiled.describe() == "PyTorch codec (not built: run pip install -e .)"
 
@@ -153,8 +153,8 @@ def test_cuda_without_a_driver_is_one_readable_error(native: ModuleType) -> None
         pytest.skip("there is a driver")
     with pytest.raises(RuntimeError, match=r"flash-comm: encode on CUDA failed: .*\(cudaError"):
         native.encode_slices_cuda(0, 0, 0, (0, 4, 32), 0, 100, 100, 1, 0, 0, 0)
-    with pytest.raises(RuntimeError, match=r"flash-comm: decode_sum on CUDA failed: .*\(cudaError"):
-        native.decode_sum_cuda([0], 100, 0, 4, 32, 0, 0, 0)
+    with pytest.raises(RuntimeError, match=r"flash-comm: decode on CUDA failed: .*\(cudaError"):
+        native.reduce_slices_cuda([0], (0, 4, 32), 0, 100, 0, 0, None, 0, 0, 0)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

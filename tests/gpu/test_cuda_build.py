@@ -81,7 +81,7 @@ def test_without_a_driver_a_cuda_call_says_what_is_wrong():
     for call in (
         lambda: cuda.device_blocks(0),
         lambda: cuda.device_allocate(0, 16),
-        *(lambda f=f: cuda.encode_cuda(16, 2, 8, f, 4, 32, 16, 0, 0) for f in (0, 1, 2)),
+        *(lambda f=f: cuda.encode_slices_cuda(16, 0, 2, (f, 4, 32), 0, 8, 8, 1, 0, 16, 0) for f in (0, 1, 2)),
     ):
         with pytest.raises(RuntimeError, match=r"^flash-comm: .* on CUDA failed: .*\(cudaError\w+\)$"):
             call()

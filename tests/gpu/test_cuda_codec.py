@@ -133,7 +133,8 @@ def test_slices_have_residuals_of_their_own(codec):
         for seed in range(2):
             x = strange(9001, dtype, seed)
             for part, own in zip(slices.of(x), defined, strict=True):
-                codec.encode_residual_ref(part, own)
+                if part.numel():
+                    codec.encode_residual_ref(part, own)
             on_device, number = x.cuda(), extension.DTYPES[dtype]
             cuda.encode_slices_cuda(
                 on_device.data_ptr(),

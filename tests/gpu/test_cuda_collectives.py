@@ -226,7 +226,7 @@ def test_a_missing_rank_is_named_at_the_deadline(ranks):
     assert (leg, missing, call) == (0, 1, 1)
     started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     started.record(ranks.streams[0])
-    later = {kind: outputs(kind, [x])[0].zero_() for kind in KINDS}
+    later = {kind: outputs(kind, [x, x])[0].zero_() for kind in KINDS}
     for kind, out in later.items():
         ranks.run(0, kind, BLOCK32, x, out, deadline=20.0)
     ended.record(ranks.streams[0])

@@ -122,16 +122,18 @@ def test_a_second_stream_waits_for_the_first():
 
 
 def _opposite_orders(rank: int, world: int) -> None:
-    """Two groups on two streams; the ranks launch them in opposite orders, messages of many rounds."""
+    """Two groups on two streams; the ranks launch them in opposite orders, each in all blocks it may have."""
+    os.environ["FLASHCOMM_STAND_IN_GPUS"] = "2"  # a rank's two grids must fit on its own GPU
     device, config = use_device(rank), config_of("peer", timeout=20.0)
     groups, streams = [dist.new_group(), dist.new_group()], [torch.cuda.Stream() for _ in range(2)]
-    x = [torch.full((3_000_00,), rank + 1.0 + turn, device=device) for turn in range(2)]
+    x = [torch.full((300_000,), rank + 1.0 + turn, device=device) for turn in range(2)]
     for group in groups:
         prepare(group, config)
     torch.cuda.synchronize()
     for turn in (0, 1) if rank == 0 else (1, 0):
         with torch.cuda.stream(streams[turn]):
             all_reduce(x[turn], groups[turn], config)
+        time.sleep(0.5)  # its blocks have begun: were they all that fit, the other call's could not
     torch.cuda.synchronize()
     assert all(torch.equal(each, torch.full_like(each, 3.0 + 2 * turn)) for turn, each in enumerate(x))
     for group in groups:

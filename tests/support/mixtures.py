@@ -132,7 +132,9 @@ class Recorder:
     """What was compressed in forward and in backward, (collective, layer), and every module's inputs and outputs."""
 
     def __init__(self, model: Any) -> None:
-        self.names = {module: name.removeprefix("decoder.layers.") for name, module in model.named_modules()}
+        named = {module: name.removeprefix("decoder.layers.") for name, module in model.named_modules()}
+        # Megatron 0.19 calls the predictor's layer otherwise.
+        self.names = {each: name.replace("mtp_model_layer", "transformer_layer") for each, name in named.items()}
         self.forward: list[tuple[str, str]] = []
         self.backward: list[tuple[str, str]] = []
         self.dtypes: set[torch.dtype] = set()

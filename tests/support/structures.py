@@ -92,6 +92,11 @@ STRUCTURES: dict[str, tuple[type, type, float]] = {
 }
 
 
+def _parts(spec: Any) -> Any:
+    """Submodules of a specification; from 0.18 on some are partial calls of a class."""
+    return spec.submodules if hasattr(spec, "submodules") else spec.keywords["submodules"]
+
+
 def build(name: str, world: int, sequence_parallel: bool = False, **options: Any) -> Any:
     """A model of six layers with one of the structures, in evaluation mode."""
     proj, fc2, factor = STRUCTURES[name]
@@ -102,8 +107,8 @@ def build(name: str, world: int, sequence_parallel: bool = False, **options: Any
     )  # fmt: skip
     spec = get_gpt_layer_local_spec()
     layer = spec.submodules
-    layer.self_attention.submodules.linear_proj = proj
-    layer.mlp.submodules.linear_fc2 = fc2
+    _parts(layer.self_attention).linear_proj = proj
+    _parts(layer.mlp).linear_fc2 = fc2
     if name == "norms behind the sums only":
         layer.input_layernorm = layer.pre_mlp_layernorm = IdentityOp
     more: dict[str, Any] = {}

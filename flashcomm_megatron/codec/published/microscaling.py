@@ -2,12 +2,23 @@
 
 The idea
 --------
-A block of 8, 16 or 32 values shares one power-of-two scale X; every value is a small float or integer P times it::
+This is the block format of the Open Compute Project, which new GPUs multiply natively. A block of 8, 16 or 32 values
+shares one power-of-two scale X, one byte. Each value is a small float or integer P, its *element*, times X. Floats give
+small values finer steps and large ones coarser steps, so one outlier costs the rest of its block less than with plain
+integers. The scale is taken from the largest magnitude's exponent alone. Decoding is a table look-up and a shift::
 
     X = 2**(floor(log2(max |x|)) - emax)        P = nearest element to x / X, ties to even        x' = P * X
 
 ``emax`` is the exponent of the element's largest number. What exceeds that number saturates, as the specification's
 section 6.3 has it: the largest values of a block can lose up to a quarter (E2M1) of their magnitude.
+
+A block of 8 numbers as E2M1 (4 bits: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives). The largest magnitude 2.1 has the
+exponent 1, emax is 2, so X is 0.5 and the elements are 0.5, -2, 1.5, 4, -1, 0, 3, -2::
+
+    >>> x = torch.tensor([0.3, -1.2, 0.7, 2.1, -0.4, 0.0, 1.5, -0.9])
+    >>> codec = Microscaling("e2m1", 8)
+    >>> codec.decode_ref(codec.encode_ref(x), 8).tolist()
+    [0.25, -1.0, 0.75, 2.0, -0.5, 0.0, 1.5, -1.0]
 
 Elements
 --------
@@ -25,7 +36,8 @@ E4M3 has a NaN and no Inf, E5M2 both, the others neither; none is ever sent.
 
 The wire
 --------
-Planes of the element codes, then one E8M0 byte for every block (X = 2**(byte - 127)), sections aligned as in wire.py.
+Planes of the element codes, then one E8M0 byte for every block (X = 2**(byte - 127)), sections aligned as in planes.py.
+Rows are cut into blocks of their own; a row's last block is short where the block does not divide the width.
 Bits per value: ``bits + 8 / block``. The byte 0xFF is the specification's NaN: a block that held a NaN or an Inf
 decodes to NaN. A block of zeros has byte 0.
 

@@ -2,8 +2,10 @@
 
 The idea
 --------
-The outliers of an activation sit in the same few features at every token. A calibration run (calibration.py) notes
-the smallest and largest value of each feature e on each rank i; then, at every site, for good::
+The outliers of an activation sit in the same few features at every token. So a calibration run can find them once. The
+widest 1/64 of the features are then sent as they are, in bfloat16, and all others as 4-bit integers with a scale for
+each feature that never changes. Every rank knows all scales, so payloads carry no metadata at all. The calibration run
+(calibration.py) notes the smallest and largest value of each feature e on each rank i; then, at every site, for good::
 
     range[e] = sum over ranks i of 2 * max(|min_i[e]|, |max_i[e]|)      the E / 64 widest features stay bfloat16
     scale_i[e] = max(|min_i[e]|, |max_i[e]|) / 7                        the others: q = round(x / scale), -7..7
@@ -11,9 +13,18 @@ the smallest and largest value of each feature e on each rank i; then, at every 
 Features and scales are static and known to every rank, so no metadata travels: the receiver decodes rank i's payload
 with rank i's scales. That makes this the one format that knows its sender and its place in the model.
 
+A token of 8 features. The fourth reaches furthest and is kept; the others reached 1.4 in the calibration, so their
+scale is 0.2, and 1.5 becomes 1.4::
+
+    >>> reach = torch.tensor([[1.4, 1.4, 1.4, 9.0, 1.4, 1.4, 1.4, 1.4]])
+    >>> codec = from_ranges(-reach, reach, rank=0)
+    >>> x = torch.tensor([0.3, -1.2, 0.7, 8.5, -0.4, 0.0, 1.5, -0.9])
+    >>> [round(value, 2) for value in codec.decode_ref(codec.encode_ref(x), 8).tolist()]
+    [0.4, -1.2, 0.8, 8.5, -0.4, 0.0, 1.4, -0.8]
+
 The wire
 --------
-Sections for ``rows`` tokens of E features, k of them kept, aligned as in wire.py::
+Sections for ``rows`` tokens of E features, k of them kept, aligned as in planes.py::
 
     | 4-bit plane, features not kept, ascending | kept features, ascending |
     | rows * (E - k) / 2 bytes                  | rows * k x bf16          |
