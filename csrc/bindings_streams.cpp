@@ -27,11 +27,11 @@ static bool has_signal() {  // Ctrl-C, say: its Python exception is then set
     return PyErr_CheckSignals() != 0;
 }
 
-static py::object wait(Streams& streams, const Streams::Handle& handle, double seconds) {
+static py::object wait(Streams& streams, const Streams::Handle& handle, double seconds, double patience) {
     Outcome outcome;
     {
         const py::gil_scoped_release release;
-        outcome = streams.wait(handle, seconds, has_signal);
+        outcome = streams.wait(handle, seconds, has_signal, patience);
     }
     if (outcome.failure == Failure::none) return py::none();
     if (outcome.failure == Failure::interrupted) throw py::error_already_set();

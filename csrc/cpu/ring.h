@@ -15,7 +15,7 @@
 
 namespace flashcomm {
 
-enum class Failure { none, deadline, died, gave_up, mismatch, interrupted };
+enum class Failure { none, deadline, died, gave_up, mismatch, interrupted, impatient };
 
 struct alignas(64) Line {  // one counter to a cache line: the two ends of a ring store to different ones
     std::atomic<uint64_t> value;
