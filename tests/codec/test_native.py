@@ -183,7 +183,7 @@ def test_cuda_equals_the_definition(native: ModuleType, kind: str, dtype: torch.
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"FLASHCOMM_CUDA": "2"}, "FLASHCOMM_CUDA=2: choose 0 (never) or 1 (always)"),
+        ({"FLASHCOMM_CUDA": "2"}, "FLASHCOMM_CUDA=2: choose 0 (without CUDA) or 1 (with it)"),
         ({"FLASHCOMM_CUDA": "1", "PATH": ""}, "FLASHCOMM_CUDA=1 but nvcc is not on PATH"),
         ({"FLASHCOMM_CUDA": "0", "CXX": "no-such-compiler"}, "needs a C++17 compiler: no-such-compiler was not found"),
     ],
