@@ -27,11 +27,11 @@ static bool has_signal() {  // Ctrl-C, say: its Python exception is then set
     return PyErr_CheckSignals() != 0;
 }
 
-static py::object wait(Streams& streams, const Streams::Handle& handle, double seconds) {
+static py::object wait(Streams& streams, const Streams::Handle& handle, double seconds, double patience) {
     Outcome outcome;
     {
         const py::gil_scoped_release release;
-        outcome = streams.wait(handle, seconds, has_signal);
+        outcome = streams.wait(handle, seconds, has_signal, patience);
     }
     if (outcome.failure == Failure::none) return py::none();
     if (outcome.failure == Failure::interrupted) throw py::error_already_set();
@@ -44,17 +44,19 @@ void bind_streams(py::module_& m) {
     py::class_<Streams::Exchange, Streams::Handle>(m, "Exchange").def_readonly("open", &Streams::Exchange::open);
     py::class_<Streams>(m, "Streams")
         .def(py::init(&open_streams))
-        .def("exchange", [](Streams& streams, std::uintptr_t outbox, const Sizes& out_sizes, std::uintptr_t inbox,
-                            const Sizes& in_sizes, uint64_t number, const std::string& what) {
-            const auto out = consecutive(outbox, out_sizes), in = consecutive(inbox, in_sizes);
-            const py::gil_scoped_release release;
-            return streams.start(out, in, number, what);
-        })
-        .def("gather", [](Streams& streams, int rank, std::uintptr_t inbox, uint64_t size, size_t world,
-                          uint64_t number, const std::string& what) {
-            const auto in = consecutive(inbox, Sizes(world, size));
-            const py::gil_scoped_release release;
-            return streams.start(std::vector<Posting>(world, in[rank]), in, number, what);
-        })
+        .def("exchange",
+             [](Streams& streams, std::uintptr_t outbox, const Sizes& out_sizes, std::uintptr_t inbox,
+                const Sizes& in_sizes, uint64_t number, const std::string& what) {
+                 const auto out = consecutive(outbox, out_sizes), in = consecutive(inbox, in_sizes);
+                 const py::gil_scoped_release release;
+                 return streams.start(out, in, number, what);
+             })
+        .def("gather",
+             [](Streams& streams, int rank, std::uintptr_t inbox, uint64_t size, size_t world, uint64_t number,
+                const std::string& what) {
+                 const auto in = consecutive(inbox, Sizes(world, size));
+                 const py::gil_scoped_release release;
+                 return streams.start(std::vector<Posting>(world, in[rank]), in, number, what);
+             })
         .def("wait", &wait);
 }

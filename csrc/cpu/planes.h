@@ -28,7 +28,7 @@ template <class Lane, int kWidth, int kGroup = 4> FC_INLINE Lane scatter(Lane la
     if constexpr (kGroup < kWidth) return lane;
     else {
         constexpr int kSpacing = kGroup * (int)sizeof(Lane);
-        constexpr Lane kGroups = (Lane)((Lane)~(Lane)0 / (((uint64_t)1 << kSpacing) - 1) * ((1u << kGroup) - 1));
+        constexpr Lane kGroups = (Lane)((Lane) ~(Lane)0 / (((uint64_t)1 << kSpacing) - 1) * ((1u << kGroup) - 1));
         return scatter<Lane, kWidth, kGroup / 2>((Lane)((lane | lane << (kSpacing - kGroup)) & kGroups));
     }
 }

@@ -63,13 +63,8 @@ void wait_for_change(std::atomic<uint32_t>& doorbell, uint32_t seen) {
 }
 
 Rings::Rings(int rank, int peer, int world, uint8_t* mine, uint8_t* theirs, int lock, uint64_t capacity)
-    : capacity_(capacity),
-      lock_(lock),
-      mine_((SegmentHeader*)mine),
-      theirs_((SegmentHeader*)theirs),
-      out_(ring_of(mine, peer)),
-      in_(ring_of(theirs, rank)),
-      out_data_(data_of(mine, peer, world, capacity)),
+    : capacity_(capacity), lock_(lock), mine_((SegmentHeader*)mine), theirs_((SegmentHeader*)theirs),
+      out_(ring_of(mine, peer)), in_(ring_of(theirs, rank)), out_data_(data_of(mine, peer, world, capacity)),
       in_data_(data_of(theirs, rank, world, capacity)) {}
 
 uint64_t Rings::write(const uint8_t* from, uint64_t bytes, bool more) {

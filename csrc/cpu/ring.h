@@ -15,7 +15,7 @@
 
 namespace flashcomm {
 
-enum class Failure { none, deadline, died, gave_up, mismatch, interrupted };
+enum class Failure { none, deadline, died, gave_up, mismatch, interrupted, impatient };
 
 struct alignas(64) Line {  // one counter to a cache line: the two ends of a ring store to different ones
     std::atomic<uint64_t> value;
@@ -37,7 +37,7 @@ uint64_t segment_bytes(int world, uint64_t capacity);
 void wait_for_change(std::atomic<uint32_t>& doorbell, uint32_t seen);
 
 class Rings {
-   public:
+public:
     // The segments of this rank and of the peer, mapped here; `lock`: descriptor of the peer's, -1: unknown.
     Rings(int rank, int peer, int world, uint8_t* mine, uint8_t* theirs, int lock, uint64_t capacity);
 
@@ -54,7 +54,7 @@ class Rings {
     // Tell the peer that this rank will neither write nor read any more.
     void give_up();
 
-   private:
+private:
     void ring();
 
     const uint64_t capacity_;

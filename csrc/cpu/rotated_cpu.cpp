@@ -9,7 +9,7 @@
 
 #include "api.h"
 #include "cpu/rotated_cpu.h"
-#include "cpu/rotated_plain.h"
+#include "cpu/rotated_plain_decode.h"
 #include "cpu/rotated_zeros.h"
 
 namespace flashcomm::FLASHCOMM_ISA {

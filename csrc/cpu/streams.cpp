@@ -51,8 +51,7 @@ template <class Message> bool finished(const Message& message) {
 }  // namespace
 
 Streams::Streams(int rank, const std::vector<End>& ends, uint64_t capacity)
-    : mine_((SegmentHeader*)ends[rank].segment),
-      spins_(ends.size() <= std::thread::hardware_concurrency()),
+    : mine_((SegmentHeader*)ends[rank].segment), spins_(ends.size() <= std::thread::hardware_concurrency()),
       peers_(ends.size()) {
     const int world = (int)ends.size();
     for (int r = 0; r < world; r++) {
@@ -70,8 +69,8 @@ Streams::~Streams() {
     all.erase(std::find(all.begin(), all.end(), this));
 }
 
-Streams::Handle Streams::start(const std::vector<Posting>& sends, const std::vector<Posting>& receives,
-                               uint64_t number, const std::string& what) {
+Streams::Handle Streams::start(const std::vector<Posting>& sends, const std::vector<Posting>& receives, uint64_t number,
+                               const std::string& what) {
     const std::lock_guard<std::mutex> guard(mutex_);
     auto handle = std::make_shared<Exchange>();
     const auto post = [&](std::deque<Message>& queue, const Posting& posting) {
@@ -90,7 +89,7 @@ Streams::Handle Streams::start(const std::vector<Posting>& sends, const std::vec
     return handle;
 }
 
-Outcome Streams::wait(const Handle& handle, double seconds, bool (*interrupted)()) {
+Outcome Streams::wait(const Handle& handle, double seconds, bool (*interrupted)(), double patience) {
     const std::lock_guard<std::mutex> guard(mutex_);
     moved_ = Clock::now();
     while (is_open(handle)) {
@@ -106,7 +105,8 @@ Outcome Streams::wait(const Handle& handle, double seconds, bool (*interrupted)(
         }
         check_peers();
         if (idle > kPatience && interrupted && interrupted()) return {Failure::interrupted, -1, ""};
-        if (idle > std::chrono::duration<double>(seconds)) give_up();
+        if (idle > std::chrono::duration<double>(seconds)) fail(Failure::deadline, slow());
+        if (is_open(handle) && idle > std::chrono::duration<double>(patience)) return {Failure::impatient, slow(), ""};
         if (is_open(handle)) sleep();
     }
     return handle->open ? first_ : Outcome{};
@@ -189,12 +189,13 @@ void Streams::check_peers() {
     }
 }
 
-void Streams::give_up() {
+// A rank that is waited for.
+int Streams::slow() const {
     const auto sends_nothing = [](const Peer& peer) { return !peer.receives.empty(); };
     const auto takes_nothing = [](const Peer& peer) { return !peer.sends.empty(); };
     auto slow = std::find_if(peers_.begin(), peers_.end(), sends_nothing);
     if (slow == peers_.end()) slow = std::find_if(peers_.begin(), peers_.end(), takes_nothing);
-    fail(Failure::deadline, (int)(slow - peers_.begin()));
+    return (int)(slow - peers_.begin());
 }
 
 void Streams::sleep() {

@@ -43,7 +43,7 @@ struct End {
 };
 
 class Streams {
-   public:
+public:
     struct Exchange {  // what one start() posted
         int open = 0;  // messages not finished
     };
@@ -60,10 +60,12 @@ class Streams {
 
     // Move bytes until everything that `handle` posted has arrived and left, or `seconds` passed without any movement.
     // The first failure is kept: the streams are out of step from then on.
-    // `interrupted` is asked now and then whether the user wants to stop; the streams stay usable if so.
-    Outcome wait(const Handle& handle, double seconds, bool (*interrupted)() = nullptr);
+    // `interrupted` is asked now and then whether the user wants to stop; the streams stay usable if so. They also do
+    // when nothing moved for `patience` seconds: the outcome then is `impatient`, names a rank that is waited for, and
+    // the caller may say so and wait again.
+    Outcome wait(const Handle& handle, double seconds, bool (*interrupted)() = nullptr, double patience = 1e9);
 
-   private:
+private:
     struct Message {
         Frame frame, arrived;
         uint8_t* data;
@@ -83,7 +85,7 @@ class Streams {
     bool is_open(const Handle& handle) const { return handle->open && first_.failure == Failure::none; }
     void fail(Failure failure, int peer, std::string theirs = "");
     void check_peers();
-    void give_up();
+    int slow() const;
     void sleep();
 
     SegmentHeader* mine_;

@@ -85,8 +85,7 @@ template <class T, int kCount> FC_INLINE void load_values(const typename T::Word
             const Words both = octets[i / 2];
             if constexpr (T::kInfinity == Float16::kInfinity)
                 v[i] = widened_half(both & 0xFFFF), v[i + 1] = widened_half(both >> 16);
-            else
-                v[i] = (Vector)(both << 16), v[i + 1] = (Vector)(both & 0xFFFF0000);
+            else v[i] = (Vector)(both << 16), v[i + 1] = (Vector)(both & 0xFFFF0000);
         }
     }
 }

@@ -7,7 +7,7 @@
 //
 //     tile, tiles(), values(t)                    values of a tile; tiles of the slice; values of tile t
 //     encode_tile(t, octets, payload, residual)   all threads of the block
-//     sum_tile(t, payloads, count, use)           use(row, octet, sum) for each octet of this thread, whole warps
+//     sum_tile(t, payloads, offset, count, x)     the sums of this thread's octets; all threads of the block
 //
 // Kernels: encode_slices, decode_slices (or the sum of many payloads of one tensor), and reduce, which decodes, sums,
 // rounds and encodes a slice without leaving the registers.
@@ -69,6 +69,7 @@ template <int kBits, class T> struct TensorCodec {
     int encode_bytes() const { return codec.bytes(tile) + codec.scratch_bytes(); }
     int decode_bytes() const { return 2 * codec.bytes(tile); }
 
+    FC_DEVICE void resize(const TensorCodec& other) { whole = other.whole; }
     FC_INLINE int64_t tiles() const { return (whole.numel + tile - 1) / tile; }
     FC_DEVICE int values(int64_t t) const {
         const int64_t left = whole.numel - t * tile;
@@ -99,12 +100,11 @@ template <int kBits, class T> struct TensorCodec {
     FC_DEVICE void zero_gaps(uint8_t*) const {}  // a tile's sections end with them
 
     // The payloads of a tile one after the other through two buffers in shared memory, one read ahead.
-    template <class Use>
-    FC_DEVICE void sum_tile(int64_t t, const Payloads& payloads, int64_t offset, int count, Use use) const {
+    FC_DEVICE void sum_tile(int64_t t, const Payloads& payloads, int64_t offset, int count,
+                            float (&total)[kRows<T>][8]) const {
         constexpr int kAhead = (Tile::kMaxBytes + 16 * kThreads - 1) / (16 * kThreads);
         const int lane = thread(), valid = values(t);
         const auto at = codec.at(valid);
-        float total[kRows<T>][8];
         clear(total);
         Vec16 ahead[kAhead];
         auto fetch = [&](int p) {
@@ -122,14 +122,7 @@ template <int kBits, class T> struct TensorCodec {
             }
             if (p + 1 < count) fetch(p + 1);
             sync();  // the buffer written next was read before this barrier
-            FC_UNROLL for (int row = 0; row < kRows<T>; row++) {
-                const int octet = row * kThreads + lane;
-                if (octet >= at.octets) continue;
-                float x[8];
-                codec.template decode<true>(packed, valid, octet, false, x);
-                FC_UNROLL for (int i = 0; i < 8; i++) total[row][i] += x[i];
-                if (p + 1 == count) use(row, octet, total[row]);
-            }
+            if (kRows<T> * lane < at.octets) codec.template decode<false>(packed, valid, kRows<T> * lane, 0, total);
         }
         if (count & 1) sync();  // the next tile starts with the buffer that was read last
     }
@@ -158,6 +151,7 @@ template <class Tile, class T> struct DirectCodec {
 
     int encode_bytes() const { return codec.scratch_bytes(); }
     int decode_bytes() const { return 0; }
+    FC_DEVICE void resize(const DirectCodec& other) { numel = other.numel, whole = other.whole; }
     FC_INLINE int64_t tiles() const { return (numel + tile - 1) / tile; }
     FC_DEVICE int values(int64_t t) const {
         const int64_t left = numel - t * tile;
@@ -174,39 +168,30 @@ template <class Tile, class T> struct DirectCodec {
     }
     FC_DEVICE void zero_gaps(uint8_t* payload) const { codec.zero_gaps(whole, numel, payload); }
 
-    template <class Use>
-    FC_DEVICE void sum_tile(int64_t t, const Payloads& payloads, int64_t offset, int count, Use use) const {
-        const int lane = thread();
-        FC_UNROLL for (int row = 0; row < kRows<T>; row++) {
-            const int octet = row * kThreads + lane;
-            if (8 * (octet & ~(kWarp - 1)) >= values(t)) continue;
-            float x[8];
-            sum_octet(t * (tile / 8) + octet, payloads, offset, count, x);
-            if (8 * octet < values(t)) use(row, octet, x);
-        }
+    FC_DEVICE void sum_tile(int64_t t, const Payloads& payloads, int64_t offset, int count,
+                            float (&x)[kRows<T>][8]) const {
+        const int64_t octets = codec.octets(numel), first = t * (tile / 8);
+        if (first + kRows<T> * (thread() & ~(kWarp - 1)) >= octets) return;
+        const int64_t octet = first + first_octet<T>();
+        sum(payloads, offset, count, octet < octets ? octet : 0, x);  // a lane behind the end decodes for nobody
     }
 
-    // Octet `octet` of the sum of `count` payloads, which lie `offset` bytes behind their addresses. Whole warps.
-    FC_DEVICE void sum_octet(int64_t octet, const Payloads& payloads, int64_t offset, int count, float (&x)[8]) const {
-        const bool is_there = octet < codec.octets(numel);
-        bool is_huge = false, shrunk = false;
-        FC_UNROLL for (int i = 0; i < 8; i++) x[i] = 0.0f;
+private:
+    // Of the octets from `octet` on; payloads lie `offset` bytes behind their addresses. Whole warps.
+    FC_DEVICE void sum(const Payloads& payloads, int64_t offset, int count, int64_t octet,
+                       float (&x)[kRows<T>][8]) const {
+        uint32_t huge = 0, shrunk = 0;
         if (count == 1) {
-            if (is_there) is_huge = codec.template decode_from<true>(payloads.at[0] + offset, whole, octet, false, x);
-            codec.template finish<true>(x, is_huge);
-            return;
+            huge = codec.template decode_from<true>(payloads.at[0] + offset, whole, octet, 0, x);
+            return codec.template finish<true>(x, huge);
         }
-        float total[1][8];
         do {
-            shrunk = is_huge;
-            clear(total);
-            for (int p = 0; p < count && is_there; p++) {
-                is_huge |= codec.template decode_from<false>(payloads.at[p] + offset, whole, octet, shrunk, x);
-                FC_UNROLL for (int i = 0; i < 8; i++) total[0][i] += x[i];
-            }
-        } while (shrunk != is_huge);
-        codec.template finish<false>(total[0], shrunk);
-        FC_UNROLL for (int i = 0; i < 8; i++) x[i] = total[0][i];
+            shrunk = huge;
+            clear(x);
+            for (int p = 0; p < count; p++)
+                huge |= codec.template decode_from<false>(payloads.at[p] + offset, whole, octet, shrunk, x);
+        } while (shrunk != huge);
+        codec.template finish<false>(x, shrunk);
     }
 };
 
@@ -216,15 +201,28 @@ template <class Tile, class T> struct DirectCodec {
 template <class Codec> struct SlicedCodec {
     Codec whole, last;
     Cut cut;
+    int tiles_each;  // tiles of a whole slice
 
-    FC_INLINE int64_t tiles() const { return whole.tiles() * cut.count; }  // those of empty slices included
-    FC_DEVICE const Codec& of(int64_t slice) const { return slice == cut.short_slice() ? last : whole; }
+    SlicedCodec(const Codec& whole, const Codec& last, const Cut& cut)
+        : whole(whole), last(last), cut(cut), tiles_each((int)whole.tiles()) {}
 
-    // visit(codec, slice, t) for every tile of this thread block.
+    FC_INLINE int64_t tiles() const { return (int64_t)tiles_each * cut.count; }  // those of empty slices included
+    // A copy, of which only sizes are chosen: what the codec is stays in constant memory. A reference to one of two
+    // took 8 instructions a value more.
+    FC_DEVICE Codec of(int64_t size) const {
+        Codec found = whole;
+        if (size < cut.length) found.resize(last);
+        return found;
+    }
+
+    // visit(codec, slice, t) for every tile of this thread block. Divisions of 64 bits would take 3 instructions a value.
     template <class Visit> FC_DEVICE void each_tile(Visit visit) const {
-        for (int64_t index = block_index(); index < tiles(); index += block_count()) {
-            const int64_t slice = index / whole.tiles(), t = index - slice * whole.tiles();
-            if (t * whole.tile < cut.size(slice)) visit(of(slice), slice, t);
+        int slice = 0;
+        for (int t = (int)block_index();; t += (int)block_count()) {
+            for (; t >= tiles_each && slice < cut.count; slice++) t -= tiles_each;
+            if (slice >= cut.count) return;
+            const int64_t size = cut.size(slice);
+            if ((int64_t)t * whole.tile < size) visit(of(size), (int64_t)slice, (int64_t)t);
         }
     }
 };
@@ -246,8 +244,11 @@ FC_DEVICE void decode_slices(const SlicedCodec<Codec>& codec, const Payloads& pa
                              typename T::Word* out) {
     codec.each_tile([&](const Codec& of, int64_t slice, int64_t t) {
         auto* to = out + slice * codec.cut.length + t * of.tile;
-        of.sum_tile(t, payloads, slice * codec.cut.stride, count,
-                    [&](int, int octet, const float (&x)[8]) { store<T>(to, of.values(t), 8 * octet, narrow<T>(x)); });
+        float x[kRows<T>][8];
+        Octet<T> octets[kRows<T>];
+        of.sum_tile(t, payloads, slice * codec.cut.stride, count, x);
+        narrow<T>(x, octets);
+        store<T>(to, of.values(t), octets);
     });
 }
 
@@ -258,11 +259,12 @@ FC_DEVICE void reduce(const From& from, const Gather& gather, const Payloads& pa
     for (int64_t t = block_index(); t < from.tiles(); t += block_count()) {
         const int valid = from.values(t);
         Octet<T> octets[kRows<T>];
-        from.sum_tile(t, payloads, 0, count, [&](int row, int octet, const float (&x)[8]) {
-            octets[row] = narrow<T>(x);
-            store<T>(out + t * from.tile, valid, 8 * octet, octets[row]);
-            repeat_last<T>(octets[row], valid - 8 * octet);
-        });
+        float x[kRows<T>][8];
+        from.sum_tile(t, payloads, 0, count, x);
+        narrow<T>(x, octets);
+        store<T>(out + t * from.tile, valid, octets);
+        FC_UNROLL for (int row = 0; row < kRows<T>; row++)
+            repeat_last<T>(octets[row], valid - 8 * (first_octet<T>() + row));
         sync();  // all have decoded: what encoding needs takes the place of payloads
         gather.encode_tile(t, octets, payload, residual);
         if (t == 0 && thread() == 0) gather.zero_gaps(payload);

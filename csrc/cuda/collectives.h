@@ -195,36 +195,24 @@ private:
                 shrunk = huge;
                 clear(total);
                 receive<false>(
-                    reduce, kReduceLeg, d, [&](int) { return values(d); }, shrunk,
-                    [&](int, int row, int, float (&x)[8], bool is_huge) {
-                        FC_UNROLL for (int i = 0; i < 8; i++) total[row][i] += x[i];
-                        huge |= (uint32_t)is_huge << row;
-                    });
+                    reduce, kReduceLeg, d, [&](int) { return values(d); }, shrunk, total,
+                    [&](int, uint32_t more) { huge |= more; });
             } while (Reduce::kRotates && !sync_and(huge == shrunk));
             if (values(d) == 0) continue;
             Octet<T> octets[kRows<T>];
-            FC_UNROLL for (int row = 0; row < kRows<T>; row++) {
-                reduce.template finish<false>(total[row], shrunk >> row & 1);
-                octets[row] = narrow<T>(total[row]);
-            }
+            reduce.template finish<false>(total, shrunk);
+            narrow<T>(total, octets);
             if (gathers(call.kind)) share_sum(octets, values(d), d);
-            else store_tile(out(0) + tile(d) * call.shape.tile, values(d), octets);
+            else store<T>(out(0) + tile(d) * call.shape.tile, values(d), octets);
         }
     }
 
     FC_DEVICE void share_sum(Octet<T> (&octets)[kRows<T>], int values, int d) {
-        const int lane = thread();
-        FC_UNROLL for (int row = 0; row < kRows<T>; row++)
-            repeat_last<T>(octets[row], values - 8 * (row * kThreads + lane));
+        const int left = values - 8 * first_octet<T>();
+        FC_UNROLL for (int row = 0; row < kRows<T>; row++) repeat_last<T>(octets[row], left - 8 * row);
         sync();  // all have decoded: what encoding needs takes the place of payloads
         encode(gather, octets, values, residual(gather, kGatherLeg, 0, tile(d)));
         push_all(kGatherLeg, d, gather.bytes(values));
-    }
-
-    static FC_DEVICE void store_tile(Word* to, int values, const Octet<T> (&octets)[kRows<T>]) {
-        const int lane = thread();
-        FC_UNROLL for (int row = 0; row < kRows<T>; row++)
-            store<T>(to, values, 8 * (row * kThreads + lane), octets[row]);
     }
 
     // ---- phase 3: decode -------------------------------------------------------------------------------------------
@@ -233,11 +221,13 @@ private:
         for (int d = 0; d < call.shape.depth; d++) {
             const int64_t t = tile(d);
             auto values_of = [&](int source) { return call.shape.values(call.shape.size(source), t); };
-            receive<true>(gather, kGatherLeg, d, values_of, 0,
-                          [&](int source, int, int octet, float (&x)[8], bool is_huge) {
-                              gather.template finish<true>(x, is_huge);
-                              store<T>(out(source) + t * call.shape.tile, values_of(source), 8 * octet, narrow<T>(x));
-                          });
+            float x[kRows<T>][8];
+            receive<true>(gather, kGatherLeg, d, values_of, 0, x, [&](int source, uint32_t huge) {
+                Octet<T> octets[kRows<T>];
+                gather.template finish<true>(x, huge);
+                narrow<T>(x, octets);
+                store<T>(out(source) + t * call.shape.tile, values_of(source), octets);
+            });
         }
     }
 
@@ -259,10 +249,11 @@ private:
         for (int distance = 1; distance <= call.world; distance++) push((rank + distance) % call.world, leg, d, bytes);
     }
 
-    // The payloads of one tile from every rank, in rank order, one read ahead: use(source, row, octet, x, is_huge) for
-    // each octet of this thread, whole warps together. values_of(source): of the tile; shrunk: a bit for each row.
+    // The payloads of one tile from every rank, in rank order, one read ahead, decoded to x (not kAlone: added): after
+    // each use(source, huge), whole warps together. values_of(source): of the tile; shrunk, huge: a bit for each row.
     template <bool kAlone, class Codec, class Values, class Use>
-    FC_DEVICE void receive(const Codec& codec, Leg leg, int d, Values values_of, uint32_t shrunk, Use use) {
+    FC_DEVICE void receive(const Codec& codec, Leg leg, int d, Values values_of, uint32_t shrunk,
+                           float (&x)[kRows<T>][8], Use use) {
         constexpr int kAll = (Codec::kMaxBytes + 16 * kThreads - 1) / (16 * kThreads);
         constexpr int kAhead = kAll < Codec::kMostAhead ? kAll : Codec::kMostAhead;
         Vec16 ahead[kAhead ? kAhead : 1];
@@ -289,15 +280,11 @@ private:
             }
             if (source + 1 < call.world) fetch(source + 1);
             sync();  // and the other buffer has been decoded
-            FC_UNROLL for (int row = 0; row < kRows<T>; row++) {
-                const int octet = row * kThreads + lane;
-                if ((Codec::kRotates ? octet & ~31 : octet) >= octets) continue;
-                float x[8];
-                bool is_huge = false;
-                if (!Codec::kRotates || octet < octets)
-                    is_huge = codec.template decode<kAlone>((const uint8_t*)to, values, octet, shrunk >> row & 1, x);
-                use(source, row, octet, x, is_huge);
-            }
+            const int octet = kRows<T> * lane;
+            if ((Codec::kRotates ? kRows<T> * (lane & ~(kWarp - 1)) : octet) >= octets) continue;
+            // A lane behind the end decodes something, for nobody.
+            const int first = octet < octets ? octet : 0;
+            use(source, codec.template decode<kAlone>((const uint8_t*)to, values, first, shrunk, x));
         }
     }
 

@@ -88,6 +88,7 @@ FC_DEVICE Vec16 load_fresh(const Vec16* at) {
     return {v.x, v.y, v.z, v.w};
 }
 FC_DEVICE uint32_t byte_perm(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
+FC_DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
 FC_DEVICE float fused_multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 
 #else
@@ -116,6 +117,7 @@ FC_DEVICE uint32_t byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
     for (int i = 0; i < 4; i++) picked |= (uint32_t)(bytes >> (8 * (selector >> (4 * i) & 7)) & 0xFF) << (8 * i);
     return picked;
 }
+FC_DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) { return (uint32_t)((uint64_t)a * b >> 32); }
 FC_DEVICE float fused_multiply_add(float a, float b, float c) { return a * b + c; }  // only where a * b is exact
 
 #endif

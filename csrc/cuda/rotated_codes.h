@@ -1,10 +1,11 @@
-// The codes of rotated blocks (rotated.h) as threads hold them, eight at a time, and where a payload has them.
+// The codes of rotated blocks (rotated.h) as threads hold them, and where a payload has them.
 //
-// At whole widths an octet is w bytes of every plane, as in tile.h. At half widths two codes are one word, so an octet
-// is a quad of words and half as many bytes: in planes of one bit two lanes share a byte.
+// Codes lie in bit planes (planes.h) as eights: at whole widths an octet is one, at half widths, where two codes are one
+// word, two octets are. A thread has two octets or four, so always whole eights.
 #pragma once
 
 #include "format/rotated_search.h"
+#include "cuda/planes.h"
 #include "cuda/tile.h"
 
 namespace flashcomm::FLASHCOMM_ISA {
@@ -16,15 +17,14 @@ struct RotatedCodes {
     };
 
     int levels, zero, word_bits, octet_shift;  // 1 << octet_shift octets are a block
-    uint32_t inverse, shift;                   // number * inverse >> shift is number / levels
+    uint32_t inverse;                          // 2**24 / levels, rounded up
     bool is_paired;
 
     FC_INLINE explicit RotatedCodes(Setting with)
         : levels(RotatedLayout::levels_of(with.bits)), zero(levels / 2),
-          word_bits(with.bits & 1 ? with.bits : with.bits / 2), octet_shift(1), shift(16), is_paired(with.bits & 1) {
+          word_bits(with.bits & 1 ? with.bits : with.bits / 2), octet_shift(1), is_paired(with.bits & 1) {
         while (8 << octet_shift < with.block) octet_shift++;
-        while (levels > 2 << (shift - 16)) shift++;
-        inverse = ((1u << shift) + levels - 1) / levels;
+        inverse = ((1u << 24) + levels - 1) / levels;
     }
 
     FC_INLINE int block() const { return 8 << octet_shift; }
@@ -57,76 +57,105 @@ struct RotatedCodes {
         zero_gap<Offset>(payload + place.tops, 2 * ((blocks + kFamily - 1) / kFamily));
     }
 
-    // ---- constants: their bits are spread over the first codes of a block ---------------------------------------
+    // ---- numbers of threads ----------------------------------------------------------------------------------------
+
+    // Codes as kMagic + (code << 8): the bits of the float32 kBias + code.
+    static constexpr uint32_t kMagic = 0x47000000;
+    static constexpr int kBias = 32768;
+
+    // Stores the codes of kOctets octets from `octet` on, or of the first two of them where not all are there.
+    template <int kOctets, class Offset>
+    FC_DEVICE void store_codes(const uint32_t (&code)[8 * kOctets], Offset octet, bool all, uint8_t* payload,
+                               Offset groups) const {
+        if (is_paired) {
+            Eight lower[kOctets / 2], upper[kOctets / 2];
+            FC_UNROLL for (int k = 0; k < kOctets / 2; k++) {
+                uint32_t number[8];
+                FC_UNROLL for (int i = 0; i < 8; i++) number[i] =
+                    code[16 * k + 2 * i] + code[16 * k + 2 * i + 1] * (uint32_t)levels;
+                lower[k] = eight_of(number), upper[k] = upper_eight_of(number);
+            }
+            store_words<kOctets / 2>(lower, upper, octet / 2, all, payload, groups);
+        } else {
+            Eight eights[kOctets];
+            FC_UNROLL for (int k = 0; k < kOctets; k++) eights[k] = eight_of(code + 8 * k);
+            store_words<kOctets>(eights, eights, octet, all, payload, groups);
+        }
+    }
+
+    // The words of kOctets octets from `octet` on: an eight for each; paired, of each two first the lower bytes' eight.
+    template <int kOctets, class Offset>
+    FC_DEVICE void load_codes(const uint8_t* payload, Offset octet, Offset groups, Eight (&words)[kOctets]) const {
+        FC_UNROLL for (int k = 0; k < kOctets; k++) words[k] = {0, 0};
+        if (is_paired) load_words<kOctets, 2>(payload, octet / 2, groups, words);
+        else load_words<kOctets, 1>(payload, octet, groups, words);
+    }
+
+    // The sixteen codes of two octets.
+    FC_DEVICE void numbers_of(Eight first, Eight second, uint32_t (&number)[16]) const {
+        if (is_paired) return unpair(first, second, number);
+        FC_UNROLL for (int i = 0; i < 16; i++) {
+            const Eight from = i < 8 ? first : second;
+            number[i] = byte_perm(i & 1 ? from.odd : from.even, kMagic, 0x7404 | i % 8 / 2 << 4);
+        }
+    }
+
+    // ---- constants: their bits are spread over the first 16 or 32 codes of a block -----------------------------------
 
     FC_INLINE int constant_bits() const { return octet_shift == 1 ? 2 : 1; }
-    FC_INLINE int constant_octets() const { return octet_shift == 1 ? 2 : 4; }
-    FC_DEVICE uint32_t constant_part(const uint32_t (&codes)[2], int octet) const {
+    template <class Offset>
+    FC_DEVICE uint32_t constant_of(const uint8_t* payload, Offset first, Offset groups) const {
         uint32_t bits = 0;
-        FC_UNROLL for (int i = 0; i < 8; i++) bits |= (byte_of(codes, i) & ((1u << constant_bits()) - 1))
-                                                      << i * constant_bits();
-        return bits << 8 * constant_bits() * octet;
+        for (int half = 0; half < 2 / constant_bits(); half++) {
+            Eight words[2];
+            uint32_t number[16];
+            load_codes<2, Offset>(payload, first + 2 * half, groups, words);
+            numbers_of(words[0], words[1], number);
+            FC_UNROLL for (int i = 0; i < 16; i++) bits |= (number[i] >> 8 & ((1u << constant_bits()) - 1))
+                                                           << (16 * half + i * constant_bits());
+        }
+        return bits;
     }
 
-    // ---- planes --------------------------------------------------------------------------------------------------
-
-    // All lanes of a warp, though nothing is stored of those that are not there.
-    template <class Offset>
-    FC_DEVICE void store_codes(const uint32_t (&code)[8], Offset octet, bool is_there, uint8_t* payload,
-                               Offset groups) const {
-        if (!is_paired) {
-            if (is_there)
-                store_octet<Offset>(word_bits, groups, octet, four_bytes(code), four_bytes(code + 4), payload);
-            return;
+private:
+    // Eight words of lower and upper bytes as sixteen codes. The quotient is that of number * inverse >> shift, with 24
+    // bits: numbers have at most 15, so its error is below 2**-9 and less than 1 / levels.
+    FC_DEVICE void unpair(Eight lower, Eight upper, uint32_t (&number)[16]) const {
+        FC_UNROLL for (int i = 0; i < 8; i++) {
+            const uint32_t low = i & 1 ? lower.odd : lower.even, high = i & 1 ? upper.odd : upper.even;
+            const uint32_t scaled = byte_perm(low, high, 0x0400 + (uint32_t)(i / 2) * 0x0110) & 0xFFFF00;
+            const uint32_t second = multiply_high(scaled, inverse);
+            number[2 * i + 1] = kMagic + (second << 8);
+            number[2 * i] = kMagic + scaled - (second << 8) * (uint32_t)levels;
         }
-        uint32_t lower[4], upper[4];
-        FC_UNROLL for (int i = 0; i < 4; i++) {
-            const uint32_t word = code[2 * i] + code[2 * i + 1] * (uint32_t)levels;
-            lower[i] = word & 0xFF, upper[i] = word >> 8;
-        }
-        store_quad(four_bytes(lower), four_bytes(upper), octet, is_there, payload, groups);
     }
 
-    // The planes of four words, whose lower and upper bytes these are.
-    template <class Offset>
-    FC_DEVICE void store_quad(uint32_t lower, uint32_t upper, Offset octet, bool is_there, uint8_t* planes,
-                              Offset groups) const {
+    template <int kCount, class Offset>
+    FC_DEVICE void store_words(const Eight (&lower)[kCount], const Eight (&upper)[kCount], Offset eight, bool all,
+                               uint8_t* payload, Offset groups) const {
         each_plane(word_bits, groups, [&](auto width, int shift, Offset start) {
-            constexpr uint32_t kMask = 0x01010101u * ((1u << width.value) - 1);
-            const uint32_t bits = pack4<width.value>((shift < 8 ? lower : upper) >> (shift & 7) & kMask);
-            uint8_t* at = planes + start + octet * width.value / 2;
-            if constexpr (width.value == 1) {
-                const uint32_t next = exchange(bits, 1);
-                if (is_there && !(octet & 1)) *at = (uint8_t)(bits | next << 4);
-            } else if (is_there) {
-                if constexpr (width.value == 8) *(uint32_t*)at = bits;
-                if constexpr (width.value == 4) *(uint16_t*)at = (uint16_t)bits;
-                if constexpr (width.value == 2) *at = (uint8_t)bits;
+            Eight x[kCount];
+            FC_UNROLL for (int k = 0; k < kCount; k++) x[k] = shifted(shift < 8 ? lower[k] : upper[k], shift & 7);
+            uint8_t* at = payload + start + eight * width.value;
+            if (all) return store_eights<width.value, kCount>(at, x);
+            if constexpr (kCount > 1) {
+                Eight some[kCount / 2];
+                FC_UNROLL for (int k = 0; k < kCount / 2; k++) some[k] = x[k];
+                store_eights<width.value, kCount / 2>(at, some);
             }
         });
     }
-
-    template <class Offset>
-    FC_DEVICE void load_codes(const uint8_t* payload, const Place<Offset>& place, Offset octet,
-                              uint32_t (&codes)[2]) const {
-        if (!is_paired) return load_octet<Offset>(word_bits, place.groups, octet, payload, codes);
-        uint32_t lower = 0, upper = 0, code[8];
-        each_plane(word_bits, place.groups, [&](auto width, int shift, Offset start) {
-            const uint8_t* at = payload + start + octet * width.value / 2;
-            uint32_t bits = 0;
-            if constexpr (width.value == 8) bits = *(const uint32_t*)at;
-            if constexpr (width.value == 4) bits = *(const uint16_t*)at;
-            if constexpr (width.value == 2) bits = *at;
-            if constexpr (width.value == 1) bits = *at >> (octet & 1 ? 4 : 0) & 0xF;
-            bits = unpack4<width.value>(bits) << (shift & 7);
-            (shift < 8 ? lower : upper) |= bits;
+    template <int kOctets, int kOctetsOfEight, class Offset>
+    FC_DEVICE void load_words(const uint8_t* payload, Offset eight, Offset groups, Eight (&words)[kOctets]) const {
+        each_plane(word_bits, groups, [&](auto width, int shift, Offset start) {
+            constexpr int kCount = kOctets / kOctetsOfEight;
+            load_eights<width.value, kCount>(payload + start + eight * width.value, [&](int k, Eight x) {
+                const Eight at = {x.even << (shift & 7), x.odd << (shift & 7)};
+                if (kOctetsOfEight == 1) words[k].even |= at.even, words[k].odd |= at.odd;
+                else if (shift < 8) words[2 * k].even |= at.even, words[2 * k].odd |= at.odd;
+                else words[2 * k + 1].even |= at.even, words[2 * k + 1].odd |= at.odd;
+            });
         });
-        FC_UNROLL for (int i = 0; i < 4; i++) {
-            const uint32_t number = (lower >> 8 * i & 0xFF) | (upper >> 8 * i & 0xFF) << 8;
-            code[2 * i + 1] = number * inverse >> shift;
-            code[2 * i] = number - code[2 * i + 1] * (uint32_t)levels;
-        }
-        codes[0] = four_bytes(code), codes[1] = four_bytes(code + 4);
     }
 };
 

@@ -1,7 +1,8 @@
-// Rotated blocks (rotated.h) by one thread block: a tile's encoding and decoding with butterflies across warps' lanes.
+// Rotated blocks (rotated.h) by one thread block: a thread holds 32 neighbouring values (of float32: 16) in registers.
 //
-// A thread holds eight neighbouring values, so strides 1, 2, 4 of a butterfly are its own and the others an exchange
-// between lanes: blocks of up to 256 values are one warp's. Additions come in the order of the definition.
+// So most of a butterfly, the largest coefficient and the codes of a block are a thread's own affair; blocks of 64 to
+// 256 values take one to three exchanges between neighbouring lanes. With blocks of 32 a warp is a super-block: no
+// barrier, no shared memory. Only the tops of larger super-blocks meet there. Additions come in the definition's order.
 //
 //     encode   rotate, + residual, largest coefficient -> per block its key -> per family of 32 blocks the top, steps
 //              -> codes; the rounding error -> residual
@@ -19,26 +20,26 @@ namespace flashcomm::FLASHCOMM_ISA {
 template <class T, bool kResiduals = false> struct RotatedTile : RotatedCodes {
     using RotatedCodes::RotatedCodes;
     using Word = typename T::Word;
+    using Values = float[kRows<T>][8];  // of a thread
     static constexpr bool kRotates = true, kKeepsResiduals = kResiduals;
     static constexpr int kMostAhead = 1;
     static constexpr int kMaxBytes = kTileValues<T> * (256 + 16 + 1) / 256;  // 8 bits, blocks of 16
     static constexpr int kLargestBlock = 8 * kWarp;
+    static constexpr int kHalves = kRows<T> / 2;                // a half: 16 values, the smallest block
+    static constexpr int kThreadShift = kRows<T> == 4 ? 2 : 1;  // 1 << kThreadShift octets are a thread's
+    static constexpr uint32_t kShrunk = 256, kFiner = 512;
 
-    // Of a block: first its largest coefficient and what it is, then what its codes depend on.
-    struct Meta {
-        uint32_t largest;  // bits << 1 | sign, see rotated_plain.h; then the reciprocal of the step, 0 for escapes
-        uint32_t value;    // of a constant; then of others the step
+    struct Meta {          // of a block
+        uint32_t largest;  // its largest coefficient's bits << 1 | sign, see rotated_plain.h
+        uint32_t value;    // of a constant, in the thread that has the block's first value
         uint32_t kind;     // 0, kNanBlock or kConstant; plus kShrunk; plus kFiner * eighths of an octave (search())
     };
     struct alignas(4 * sizeof(Word)) Quad {  // of a residual
         uint32_t w[sizeof(Word)];
     };
-    static constexpr uint32_t kShrunk = 256, kFiner = 512;
 
-    // Coefficients wait in shared memory for their steps: 32 registers held over two barriers made the compiler spill.
-    FC_INLINE int scratch_bytes() const {
-        return kTileValues<T> * (int)sizeof(float) + kTileValues<T> / block() * (int)sizeof(Meta) + 16;
-    }
+    FC_INLINE int scratch_bytes() const { return (kThreads / kWarp + 4) * (int)sizeof(uint32_t); }
+
     // `residual`, if kKeepsResiduals: added to the coefficients, then replaced by the rounding error.
     FC_DEVICE void encode(const Octet<T> (&x)[kRows<T>], int values, uint8_t* scratch, uint8_t* payload,
                           Word* residual = nullptr) const {
@@ -49,129 +50,165 @@ template <class T, bool kResiduals = false> struct RotatedTile : RotatedCodes {
     template <bool kOwn, class Offset>
     FC_DEVICE void encode_to(const Octet<T> (&x)[kRows<T>], int values, uint8_t* scratch, uint8_t* payload,
                              const Place<Offset>& place, Word* residual = nullptr) const {
-        const int lane = thread(), blocks = this->blocks(values), octets = this->octets(values);
-        Vec16* coefficients = (Vec16*)scratch;  // [half an octet][octet]
-        Meta* metas = (Meta*)(coefficients + 2 * kTileOctets<T>);
-        uint32_t* last = (uint32_t*)(metas + kTileValues<T> / block());
-        fetch_last(x, values, last);
-        FC_UNROLL for (int row = 0; row < kRows<T>; row++) {
-            float c[8];
-            rotate(x[row], residual, row * kThreads + lane, values, octets, *last, c, metas);
-            keep(coefficients, row * kThreads + lane, c);
+        const int octets = this->octets(values), begin = first_octet<T>();
+        uint32_t* words = (uint32_t*)scratch;
+        Values c;
+        Meta meta[kHalves];
+        const float last = float_of(fetch_last(x, begin, values, words + kThreads / kWarp));
+        rotate(x, residual, begin, values, octets, last, c, meta);
+        if (levels <= kSearched) search(c, meta);
+        if (kOwn) {
+            sync();
+            if (thread() == kThreads - 1) zero_gaps(place, (Offset)values, payload);
         }
-        sync();
-        if (levels <= kSearched) search(coefficients, octets, metas);
-        if (kOwn && lane == kThreads - 1) zero_gaps(place, (Offset)values, payload);
-        for (int family = lane / kWarp; family * kFamily < blocks; family += kThreads / kWarp)
-            fit(metas, family, blocks, payload + place.scales, payload + place.tops);
-        sync();
-        for (int octet = lane; (octet & ~(kWarp - 1)) < octets; octet += kThreads) {
-            float c[8];
-            fetch(coefficients, octet, c);
-            quantize(c, octet, octet < octets, metas, payload, place, residual);
+        uint32_t key[kHalves], top = kLeastKey;
+        FC_UNROLL for (int half = 0; half < kHalves; half++) {
+            key[half] = first_key(meta[half]) - meta[half].kind / kFiner;
+            const bool counts = begin + 2 * half < octets && !(meta[half].kind & 0x7F);
+            top = counts && key[half] > top ? key[half] : top;
         }
-        sync();
+        top = largest_of_family(top, words);
+        uint32_t code[8 * kRows<T>];
+        FC_UNROLL for (int half = 0; half < kHalves; half++)
+            quantize(c, half, begin, octets, meta[half], key[half], top, payload, place, residual, &code[16 * half]);
+        if (begin < octets)
+            store_codes<kRows<T>, Offset>(code, place.octet + begin, begin + kRows<T> - 1 < octets, payload,
+                                          place.groups);
+        if (kOwn || has_shared_tops() || (values & (block() - 1))) sync();
     }
 
     template <bool kAlone>
-    FC_DEVICE bool decode(const uint8_t* payload, int values, int octet, bool shrink, float (&x)[8]) const {
-        return decode_from<kAlone>(payload, own(values), octet, shrink, x);
+    FC_DEVICE uint32_t decode(const uint8_t* payload, int values, int octet, uint32_t shrunk, Values& x) const {
+        return decode_from<kAlone>(payload, own(values), octet, shrunk, x);
     }
 
-    // Coefficients of the octet of a payload that `place` is of; whether its block's butterflies could overflow.
+    // Coefficients of the octets from `octet` on of a payload that `place` is of, to be shrunk where `shrunk` has a bit
+    // for an octet; not kAlone: added to x. Returns such bits of blocks whose butterflies could overflow.
     template <bool kAlone, class Offset>
-    FC_DEVICE bool decode_from(const uint8_t* payload, const Place<Offset>& place, Offset octet, bool shrink,
-                               float (&x)[8]) const {
-        const Offset index = octet >> octet_shift, first = index << octet_shift;
-        const uint32_t scale = payload[place.scales + index], kind = scale & 0x7F;
-        const uint32_t top = *(const uint16_t*)(payload + place.tops + 2 * (index / kFamily));
-        const bool is_constant = kind == kConstant;
-        uint32_t codes[2], constant = 0;
-        // A constant's bits are spread over the first codes of its block.
-        const Offset from = is_constant ? first : octet, heads = is_constant ? constant_octets() : 1;
-        for (Offset o = from; o < from + heads; o++) {
-            load_codes(payload, place, o, codes);
-            if (is_constant) constant |= constant_part(codes, (int)(o - first));
+    FC_DEVICE uint32_t decode_from(const uint8_t* payload, const Place<Offset>& place, Offset octet, uint32_t shrunk,
+                                   Values& x) const {
+        Eight words[kRows<T>];
+        load_codes<kRows<T>, Offset>(payload, octet, place.groups, words);
+        uint32_t huge = 0, constants = 0;
+        Step step{};
+        FC_UNROLL for (int half = 0; half < kHalves; half++) {
+            if (half == 0 || octet_shift == 1) step = step_at(payload, place, (octet + 2 * half) >> octet_shift);
+            const bool is_huge = (bits_of(step.each) & 0x7FFFFFFF) >= bits_of(kHugeStep) && step.each == step.each;
+            huge |= is_huge ? 3u << 2 * half : 0;
+            constants |= (uint32_t)step.is_constant << half;
+            const float factor = shrunk >> 2 * half & 1 || (kAlone && is_huge) ? kShrink : 1.0f;
+            const float each = step.each * factor, less = each * (float)-(kBias + zero);
+            uint32_t number[16];
+            numbers_of(words[2 * half], words[2 * half + 1], number);
+            FC_UNROLL for (int i = 0; i < 16; i++) {
+                float& to = x[2 * half + i / 8][i % 8];
+                float coefficient = fused_multiply_add(float_of(number[i]), each, less);  // exact, never -0
+                if (i == 0 && step.is_constant) coefficient = -0.0f;
+                to = kAlone ? coefficient : to + coefficient;
+            }
         }
-        const float step = kind == kNanBlock ? float_of(Float32::kNan) : step_of(top, scale);
-        const float size = float_of((is_constant ? constant : bits_of(step)) & 0x7FFFFFFF);
-        const bool is_huge = size >= kHugeStep;
-        const float factor = shrink || (kAlone && is_huge) ? kShrink : 1.0f, shrunk = step * factor;
-        FC_UNROLL for (int i = 0; i < 8; i++) x[i] =
-            fused_multiply_add((float)((int)byte_of(codes, i) - zero), shrunk, 0.0f);  // exact, never -0
-        if (is_constant) {
-            FC_UNROLL for (int i = 0; i < 8; i++) x[i] = 0.0f;
-            if (octet == first) x[0] = float_of(constant) * factor;
-        }
-        return is_huge;
+        return constants ? huge | add_constants<kAlone>(payload, place, octet, shrunk, constants, x) : huge;
     }
 
-    template <bool kAlone, class Limit = T> FC_DEVICE void finish(float (&x)[8], bool shrunk) const {
+    // A sum of such coefficients, or one alone, becomes values: all lanes of a warp.
+    template <bool kAlone> FC_DEVICE void finish(Values& x, uint32_t shrunk) const {
         butterflies(x);
-        if (!shrunk && (!kAlone || Limit::kMax > 1e30f)) return;
-        const float grow = shrunk ? kGrow : 1.0f;
-        FC_UNROLL for (int i = 0; i < 8; i++) {
-            x[i] *= grow;
-            if (kAlone) x[i] = x[i] < -Limit::kMax ? -Limit::kMax : x[i] > Limit::kMax ? Limit::kMax : x[i];
+        if (!shrunk && (!kAlone || T::kMax > 1e30f)) return;
+        FC_UNROLL for (int row = 0; row < kRows<T>; row++) {
+            const float grow = shrunk >> row & 1 ? kGrow : 1.0f;
+            FC_UNROLL for (int i = 0; i < 8; i++) {
+                float& value = x[row][i];
+                value *= grow;
+                if (kAlone) value = value < -T::kMax ? -T::kMax : value > T::kMax ? T::kMax : value;
+            }
         }
     }
 
 private:
-    // ---- rotation ------------------------------------------------------------------------------------------------
+    // ---- lanes -----------------------------------------------------------------------------------------------------
 
-    FC_DEVICE void butterflies(float (&x)[8]) const {
-        FC_UNROLL for (int stride = 1; stride < 8; stride *= 2) FC_UNROLL for (int i = 0; i < 8; i++) {
-            if (i & stride) continue;
-            const float a = x[i], b = x[i + stride];
-            x[i] = a + b;
-            x[i + stride] = a - b;
-        }
-        const int lane = thread();
-        for (int apart = 1; apart >> octet_shift == 0; apart *= 2) {
-            float theirs[8];
-            exchange(x, apart, theirs);
-            const float sign = lane & apart ? -1.0f : 1.0f;
-            FC_UNROLL for (int i = 0; i < 8; i++) x[i] = fused_multiply_add(x[i], sign, theirs[i]);
-        }
+    template <class Offset> FC_DEVICE bool is_first(Offset octet) const {
+        return (octet & ((1 << octet_shift) - 1)) == 0;
     }
-
-    // The largest of what the lanes of a block hold.
-    FC_DEVICE uint32_t largest_of_block(uint32_t mine) const {
-        for (int apart = 1; apart >> octet_shift == 0; apart *= 2) {
-            const uint32_t theirs = exchange(mine, apart);
-            mine = theirs > mine ? theirs : mine;
-        }
-        return mine;
+    // visit(1), visit(2), ...: how far apart the lanes of a block are.
+    template <class Visit> FC_DEVICE void each_distance(Visit visit) const {
+        for (int apart = 1; apart >> (octet_shift - kThreadShift < 0 ? 0 : octet_shift - kThreadShift) == 0; apart *= 2)
+            visit(apart);
     }
     FC_DEVICE uint32_t lanes_of_block(int lane) const {  // as votes() counts them
-        const int first = lane & (kWarp - 1) & ~((1 << octet_shift) - 1);
-        return (uint32_t)(((uint64_t)1 << (1 << octet_shift)) - 1) << first;
+        const int shift = octet_shift - kThreadShift, first = lane & (kWarp - 1) & ~((1 << shift) - 1);
+        return (uint32_t)(((uint64_t)1 << (1 << shift)) - 1) << first;
+    }
+    // Whether a family has more blocks than a warp: then its top is found through shared memory.
+    FC_DEVICE bool has_shared_tops() const { return octet_shift > kThreadShift; }
+
+    // ---- rotation ------------------------------------------------------------------------------------------------
+
+    FC_DEVICE void butterflies(Values& x) const {
+        FC_UNROLL for (int stride = 1; stride < 8; stride *= 2) FC_UNROLL for (int row = 0; row < kRows<T>; row++)
+            FC_UNROLL for (int i = 0; i < 8; i++) if (!(i & stride)) butterfly(x[row][i], x[row][i + stride]);
+        rows_apart<1>(x);
+        if constexpr (kRows<T> == 4)
+            if (octet_shift > 1) rows_apart<2>(x);
+        const int lane = thread();
+        each_distance([&](int apart) {
+            const float sign = lane & apart ? -1.0f : 1.0f;
+            FC_UNROLL for (int row = 0; row < kRows<T>; row++) {
+                float theirs[8];
+                exchange(x[row], apart, theirs);
+                FC_UNROLL for (int i = 0; i < 8; i++) x[row][i] = fused_multiply_add(x[row][i], sign, theirs[i]);
+            }
+        });
+    }
+    static FC_DEVICE void butterfly(float& a, float& b) {
+        const float sum = a + b, difference = a - b;
+        a = sum, b = difference;
+    }
+    template <int kApart> static FC_DEVICE void rows_apart(Values& x) {
+        FC_UNROLL for (int row = 0; row < kRows<T>; row++) FC_UNROLL for (int i = 0; i < 8; i++) if (!(row & kApart))
+            butterfly(x[row][i], x[row + kApart][i]);
+    }
+
+    // The largest of what the threads of a block have for each half.
+    FC_DEVICE void share_largest(uint32_t (&mine)[kHalves]) const {
+        if (octet_shift == 1) return;
+        uint32_t most = mine[0];
+        FC_UNROLL for (int half = 1; half < kHalves; half++) most = mine[half] > most ? mine[half] : most;
+        each_distance([&](int apart) {
+            const uint32_t theirs = exchange(most, apart);
+            most = theirs > most ? theirs : most;
+        });
+        FC_UNROLL for (int half = 0; half < kHalves; half++) mine[half] = most;
     }
 
     // Where the last block is not whole, the last value: it fills the block.
-    FC_DEVICE void fetch_last(const Octet<T> (&x)[kRows<T>], int values, uint32_t* last) const {
-        if ((values & (block() - 1)) == 0) return;
-        const int lane = thread(), octet = (values - 1) / 8;
+    FC_DEVICE uint32_t fetch_last(const Octet<T> (&x)[kRows<T>], int begin, int values, uint32_t* word) const {
+        if ((values & (block() - 1)) == 0) return 0;
         FC_UNROLL for (int row = 0; row < kRows<T>; row++) {
-            if (row * kThreads + lane != octet) continue;
+            if (begin + row != (values - 1) / 8) continue;
             float widened[8];
             widen<T>(x[row], widened);
-            *last = bits_of(widened[7]);
+            *word = bits_of(widened[7]);
         }
         sync();
+        return *word;
     }
 
     // Where a residual has the first four coefficients of an octet; the other four are 4 * kGroup further.
     FC_DEVICE int residual_place(int octet) const {
         return (int)residual_index(octet >> octet_shift, 8 * (octet & ((1 << octet_shift) - 1)), block());
     }
-    FC_DEVICE void add_residual(const Word* residual, int octet, float (&c)[8]) const {
-        Octet<T> before;
-        float more[8];
-        FC_UNROLL for (int half = 0; half < 2; half++)((Quad*)&before)[half] =
-            *(const Quad*)(residual + residual_place(octet) + half * 4 * kGroup);
-        widen<T>(before, more);
-        FC_UNROLL for (int i = 0; i < 8; i++) c[i] += more[i];
+    FC_DEVICE void add_residual(const Word* residual, int begin, int octets, Values& c) const {
+        FC_UNROLL for (int row = 0; row < kRows<T>; row++) {
+            const int octet = begin + row;
+            if (octet >= octets) continue;
+            Octet<T> before;
+            float more[8];
+            FC_UNROLL for (int half = 0; half < 2; half++)((Quad*)&before)[half] =
+                *(const Quad*)(residual + residual_place(octet) + half * 4 * kGroup);
+            widen<T>(before, more);
+            FC_UNROLL for (int i = 0; i < 8; i++) c[row][i] += more[i];
+        }
     }
     FC_DEVICE void replace_residual(const float (&error)[8], int octet, Word* residual) const {
         const Octet<T> now = narrow<T>(error);
@@ -179,82 +216,38 @@ private:
             ((const Quad*)&now)[half];
     }
 
-    // The coefficients c of one octet, which is zero behind the last block; the first lane of a block notes its Meta.
-    FC_DEVICE void rotate(const Octet<T>& octet, const Word* residual, int place, int values, int octets, uint32_t last,
-                          float (&c)[8], Meta* metas) const {
-        FC_UNROLL for (int i = 0; i < 8; i++) c[i] = 0;
-        if ((place & ~(kWarp - 1)) >= octets) return;
-        const bool is_first = (place & ((1 << octet_shift) - 1)) == 0, is_there = place < octets;
-        const bool is_finite = this->is_finite(octet) || 8 * place >= values;
-        auto fill = [&] {
-            if (8 * place < values) return widen<T>(octet, c);
-            FC_UNROLL for (int i = 0; i < 8; i++) c[i] = is_there ? float_of(last) : 0.0f;
-        };
-        fill();
+    // The values of this thread; zeros behind the last block.
+    static FC_DEVICE void fill(const Octet<T> (&x)[kRows<T>], int begin, int values, int octets, float last,
+                               Values& c) {
+        FC_UNROLL for (int row = 0; row < kRows<T>; row++) {
+            widen<T>(x[row], c[row]);
+            if (8 * (begin + row) < values) continue;
+            const float value = begin + row < octets ? last : 0.0f;
+            FC_UNROLL for (int i = 0; i < 8; i++) c[row][i] = value;
+        }
+    }
+
+    // The coefficients c of this thread and what is known of their blocks.
+    FC_DEVICE void rotate(const Octet<T> (&x)[kRows<T>], const Word* residual, int begin, int values, int octets,
+                          float last, Values& c, Meta (&meta)[kHalves]) const {
+        fill(x, begin, values, octets, last, c);
         butterflies(c);
-        if (kKeepsResiduals && is_there) add_residual(residual, place, c);
-        Meta meta = measure(c, is_first, 1.0f);
-        bool is_plain = meta.largest < strange();
-        if (kKeepsResiduals && T::kMax < 1e30f) is_plain &= is_finite;  // sums may hide it
-        if (~votes(is_plain)) {
-            fill();
-            const uint32_t magnitude = largest_of_block(is_finite ? largest(c) >> 1 : ~0u);
-            const bool is_nan = magnitude >= Float32::kInfinity, is_huge = magnitude >= bits_of(kHugeStep);
-            FC_UNROLL for (int i = 0; i < 8; i++) c[i] = is_nan ? 0.0f : c[i] * (is_huge ? kShrink : 1.0f);
-            butterflies(c);
-            if (kKeepsResiduals && is_there && !is_huge) add_residual(residual, place, c);
-            meta = measure(c, is_first, is_huge ? kGrow : 1.0f);
-            if (is_nan || meta.largest >> 1 >= Float32::kInfinity) meta = {0, 0, kNanBlock};
-            else if (is_huge) meta.kind |= kShrunk;
+        if (kResiduals) add_residual(residual, begin, octets, c);
+        measure(c, begin, meta);
+        bool is_plain = true;
+        FC_UNROLL for (int half = 0; half < kHalves; half++) {
+            is_plain &= meta[half].largest < strange();
+            if (kResiduals && T::kMax < 1e30f) is_plain &= is_finite(x, half, begin, values);  // sums may hide it
         }
-        if (is_first && is_there) metas[place >> octet_shift] = meta;
+        if (~votes(is_plain)) rotate_strange(x, residual, begin, values, octets, last, c, meta);
     }
 
-    // What is known of a block by its coefficients. A constant's are zero but for the first.
-    FC_DEVICE Meta measure(const float (&c)[8], bool is_first, float grow) const {
-        bool varies = !is_first && c[0] != 0;
-        FC_UNROLL for (int i = 1; i < 8; i++) varies |= c[i] != 0;
-        const bool is_constant = !(votes(varies) & lanes_of_block(thread()));
-        return {largest_of_block(largest(c)), bits_of(c[0] * (1.0f / (float)block()) * grow),
-                is_constant ? kConstant : 0u};
-    }
-
-    // Coefficients in shared memory, by words of 16 bytes: memcpy behind a run-time offset went byte by byte, and took
-    // 4.5 times as many wavefronts.
-    static FC_DEVICE void keep(Vec16* coefficients, int octet, const float (&c)[8]) {
-        FC_UNROLL for (int half = 0; half < 2; half++) {
-            Vec16 words;
-            FC_UNROLL for (int i = 0; i < 4; i++) words.w[i] = bits_of(c[4 * half + i]);
-            coefficients[half * kTileOctets<T> + octet] = words;
-        }
-    }
-    static FC_DEVICE void fetch(const Vec16* coefficients, int octet, float (&c)[8]) {
-        FC_UNROLL for (int half = 0; half < 2; half++) {
-            const Vec16 words = coefficients[half * kTileOctets<T> + octet];
-            FC_UNROLL for (int i = 0; i < 4; i++) c[4 * half + i] = float_of(words.w[i]);
-        }
-    }
-
-    // Notes for every block which of the steps tried loses least. A phase of its own: beside rotate() it would spill.
-    FC_DEVICE void search(const Vec16* coefficients, int octets, Meta* metas) const {
-        for (int octet = thread(); (octet & ~(kWarp - 1)) < octets; octet += kThreads) {
-            const Meta meta = octet < octets ? metas[octet >> octet_shift] : Meta{0, 0, kConstant};
-            const uint32_t first = first_key(meta);
-            const float unit = shrink_of(meta) * (meta.largest & 1 ? (float)block() : -(float)block());
-            float c[8];
-            fetch(coefficients, octet, c);
-            const uint32_t best = best_key(first, levels, [&](uint32_t key) {
-                const float eighths = eighths_of(key, unit);
-                uint32_t errors = 0;
-                FC_UNROLL for (int i = 0; i < 8; i++) errors += squared_error(c[i], eighths, zero, levels);
-                for (int apart = 1; apart >> octet_shift == 0; apart *= 2) errors += exchange(errors, apart);
-                return errors;
-            });
-            const bool is_first = (octet & ((1 << octet_shift) - 1)) == 0;
-            if (is_first && octet < octets) metas[octet >> octet_shift].kind = meta.kind + kFiner * (first - best);
-        }
-        sync();
-    }
+    // Out of line in rotated_measure.h.
+    FC_DEVICE void rotate_strange(const Octet<T> (&x)[kRows<T>], const Word* residual, int begin, int values,
+                                  int octets, float last, Values& c, Meta (&meta)[kHalves]) const;
+    FC_DEVICE void measure(const Values& c, int begin, Meta (&meta)[kHalves]) const;
+    FC_DEVICE void search(const Values& c, Meta (&meta)[kHalves]) const;
+    FC_DEVICE uint32_t errors_of(const Values& c, int half, float eighths) const;
 
     static FC_DEVICE float shrink_of(const Meta& meta) { return meta.kind & kShrunk ? kShrink : 1.0f; }
     // The key of the step that reaches the largest coefficient.
@@ -264,73 +257,124 @@ private:
         return key_of(needed, levels <= kNearest ? half : 2 * half - 1, shrink_of(meta));
     }
 
-    static FC_DEVICE bool is_finite(const Octet<T>& octet) {
+    // Of the values of a half; what lies behind the last value is that again.
+    static FC_DEVICE bool is_finite(const Octet<T> (&x)[kRows<T>], int half, int begin, int values) {
         constexpr uint32_t above = ordered<T>(T::kInfinity), below = (typename T::Word) ~above;
-        const Keys<T> keys = extremes<T>(octet);
-        return keys.high < above && keys.low > below;
+        bool all = true;
+        FC_UNROLL for (int row = 2 * half; row < 2 * half + 2; row++) {
+            const Keys<T> keys = extremes<T>(x[row]);
+            all &= (keys.high < above && keys.low > below) || 8 * (begin + row) >= values;
+        }
+        return all;
     }
 
     // Coefficients from here on are a reason to look closer; Inf and NaN of float16 may have widened to finite numbers.
     static FC_DEVICE uint32_t strange() { return T::kMax < 1e30f ? bits_of(65504.0f) << 1 : bits_of(0x1p99f) << 1; }
-    static FC_DEVICE uint32_t largest(const float (&c)[8]) {
-        uint32_t most = 0;
-        FC_UNROLL for (int i = 0; i < 8; i++) {
-            const uint32_t key = bits_of(c[i]) << 1 | bits_of(c[i]) >> 31;
-            most = key > most ? key : most;
+    // The largest magnitude of a half, << 1, | 1 if a negative number has it. As integers the positive numbers are the
+    // largest signed ones, and the negative ones the largest unsigned.
+    static FC_DEVICE uint32_t largest(const Values& c, int half) {
+        int32_t positive = 0;
+        uint32_t negative = 0;
+        FC_UNROLL for (int i = 0; i < 16; i++) {
+            const uint32_t bits = bits_of(c[2 * half + i / 8][i % 8]);
+            positive = (int32_t)bits > positive ? (int32_t)bits : positive;
+            negative = bits > negative ? bits : negative;
         }
-        return most;
+        const uint32_t above = (uint32_t)positive << 1, below = (int32_t)negative < 0 ? negative << 1 | 1 : 0;
+        return above > below ? above : below;
     }
 
     // ---- steps and codes -----------------------------------------------------------------------------------------
 
-    // One family's steps, by one warp, a lane for each block.
-    FC_DEVICE void fit(Meta* metas, int family, int blocks, uint8_t* scales, uint8_t* tops) const {
-        const int index = family * kFamily + (thread() & (kWarp - 1));
-        const bool is_there = index < blocks;
-        const Meta meta = is_there ? metas[index] : Meta{0, 0, kConstant};
-        const uint32_t kind = meta.kind & 0x7F, key = first_key(meta) - meta.kind / kFiner;
-        const float size = (float)block(), shrink = shrink_of(meta);
-        uint32_t top = kind ? kLeastKey : key;
+    FC_DEVICE uint32_t largest_of_family(uint32_t top, uint32_t* words) const {
+        const int shift = octet_shift - kThreadShift + 5;  // 1 << shift lanes have a family's blocks
         FC_UNROLL for (int apart = 1; apart < kWarp; apart *= 2) {
+            if (apart >> shift) continue;
             const uint32_t theirs = exchange(top, apart);
             top = theirs > top ? theirs : top;
         }
-        const uint32_t scale = distance_of(top, key) | (meta.largest & 1 ? 0 : 0x80);
-        const float step = step_of(top, scale) * shrink * size;
-        if (is_there) {
-            metas[index].largest = bits_of(kind ? 0.0f : 1.0f / step);
-            if (kKeepsResiduals && !kind) metas[index].value = bits_of(step);
-            scales[index] = (uint8_t)(kind ? kind : scale);
+        if (!has_shared_tops()) return top;
+        const int warp = thread() / kWarp, warps = 1 << (shift - 5);
+        if ((thread() & (kWarp - 1)) == 0) words[warp] = top;
+        sync();
+        for (int i = 0; i < warps; i++) {
+            const uint32_t theirs = words[(warp & ~(warps - 1)) + i];
+            top = theirs > top ? theirs : top;
         }
-        if (index == family * kFamily) ((uint16_t*)tops)[family] = (uint16_t)top;
+        return top;
     }
 
-    // All lanes of a warp.
+    // Codes of a half, its scale and its family's top; the residual.
     template <class Offset>
-    FC_DEVICE void quantize(const float (&c)[8], int octet, bool is_there, const Meta* metas, uint8_t* payload,
-                            const Place<Offset>& place, Word* residual) const {
-        const int index = octet >> octet_shift, part = octet & ((1 << octet_shift) - 1);
-        const Meta meta = is_there ? metas[index] : Meta{0, 0, 0};
-        const float inverse = float_of(meta.largest);
-        uint32_t code[8];
-        float error[8] = {};
-        if (inverse != 0) {
-            const bool keeps = kKeepsResiduals && !(meta.kind & kShrunk);
-            FC_UNROLL for (int i = 0; i < 8; i++) {
-                const int near = (int)(rounded(c[i] * inverse) - 0x4B400000u) + zero;
+    FC_DEVICE void quantize(const Values& c, int half, int begin, int octets, const Meta& meta, uint32_t key,
+                            uint32_t top, uint8_t* payload, const Place<Offset>& place, Word* residual,
+                            uint32_t* code) const {
+        const int octet = begin + 2 * half, index = octet >> octet_shift;
+        const uint32_t kind = meta.kind & 0x7F, scale = distance_of(top, key) | (meta.largest & 1 ? 0 : 0x80);
+        if (is_first(octet) && octet < octets) {
+            payload[place.scales + index] = (uint8_t)(kind ? kind : scale);
+            if (index % kFamily == 0) *(uint16_t*)(payload + place.tops + 2 * (index / kFamily)) = (uint16_t)top;
+        }
+        const float step = step_of(top, scale) * shrink_of(meta) * (float)block(), inverse = 1.0f / step;
+        Values error = {};
+        if (!kind) {
+            const bool keeps = kResiduals && !(meta.kind & kShrunk);
+            FC_UNROLL for (int i = 0; i < 16; i++) {
+                const float coefficient = c[2 * half + i / 8][i % 8];
+                const int near = (int)(rounded(coefficient * inverse) - (0x4B400000u - (uint32_t)zero));
                 code[i] = (uint32_t)(near < 0 ? 0 : near > levels - 1 ? levels - 1 : near);
                 if (keeps)
-                    error[i] =
-                        kept_number<T>(fused_multiply_add((float)((int)code[i] - zero), -float_of(meta.value), c[i]));
+                    error[i / 8][i % 8] =
+                        kept_number<T>(fused_multiply_add((float)((int)code[i] - zero), -step, coefficient));
             }
         } else {
-            const int width = constant_bits(), first = 8 * width * part;
-            FC_UNROLL for (int i = 0; i < 8; i++) code[i] =
-                first < 32 ? meta.value >> (first + i * width) & ((1u << width) - 1) : 0;
+            const int width = constant_bits(), first = 8 * width * (octet & ((1 << octet_shift) - 1));
+            FC_UNROLL for (int i = 0; i < 16; i++) code[i] =
+                first + i * width < 32 ? meta.value >> (first + i * width) & ((1u << width) - 1) : 0;
         }
-        store_codes(code, place.octet + octet, is_there, payload, place.groups);
-        if (kKeepsResiduals && is_there) replace_residual(error, octet, residual);
+        if (kResiduals) {
+            FC_UNROLL for (int row = 0; row < 2; row++) if (octet + row < octets)
+                replace_residual(error[row], octet + row, residual);
+        }
+    }
+
+    struct Step {
+        float each;  // 0 of a constant
+        bool is_constant;
+    };
+    template <class Offset>
+    FC_DEVICE Step step_at(const uint8_t* payload, const Place<Offset>& place, Offset index) const {
+        const uint32_t scale = payload[place.scales + index], kind = scale & 0x7F;
+        const uint32_t top = *(const uint16_t*)(payload + place.tops + 2 * (index / kFamily));
+        const float each = kind == kNanBlock ? float_of(Float32::kNan) : step_of(top, scale);
+        return {kind == kConstant ? 0.0f : each, kind == kConstant};
+    }
+
+    // The first coefficient of the halves that `constants` has a bit for: the constant, or 0 where no block starts.
+    template <bool kAlone, class Offset>
+    FC_DEVICE uint32_t add_constants(const uint8_t* payload, const Place<Offset>& place, Offset octet, uint32_t shrunk,
+                                     uint32_t constants, Values& x) const {
+        uint32_t huge = 0;
+        float values[2] = {-0.0f, -0.0f};
+#if defined(__CUDA_ARCH__)
+#pragma unroll 1  // rare: one copy
+#endif
+        for (int half = 0; half < kHalves; half++) {
+            if (!(constants >> half & 1)) continue;
+            const Offset at = octet + 2 * half, first = at >> octet_shift << octet_shift;
+            const uint32_t bits = constant_of(payload, first, place.groups);
+            const bool is_huge = (bits & 0x7FFFFFFF) >= bits_of(kHugeStep);
+            huge |= is_huge ? 3u << 2 * half : 0;
+            const float factor = shrunk >> 2 * half & 1 || (kAlone && is_huge) ? kShrink : 1.0f;
+            const float value = at == first ? float_of(bits) * factor : 0.0f;
+            if (half) values[1] = value;
+            else values[0] = value;
+        }
+        FC_UNROLL for (int half = 0; half < kHalves; half++) x[2 * half][0] += values[half];
+        return huge;
     }
 };
 
 }  // namespace flashcomm::FLASHCOMM_ISA
+
+#include "cuda/rotated_measure.h"

@@ -88,11 +88,12 @@ template <class T> struct SpikeTile {
     template <bool kOwn, class Offset>
     FC_DEVICE void encode_to(const Octet<T> (&x)[kRows<T>], int values, uint8_t* scratch, uint8_t* payload,
                              const Place<Offset>& place) const {
-        const int lane = thread(), octets = this->octets(values), blocks = this->blocks(values);
+        const int lane = thread(), begin = first_octet<T>(), octets = this->octets(values),
+                  blocks = this->blocks(values);
         Ends* ends = (Ends*)scratch;
         Meta* metas = (Meta*)(scratch + kTileOctets<T> * (int)sizeof(Ends));
         FC_UNROLL for (int row = 0; row < kRows<T>; row++) {
-            const int octet = row * kThreads + lane;
+            const int octet = begin + row;
             if (octet < octets) ends[octet] = ends_of(x[row], values - 8 * octet, place_of(octet));
         }
         sync();
@@ -103,21 +104,34 @@ template <class T> struct SpikeTile {
         for (int pair = lane; pair * kBlocksTogether < blocks; pair += kThreads)
             store_positions(metas, pair, blocks, payload, place);
         FC_UNROLL for (int row = 0; row < kRows<T>; row++) {
-            const int octet = row * kThreads + lane;
+            const int octet = begin + row;
             if (octet < octets) store_codes(x[row], octet, values, metas, payload, place);
         }
         sync();
     }
 
-    template <bool>
-    FC_DEVICE bool decode(const uint8_t* payload, int values, int octet, bool, float (&x)[8]) const {
-        return decode_from<true>(payload, own(values), octet, false, x);
+    template <bool kAlone>
+    FC_DEVICE uint32_t decode(const uint8_t* payload, int values, int octet, uint32_t, float (&x)[kRows<T>][8]) const {
+        return decode_from<kAlone>(payload, own(values), octet, 0, x);
     }
 
+    // The octets from `octet` on of a payload that `place` is of.
+    template <bool kAlone, class Offset>
+    FC_DEVICE uint32_t decode_from(const uint8_t* payload, const Place<Offset>& place, Offset octet, uint32_t,
+                                   float (&x)[kRows<T>][8]) const {
+        FC_UNROLL for (int row = 0; row < kRows<T>; row++) {
+            if (octet + row >= place.octets) continue;
+            float value[8];
+            decode_octet<Offset>(payload, place, octet + row, value);
+            put<kAlone>(value, x[row]);
+        }
+        return 0;
+    }
+    template <bool> FC_DEVICE void finish(float (&)[kRows<T>][8], uint32_t) const {}
+
     // The octet of a payload that `place` is of, within the finite range of T.
-    template <bool, class Offset>
-    FC_DEVICE bool decode_from(const uint8_t* payload, const Place<Offset>& place, Offset octet, bool,
-                               float (&x)[8]) const {
+    template <class Offset>
+    FC_DEVICE void decode_octet(const uint8_t* payload, const Place<Offset>& place, Offset octet, float (&x)[8]) const {
         const Offset index = block_of(octet);
         const uint32_t low_bits = ((const uint16_t*)(payload + place.minima))[index];
         const uint32_t high_bits = ((const uint16_t*)(payload + place.maxima))[index];
@@ -126,7 +140,7 @@ template <class T> struct SpikeTile {
         if (code == kConstantSpan || minimum != minimum) {
             const float value = float_of(code == kConstantSpan ? low_bits << 16 | high_bits : Float32::kNan);
             FC_UNROLL for (int i = 0; i < 8; i++) x[i] = limited(value);
-            return false;
+            return;
         }
         uint32_t codes[2];
         load_octet<Offset>(bits, place.octets, octet, payload, codes);
@@ -140,9 +154,7 @@ template <class T> struct SpikeTile {
             const float rest = (low + (float)(int)byte_of(codes, i) * step) * grow;
             x[i] = limited(low_at == begin + i ? minimum : high_at == begin + i ? maximum : rest);
         }
-        return false;
     }
-    template <bool> FC_DEVICE void finish(float (&)[8], bool) const {}
 
     template <class Offset>
     FC_DEVICE void zero_gaps(const Place<Offset>& place, Offset values, uint8_t* payload) const {

@@ -1,7 +1,8 @@
 // One thread block codes one tile: up to 16 KiB of values in registers, their payload in shared memory.
 //
-// A thread holds four octets (of float32: two), 256 apart, so that a warp reads and writes whole lines. The payload of
-// a tile is the payload of its values, so it is independent of who coded it and how the tensor was cut. A codec is
+// A thread holds four neighbouring octets (of float32: two), so that most of what a block needs is in its registers. The
+// payload of a tile is the payload of its values, so it is independent of who coded it and how the tensor was cut. A
+// codec is
 //
 //     Codec(Setting)                               width and block, as far as they are not in the type
 //     block(), unit()                              slices are multiples of one, tiles of the other
@@ -39,6 +40,9 @@ template <class T> constexpr int kTileOctets = kThreads * kRows<T>;
 template <class T> constexpr int kTileValues = 8 * kTileOctets<T>;
 constexpr int kMinBlock = 8;
 
+// The first of the octets of this thread in a tile.
+template <class T> FC_DEVICE int first_octet() { return kRows<T> * thread(); }
+
 // The octet that starts at value `first` of x[0 .. values). What a last, partial octet lacks is its last value again,
 // which changes no extreme.
 template <class T> FC_DEVICE void load(const typename T::Word* x, int values, int first, Octet<T>& octet) {
@@ -53,10 +57,10 @@ template <class T> FC_DEVICE void load(const typename T::Word* x, int values, in
     }
 }
 
-// Reads the four octets of this thread.
+// Reads the octets of this thread.
 template <class T> FC_DEVICE void load(const typename T::Word* x, int values, Octet<T> (&octets)[kRows<T>]) {
-    const int lane = thread();
-    FC_UNROLL for (int row = 0; row < kRows<T>; row++) load<T>(x, values, 8 * (row * kThreads + lane), octets[row]);
+    const int first = 8 * first_octet<T>();
+    FC_UNROLL for (int row = 0; row < kRows<T>; row++) load<T>(x, values, first + 8 * row, octets[row]);
 }
 
 // Writes the octet that starts at value `first` of out[0 .. values).
@@ -80,9 +84,23 @@ template <class T> FC_DEVICE void repeat_last(Octet<T>& octet, int left) {
     }
 }
 
+template <class T> FC_DEVICE void store(typename T::Word* out, int values, const Octet<T> (&octets)[kRows<T>]) {
+    const int first = 8 * first_octet<T>();
+    FC_UNROLL for (int row = 0; row < kRows<T>; row++) store<T>(out, values, first + 8 * row, octets[row]);
+}
+
+template <class T> FC_DEVICE void narrow(const float (&x)[kRows<T>][8], Octet<T> (&octets)[kRows<T>]) {
+    FC_UNROLL for (int row = 0; row < kRows<T>; row++) octets[row] = narrow<T>(x[row]);
+}
+
 // -0 is what changes nothing when a float is added to it, -0 included.
 template <int kCount> FC_DEVICE void clear(float (&total)[kCount][8]) {
     FC_UNROLL for (int row = 0; row < kCount; row++) FC_UNROLL for (int i = 0; i < 8; i++) total[row][i] = -0.0f;
+}
+
+// A number alone, or one of a sum.
+template <bool kAlone> FC_DEVICE void put(const float (&value)[8], float (&x)[8]) {
+    FC_UNROLL for (int i = 0; i < 8; i++) x[i] = kAlone ? value[i] : x[i] + value[i];
 }
 
 template <class Size> FC_INLINE Size padded16(Size size) { return (size + 15) & ~(Size)15; }
@@ -230,9 +248,9 @@ template <int kBits, class T> struct UniformTile {
         const At at = this->at(values);
         Keys<T>* keys = (Keys<T>*)scratch;
         Meta* metas = (Meta*)(keys + kTileOctets<T>);
-        const int lane = thread();
+        const int lane = thread(), first = first_octet<T>();
         FC_UNROLL for (int row = 0; row < kRows<T>; row++) {
-            const int octet = row * kThreads + lane;
+            const int octet = first + row;
             if (octet < at.octets) keys[octet] = extremes<T>(x[row]);
         }
         sync();
@@ -240,14 +258,27 @@ template <int kBits, class T> struct UniformTile {
         if (lane == kThreads - 1) zero_gaps(at, payload);
         sync();
         FC_UNROLL for (int row = 0; row < kRows<T>; row++) {
-            const int octet = row * kThreads + lane;
+            const int octet = first + row;
             if (octet < at.octets) store_codes(x[row], values - 8 * octet, metas[block_of(octet)], octet, at, payload);
         }
         sync();
     }
 
-    template <bool> FC_DEVICE bool decode(const uint8_t* payload, int values, int octet, bool, float (&x)[8]) const {
+    template <bool kAlone>
+    FC_DEVICE uint32_t decode(const uint8_t* payload, int values, int octet, uint32_t, float (&x)[kRows<T>][8]) const {
         const At at = this->at(values);
+        FC_UNROLL for (int row = 0; row < kRows<T>; row++) {
+            if (octet + row >= at.octets) continue;
+            float value[8];
+            decode_octet(payload, at, octet + row, value);
+            put<kAlone>(value, x[row]);
+        }
+        return 0;
+    }
+    template <bool> FC_DEVICE void finish(float (&)[kRows<T>][8], uint32_t) const {}
+
+private:
+    FC_DEVICE void decode_octet(const uint8_t* payload, const At& at, int octet, float (&x)[8]) const {
         const int index = block_of(octet);
         const Bf16Pair pair = {((const uint16_t*)(payload + at.scales))[index],
                                ((const uint16_t*)(payload + at.minima))[index]};
@@ -262,11 +293,8 @@ template <int kBits, class T> struct UniformTile {
         } else {
             FC_UNROLL for (int i = 0; i < 8; i++) x[i] = pair.value<T>(byte_of(codes, i));
         }
-        return false;
     }
-    template <bool> FC_DEVICE void finish(float (&)[8], bool) const {}
 
-private:
     // Writes the metadata of one block into the payload and returns what its codes depend on.
     FC_DEVICE Meta fit(const Keys<T>* keys, int index, const At& at, uint8_t* payload) const {
         const int first = index * octets_per_block;
@@ -326,19 +354,25 @@ template <class T> struct ExactTile {
     FC_INLINE int bytes(int values) const { return (values + 7) / 8 * (int)sizeof(Octet<T>); }
 
     FC_DEVICE void encode(const Octet<T> (&x)[kRows<T>], int values, uint8_t*, uint8_t* payload) const {
-        const int lane = thread();
+        const int first = first_octet<T>();
         sync();
         FC_UNROLL for (int row = 0; row < kRows<T>; row++) {
-            const int octet = row * kThreads + lane;
+            const int octet = first + row;
             if (8 * octet < values) ((Octet<T>*)payload)[octet] = x[row];
         }
         sync();
     }
-    template <bool> FC_DEVICE bool decode(const uint8_t* payload, int, int octet, bool, float (&x)[8]) const {
-        widen<T>(((const Octet<T>*)payload)[octet], x);
-        return false;
+    template <bool kAlone>
+    FC_DEVICE uint32_t decode(const uint8_t* payload, int values, int octet, uint32_t, float (&x)[kRows<T>][8]) const {
+        FC_UNROLL for (int row = 0; row < kRows<T>; row++) {
+            if (octet + row >= octets(values)) continue;
+            float value[8];
+            widen<T>(((const Octet<T>*)payload)[octet + row], value);
+            put<kAlone>(value, x[row]);
+        }
+        return 0;
     }
-    template <bool> FC_DEVICE void finish(float (&)[8], bool) const {}
+    template <bool> FC_DEVICE void finish(float (&)[kRows<T>][8], uint32_t) const {}
 };
 
 }  // namespace flashcomm::FLASHCOMM_ISA

@@ -262,7 +262,9 @@ def _cut(plan: Plan, shape: Sequence[int], device: torch.device, piece: int) -> 
 def _piece(plan: Plan, first: int, slices: Slices) -> Piece:
     rank, world = plan.comm.rank, plan.comm.world
     width = slices.width
-    if slices.world == 1:  # one-step: every rank holds all of it
+    if plan.kind == "all_gather":  # nothing is reduced
+        sizes = (0,) * world
+    elif slices.world == 1:  # one-step: every rank holds all of it
         sizes = (plan.reduce.wire_bytes(slices.numel, width),) * world
     else:
         sizes = tuple(plan.reduce.wire_bytes(each, width) for each in slices.sizes)

@@ -12,6 +12,7 @@ which ranks launch their calls on different streams; more may wait for each othe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from types import ModuleType
@@ -134,7 +135,7 @@ def serving(
     if x.device.type != "cuda" or not CHAINS[transport]:
         return None
     legs = _native(plan.reduce), _native(plan.gather)
-    if group.size() not in WORLDS or not _has_kernel(*legs, x.dtype, with_residuals):
+    if group.size() not in WORLDS or not _has_kernel(*legs, x.dtype, with_residuals) or not _is_cut_alike(plan, x):
         return None
     made = _of(group, x.device.index, transport)
     if made is not None and made.device != x.device.index:
@@ -173,6 +174,24 @@ def _has_kernel(reduce: Native | None, gather: Native | None, dtype: torch.dtype
     if cuda is None or reduce is None or gather is None:
         return False
     return bool(cuda.has_collective(cuda.Leg(*reduce), cuda.Leg(*gather), extension.DTYPES[dtype], with_residuals))
+
+
+def _is_cut_alike(plan: Any, x: Tensor) -> bool:
+    """Whether the kernel, which knows no rows, cuts blocks and slices where the plan does: else bits would differ."""
+    if len(plan.pieces) != 1:
+        return False
+    slices = plan.pieces[0].slices
+    for codec in (plan.reduce, plan.gather):
+        fitted = codec.fitted(slices.width)
+        if fitted != codec or not extension.has_cuda_kernel(codec.native, x.dtype, slices.length, slices.width):
+            return False
+    if plan.algorithm != "two-step":
+        return True
+    return bool(slices.length * slices.world == slices.numel and slices.length % (32 * _longest_block(plan)) == 0)
+
+
+def _longest_block(plan: Any) -> int:
+    return math.lcm(plan.reduce.block, plan.gather.block)
 
 
 def prepare(group: dist.ProcessGroup, transport: str) -> Workspace | None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import math
 import mmap
 import os
 import secrets
@@ -27,6 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..codec import native
+from ..observe import messages
 from . import votes
 
 if TYPE_CHECKING:
@@ -43,6 +45,13 @@ REASONS = {  # by enum Failure of csrc/cpu/ring.h
     4: "rank {peer} is in another call ({theirs}): every rank must make the same calls, in the same "
     "order, with the same configuration.",
 }
+IMPATIENT = 6
+PATIENCE = 5.0  # seconds of silence after which it is said who is waited for
+SILENT = (
+    f"rank {{peer}} has neither sent nor taken anything for {PATIENCE:g} s. If it is not busy, it is in another call: "
+    "with lengths that differ between ranks, one may compress what another, below the minimum size, leaves to the "
+    "original collective."
+)
 LENGTHS = (
     "rank {peer} is in the same call but sends another length than the {awaited} bytes awaited from it: what one "
     "rank sends and the other awaits (the splits of an all-to-all) must agree."
@@ -61,7 +70,10 @@ class Posted:
 
     def wait(self) -> None:
         """Block until all are delivered; RuntimeError naming the rank that failed, and every later call's as well."""
-        failed = self._ends.native.wait(self._handle, self._call.seconds)
+        failed = self._ends.native.wait(self._handle, self._call.seconds, PATIENCE)
+        if failed is not None and failed[0] == IMPATIENT:
+            messages.warn(f"flash-comm: {self._call}: {SILENT.format(peer=self._ends.ranks[failed[1]])}")
+            failed = self._ends.native.wait(self._handle, self._call.seconds - PATIENCE, math.inf)
         if failed is not None:
             raise self._error(*failed)
 

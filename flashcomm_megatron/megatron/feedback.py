@@ -44,7 +44,7 @@ from ..comm import votes
 from ..config import Config, current
 from ..observe import counters, messages
 from . import measure
-from .patching import Function
+from .patching import Function, untraced
 
 ON = "on"
 MEASURING = "this forward measures"
@@ -62,9 +62,9 @@ class _Stream:
 class _Visit:
     """One transformer layer whose forward is running."""
 
-    def __init__(self, layer: nn.Module, x: Tensor) -> None:
+    def __init__(self, layer: nn.Module, x: Tensor, outer: _Visit | None) -> None:
         found: _Stream | None = _streams.pop(x, None) if len(_streams) else None
-        self.layer, self.x, self.stream = layer, x, found or _Stream()
+        self.layer, self.x, self.outer, self.stream = layer, x, outer, found or _Stream()
         self.is_in_mixture = False
         self.rows: list[Tensor] | None = None  # while measuring: samples of what was contributed
         self.missed = False  # whether something was contributed before measuring began
@@ -141,16 +141,14 @@ def layer_forward(original: Function) -> Function:
     """A transformer layer: its residual stream goes in, and comes out with what its sums lost."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        x = args[0] if args else kwargs.get("hidden_states")
-        if not isinstance(x, Tensor) or not _may_be_on(self):
+        visit = _enter(self, args[0] if args else kwargs.get("hidden_states"))
+        if visit is None:
             return original(self, *args, **kwargs)
-        outer, visit = _here.visit, _Visit(self, x)
-        _here.visit = visit
+        output = None
         try:
             output = original(self, *args, **kwargs)
         finally:
-            _here.visit = outer
-        _leave(visit, output[0] if isinstance(output, tuple) else output)
+            _leave(visit, output[0] if isinstance(output, tuple) else output)
         return output
 
     return forward
@@ -174,6 +172,7 @@ def mixture_forward(original: Function) -> Function:
     return forward
 
 
+@untraced
 def contributed(output: Any) -> None:
     """Note what a row-parallel layer or a mixture returned, if the layer around it is being measured.
 
@@ -190,15 +189,22 @@ def contributed(output: Any) -> None:
         visit.rows.append(measure.sample(value if bias is None else value + bias))
 
 
-def _may_be_on(layer: nn.Module) -> bool:
+@untraced
+def _enter(layer: nn.Module, x: Any) -> _Visit | None:
+    """Begin of a layer; None where there is no feedback in it."""
     config = current()
     if config is None or config.feedback == "off" or not RECIPES[config.recipe].feedback:
-        return False
-    return not layer.training and not torch.is_grad_enabled()
+        return None
+    if layer.training or torch.is_grad_enabled() or not isinstance(x, Tensor):
+        return None
+    _here.visit = _Visit(layer, x, _here.visit)
+    return _here.visit
 
 
+@untraced
 def _leave(visit: _Visit, output: Any) -> None:
-    """End of a layer: decide on what was measured, and let the residuals travel with the output."""
+    """End of a layer: decide on what was measured, and let the residuals travel with the output, if there is one."""
+    _here.visit = visit.outer
     if not isinstance(output, Tensor):
         return
     if visit.rows is not None:

@@ -4,7 +4,7 @@ Megatron's layers do not know their names. The first time one is asked for, ever
 the module that holds it; from then on a name is a walk upwards. It ends at the outermost of Megatron's modules, or of
 all modules where none is Megatron's. Wrappers call their only child ``module`` (DistributedDataParallel,
 Float16Module) or ``_orig_mod`` (torch.compile); those parts of a name are dropped, so a wrapped model is the same
-model.
+model. torch.compile, which breaks its graph at a layer's forward, must not look into any of this.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from weakref import ReferenceType, WeakKeyDictionary, ref
 
 from torch import Tensor, nn
 
+from .patching import untraced
+
 WRAPPERS = ("module", "_orig_mod")
 ROW_PARALLEL = ("RowParallelLinear", "TERowParallelLinear")
 
@@ -22,11 +24,13 @@ _holders: WeakKeyDictionary[nn.Module, tuple[ReferenceType[nn.Module], str]] = W
 _is_output: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
+@untraced
 def name(layer: nn.Module) -> str:
     """``layer``'s name inside its model; its class where no other module holds it."""
     return _joined([part for _, part in _way_up(layer)]) or type(layer).__name__
 
 
+@untraced
 def row_layers(layer: nn.Module) -> dict[str, Any]:
     """Name and module of every row-parallel layer of the model around ``layer``.
 
@@ -45,6 +49,7 @@ def communicates_as_row(module: Any) -> bool:
     return not is_expert and getattr(module, "parallel_mode", "row") == "row"
 
 
+@untraced
 def is_output_layer(module: Any, weight: Tensor | None) -> bool:
     """Whether a column-parallel layer makes the logits: its model calls it ``output_layer``.
 

@@ -25,12 +25,31 @@ import inspect
 import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 
 logger = logging.getLogger(__name__)
 Function = Callable[..., Any]
+F = TypeVar("F", bound=Function)
+
+
+_traced: list[list[Any]] = []  # functions that torch.compile may still look into
+
+
+def untraced(function: F) -> F:
+    """``function``, into which torch.compile does not look; what a layer's replacement calls needs it.
+
+    torch.compile's machinery is imported by the first :func:`apply`, not by importing this package.
+    """
+    callee = [function]
+
+    @functools.wraps(function)
+    def outside(*args: Any, **kwargs: Any) -> Any:
+        return callee[0](*args, **kwargs)
+
+    _traced.append(callee)
+    return cast(F, outside)
 
 
 class Seam(NamedTuple):
@@ -72,6 +91,10 @@ _applied: dict[str, _Binding] = {}
 
 def apply(seams: Iterable[Seam]) -> None:
     """Replace every name of the table that is not replaced yet, or raise PatchError and replace none."""
+    disable: Any = torch.compiler.disable
+    while _traced:
+        callee = _traced.pop()
+        callee[0] = disable(callee[0])
     bindings, problems = {}, []
     for seam in seams:
         if seam.path not in _applied:

@@ -91,6 +91,11 @@ def say(line: str) -> None:
         logger.info(line)
 
 
+def warn(line: str) -> None:
+    """Warn on this rank."""
+    logger.warning(line)
+
+
 def complain(what: str, fatal: bool) -> None:
     """Warn on rank 0; raise RuntimeError on every rank if ``fatal`` and the configuration is strict."""
     config: Config | None = current()

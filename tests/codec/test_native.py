@@ -88,11 +88,11 @@ def test_without_extension_the_reference_gives_the_same_bits(monkeypatch: pytest
         sent = CODEC.encode(x)
         return sent, CODEC.decode_sum([sent, sent], torch.empty_like(x))
 
-    compiled = results()
+    fast = results()
     monkeypatch.setattr(compiled, "_extension", None)
     monkeypatch.setattr(compiled, "_reason", "not built: run pip install -e .")
     reference = results()
-    assert torch.equal(compiled[0], reference[0]) and same(compiled[1], reference[1])
+    assert torch.equal(fast[0], reference[0]) and same(fast[1], reference[1])
     assert not compiled.available() and compiled.info() == {}
     assert compiled.describe() == "PyTorch codec (not built: run pip install -e .)"
 
@@ -183,7 +183,7 @@ def test_cuda_equals_the_definition(native: ModuleType, kind: str, dtype: torch.
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"FLASHCOMM_CUDA": "2"}, "FLASHCOMM_CUDA=2: choose 0 (never) or 1 (always)"),
+        ({"FLASHCOMM_CUDA": "2"}, "FLASHCOMM_CUDA=2: choose 0 (without CUDA) or 1 (with it)"),
         ({"FLASHCOMM_CUDA": "1", "PATH": ""}, "FLASHCOMM_CUDA=1 but nvcc is not on PATH"),
         ({"FLASHCOMM_CUDA": "0", "CXX": "no-such-compiler"}, "needs a C++17 compiler: no-such-compiler was not found"),
     ],

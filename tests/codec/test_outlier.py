@@ -142,6 +142,11 @@ def test_the_recipe_needs_its_file_and_no_other_recipe_takes_one():
         Config(bits=5, recipe="outlier", calibration="ranges.safetensors")
 
 
+def through(codec, x: torch.Tensor) -> torch.Tensor:
+    """decode(encode(x)) of rows of FEATURES values."""
+    return codec.decode_sum([codec.encode(x, width=FEATURES)], torch.empty_like(x), FEATURES)
+
+
 def _one_site(rank: int, world: int, path: str) -> dict:
     """All collectives with the legs of a site; equal to their definition, and what is counted without legs."""
     reset_stats()
@@ -157,14 +162,14 @@ def _one_site(rank: int, world: int, path: str) -> dict:
             if algorithm == "auto":
                 assert torch.equal(y, exact_sum), "one-step: the sum of the decoded parts"
             else:
-                pieces = [gather.decode_sum([gather.encode(x)], torch.empty_like(x)) for x in _cut(exact_sum, world)]
+                pieces = [through(gather, x) for x in _cut(exact_sum, world)]
                 assert torch.equal(y, torch.cat(pieces).view_as(y)), "two-step: the same sums, rounded once more"
             everyone = [torch.empty_like(y) for _ in range(world)]
             dist.all_gather(everyone, y)
             assert all(torch.equal(y, each) for each in everyone)
             wide = parts[rank].repeat(world, 1)
             assert torch.equal(reduce_scatter(wide, None, config, legs=legs), exact_sum)
-            gathered = [gather.decode_sum([gather.encode(x.flatten())], torch.empty(x.numel())) for x in parts]
+            gathered = [through(gather, x.flatten()) for x in parts]
             assert torch.equal(all_gather(parts[rank], None, config).flatten(), torch.cat(gathered).to(dtype))
     x = torch.ones(40, FEATURES)
     assert torch.equal(all_reduce(x, None, config), torch.full((40, FEATURES), float(world)))

@@ -8,7 +8,7 @@
 using namespace flashcomm::emulated;
 
 int main() {
-    const RotatedTile<BFloat16> codec({1, 8, 32});
+    const RotatedTile<BFloat16> codec({1, 8, 64});
     std::vector<uint16_t> x(kLeastTile, 0x3F80);
     x[40] = 0x7FC0;
     std::vector<Vec16> payload((size_t)codec.bytes(kLeastTile) / 16);

@@ -56,7 +56,7 @@ class TEFusedMLP(nn.Module):
 
 
 def quantize() -> None:
-    count("count_quantized", 100, 25, 0.0)
+    count("count_quantized", SimpleNamespace(exact_bytes=100, wire_bytes=25, remote_bytes=0), 0.0)
 
 
 def defer() -> None:
@@ -159,7 +159,7 @@ def test_a_first_forward_that_quantized_nothing_is_loud(caplog: pytest.LogCaptur
         "flash-comm is on (4-bit) but after the first forward no collective was quantized "
         "(deferred: 2 x below 16384 bytes)."
     ]
-    assert caplog.records[0].levelno == logging.WARNING
+    assert any(record.levelno == logging.WARNING for record in caplog.records)
     forward(RowParallelLinear(defer))
     assert len(warnings(caplog)) == 1  # the first forward only
 

@@ -67,7 +67,7 @@ def fallback(rank: int, world: int, strict: bool) -> str:
 @pytest.mark.parametrize("strict", [False, True])
 def test_a_transport_that_was_asked_for_and_falls_back(strict: bool) -> None:
     for text in spawn(fallback, 2, strict):
-        assert ("transport host does not serve" in text and "No space left" in text) == strict, text
+        assert ("transport shared-memory does not serve" in text and "No space left" in text) == strict, text
 
 
 def test_what_only_the_original_can_do_is_counted() -> None:

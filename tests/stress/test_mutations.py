@@ -23,7 +23,7 @@ def test_the_tests_that_a_mutation_names_exist(mutation: mutations.Mutation) -> 
     file, _, words = mutation.tests.partition(" -k ")
     text = (mutations.ROOT / file).read_text()
     names = re.findall(r"def (test_\w+)", text)
-    for word in filter(None, words.split(" or ")):
+    for word in filter(None, re.split(" or | and ", words)):
         inside = re.split(r"[\[\]-]", word)[0]  # of a test's name, or of one of its parameters
         assert any(inside in name for name in names) or f'"{inside}' in text, f"{file} has no test for -k {words}"
 

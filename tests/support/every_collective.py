@@ -23,9 +23,9 @@ def part(rank: int, shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -
     return torch.randn(shape, generator=generator).to(dtype)
 
 
-def width_of(x: torch.Tensor) -> int | None:
-    """Values of a row."""
-    return x.size(-1) if x.dim() > 1 else None
+def width_of(x: torch.Tensor) -> int:
+    """Values of a row; a tensor of one dimension is one row."""
+    return x.size(-1) if x.dim() > 1 else x.numel()
 
 
 def through(codec, x: torch.Tensor, dtype: torch.dtype = torch.float32, width: int | None = None) -> torch.Tensor:

@@ -64,6 +64,7 @@ def expected(kind: str, codecs: tuple[Any, Any], parts: Sequence[Tensor]) -> lis
     if kind == "all_gather":
         return [torch.cat([through(gather, x, x.dtype, width) for x in parts])] * world
     if kind == "reduce_scatter":
+        width = min(width, numel // world)
         return [total(reduce, [x.chunk(world)[rank] for x in parts], width) for rank in range(world)]
     grain = width if numel > width else math.lcm(reduce.unit, gather.unit)
     length = math.ceil(math.ceil(numel / grain) / world) * grain

@@ -121,7 +121,7 @@ def test_bits_are_those_of_the_payloads(model: Llama) -> None:
         numel = tokens().numel() * HIDDEN
         legs = config.legs
         lengths = [numel] if world == 2 else [numel // world] * world
-        per_leg = [sum(leg.wire_bytes(n) for n in lengths) for leg in legs][: 1 if world == 2 else 2]
+        per_leg = [sum(leg.wire_bytes(n, HIDDEN) for n in lengths) for leg in legs][: 1 if world == 2 else 2]
         assert ranks.bits_per_value == pytest.approx(8 * sum(per_leg) / len(per_leg) / numel)
 
 

@@ -17,14 +17,14 @@ from flashcomm_megatron.tools.compare import table, workspace
 from flashcomm_megatron.tools.compare.runs import CannotRead, Run, read
 
 OFFLINE = """
-import sys, time, pathlib
+import sys, time, pathlib, types
 import wandb, flashcomm_megatron as fc
 from flashcomm_megatron import config
 from flashcomm_megatron.observe.counters import count_quantized
 config.set_current(fc.Config(bits=5))
 run = wandb.init(project="p", mode="offline", dir=sys.argv[1], settings=wandb.Settings(silent=True))
 for step in range(10, 50, 10):
-    count_quantized(1000, 300, 0.5)
+    count_quantized(types.SimpleNamespace(exact_bytes=1000, wire_bytes=300, remote_bytes=0), 0.5)
     fc.log_metrics(step, {"lm loss": 100 / step})
 file = pathlib.Path(run.dir).parent / f"run-{run.id}.wandb"
 run.finish()

@@ -121,5 +121,6 @@ def payload_bytes(plan: Plan) -> float:
         if plan.algorithm == "one-step":
             total += piece.sizes[0] * world / 2
         else:
-            total += sum(leg.wire_bytes(size) for leg in (plan.reduce, plan.gather) for size in sizes) / 2
+            width = piece.slices.width
+            total += sum(leg.wire_bytes(size, width) for leg in (plan.reduce, plan.gather) for size in sizes) / 2
     return total
