@@ -90,7 +90,8 @@ def cut(codec, numel, world):
 
 
 def arguments(codec, slices):
-    return codec.native, slices.width, slices.numel, slices.length, slices.world, codec.wire_bytes(slices.length)
+    stride = codec.wire_bytes(slices.length, slices.width)
+    return codec.fitted(slices.width).native, slices.width, slices.numel, slices.length, slices.world, stride
 
 
 def stream():
@@ -102,8 +103,8 @@ def test_slices_are_encoded_and_decoded_as_one_by_one(codec):
     cuda = extension.cuda()
     for dtype, (numel, world) in product(DTYPES, ((1, 2), (5000, 3), (9001, 4), (65_536, 8), (3000, 8))):
         x, slices = strange(numel, dtype), cut(codec, numel, world)
-        stride = codec.wire_bytes(slices.length)
-        wanted = [codec.encode_ref(part) for part in slices.of(x) if part.numel()]
+        stride = codec.wire_bytes(slices.length, slices.width)
+        wanted = [codec.encode_ref(part, slices.width) for part in slices.of(x) if part.numel()]
         on_device = x.cuda()
         payloads = torch.full((world * stride,), 0xEE, dtype=torch.uint8, device="cuda")
         number = extension.DTYPES[dtype]
@@ -117,7 +118,8 @@ def test_slices_are_encoded_and_decoded_as_one_by_one(codec):
         out = torch.full_like(on_device, torch.nan)
         cuda.decode_slices_cuda(payloads.data_ptr(), *arguments(codec, slices), out.data_ptr(), number, stream())
         parts = [
-            codec.decode_sum_ref([want], part.numel(), dtype) for want, part in zip(wanted, slices.of(x), strict=False)
+            codec.decode_sum_ref([want], part.numel(), dtype, slices.width)
+            for want, part in zip(wanted, slices.of(x), strict=False)
         ]
         assert same(out, torch.cat(parts)), (dtype, numel, world)
 
@@ -126,15 +128,15 @@ def test_slices_are_encoded_and_decoded_as_one_by_one(codec):
 def test_slices_have_residuals_of_their_own(codec):
     cuda, slices = extension.cuda(), cut(codec, 9001, 4)
     for dtype in DTYPES:
-        sizes = [codec.residual_numel(slices.size(number)) for number in range(slices.world)]
+        sizes = [codec.residual_numel(slices.size(number), slices.width) for number in range(slices.world)]
         defined = [torch.zeros(size, dtype=dtype) for size in sizes]
         residual = torch.zeros(sum(sizes), dtype=dtype, device="cuda")
-        payloads = torch.empty(4 * codec.wire_bytes(slices.length), dtype=torch.uint8, device="cuda")
+        payloads = torch.empty(4 * codec.wire_bytes(slices.length, slices.width), dtype=torch.uint8, device="cuda")
         for seed in range(2):
             x = strange(9001, dtype, seed)
             for part, own in zip(slices.of(x), defined, strict=True):
                 if part.numel():
-                    codec.encode_residual_ref(part, own)
+                    codec.encode_residual_ref(part, own, slices.width)
             on_device, number = x.cuda(), extension.DTYPES[dtype]
             cuda.encode_slices_cuda(
                 on_device.data_ptr(),
@@ -173,12 +175,12 @@ def test_sums_are_encoded_as_out_holds_them(legs):
             out = torch.full((numel,), torch.nan, dtype=dtype, device="cuda")
             cuda.reduce_slices_cuda(
                 [part.data_ptr() for part in on_device],
-                reduce.native,
+                reduce.fitted(numel).native,
                 numel,
                 numel,
                 out.data_ptr(),
                 extension.DTYPES[dtype],
-                gather.native,
+                gather.fitted(numel).native,
                 payload.data_ptr(),
                 residual.data_ptr() if keeps else 0,
                 stream(),
