@@ -141,9 +141,11 @@ class Build(build_ext):
         -O3 takes up to four times as long as -O2 with its model of what vectorizing costs, for the same speed where the
         source is written with vectors (docs/log.md). The baseline of x86 is for machines of before 2013.
         """
-        is_clang = (
-            b"clang" in subprocess.run([self.compiler.compiler_cxx[0], "--version"], stdout=subprocess.PIPE).stdout
-        )
+        compiler = self.compiler.compiler_cxx[0]
+        try:
+            is_clang = b"clang" in subprocess.run([compiler, "--version"], stdout=subprocess.PIPE).stdout
+        except FileNotFoundError:
+            raise SystemExit(f"flashcomm_megatron needs a C++17 compiler: {compiler} was not found.") from None
         if instruction_set == "baseline" and len(INSTRUCTION_SETS) > 1:
             return ["-O2"]
         if is_clang or source == "cpu/codec_cpu.cpp":
