@@ -98,7 +98,7 @@ def mutated(root, tmp_path, file: str, old: str, new: str):
     return tmp_path
 
 
-ONE_SITE = "        share_largest(magnitude);\n"
+ONE_SITE = "    share_largest(magnitude);\n"
 TWO_SITES = """        uint32_t nothing[kHalves];
         FC_UNROLL for (int half = 0; half < kHalves; half++) nothing[half] = magnitude[half] | 1;
         if (is_finite(x, 0, begin, values)) share_largest(magnitude);
@@ -108,7 +108,7 @@ TWO_SITES = """        uint32_t nothing[kHalves];
 
 def test_an_exchange_at_two_places_of_a_warp_is_found(root, tmp_path):
     """Once such a bug was there. On sm_90 lanes of both places wait apart; sm_80 sends both to one subroutine."""
-    tree = mutated(root, tmp_path, "cuda/rotated_tile.h", ONE_SITE, TWO_SITES)
+    tree = mutated(root, tmp_path, "cuda/rotated_measure.h", ONE_SITE, TWO_SITES)
     run, codec = Kernels("sm_90", torch.bfloat16, FIRST, root=tree), AUTO[1]
     run.encode(codec, tensor("normal", 2048, torch.bfloat16))
     with pytest.raises(DivergenceError, match=r"different places|elsewhere"):
