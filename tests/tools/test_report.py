@@ -52,7 +52,8 @@ def test_it_says_where_feedback_was_on(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_transports_are_those_of_the_build(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "megatron.core", None)
-    for cuda, available, named in ((object(), True, "peer, host, group"), (None, True, "host, group"),
+    for cuda, available, named in ((object(), True, "peer, host, shared-memory, group"),
+                                   (None, True, "shared-memory, group"),
                                    (None, False, "group")):  # fmt: skip
         monkeypatch.setattr(extension, "cuda", lambda cuda=cuda: cuda)
         monkeypatch.setattr(extension, "available", lambda available=available: available)
