@@ -14,7 +14,7 @@ import pytest
 
 import flashcomm_megatron as fc
 from flashcomm_megatron import config
-from flashcomm_megatron.megatron import arguments, patching, seams
+from flashcomm_megatron.megatron import arguments, installation, patching
 
 FOLDER = Path(__file__).resolve().parents[2] / "patches"
 PATCHES = sorted(FOLDER.glob("*.patch"))
@@ -52,7 +52,7 @@ def test_a_patch_only_adds_and_what_it_adds_exists(path: Path) -> None:
 
 def test_finished_arguments_switch_on(monkeypatch: pytest.MonkeyPatch) -> None:
     installed: list[Any] = []
-    monkeypatch.setattr(seams, "install", lambda: installed.append(config.current()))
+    monkeypatch.setattr(installation, "install", lambda *options: installed.append(config.current()))
     arguments.enable_from(argparse.Namespace(num_layers=2))
     arguments.enable_from(argparse.Namespace(flash_comm_bits=None))
     assert not installed and config.current() is None

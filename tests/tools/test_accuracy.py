@@ -258,7 +258,7 @@ def test_baselines_are_scored(folder: Path, tmp_path: Path, capsys: pytest.Captu
     scores = json.loads((tmp_path / "accuracy.json").read_text())["scores"]
     assert list(scores) == ["quickreduce 6-bit TP2", "quickreduce 4-bit TP2", "fp8 8-bit TP2"]
     bits = [round(each["wire_bits"], 1) for each in scores.values()]
-    assert bits == [6.5, 4.5, 8.2]
+    assert bits == [6.5, 4.5, 8.5], "fp8's blocks of 128 end at the row's end, after 64 values"
     six, four, float8 = (each["kl"] for each in scores.values())
     assert 0 < six < four / 5 and 0 < float8 < four / 5
 
@@ -373,7 +373,7 @@ def test_auto_loses_a_tenth_of_what_flash_v1_loses(stories: Bench) -> None:
     for world in (2, 8):
         ours = stories.score(Config(bits=4, min_bytes=0), world, False)
         theirs = stories.score(Config(bits=4, recipe="flash-v1", min_bytes=0), world, False)
-        assert ours.wire_bits <= 5.0
+        assert ours.wire_bits <= 5.05, "rows of 192 end in short blocks; 5.0 is for multiples of 1024"
         assert ours.rise <= theirs.rise / 10, f"TP{world}: {ours.rise:.2%} against {theirs.rise:.2%}"
 
 
