@@ -328,7 +328,11 @@ def optimized(rank: int) -> dict[str, Any]:
 
     buffer = SimpleNamespace(maybe_get_tensor=lambda shape, dtype: {"handle": None, "tensor": None})
     torch.cuda.get_device_properties = lambda device: SimpleNamespace(major=9)  # type: ignore[assignment, misc]
-    inference_layers.get_global_symmetric_memory_buffer = lambda: buffer
+    if hasattr(inference_layers, "get_global_symmetric_memory_buffer"):
+        inference_layers.get_global_symmetric_memory_buffer = lambda: buffer
+    else:  # from 0.17 on
+        inference_layers.SymmetricMemoryManager.get_buffer = lambda *args, **options: buffer
+        inference_layers.are_tensors_nvls_eligible = lambda *tensors: True
     inference_layers.multimem_reduce_scatter = multimem_reduce_scatter
     found = {}
     for name in ("InferenceRowParallelLinear", "InferenceLayerNormColumnParallelLinear"):

@@ -16,8 +16,8 @@ ops = SimpleNamespace(Sequential=torch.nn.Sequential, FusibleOperation=torch.nn.
 class LayerNorm(torch.nn.LayerNorm):
     """torch's norm by the names that Megatron uses."""
 
-    def __init__(self, hidden_size: int, eps: float, **ignored: Any) -> None:
-        super().__init__(hidden_size, eps)
+    def __init__(self, normalized_shape: int = 0, eps: float = 1e-5, hidden_size: int = 0, **ignored: Any) -> None:
+        super().__init__(normalized_shape or hidden_size, eps)
 
 
 def __getattr__(name: str) -> Any:
