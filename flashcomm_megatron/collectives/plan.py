@@ -84,6 +84,7 @@ class Plan(NamedTuple):
     dtype: torch.dtype
     label: str  # what error samples are filed under
     title: str  # what errors and messages call it
+    noted: str  # what must be the same on every rank, in words (comm/stalls.py)
     check: int
     seconds: float
     minimum: int  # bytes from which on compression pays
@@ -96,8 +97,8 @@ class Plan(NamedTuple):
 
     def call(self) -> Call:
         """The next call of this plan."""
-        self.comm.calls += 1
-        return Call(self.comm.calls, self.title, self.check, self.seconds)
+        self.comm.number += 1
+        return Call(self.comm.number, self.title, self.check, self.seconds)
 
 
 def decide(
@@ -127,6 +128,7 @@ def decide(
         if len(comm.plans) >= PLANS:
             comm.plans.clear()
         comm.plans[key] = found
+    comm.calls.note(found.noted)
     return found
 
 
@@ -158,6 +160,7 @@ def plan(
     rows = ["*", *shape] if kind == "all_to_all" else list(shape)
     title = " ".join(str(word) for word in (kind, rows, name(dtype), site_kind) if word)
     check = zlib.crc32(f"{agreement.digest(config)} {title}".encode()) & 0xFFFF
+    title = f"{check:04x} {title}"[:47]
     made = Plan(
         deferred=deferred,
         kind=kind,
@@ -169,7 +172,8 @@ def plan(
         gather=legs.gather,
         dtype=dtype,
         label=site_kind or kind,
-        title=f"{check:04x} {title}"[:47],
+        title=title,
+        noted=f"{title}, {f'deferred ({deferred})' if deferred else 'compressed'}",
         check=check,
         seconds=comm.seconds(config),
         minimum=minimum,

@@ -10,12 +10,15 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from . import votes
 
 if TYPE_CHECKING:
     from .communicator import Call, Transfer
@@ -26,10 +29,10 @@ TAG = 0x7C << 24  # keeps these messages apart from a user's own point-to-point 
 class Messages:
     """The messages of one exchange in main memory."""
 
-    def __init__(self, ranks: Sequence[int], call: Call, buffers: tuple[Tensor, ...]) -> None:
+    def __init__(self, ends: ProcessGroup, call: Call, buffers: tuple[Tensor, ...]) -> None:
         self.works: list[tuple[Any, int]] = []  # and the peer of each
         self.is_done = False
-        self._ranks, self._call, self._buffers = ranks, call, buffers
+        self._ends, self._call, self._buffers = ends, call, buffers
 
     def wait(self) -> None:
         """Block until all were delivered; RuntimeError naming the peer of one that was not."""
@@ -43,10 +46,12 @@ class Messages:
 
     def lost(self, peer: int, error: RuntimeError) -> RuntimeError:
         """The error of a message that was not delivered, which names the call and the rank."""
+        if self._ends.stopped:
+            return RuntimeError(f"flash-comm: {self._call}: {self._ends.stopped}")
         return RuntimeError(
-            f"flash-comm: {self._call}: no message passed between this rank and rank {self._ranks[peer]} (allowed: "
-            f"{self._call.seconds:g} s). Look for that rank's own error; if it has none, it is in another call or "
-            f"holds another configuration. The process group says: {error}"
+            f"flash-comm: {self._call}: no message passed between this rank and rank {self._ends.ranks[peer]} "
+            f"(allowed: {self._call.seconds:g} s). Look for that rank's own error; if it has none, it is in another "
+            f"call or holds another configuration. The process group says: {error}"
         )
 
 
@@ -55,7 +60,8 @@ class ProcessGroup:
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.rank, self.world = group.rank(), group.size()
-        self._ranks = dist.get_process_group_ranks(group)
+        self.ranks = dist.get_process_group_ranks(group)
+        self.stopped = ""  # why no message will arrive any more
         self._group = weakref.ref(group)
         self._under_way: deque[Messages] = deque()  # also of who was interrupted: their peers still expect them
 
@@ -76,6 +82,16 @@ class ProcessGroup:
             return cast("Transfer", dist.all_gather_into_tensor(inbox, own, group=self._group(), async_op=True))
         return self._post([own] * self.world, inbox.view(self.world, size).unbind(), inbox, inbox, call)
 
+    def stop(self, reason: str) -> None:
+        """End every wait in main memory, on any thread and with any rank, with an error that says ``reason``.
+
+        Gloo closes a group's connections when a receive misses its deadline; the one here has none to speak of.
+        """
+        self.stopped, group = reason, cast("Any", self._group())
+        if votes.device(group).type == "cpu":
+            with suppress(RuntimeError):
+                group.recv([torch.empty(1)], (self.rank + 1) % self.world, TAG).wait(timedelta(milliseconds=1))
+
     def _post(
         self, sends: Sequence[Tensor], receives: Sequence[Tensor], outbox: Tensor, inbox: Tensor, call: Call
     ) -> Messages:
@@ -85,7 +101,7 @@ class ProcessGroup:
         own: messages that differ in either never meet.
         """
         group: Any = self._group()
-        posted = Messages(self._ranks, call, (outbox, inbox))
+        posted = Messages(self, call, (outbox, inbox))
         while self._under_way and self._under_way[0].is_done:
             self._under_way.popleft()
         self._under_way.append(posted)

@@ -67,7 +67,7 @@ class Simulated:
         self, rank: int, world: int, nodes: Sequence[int] = (), kind: str | None = None, mailbox: Mailbox | None = None
     ) -> None:
         self.rank, self.world, self.nodes = rank, world, tuple(nodes) or (0,) * world
-        self.calls, self.progress = 0, Progress()
+        self.number, self.progress = 0, Progress()
         self._kind, self._mailbox = kind, mailbox
 
     def joined(self, device: torch.device, config: Config) -> str:

@@ -25,8 +25,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path += [str(ROOT / "tests" / "support"), str(ROOT / "benchmarks")]
 
-from patience import patient
-from record import circumstances
+from patience import patient  # noqa: E402
+from record import circumstances  # noqa: E402
 
 TRANSPORTS = ("shared-memory", "group")
 RANK = ROOT / "tests" / "support" / "restarted_rank.py"
