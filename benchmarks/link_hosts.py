@@ -87,8 +87,12 @@ class Hosts:
 
     @staticmethod
     def _limit(name: str, rate: str) -> None:
-        """A token bucket of a millisecond, at least one large packet; a queue that never drops."""
-        burst = max(int(bits_per_second(rate) / 8 / 1000), 96 * 1024)
+        """A token bucket of a tenth of a millisecond, at least one packet; a queue that never drops.
+
+        A larger bucket fills up while ranks compute, and small messages then travel for nothing. link_ranks.py checks
+        what messages take against the time of their bytes.
+        """
+        burst = max(int(bits_per_second(rate) / 8 * 1e-4), 1600)
         bucket = ["rate", rate, "burst", str(burst), "limit", str(256 << 20)]
         _run("tc", "-n", name, "qdisc", "add", "dev", "eth0", "root", "tbf", *bucket)
 

@@ -7,6 +7,7 @@ launched on a stream of its own. Work is begun in the order of the calls, which 
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ class Handle:
     def _run(self) -> None:
         started = time.perf_counter()
         try:
-            with torch.no_grad():
+            with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
                 for transfer in self._steps:
                     transfer.wait()
             counters.count_quantized(self._plan, time.perf_counter() - started)
