@@ -47,6 +47,7 @@ def main() -> None:
     ranks = start()
     rows = [collective(*case, options) for case in itertools.product(KINDS, options.sizes, options.widths)]
     rows += [traffic(nbytes) for nbytes in options.traffic]
+    rows += [message(nbytes) for nbytes in options.sizes]
     if options.model:
         rows += model(options)
     if ranks.rank == 0:
@@ -119,6 +120,28 @@ def traffic(nbytes: int, calls: int = 10) -> dict[str, Any]:
     counted, interface = map(int, sums)
     return {"what": "traffic of all_reduce", "bytes": nbytes, "bits": 4, "counted_bytes": counted,
             "interface_bytes": interface, "interface_over_counted": interface / counted}  # fmt: skip
+
+
+def message(nbytes: int, repeats: int = 7) -> dict[str, Any]:
+    """What a message of ``nbytes`` takes from rank 0 to rank 1, after a pause in which the token bucket fills up.
+
+    At the link's rate, or the lab measures another link. There and back, less what an empty answer takes.
+    """
+    there, back = torch.zeros(nbytes, dtype=torch.uint8), torch.zeros(1, dtype=torch.uint8)
+    times: dict[int, list[float]] = {1: [], nbytes: []}
+    for x, _ in itertools.product((back, there), range(repeats)):
+        dist.barrier()
+        time.sleep(0.02)
+        started = time.perf_counter()
+        if dist.get_rank() == 0:
+            dist.send(x, 1)
+            dist.recv(back, 1)
+        elif dist.get_rank() == 1:
+            dist.recv(x, 0)
+            dist.send(back, 0)
+        times[x.numel()].append(time.perf_counter() - started)
+    empty, full = (statistics.median(times[size]) for size in (1, nbytes))
+    return {"what": "message", "bytes": nbytes, "message_ms": 1e3 * (full - empty)}
 
 
 def sent_by_interface() -> int:

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from accuracy_tables import RESULTS, markdown, origin
+from flashcomm_megatron.environment import KNOWN
 
 from flashcomm_megatron.config import Config
-from flashcomm_megatron.environment import KNOWN
 
 ROOT = Path(__file__).parents[1]
 Row = dict[str, Any]

@@ -158,7 +158,8 @@ class Codec(ABC):
 
         ``out``: uint8, at least ``wire_bytes_of(slices)``. ``residuals``: those of all slices, one behind the other.
         """
-        out = out[: self.wire_bytes_of(slices)]
+        size = self.wire_bytes_of(slices)
+        out = out if out.numel() == size else out[:size]
         if slices.numel == 0 or compiled.encode_slices(self, x, slices, out, residuals):
             return
         stride, first = self.wire_bytes(slices.length, slices.width), 0
@@ -190,7 +191,8 @@ class Codec(ABC):
 
     def decode_slices(self, payloads: Tensor, slices: Slices, out: Tensor) -> None:
         """Decode payload r, at ``r * wire_bytes(slices.length, slices.width)``, into slice r of flat ``out``."""
-        payloads = payloads[: self.wire_bytes_of(slices)]
+        size = self.wire_bytes_of(slices)
+        payloads = payloads if payloads.numel() == size else payloads[:size]
         if slices.numel == 0 or compiled.decode_slices(self, payloads, slices, out):
             return
         stride = self.wire_bytes(slices.length, slices.width)

@@ -26,7 +26,7 @@ from ..config import Config, current
 from ..observe import counters, error_sampling, messages
 from . import agreement, algorithms, compile
 from .algorithms import Residuals
-from .handle import Handle, Launched
+from .handle import Handle, Launched, profiled
 from .hierarchical import hierarchical
 from .plan import Plan, Site, decide
 
@@ -210,6 +210,7 @@ def _launch_fused(plan: Plan, x: Tensor, out: Tensor, residuals: Residuals | Non
         return False
     started = time.perf_counter()
     lost = algorithms.fused_residuals(x, plan, residuals)
-    made.run(plan.algorithm, (plan.reduce, plan.gather), x, out, lost, seconds=plan.seconds)
+    with profiled(plan):
+        made.run(plan.algorithm, (plan.reduce, plan.gather), x, out, lost, seconds=plan.seconds)
     counters.count_quantized(plan, time.perf_counter() - started)
     return True

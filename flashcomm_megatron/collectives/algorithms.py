@@ -66,7 +66,7 @@ def _one_step(x: Tensor, piece: Piece, number: int, plan: Plan, call: Call, resi
     lost = None if residuals is None else residuals.of(number, "reduce", plan.reduce.residual_numel_of(piece.slices), x)
     plan.reduce.encode_slices(x, piece.slices, inbox[rank * size : (rank + 1) * size], lost)
     yield plan.transport.gather(inbox, size, call)
-    plan.reduce.reduce_slices(inbox.view(world, size).unbind(), x, width=piece.slices.width)
+    plan.reduce.reduce_slices(inbox.chunk(world), x, width=piece.slices.width)
 
 
 def two_step(x: Tensor, out: Tensor, plan: Plan, call: Call, residuals: Residuals | None = None) -> Steps:
@@ -149,7 +149,7 @@ def pipelined(algorithm: Callable[..., Legs], x: Tensor, plan: Plan, call: Call,
 def _received(inbox: Tensor, outbox: Tensor, piece: Piece, plan: Plan) -> Sequence[Tensor]:
     """The payloads of this rank's slice by rank; its own is still where it was encoded."""
     rank, size = plan.comm.rank, piece.incoming[0]
-    payloads = list(inbox.view(plan.comm.world, size).unbind())
+    payloads = list(inbox.chunk(plan.comm.world)) if size else [inbox] * plan.comm.world
     start = rank * piece.sizes[0]
     payloads[rank] = outbox[start : start + size]
     return payloads

@@ -22,8 +22,7 @@ from typing import Any
 import torch
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from .. import environment
-from ..config import current
+from ..config import current, is_disabled
 from ..observe import counters, messages
 from . import model
 
@@ -120,7 +119,7 @@ def close() -> None:
 def ignored(argv: list[str]) -> None:
     """Complain if ``argv`` holds our flags and nothing ever read them, say because of ``parse_known_args``."""
     flags = [word for word in argv if word.startswith("--flash-comm-")]
-    if flags and not _was_started and not environment.is_disabled():
+    if flags and not _was_started and not is_disabled():
         messages.complain(
             f"the script did not read {flags[0]}. Let it call flashcomm_megatron.add_arguments(parser).", fatal=False
         )
