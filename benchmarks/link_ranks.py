@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.overrides import TorchFunctionMode
 
 import flashcomm_megatron as fc
 from flashcomm_megatron import collectives
@@ -157,6 +158,22 @@ def sent_by_interface() -> int:
     return int(Path("/sys/class/net/eth0/statistics/tx_bytes").read_text())
 
 
+class InFloat32(TorchFunctionMode):
+    """Matrix products of bfloat16 in float32, which every CPU does fast; their results are bfloat16 again."""
+
+    PRODUCTS = (torch.matmul, torch.Tensor.matmul, torch.bmm, torch.baddbmm, torch.nn.functional.linear)
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function not in self.PRODUCTS:
+            return function(*args, **(kwargs or {}))
+        found = function(*map(_widened, args), **{name: _widened(each) for name, each in (kwargs or {}).items()})
+        return found.bfloat16() if any(getattr(each, "dtype", None) == torch.bfloat16 for each in args) else found
+
+
+def _widened(x: Any) -> Any:
+    return x.float() if getattr(x, "dtype", None) == torch.bfloat16 else x
+
+
 def model(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Prefill of a prompt, one decoding step, one training step."""
     gpt = build(SHAPE, dist.get_world_size(), torch.bfloat16, init_std=0.02)
@@ -166,7 +183,8 @@ def model(options: argparse.Namespace) -> list[dict[str, Any]]:
         "decoding step": lambda: forward(gpt, prompt[:, :1]),
         "training step": lambda: train(gpt, prompt),
     }
-    return [step(name, call, options) for name, call in work.items()]
+    with InFloat32():
+        return [step(name, call, options) for name, call in work.items()]
 
 
 def step(name: str, call: Callable[[], Any], options: argparse.Namespace) -> dict[str, Any]:
