@@ -15,13 +15,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial, partialmethod
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.overrides import TorchFunctionMode
 
 import flashcomm_megatron as fc
 from flashcomm_megatron import collectives
@@ -158,16 +158,29 @@ def sent_by_interface() -> int:
     return int(Path("/sys/class/net/eth0/statistics/tx_bytes").read_text())
 
 
-class InFloat32(TorchFunctionMode):
+PRODUCTS = ((torch, "matmul"), (torch.Tensor, "matmul"), (torch, "bmm"), (torch, "baddbmm"))
+
+
+@contextmanager
+def products_in_float32() -> Iterator[None]:
     """Matrix products of bfloat16 in float32, which every CPU does fast; their results are bfloat16 again."""
+    originals = [getattr(*place) for place in PRODUCTS]
+    for (owner, name), original in zip(PRODUCTS, originals, strict=True):
+        setattr(owner, name, partialmethod(_product, original) if owner is torch.Tensor else partial(_wide, original))
+    try:
+        yield
+    finally:
+        for (owner, name), original in zip(PRODUCTS, originals, strict=True):
+            setattr(owner, name, original)
 
-    PRODUCTS = (torch.matmul, torch.Tensor.matmul, torch.bmm, torch.baddbmm, torch.nn.functional.linear)
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function not in self.PRODUCTS:
-            return function(*args, **(kwargs or {}))
-        found = function(*map(_widened, args), **{name: _widened(each) for name, each in (kwargs or {}).items()})
-        return found.bfloat16() if any(getattr(each, "dtype", None) == torch.bfloat16 for each in args) else found
+def _product(x: torch.Tensor, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return _wide(original, x, *args, **kwargs)
+
+
+def _wide(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    found = original(*map(_widened, args), **{name: _widened(each) for name, each in kwargs.items()})
+    return found.bfloat16() if any(getattr(each, "dtype", None) == torch.bfloat16 for each in args) else found
 
 
 def _widened(x: Any) -> Any:
@@ -183,7 +196,7 @@ def model(options: argparse.Namespace) -> list[dict[str, Any]]:
         "decoding step": lambda: forward(gpt, prompt[:, :1]),
         "training step": lambda: train(gpt, prompt),
     }
-    with InFloat32():
+    with products_in_float32():
         return [step(name, call, options) for name, call in work.items()]
 
 
