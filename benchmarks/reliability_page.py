@@ -43,8 +43,8 @@ def load(name: str) -> dict[str, Any]:
 def fault_lines() -> Iterator[str]:
     """One line a fault: what the others are told, and when, by transport."""
     found = load("faults")
-    yield "| one rank | the others are told (shared memory) | shared memory | connections | gloo |"
-    yield "|---|---|--:|--:|--:|"
+    yield "| one rank | the others are told (shared memory) | shared memory | gloo |"
+    yield "|---|---|--:|--:|"
     rows = found["rows"]
     for fault in dict.fromkeys(row["fault"] for row in rows):
         by_transport = [row for row in rows if row["fault"] == fault]
