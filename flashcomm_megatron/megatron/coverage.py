@@ -113,7 +113,7 @@ def close() -> None:
     if _watch is not None:
         stop()
         messages.complain("no tensor-parallel layer ran, so nothing was compressed.", fatal=True)
-    elif current() is not None:
+    elif _was_started and current() is not None:
         messages.say(messages.summary())
     messages.last_verdict()
 
