@@ -23,6 +23,9 @@ import torch
 import torch.distributed as dist
 
 import flashcomm_megatron as fc
+from flashcomm_megatron import collectives
+from flashcomm_megatron.codec import Raw
+from flashcomm_megatron.codec.recipes import Legs
 from flashcomm_megatron.collectives import plan
 from flashcomm_megatron.comm.communicator import Communicator
 
@@ -33,6 +36,7 @@ from hf_llama import Shape, build
 from launch import start, stop
 
 OVERLAPPED = 8 << 20  # bytes from which tensors are timed in one piece as well
+COMPARED = 1 << 20  # and from which the same messages are timed with 16 bits a value: what compression alone gains
 KINDS = ("all_reduce", "reduce_scatter", "all_gather")
 BATCH, PROMPT = 4, 256
 SHAPE = Shape(
@@ -84,10 +88,14 @@ def collective(kind: str, nbytes: int, bits: int, options: argparse.Namespace) -
     calls = {"exact": exact, "quantized": quantized}
     if nbytes >= OVERLAPPED:
         calls["whole"] = lambda: in_one_piece(quantized)
+    if nbytes >= COMPARED:
+        calls["uncoded"] = lambda: getattr(collectives, kind)(
+            x.clone(), None, config, legs=Legs(Raw(x.dtype), Raw(x.dtype))
+        )
     times = in_turns(calls, options.seconds)
     row = {"what": kind, "bytes": nbytes, "bits": bits, **summary(times)}
-    if nbytes >= OVERLAPPED:
-        row["whole_ms"] = 1e3 * statistics.median(times["whole"])
+    for name in set(calls) - {"exact", "quantized"}:
+        row[f"{name}_ms"] = 1e3 * statistics.median(times[name])
     return row | {"compression": counted["exact_bytes"] / counted["wire_bytes"]}
 
 

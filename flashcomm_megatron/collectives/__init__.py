@@ -211,8 +211,8 @@ def _launch_fused(plan: Plan, x: Tensor, out: Tensor, residuals: Residuals | Non
     if made is None:
         return False
     started = time.perf_counter()
-    lost = algorithms.fused_residuals(x, plan, residuals)
+    kept = algorithms.fused_residuals(x, plan, residuals)
     with profiled(plan):
-        made.run(plan.algorithm, (plan.reduce, plan.gather), x, out, lost, seconds=plan.seconds)
+        made.run(plan.algorithm, (plan.reduce, plan.gather), x, out, kept, seconds=plan.seconds)
     counters.count_quantized(plan, time.perf_counter() - started)
     return True

@@ -29,7 +29,7 @@ Legs = Generator[Transfer, None, None]  # of one piece
 
 
 class Residuals:
-    """What this rank's last roundings lost, to be added to its next contribution (feedback.py).
+    """The rounding errors of this rank's last call, to be added to its next contribution (feedback.py).
 
     Made by the first collective that is handed them; later ones must have the same shape, dtype, device and codecs,
     which alone know what the numbers mean. Those of a leg's slices lie one behind the other.
@@ -63,8 +63,10 @@ def one_step(x: Tensor, out: Tensor, plan: Plan, call: Call, residuals: Residual
 def _one_step(x: Tensor, piece: Piece, number: int, plan: Plan, call: Call, residuals: Residuals | None) -> Legs:
     rank, world, size = plan.comm.rank, plan.comm.world, piece.sizes[0]
     inbox = torch.empty(world * size, dtype=torch.uint8, device=x.device)
-    lost = None if residuals is None else residuals.of(number, "reduce", plan.reduce.residual_numel_of(piece.slices), x)
-    plan.reduce.encode_slices(x, piece.slices, inbox[rank * size : (rank + 1) * size], lost)
+    residual = (
+        None if residuals is None else residuals.of(number, "reduce", plan.reduce.residual_numel_of(piece.slices), x)
+    )
+    plan.reduce.encode_slices(x, piece.slices, inbox[rank * size : (rank + 1) * size], residual)
     yield plan.transport.gather(inbox, size, call)
     plan.reduce.reduce_slices(inbox.chunk(world), x, width=piece.slices.width)
 
@@ -77,9 +79,9 @@ def two_step(x: Tensor, out: Tensor, plan: Plan, call: Call, residuals: Residual
 
 def _two_step(x: Tensor, piece: Piece, number: int, plan: Plan, call: Call, residuals: Residuals | None) -> Legs:
     rank, world, slices = plan.comm.rank, plan.comm.world, piece.slices
-    lost = None if residuals is None else residuals.of(number, "reduce", plan.reduce.residual_numel_of(slices), x)
+    residual = None if residuals is None else residuals.of(number, "reduce", plan.reduce.residual_numel_of(slices), x)
     outbox = torch.empty(sum(piece.sizes), dtype=torch.uint8, device=x.device)
-    plan.reduce.encode_slices(x, slices, outbox, lost)
+    plan.reduce.encode_slices(x, slices, outbox, residual)
     inbox = outbox.new_empty(world * piece.sizes[rank])
     yield plan.transport.exchange(outbox, piece.sizes, inbox, piece.incoming, call)
     payloads, size = _received(inbox, outbox, piece, plan), piece.gather_size
@@ -87,12 +89,12 @@ def _two_step(x: Tensor, piece: Piece, number: int, plan: Plan, call: Call, resi
     gathered = outbox.new_empty(world * size)
     mine = x[piece.start : piece.end]
     own = gathered[rank * size : rank * size + piece.own_size]
-    lost = (
+    residual = (
         None
         if residuals is None
         else residuals.of(number, "gather", plan.gather.residual_numel(mine.numel(), slices.width), x)
     )
-    plan.reduce.reduce_slices(payloads, mine, plan.gather, own, lost, slices.width)
+    plan.reduce.reduce_slices(payloads, mine, plan.gather, own, residual, slices.width)
     yield plan.transport.gather(gathered, size, call)
     plan.gather.decode_slices(gathered, slices, x)
 
@@ -103,9 +105,11 @@ def _two_step(x: Tensor, piece: Piece, number: int, plan: Plan, call: Call, resi
 def reduce_scatter(x: Tensor, out: Tensor, plan: Plan, call: Call, residuals: Residuals | None = None) -> Steps:
     """Sum of every rank's ``x``, this rank's slice of it in ``out``."""
     (piece,), flat = plan.pieces, x.view(-1)
-    lost = None if residuals is None else residuals.of(0, "reduce", plan.reduce.residual_numel_of(piece.slices), flat)
+    residual = (
+        None if residuals is None else residuals.of(0, "reduce", plan.reduce.residual_numel_of(piece.slices), flat)
+    )
     outbox = torch.empty(sum(piece.sizes), dtype=torch.uint8, device=x.device)
-    plan.reduce.encode_slices(flat, piece.slices, outbox, lost)
+    plan.reduce.encode_slices(flat, piece.slices, outbox, residual)
     inbox = torch.empty_like(outbox)
     yield plan.transport.exchange(outbox, piece.sizes, inbox, piece.incoming, call)
     plan.reduce.reduce_slices(_received(inbox, outbox, piece, plan), out.view(-1), width=piece.slices.width)

@@ -40,10 +40,10 @@ class Handle:
     def start(self) -> Handle:
         """Begin the collective and return at once."""
         if self._result.is_cuda:
-            self._launch_aside()
+            self._launch_on_side_stream()
         else:
             is_inference = torch.is_inference_mode_enabled()
-            self._plan.comm.progress.submit(lambda: self._run_aside(is_inference))
+            self._plan.comm.progress.submit(lambda: self._run_in_background(is_inference))
         return self
 
     def is_completed(self) -> bool:
@@ -71,18 +71,18 @@ class Handle:
             self._error = error
         self._is_done = True
 
-    def _run_aside(self, is_inference: bool) -> None:
+    def _run_in_background(self, is_inference: bool) -> None:
         with torch.inference_mode(is_inference):
             self._run()
 
-    def _launch_aside(self) -> None:
+    def _launch_on_side_stream(self) -> None:
         """Launch everything on a stream of its own, behind what the current one holds."""
         device = self._result.device
-        aside = side_stream(device)
-        aside.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(aside):
+        side = side_stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
             self._run()
-            self._event = aside.record_event()
+            self._event = side.record_event()
 
     def _told(self, error: BaseException) -> BaseException:
         """The error with the layer's name, where there is one."""

@@ -41,10 +41,10 @@ class Messages:
             for work, peer in self.works:  # noqa: B007
                 work.wait(seconds)
         except RuntimeError as error:
-            raise self.lost(peer, error) from error
+            raise self.undelivered(peer, error) from error
         self.is_done = True
 
-    def lost(self, peer: int, error: RuntimeError) -> RuntimeError:
+    def undelivered(self, peer: int, error: RuntimeError) -> RuntimeError:
         """The error of a message that was not delivered, which names the call and the rank."""
         self._ends.has_failed = True
         if self._ends.stopped:
@@ -116,5 +116,5 @@ class ProcessGroup:
                         length = size * 2654435761 >> 16 & 0xFFFF
                         posted.works.append((post([parts[peer]], peer, tag | (call.check ^ length)), peer))
         except RuntimeError as error:
-            raise posted.lost(peer, error) from error
+            raise posted.undelivered(peer, error) from error
         return posted
