@@ -176,10 +176,15 @@ VARIABLES = {
 
 
 def check_environment() -> None:
-    """Raise ValueError for a ``FLASH_COMM_*`` variable that does not exist: a typo must not pass unseen."""
+    """Raise ValueError for a ``FLASH_COMM_*`` variable that does not exist or does nothing: it must not pass unseen."""
     for name in sorted(os.environ):
         if name.startswith("FLASH_COMM_") and name not in VARIABLES:
             raise ValueError(f"{name} is no variable of flash-comm: choose {' or '.join(VARIABLES)}, or use the flags.")
+    if os.environ.get("FLASH_COMM_FEEDBACK") and not os.environ.get("FLASH_COMM_BITS"):
+        raise ValueError("FLASH_COMM_FEEDBACK does nothing without FLASH_COMM_BITS: use --flash-comm-feedback.")
+    switch = os.environ.get("FLASH_COMM_DISABLE", "")
+    if switch not in ("", "0", "1"):
+        raise ValueError(f"FLASH_COMM_DISABLE={switch}: choose 1 to keep Megatron untouched, 0 to let flags decide.")
 
 
 def is_disabled() -> bool:

@@ -180,6 +180,8 @@ def resolve(group: dist.ProcessGroup | None, config: Config | None) -> tuple[dis
     group = group or dist.group.WORLD
     if group is None:
         raise ValueError("flash-comm has no process group: call torch.distributed.init_process_group() first.")
+    if isinstance(group, int):  # torch's GroupMember.NON_GROUP_MEMBER
+        raise ValueError("flash-comm: this rank is no member of the group. Call it on the group's ranks alone.")
     return group, config
 
 

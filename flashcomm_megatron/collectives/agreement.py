@@ -34,7 +34,7 @@ def check(comm: Communicator, config: Config) -> None:
     if config in agreed:
         agreed.remove(config)
     elif comm.world > 1:
-        comm.calls.note(f"{LATER} to {digest(config)}")
+        comm.calls.note(LATER)
         _compare(_gather(comm, config, agreed[-1] if agreed else None), comm.ranks)
     agreed.append(config)
 

@@ -158,6 +158,11 @@ class Communicator:
             return DEFAULT_SECONDS
         return found.total_seconds()
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether an error ended a wait for another rank: the group is done."""
+        return self._over_group.has_failed or (self._shared is not None and self._shared.has_failed)
+
     def stop(self, reason: str) -> None:
         """Say ``reason`` and end every wait for other ranks with it, on any thread: they will not answer."""
         messages.warn(f"flash-comm: {reason}")

@@ -46,6 +46,7 @@ class Messages:
 
     def undelivered(self, peer: int, error: RuntimeError) -> RuntimeError:
         """The error of a message that was not delivered, which names the call and the rank."""
+        self._ends.has_failed = True
         if self._ends.stopped:
             return RuntimeError(f"flash-comm: {self._call}: {self._ends.stopped}")
         return RuntimeError(
@@ -61,7 +62,7 @@ class ProcessGroup:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.rank, self.world = group.rank(), group.size()
         self.ranks = dist.get_process_group_ranks(group)
-        self.stopped = ""  # why no message will arrive any more
+        self.has_failed, self.stopped = False, ""  # whether a wait ended with an error; why no message will arrive
         self._group = weakref.ref(group)
         self._under_way: deque[Messages] = deque()  # also of who was interrupted: their peers still expect them
 

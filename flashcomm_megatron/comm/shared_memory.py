@@ -71,6 +71,7 @@ class Posted:
             raise self._error(*failed)
 
     def _error(self, failure: int, peer: int, theirs: str) -> RuntimeError:
+        self._ends.has_failed = True
         is_alike = theirs == str(self._call)
         reason = (LENGTHS if is_alike else REASONS[failure]).format(
             peer=self._ends.ranks[peer], seconds=self._call.seconds, theirs=theirs, awaited=self._sizes[peer]
@@ -85,7 +86,7 @@ class SharedMemory:
         self.rank, self.world = group.rank(), group.size()
         self.ranks = dist.get_process_group_ranks(group)
         self.native: Any = None
-        self.stopped = ""  # why no message will arrive any more
+        self.has_failed, self.stopped = False, ""  # whether a wait ended with an error; why no message will arrive
         self._process = os.getpid()
         self._under_way: deque[tuple[Any, Sequence[Tensor]]] = deque()  # and buffers, which live until delivered
         self._segments: list[Segment] = []

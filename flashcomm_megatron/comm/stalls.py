@@ -6,7 +6,7 @@ thread of the process looks at every communicator now and then. Where no call wa
 the calls into the process group's store and compares them with what the other ranks wrote: two different calls of one
 number never meet. It says so, and ends the waiting of this rank; the others lose their connections.
 
-A call costs one entry in a list. A group that stands still costs one message to the store and a few questions.
+A call costs one entry in a list. A group that stands still costs a few messages to the store.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import atexit
 import json
 import threading
 from collections import deque
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
@@ -70,13 +71,13 @@ def look(comm: Communicator) -> None:
     calls = comm.calls
     if calls.count != calls.seen:
         calls.seen, calls.looks = calls.count, 0
-    elif calls.count and calls.looks < LOOKS:
+    elif calls.count and calls.looks < LOOKS and not comm.has_failed:
         calls.looks += 1
         mine, store = calls.by_number(), _store(comm)
-        if calls.looks == 1:
-            store.set(_key(comm.rank), json.dumps(mine))
+        store.set(_key(comm.rank), json.dumps(mine))
         for rank in range(comm.world):
-            theirs = json.loads(store.get(_key(rank))) if rank != comm.rank else mine
+            has_written = rank != comm.rank and store.check([_key(rank)])  # get() would wait for who never does
+            theirs = json.loads(store.get(_key(rank))) if has_written else mine
             number = next((each for each in mine if theirs.get(each, mine[each]) != mine[each]), None)
             if number is not None:
                 comm.stop(_difference({comm.ranks[comm.rank]: mine[number], comm.ranks[rank]: theirs[number]}))
@@ -101,10 +102,8 @@ def _look_at_all() -> None:
     with _lock:
         found = list(_watched)
     for comm in found:
-        try:
+        with suppress(Exception):  # the group is gone, or the process that keeps its store
             look(comm)
-        except Exception:  # the group is gone, or the process that keeps its store
-            comm.calls.looks = LOOKS
 
 
 def _stop() -> None:

@@ -28,6 +28,7 @@ from functools import partial
 from typing import Any
 
 from ..config import Config, check_environment, current, from_environment, is_disabled, set_current
+from ..observe import messages
 from . import installation, patching
 from .patching import Function, PatchError, Seam
 from .when_imported import when_imported
@@ -53,7 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def config_from(namespace: argparse.Namespace) -> Config | None:
-    """The configuration a parsed command line asks for; None without bits. ValueError if no recipe knows it."""
+    """The configuration a namespace asks for; None without bits. ValueError for an option that does not exist."""
+    names = {PREFIX + field.name for field in fields(Config)}
+    unknown = next((name for name in vars(namespace) if name.startswith(PREFIX) and name not in names), None)
+    if unknown is not None:
+        raise ValueError(f"{unknown} is no option of flash-comm: choose {', '.join(sorted(names))}.")
     options = {field.name: getattr(namespace, PREFIX + field.name, None) for field in fields(Config)}
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     if given and "bits" not in given:
@@ -81,6 +86,8 @@ def enable_from_environment() -> None:
     options = from_environment()
     if options and current() is None:
         _switch_on(Config(**options), ", as FLASH_COMM_BITS says")
+    elif options and current() != Config(**options) and not is_disabled():
+        messages.say("flash-comm: FLASH_COMM_BITS is not used, for a flag or a call of enable() came first.")
 
 
 def _switch_on(config: Config, why: str = "") -> None:

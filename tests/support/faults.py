@@ -239,6 +239,7 @@ def alive(rank: int, world: int, transport: str) -> dict[str, Heard]:
         assert group is not None
         heard[fault.name] = _meet(fault, _place(group, transport, rank == VICTIM))
         dist.barrier()
+        dist.destroy_process_group(group)
     assert not list(shared_memory.FOLDER.glob(f"flash-comm-{os.getpid()}-*"))
     return heard
 
