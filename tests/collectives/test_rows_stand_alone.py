@@ -139,7 +139,7 @@ def test_a_row_alone_is_a_row_among_others(
 
 @pytest.mark.parametrize("nodes", [(0, 0, 1, 1, 2, 2), (0, 1, 1, 2, 2, 0), (0, 1, 2, 2, 0, 1)])
 def test_the_sum_over_machines_has_one_order(nodes: tuple[int, ...]) -> None:
-    """Machines that hold 1e8, -1e8 and 1: ranks dealt to machines in another order in each slice must not be noticed."""
+    """Machines hold 1e8, -1e8 and 1: that ranks come in another order in each slice must not be noticed."""
     case = Case("hierarchical", "auto", 4, 64, 6, nodes)
     parts = [torch.full((6, 1, 64), value / 2) for value in (1e8, -1e8, 1.0)]
     found = case.run([parts[node] for node in nodes], None)
