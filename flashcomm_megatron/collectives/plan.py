@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -220,11 +219,19 @@ def name(dtype: torch.dtype) -> str:
 def _algorithm(kind: str, nodes: Sequence[int], config: Config) -> str:
     """Of an all-reduce. Hierarchical where several machines hold equally many ranks, more than one."""
     asked = config.algorithm if config.algorithm != "auto" else RECIPES[config.recipe].algorithm
-    ranks = set(Counter(nodes).values())
-    fits = len(set(nodes)) > 1 and len(ranks) == 1 and ranks != {1}
+    fits = _is_even(nodes)
     if asked == "hierarchical" or (asked == "auto" and fits):
         return "hierarchical" if fits else _flat(len(nodes))
     return _flat(len(nodes)) if asked == "auto" else asked
+
+
+def _is_even(nodes: Sequence[int]) -> bool:
+    """Whether several machines hold equally many ranks, more than one, and come in the same order in every slice, lest
+    a row's sum depend on the slice it is in."""
+    machines = [[rank for rank, each in enumerate(nodes) if each == node] for node in dict.fromkeys(nodes)]
+    sizes = {len(ranks) for ranks in machines}
+    in_order = all(list(ranks) == sorted(ranks) for ranks in zip(*machines, strict=False))
+    return len(machines) > 1 and len(sizes) == 1 and sizes != {1} and in_order
 
 
 def _flat(world: int) -> str:
