@@ -7,6 +7,7 @@ launched on a stream of its own. Work is begun in the order of the calls, which 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,10 +36,10 @@ class Handle:
         self._run()
         return self.wait()
 
-    def start(self) -> Handle:
-        """Begin the collective and return at once."""
+    def start(self, *inputs: Tensor) -> Handle:
+        """Begin the collective, which also reads ``inputs``, and return at once."""
         if self._result.is_cuda:
-            self._launch_aside()
+            self._launch_aside(inputs)
         else:
             is_inference = torch.is_inference_mode_enabled()
             self._plan.comm.progress.submit(lambda: self._run_aside(is_inference))
@@ -73,14 +74,19 @@ class Handle:
         with torch.inference_mode(is_inference):
             self._run()
 
-    def _launch_aside(self) -> None:
-        """Launch everything on a stream of its own, behind what the current one holds."""
+    def _launch_aside(self, inputs: Sequence[Tensor]) -> None:
+        """Launch everything on a stream of its own, behind what the current one holds.
+
+        Torch's allocator must know: a tensor that its owner drops before that stream is done would be given away.
+        """
         device = self._result.device
         aside = side_stream(device)
         aside.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(aside):
             self._run()
             self._event = aside.record_event()
+        for tensor in (self._result, *inputs):
+            tensor.record_stream(aside)
 
     def _told(self, error: BaseException) -> BaseException:
         """The error with the layer's name, where there is one."""
