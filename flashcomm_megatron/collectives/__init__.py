@@ -157,7 +157,7 @@ def run(
         return Launched(out, None) if async_op else out
     steps = ALGORITHMS[plan.algorithm](x, out, plan, plan.call(), residuals)
     handle = Handle(steps, out, plan, site)
-    return handle.start() if async_op else handle.finish()
+    return handle.start(x) if async_op else handle.finish()
 
 
 def agree(group: dist.ProcessGroup, config: Config) -> None:
@@ -213,6 +213,6 @@ def _launch_fused(plan: Plan, x: Tensor, out: Tensor, residuals: Residuals | Non
     started = time.perf_counter()
     kept = algorithms.fused_residuals(x, plan, residuals)
     with profiled(plan):
-        made.run(plan.algorithm, (plan.reduce, plan.gather), x, out, kept, seconds=plan.seconds)
+        fused.launch(made, plan, x, out, kept)
     counters.count_quantized(plan, time.perf_counter() - started)
     return True

@@ -7,6 +7,7 @@ launched on a stream of its own. Work is begun in the order of the calls, which 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -37,10 +38,10 @@ class Handle:
         self._run()
         return self.wait()
 
-    def start(self) -> Handle:
-        """Begin the collective and return at once."""
+    def start(self, *inputs: Tensor) -> Handle:
+        """Begin the collective, which also reads ``inputs``, and return at once."""
         if self._result.is_cuda:
-            self._launch_on_side_stream()
+            self._launch_on_side_stream(inputs)
         else:
             is_inference = torch.is_inference_mode_enabled()
             self._plan.comm.progress.submit(lambda: self._run_in_background(is_inference))
@@ -75,14 +76,19 @@ class Handle:
         with torch.inference_mode(is_inference):
             self._run()
 
-    def _launch_on_side_stream(self) -> None:
-        """Launch everything on a stream of its own, behind what the current one holds."""
+    def _launch_on_side_stream(self, inputs: Sequence[Tensor]) -> None:
+        """Launch everything on a stream of its own, behind what the current one holds.
+
+        Torch's allocator must know: a tensor that its owner drops before that stream is done would be given away.
+        """
         device = self._result.device
         side = side_stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
             self._run()
             self._event = side.record_event()
+        for tensor in (self._result, *inputs):
+            tensor.record_stream(side)
 
     def _with_layer_name(self, error: BaseException) -> BaseException:
         """The error with the layer's name, where there is one."""

@@ -1,22 +1,25 @@
 """Messages over a torch process group: NCCL, gloo, or whatever backend the group has.
 
 On GPUs each exchange is one collective of the backend, all_to_all_single or all_gather_into_tensor: it knows the
-machine's topology, so that a payload crosses a switch once and not once for each peer, and it can be captured. In main
-memory they are messages from rank to rank, receives posted first: over gloo that is faster than its collectives.
+machine's topology, so that a payload crosses a switch once and not once for each peer, and it can be captured. It is
+asked of the group itself: what torch.distributed's functions check and log takes as long again. In main memory they are
+messages from rank to rank, receives posted first: over gloo that is faster than its collectives.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, cast
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import AllgatherOptions, AllToAllOptions
 
 from . import votes
 
@@ -24,6 +27,15 @@ if TYPE_CHECKING:
     from .communicator import Call, Transfer
 
 TAG = 0x7C << 24  # keeps these messages apart from a user's own point-to-point traffic on the same group
+
+
+@lru_cache
+def _options(kind: type) -> Any:
+    """Options of a collective that the caller waits for."""
+    made = kind()
+    if hasattr(made, "asyncOp"):  # torch 2.7 or newer
+        made.asyncOp = True
+    return made
 
 
 class Messages:
@@ -59,6 +71,8 @@ class Messages:
 class ProcessGroup:
     """Exchanges between the ranks of one process group."""
 
+    messages: ClassVar[Collection[str]] = ("cpu",)  # kinds of devices between which each exchange is messages
+
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.rank, self.world = group.rank(), group.size()
         self.ranks = dist.get_process_group_ranks(group)
@@ -70,17 +84,19 @@ class ProcessGroup:
         self, outbox: Tensor, out_sizes: Sequence[int], inbox: Tensor, in_sizes: Sequence[int], call: Call
     ) -> Transfer:
         """Send each rank its part of ``outbox`` and receive from each its part of ``inbox``."""
-        if outbox.device.type != "cpu":
+        group: Any = self._group()
+        if outbox.device.type not in self.messages:
             splits = list(in_sizes), list(out_sizes)
-            return cast("Transfer", dist.all_to_all_single(inbox, outbox, *splits, group=self._group(), async_op=True))
+            return cast("Transfer", group.alltoall_base(inbox, outbox, *splits, _options(AllToAllOptions)))
         sends, receives = torch.split(outbox, list(out_sizes)), torch.split(inbox, list(in_sizes))
         return self._post(sends, receives, outbox, inbox, call)
 
     def gather(self, inbox: Tensor, size: int, call: Call) -> Transfer:
         """Send every rank the ``size`` bytes at this rank's place in ``inbox``, and receive theirs."""
         own = inbox[self.rank * size : (self.rank + 1) * size]
-        if inbox.device.type != "cpu":
-            return cast("Transfer", dist.all_gather_into_tensor(inbox, own, group=self._group(), async_op=True))
+        group: Any = self._group()
+        if inbox.device.type not in self.messages:
+            return cast("Transfer", group._allgather_base(inbox, own, _options(AllgatherOptions)))
         return self._post([own] * self.world, inbox.view(self.world, size).unbind(), inbox, inbox, call)
 
     def stop(self, reason: str) -> None:
