@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial, partialmethod
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -157,6 +158,35 @@ def sent_by_interface() -> int:
     return int(Path("/sys/class/net/eth0/statistics/tx_bytes").read_text())
 
 
+PRODUCTS = ((torch, "matmul"), (torch.Tensor, "matmul"), (torch, "bmm"), (torch, "baddbmm"))
+
+
+@contextmanager
+def products_in_float32() -> Iterator[None]:
+    """Matrix products of bfloat16 in float32, which every CPU does fast; their results are bfloat16 again."""
+    originals = [getattr(*place) for place in PRODUCTS]
+    for (owner, name), original in zip(PRODUCTS, originals, strict=True):
+        setattr(owner, name, partialmethod(_product, original) if owner is torch.Tensor else partial(_wide, original))
+    try:
+        yield
+    finally:
+        for (owner, name), original in zip(PRODUCTS, originals, strict=True):
+            setattr(owner, name, original)
+
+
+def _product(x: torch.Tensor, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return _wide(original, x, *args, **kwargs)
+
+
+def _wide(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    found = original(*map(_widened, args), **{name: _widened(each) for name, each in kwargs.items()})
+    return found.bfloat16() if any(getattr(each, "dtype", None) == torch.bfloat16 for each in args) else found
+
+
+def _widened(x: Any) -> Any:
+    return x.float() if getattr(x, "dtype", None) == torch.bfloat16 else x
+
+
 def model(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Prefill of a prompt, one decoding step, one training step."""
     gpt = build(SHAPE, dist.get_world_size(), torch.bfloat16, init_std=0.02)
@@ -166,7 +196,8 @@ def model(options: argparse.Namespace) -> list[dict[str, Any]]:
         "decoding step": lambda: forward(gpt, prompt[:, :1]),
         "training step": lambda: train(gpt, prompt),
     }
-    return [step(name, call, options) for name, call in work.items()]
+    with products_in_float32():
+        return [step(name, call, options) for name, call in work.items()]
 
 
 def step(name: str, call: Callable[[], Any], options: argparse.Namespace) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from . import native as compiled
 from .planes import padded
 
 logger = logging.getLogger("flashcomm_megatron")
-_told: set[str] = set()
+_warned: set[str] = set()
 
 
 class Slices(NamedTuple):
@@ -127,7 +127,7 @@ class Codec(ABC):
         if out is None:
             out = torch.empty(self.wire_bytes(numel, width), dtype=torch.uint8, device=x.device)
         if numel and not compiled.encode_slices(self, x, Slices(numel, width or numel, numel, 1), out, residual):
-            _tell(self)
+            _warn_fallback(self)
             out.copy_(self.encode_ref(x, width) if residual is None else self.encode_residual_ref(x, residual, width))
         return out
 
@@ -139,7 +139,7 @@ class Codec(ABC):
         """
         numel = out.numel()
         if numel and not compiled.reduce_slices(self, payloads, out, width or numel, None, None, None):
-            _tell(self)
+            _warn_fallback(self)
             out.copy_(self.decode_sum_ref(payloads, numel, out.dtype, width))
         return out
 
@@ -228,9 +228,9 @@ def summed(parts: Iterable[Tensor], dtype: torch.dtype) -> Tensor:
     return torch.where(total.isnan(), math.nan, total).to(dtype)
 
 
-def _tell(codec: object) -> None:
+def _warn_fallback(codec: object) -> None:
     """Log, on rank 0 and once for each format, that the PyTorch path serves."""
     name = type(codec).__name__
-    if name not in _told and os.environ.get("RANK", "0") == "0":
+    if name not in _warned and os.environ.get("RANK", "0") == "0":
         logger.warning(f"flash-comm: no compiled path for {name}; the PyTorch codec serves, slower.")
-    _told.add(name)
+    _warned.add(name)

@@ -154,6 +154,11 @@ class Rotated(Codec):
         """The code of a coefficient that is zero."""
         return self.levels // 2
 
+    @property
+    def unit(self) -> int:
+        """A tensor of one row is cut into slices of whole super-blocks."""
+        return FAMILY * self.block
+
     def fitted(self, width: int) -> Rotated:
         """This codec, or the one with smaller blocks that takes the fewest bytes for a row of ``width`` values."""
         return _fitted(self, width)

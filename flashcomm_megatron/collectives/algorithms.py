@@ -25,7 +25,7 @@ from ..comm.communicator import Call, Transfer
 from .plan import Piece, Plan
 
 Steps = Generator[Transfer, None, Tensor]  # returns the collective's result
-Legs = Generator[Transfer, None, None]  # of one piece
+PieceSteps = Generator[Transfer, None, None]  # of one piece
 
 
 class Residuals:
@@ -60,7 +60,7 @@ def one_step(x: Tensor, out: Tensor, plan: Plan, call: Call, residuals: Residual
     return x
 
 
-def _one_step(x: Tensor, piece: Piece, number: int, plan: Plan, call: Call, residuals: Residuals | None) -> Legs:
+def _one_step(x: Tensor, piece: Piece, number: int, plan: Plan, call: Call, residuals: Residuals | None) -> PieceSteps:
     rank, world, size = plan.comm.rank, plan.comm.world, piece.sizes[0]
     inbox = torch.empty(world * size, dtype=torch.uint8, device=x.device)
     residual = (
@@ -77,7 +77,7 @@ def two_step(x: Tensor, out: Tensor, plan: Plan, call: Call, residuals: Residual
     return x
 
 
-def _two_step(x: Tensor, piece: Piece, number: int, plan: Plan, call: Call, residuals: Residuals | None) -> Legs:
+def _two_step(x: Tensor, piece: Piece, number: int, plan: Plan, call: Call, residuals: Residuals | None) -> PieceSteps:
     rank, world, slices = plan.comm.rank, plan.comm.world, piece.slices
     residual = None if residuals is None else residuals.of(number, "reduce", plan.reduce.residual_numel_of(slices), x)
     outbox = torch.empty(sum(piece.sizes), dtype=torch.uint8, device=x.device)
@@ -131,7 +131,9 @@ def all_gather(x: Tensor, out: Tensor, plan: Plan, call: Call, residuals: Residu
 # ---- pieces -----------------------------------------------------------------------------------------------------
 
 
-def pipelined(algorithm: Callable[..., Legs], x: Tensor, plan: Plan, call: Call, residuals: Residuals | None) -> Legs:
+def pipelined(
+    algorithm: Callable[..., PieceSteps], x: Tensor, plan: Plan, call: Call, residuals: Residuals | None
+) -> PieceSteps:
     """Run ``algorithm`` on every piece of flat ``x``, all at once.
 
     All pieces are started first, so that the link is busy from the first piece's encoding to the last one's decoding;
@@ -139,7 +141,7 @@ def pipelined(algorithm: Callable[..., Legs], x: Tensor, plan: Plan, call: Call,
     """
     if len(plan.pieces) == 1:
         return (yield from algorithm(x, plan.pieces[0], 0, plan, call, residuals))
-    under_way: deque[tuple[Legs, Transfer]] = deque()
+    under_way: deque[tuple[PieceSteps, Transfer]] = deque()
     for number, piece in enumerate(plan.pieces):
         legs = algorithm(x[piece.first : piece.last], piece, number, plan, call, residuals)
         under_way.append((legs, next(legs)))

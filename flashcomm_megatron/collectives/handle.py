@@ -55,7 +55,7 @@ class Handle:
         if not self._is_done:
             self._plan.comm.progress.wait_for(lambda: self._is_done)
         if self._error is not None:
-            raise self._told(self._error)
+            raise self._with_layer_name(self._error)
         if self._event is not None:
             torch.cuda.current_stream(self._result.device).wait_event(self._event)
         return self._result
@@ -84,7 +84,7 @@ class Handle:
             self._run()
             self._event = side.record_event()
 
-    def _told(self, error: BaseException) -> BaseException:
+    def _with_layer_name(self, error: BaseException) -> BaseException:
         """The error with the layer's name, where there is one."""
         if self._site is None or not isinstance(error, RuntimeError) or not str(error).startswith("flash-comm: #"):
             return error

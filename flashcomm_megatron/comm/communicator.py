@@ -114,7 +114,7 @@ class Communicator:
             self._nodes = tuple(numbers[machine] for machine in machines)
         return self._nodes
 
-    def joined(self, device: torch.device, config: Config) -> str:
+    def transport_name(self, device: torch.device, config: Config) -> str:
         """What joins the ranks for tensors on ``device``: "shared memory", else the device's kind."""
         return "shared memory" if self.transport(device, config) is self._shared else device.type
 
@@ -136,7 +136,7 @@ class Communicator:
             messages.unexpected(f"transport shared-memory does not serve: {reason}.", config)
         return self._over_group
 
-    def opened(self, device: torch.device, config: Config) -> Transport:
+    def transport_if_open(self, device: torch.device, config: Config) -> Transport:
         """As :meth:`transport`, opening nothing: for what ranks tell each other before a call."""
         serves = device.type == "cpu" and config.transport != "group" and self._shared and not self._shared.reason
         return self._shared if serves and self._shared else self._over_group

@@ -48,7 +48,6 @@ LENGTHS = (
     "rank {peer} is in the same call but sends another length than the {awaited} bytes awaited from it: what one "
     "rank sends and the other awaits (the splits of an all-to-all) must agree."
 )
-TITLE_BYTES = 47  # of a frame: csrc/cpu/streams.h
 
 
 # ---- messages ---------------------------------------------------------------------------------------------------

@@ -128,7 +128,9 @@ def _least() -> str:
     if config and config.min_bytes is not None:
         return str(config.min_bytes)
     defaults = ", ".join(f"{wire} {nbytes}" for wire, nbytes in minimum_size.DEFAULTS.items())
-    defaults += "".join(f"; {name} at least {nbytes} from each rank" for name, nbytes in minimum_size.AT_LEAST.items())
+    defaults += "".join(
+        f"; {name} at least {nbytes} from each rank" for name, nbytes in minimum_size.MINIMUM_OF_COLLECTIVE.items()
+    )
     if not config or not config.thresholds:
         return defaults
     if reason := minimum_size.problem(config.thresholds):

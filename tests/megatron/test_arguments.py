@@ -322,8 +322,10 @@ def test_without_the_import_the_flag_is_refused(stub: Path) -> None:
 
 
 def test_a_megatron_without_the_function_says_what_to_do(stub: Path, tmp_path: Path) -> None:
-    (tmp_path / "megatron" / "training").mkdir(parents=True)
-    (tmp_path / "megatron" / "training" / "arguments.py").write_text("def parse_args(): pass\n")
+    package = tmp_path / "megatron" / "training"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()  # in front of the one that megatron-core brings from 0.19 on
+    (package / "arguments.py").write_text("def parse_args(): pass\n")
     ran = python("import flashcomm_megatron, megatron.training.arguments", path=tmp_path)
     assert ran.returncode == 0
     assert "cannot patch megatron.training.arguments.add_megatron_arguments: it does not exist" in ran.stderr

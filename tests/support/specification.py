@@ -86,11 +86,11 @@ def planned(
     config: Config,
     rank: int = 0,
     nodes: Sequence[int] = (),
-    joined: str | None = None,
+    over: str | None = None,
     legs: Legs | None = None,
 ) -> Plan:
     """The plan of one rank of ``world``, simulated ones."""
-    return plan(kind, x.shape, x.dtype, x.device, Simulated(rank, world, nodes, joined), config, legs=legs)
+    return plan(kind, x.shape, x.dtype, x.device, Simulated(rank, world, nodes, over), config, legs=legs)
 
 
 def on(made: Plan, comm: Simulated) -> Plan:
@@ -103,7 +103,7 @@ def plan_of(kind: str, legs: Sequence[Any], dtype: torch.dtype, numel: int, worl
     is_half = kind in ("reduce_scatter", "all_gather")
     config = Config(bits=4, min_bytes=0, algorithm="auto" if is_half else kind)
     x = torch.empty(1, dtype=dtype).expand(numel)
-    return planned(kind if is_half else "all_reduce", x, world, config, rank, joined="cuda", legs=Legs(*legs))
+    return planned(kind if is_half else "all_reduce", x, world, config, rank, over="cuda", legs=Legs(*legs))
 
 
 def simulate(
