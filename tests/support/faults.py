@@ -226,6 +226,7 @@ def _meet(fault: Fault, here: Here) -> Heard:
     if not fault.is_first_call:
         here.all_reduce()
     dist.barrier(here.group)
+    dist.barrier()  # nobody is inside the group's when the first rank closes its connections
     with listening() as heard:
         fault.happens(here)
     return heard
