@@ -1,24 +1,26 @@
 """The GPU codec against a device copy, and the fused collectives against their own 16-bit path, on one GPU.
 
-run as:  python benchmarks/bench_cuda.py --out FOLDER        (about a minute and a half; needs 8 GiB of GPU memory)
+run as:  python benchmarks/bench_cuda.py [SECTION ...]       (about a minute and a half; needs 8 GiB of GPU memory)
 
 Ranks are virtual: blocks of one launch that exchange through inboxes in GPU memory, or in pinned host memory behind
 the PCIe link. What one GPU cannot show is NVLink: over GPU memory, bytes saved cost nothing, so those times show the
 cost of codec and protocol, not a speed-up. Times are medians over CUDA events; each result is checked against the
-definition, or the exact sum, before it is timed. Rows end up in FOLDER/bench_cuda.json one by one, so that a run cut
-short leaves what it had.
+definition, or the exact sum, before it is timed. Rows are printed, and appended as lines of JSON to the file that
+FLASHCOMM_CHECK_ROWS names (gpu_check.py), one by one, so that a run cut short leaves what it had. Ends with 1 if a
+section failed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +30,8 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
-from cuda_ranks import OneLaunch, Uncompressed  # noqa: E402
-from specification import expected, outputs, same  # noqa: E402
+from cuda_ranks import OneLaunch  # noqa: E402
+from specification import Uncompressed, expected, outputs, same  # noqa: E402
 
 from flashcomm_megatron.codec import Rotated, Spike, Uniform  # noqa: E402
 from flashcomm_megatron.config import Config  # noqa: E402
@@ -40,18 +42,19 @@ RECIPES = {name: Config(bits=4, recipe=name).legs for name in ("auto", "flash-v2
 Row = dict[str, Any]
 
 
-def main() -> None:
-    options = parse()
-    options.out.mkdir(parents=True, exist_ok=True)
-    results: dict[str, list[Row]] = {}
-    for name, section in SECTIONS.items():
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sections", nargs="*", choices=[[], *SECTIONS], default=list(SECTIONS))
+    failed = False
+    for name in parser.parse_args().sections:
         print(f"\n{name}")
-        results[name] = []
-        for row in rows_of(section):
-            results[name].append(row)
+        for row in rows_of(SECTIONS[name]):
+            failed |= "failed" in row
             print("  " + "  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
-            (options.out / "bench_cuda.json").write_text(json.dumps(results, indent=1))
+            with open(os.environ.get("FLASHCOMM_CHECK_ROWS", os.devnull), "a") as rows:
+                rows.write(json.dumps({"section": name, **row}) + "\n")
         torch.cuda.empty_cache()
+    return int(failed)
 
 
 def rows_of(section: Callable[[], Iterator[Row]]) -> Iterator[Row]:
@@ -62,12 +65,6 @@ def rows_of(section: Callable[[], Iterator[Row]]) -> Iterator[Row]:
     except Exception as error:
         yield {"failed": f"{type(error).__name__}: {str(error)[:500]}"}
     yield {"seconds": round(time.monotonic() - started, 1)}
-
-
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for bench_cuda.json")
-    return parser.parse_args()
 
 
 def microseconds(run: Callable[[], Any], seconds: float = 0.4, least: int = 10) -> float:
@@ -104,6 +101,35 @@ def copy_rate(nbytes: int) -> float:
     source = torch.empty(nbytes, dtype=torch.uint8, device="cuda").random_()
     target = torch.empty_like(source)
     return 2 * nbytes / microseconds(lambda: target.copy_(source)) * 1e6
+
+
+# ---- first of all: is it right ---------------------------------------------------------------------------------
+
+
+def smoke() -> Iterator[Row]:
+    """Every codec kernel on ordinary data, there and back, against the definition."""
+    uniform = [Uniform(bits, 128) for bits in range(2, 9)] + [Uniform(4, 32), Uniform(4, 24)]
+    rotated = [Rotated(4, 16), Rotated(4.5, 32), Rotated(5, 64), Rotated(8, 256)]
+    for codec, dtype in product(uniform + rotated + [Spike(4, 64)], (torch.bfloat16, torch.float16, torch.float32)):
+        if dtype == torch.float32 and codec.block == 256:
+            continue
+        x = torch.randn(40_001).to(dtype)
+        payload = codec.encode(x.cuda())
+        out = codec.decode_sum([payload], torch.empty_like(x, device="cuda"))
+        wanted = codec.encode_ref(x)
+        right = torch.equal(payload.cpu(), wanted), same(out, codec.decode_sum_ref([wanted], x.numel(), dtype))
+        yield {"codec": str(codec), "dtype": str(dtype)[6:], "encode": right[0], "decode": right[1]}
+        check(all(right), f"{codec} on {dtype}")
+
+
+def fused_once() -> Iterator[Row]:
+    """One launch of every kind with 2 and 8 virtual ranks, against the specification."""
+    legs = {"flash-v1": (Uniform(4, 128), Uniform(4, 128)), **RECIPES}
+    for world in (2, 8):
+        with closing(OneLaunch(world)) as ranks:
+            for kind, (name, codecs) in product(("one-step", "two-step", "reduce_scatter", "all_gather"), legs.items()):
+                verify(ranks, kind, codecs)
+                yield {"world": world, "kind": kind, "legs": name, "right": True}
 
 
 # ---- codec ----------------------------------------------------------------------------------------------------
@@ -230,7 +256,7 @@ def against_uncompressed(ranks: OneLaunch, kind: str, size: int) -> Iterator[Row
 
 def verify(ranks: OneLaunch, kind: str, codecs: Any) -> None:
     """A small call against the specification."""
-    parts = [torch.randn(100_001).bfloat16() for _ in range(ranks.world)]
+    parts = [torch.randn(100_000 // ranks.world * ranks.world).bfloat16() for _ in range(ranks.world)]
     x = [part.cuda() for part in parts]
     out = outputs(kind, x)
     ranks.run(kind, codecs, x, out)
@@ -267,6 +293,8 @@ def symmetric_memory() -> Iterator[Row]:
 
 
 SECTIONS: dict[str, Callable[[], Iterator[Row]]] = {
+    "smoke": smoke,
+    "fused_once": fused_once,
     "codec": codec,
     "all_reduce_host": all_reduce_host,
     "all_reduce_eight": all_reduce_eight,
@@ -277,4 +305,4 @@ SECTIONS: dict[str, Callable[[], Iterator[Row]]] = {
 }
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -22,8 +22,9 @@ from ranks import spawn
 
 def row(name: str, transport: str, survivors: list[faults.Heard]) -> dict[str, Any]:
     """One fault over one transport."""
-    clearest = min(survivors, key=lambda heard: (not re.search(r"rank \d", heard.text), heard.seconds))
-    text = re.sub(r"^flash-comm: |The process group says: .*$", "", clearest.text.splitlines()[0]).strip()
+    told = [heard.warned or heard.text for heard in survivors]
+    clearest = min(told, key=lambda text: not re.search(r"rank \d", text))
+    text = re.sub(r"^flash-comm: |The process group says: .*$", "", clearest.splitlines()[0]).strip()
     seconds = max(heard.seconds for heard in survivors)
     return {"fault": name, "transport": transport, "seconds": round(seconds, 2), "told": text}
 

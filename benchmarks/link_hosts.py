@@ -78,17 +78,26 @@ class Hosts:
             name, port = self.name(host), f"port{host}"
             _ip("netns", "add", name)
             _ip("-n", name, "link", "add", "eth0", "type", "veth", "peer", "name", port, "netns", self._switch)
-            _ip("-n", self._switch, "link", "set", port, "master", "br0", "up")
+            _ip("-n", self._switch, "link", "set", port, "mtu", str(self._packet), "master", "br0", "up")
             _ip("-n", name, "addr", "add", f"{self.address(host)}/24", "dev", "eth0")
-            _ip("-n", name, "link", "set", "eth0", "up")
+            _ip("-n", name, "link", "set", "eth0", "mtu", str(self._packet), "up")
             _ip("-n", name, "link", "set", "lo", "up")
             if self.rate is not None:
                 self._limit(name, self.rate)
 
-    @staticmethod
-    def _limit(name: str, rate: str) -> None:
-        """A token bucket of a millisecond, at least one large packet; a queue that never drops."""
-        burst = max(int(bits_per_second(rate) / 8 / 1000), 96 * 1024)
+    @property
+    def _packet(self) -> int:
+        """Bytes of a packet: jumbo frames from 1 Gbit/s on, where two cores cannot handle small ones at that rate."""
+        return 9000 if self.rate is None or bits_per_second(self.rate) >= 1e9 else 1500
+
+    def _limit(self, name: str, rate: str) -> None:
+        """A token bucket of a quarter of a millisecond, at least two packets, and a queue that never drops.
+
+        A larger bucket fills up while ranks compute, and small messages then travel for nothing (link_ranks.py checks
+        it). Beyond 1 Gbit/s the kernel's timer needs a millisecond's to keep the rate.
+        """
+        bits = bits_per_second(rate)
+        burst = max(int(bits / 8 * (2.5e-4 if bits <= 1e9 else 1e-3)), 2 * self._packet + 100)
         bucket = ["rate", rate, "burst", str(burst), "limit", str(256 << 20)]
         _run("tc", "-n", name, "qdisc", "add", "dev", "eth0", "root", "tbf", *bucket)
 

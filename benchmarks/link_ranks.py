@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial, partialmethod
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -23,6 +24,9 @@ import torch
 import torch.distributed as dist
 
 import flashcomm_megatron as fc
+from flashcomm_megatron import collectives
+from flashcomm_megatron.codec import Raw
+from flashcomm_megatron.codec.recipes import Legs
 from flashcomm_megatron.collectives import plan
 from flashcomm_megatron.comm.communicator import Communicator
 
@@ -33,6 +37,7 @@ from hf_llama import Shape, build
 from launch import start, stop
 
 OVERLAPPED = 8 << 20  # bytes from which tensors are timed in one piece as well
+COMPARED = 1 << 20  # and from which the same messages are timed with 16 bits a value: what compression alone gains
 KINDS = ("all_reduce", "reduce_scatter", "all_gather")
 BATCH, PROMPT = 4, 256
 SHAPE = Shape(
@@ -47,6 +52,7 @@ def main() -> None:
     ranks = start()
     rows = [collective(*case, options) for case in itertools.product(KINDS, options.sizes, options.widths)]
     rows += [traffic(nbytes) for nbytes in options.traffic]
+    rows += [message(nbytes) for nbytes in options.sizes]
     if options.model:
         rows += model(options)
     if ranks.rank == 0:
@@ -83,10 +89,14 @@ def collective(kind: str, nbytes: int, bits: int, options: argparse.Namespace) -
     calls = {"exact": exact, "quantized": quantized}
     if nbytes >= OVERLAPPED:
         calls["whole"] = lambda: in_one_piece(quantized)
+    if nbytes >= COMPARED:
+        calls["uncoded"] = lambda: getattr(collectives, kind)(
+            x.clone(), None, config, legs=Legs(Raw(x.dtype), Raw(x.dtype))
+        )
     times = in_turns(calls, options.seconds)
     row = {"what": kind, "bytes": nbytes, "bits": bits, **summary(times)}
-    if nbytes >= OVERLAPPED:
-        row["whole_ms"] = 1e3 * statistics.median(times["whole"])
+    for name in set(calls) - {"exact", "quantized"}:
+        row[f"{name}_ms"] = 1e3 * statistics.median(times[name])
     return row | {"compression": counted["exact_bytes"] / counted["wire_bytes"]}
 
 
@@ -121,9 +131,60 @@ def traffic(nbytes: int, calls: int = 10) -> dict[str, Any]:
             "interface_bytes": interface, "interface_over_counted": interface / counted}  # fmt: skip
 
 
+def message(nbytes: int, repeats: int = 7) -> dict[str, Any]:
+    """What a message of ``nbytes`` takes from rank 0 to rank 1, after a pause in which the token bucket fills up.
+
+    At the link's rate, or the lab measures another link. There and back, less what an empty answer takes.
+    """
+    there, back = torch.zeros(nbytes, dtype=torch.uint8), torch.zeros(1, dtype=torch.uint8)
+    times: dict[int, list[float]] = {1: [], nbytes: []}
+    for x, _ in itertools.product((back, there), range(repeats)):
+        dist.barrier()
+        time.sleep(0.02)
+        started = time.perf_counter()
+        if dist.get_rank() == 0:
+            dist.send(x, 1)
+            dist.recv(back, 1)
+        elif dist.get_rank() == 1:
+            dist.recv(x, 0)
+            dist.send(back, 0)
+        times[x.numel()].append(time.perf_counter() - started)
+    empty, full = (statistics.median(times[size]) for size in (1, nbytes))
+    return {"what": "message", "bytes": nbytes, "message_ms": 1e3 * (full - empty)}
+
+
 def sent_by_interface() -> int:
     """Bytes that this machine has sent so far, headers included."""
     return int(Path("/sys/class/net/eth0/statistics/tx_bytes").read_text())
+
+
+PRODUCTS = ((torch, "matmul"), (torch.Tensor, "matmul"), (torch, "bmm"), (torch, "baddbmm"))
+
+
+@contextmanager
+def products_in_float32() -> Iterator[None]:
+    """Matrix products of bfloat16 in float32, which every CPU does fast; their results are bfloat16 again."""
+    originals = [getattr(*place) for place in PRODUCTS]
+    for (owner, name), original in zip(PRODUCTS, originals, strict=True):
+        setattr(owner, name, partialmethod(_product, original) if owner is torch.Tensor else partial(_wide, original))
+    try:
+        yield
+    finally:
+        for (owner, name), original in zip(PRODUCTS, originals, strict=True):
+            setattr(owner, name, original)
+
+
+def _product(x: torch.Tensor, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return _wide(original, x, *args, **kwargs)
+
+
+def _wide(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    found = original(*map(_widened, args), **{name: _widened(each) for name, each in kwargs.items()})
+    return found.bfloat16() if any(getattr(each, "dtype", None) == torch.bfloat16 for each in args) else found
+
+
+def _widened(x: Any) -> Any:
+    return x.float() if getattr(x, "dtype", None) == torch.bfloat16 else x
 
 
 def model(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -135,7 +196,8 @@ def model(options: argparse.Namespace) -> list[dict[str, Any]]:
         "decoding step": lambda: forward(gpt, prompt[:, :1]),
         "training step": lambda: train(gpt, prompt),
     }
-    return [step(name, call, options) for name, call in work.items()]
+    with products_in_float32():
+        return [step(name, call, options) for name, call in work.items()]
 
 
 def step(name: str, call: Callable[[], Any], options: argparse.Namespace) -> dict[str, Any]:

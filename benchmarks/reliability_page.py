@@ -2,8 +2,8 @@
 
 run as:  python benchmarks/reliability_page.py
 
-Faults come from faults.json (fault_table.py), long runs from soak.json, long_training.json, fuzz.json and
-coverage.json, invariants from tests/stress/mutations.py.
+Faults come from faults.json (fault_table.py), long runs from soak.json, long_training.json, restarts.json, fuzz.json
+and coverage.json, invariants from tests/stress/mutations.py.
 """
 
 from __future__ import annotations
@@ -43,14 +43,13 @@ def load(name: str) -> dict[str, Any]:
 def fault_lines() -> Iterator[str]:
     """One line a fault: what the others are told, and when, by transport."""
     found = load("faults")
-    yield "| one rank | the others are told (shared memory) | shared memory | connections | gloo |"
-    yield "|---|---|--:|--:|--:|"
+    yield "| one rank | the others are told (shared memory) | shared memory | gloo |"
+    yield "|---|---|--:|--:|"
     rows = found["rows"]
     for fault in dict.fromkeys(row["fault"] for row in rows):
         by_transport = [row for row in rows if row["fault"] == fault]
-        told = re.sub(
-            r"\.? (This group's streams|Look for|Is it) .*|: every rank must .*|\[/__w\S+", "", by_transport[0]["told"]
-        )
+        noise = r"\.? (This group's streams|Look for|Is it) .*|[:.] [eE]very rank must .*|\[/__w\S+"
+        told = re.sub(noise, "", by_transport[0]["told"])
         yield f"| {fault} | {told.strip()} | {' | '.join(str(row['seconds']) + ' s' for row in by_transport)} |"
     yield ""
     yield f"*`tests/comm/test_faults.py`; {found['circumstances']['cpu']}, commit {found['circumstances']['commit']}*"
@@ -83,6 +82,10 @@ def evidence() -> Iterator[str]:
             f"to the same weights, bit for bit; memory grew by {memory:,} KiB"
         )
         yield f"| training | {much} | {found['circumstances']['commit']} |"
+    if found := load("restarts"):
+        for row in found["rows"]:
+            much = f"{row['restarts']} restarts of {found['ranks']} ranks, none hung, every attempt's sums right"
+            yield f"| torchrun, {row['transport']} | {much} | {found['circumstances']['commit']} |"
     if found := load("coverage"):
         for part, what in {"package": "of the Python package", "csrc": "of csrc, as built without CUDA"}.items():
             each = found[part]

@@ -1,10 +1,11 @@
 """Which seam fits which version: docs/versions.md from the sources of every supported release.
 
-    python benchmarks/version_matrix.py MEGATRON_GIT TRANSFORMER_ENGINE_GIT [--packages DIR]
+    python benchmarks/version_matrix.py MEGATRON_GIT TRANSFORMER_ENGINE_GIT [--packages DIR] [--engines DIR...]
 
-Both are clones with their tags, of NVIDIA/Megatron-LM and NVIDIA/TransformerEngine; DIR holds a megatron-core that has
-no tag, as pip installs it. Nothing of them is imported: whole signatures are read
-(flashcomm_megatron/megatron/checkout.py). A name that a version does not have shows as a dash.
+Both are clones with their tags, of NVIDIA/Megatron-LM and NVIDIA/TransformerEngine. What has no tag is read as pip
+installs it: a megatron-core from --packages, Transformer Engines, oldest first, from --engines (unpacked wheels).
+Nothing of them is imported: whole signatures are read (flashcomm_megatron/megatron/checkout.py). A name that a version
+does not have shows as a dash.
 """
 
 from __future__ import annotations
@@ -56,10 +57,16 @@ def megatron(git: Path, engine: Path, version: str) -> States:
         return _states(folder, other)
 
 
-def packages(folder: Path, git: Path) -> States:
-    """State of every row of an installed megatron-core, which comes without megatron.training."""
-    with sources(git, _tag("v", TRANSFORMER_ENGINE[-1]), "transformer_engine/pytorch") as other:
-        return _states(folder, other)
+def engines(git: Path, folders: Sequence[Path]) -> Iterator[tuple[str, Path]]:
+    """Version and sources of every Transformer Engine: tags, then what pip unpacked, then main."""
+    for version in TRANSFORMER_ENGINE:
+        with sources(git, _tag("v", version), "transformer_engine/pytorch") as folder:
+            yield version, folder
+    for folder in folders:
+        (info,) = folder.glob("transformer_engine-*.dist-info")
+        yield info.stem.removeprefix("transformer_engine-"), folder
+    with sources(git, _tag("v", MAIN), "transformer_engine/pytorch") as folder:
+        yield MAIN, folder
 
 
 def _states(folder: Path, engine: Path) -> States:
@@ -70,13 +77,6 @@ def _states(folder: Path, engine: Path) -> States:
 
 def _tag(prefix: str, version: str) -> str:
     return "HEAD" if version == MAIN else prefix + version
-
-
-def engine(git: Path, version: str) -> States:
-    """State of every row of one Transformer Engine."""
-    with sources(git, _tag("v", version), "transformer_engine/pytorch") as folder:
-        rows = [row for row in seams.TRANSFORMER_ENGINE if row.module.startswith("transformer_engine")]
-        return dict(checkout.status(rows, folder))
 
 
 def patches(git: Path) -> States:
@@ -109,24 +109,27 @@ def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def page(git: Path, engine_git: Path, folder: Path | None) -> str:
+def page(git: Path, engine_git: Path, package: Path | None, engine_packages: Sequence[Path]) -> str:
     """The whole page."""
     applied = patches(git)
     columns = {version: megatron(git, engine_git, version) for version in MEGATRON}
-    engines = dict(MEGATRON)
-    if folder is not None:
-        version = checkout.version(folder)
-        columns[version], engines[version] = packages(folder, engine_git), TRANSFORMER_ENGINE[-1]
-    columns[MAIN], engines[MAIN] = megatron(git, engine_git, MAIN), MAIN
+    beside = dict(MEGATRON)
+    rows = [row for row in seams.TRANSFORMER_ENGINE if row.module.startswith("transformer_engine")]
+    engine_columns = {}
+    for version, folder in engines(engine_git, engine_packages):
+        engine_columns[version] = dict(checkout.status(rows, folder))
+        if package is not None and version != MAIN:  # at the end, with the newest released one
+            columns[checkout.version(package)] = _states(package, folder)
+            beside[checkout.version(package)] = version
+    columns[MAIN], beside[MAIN] = megatron(git, engine_git, MAIN), MAIN
     head = table(columns, "seam")
-    beside = [
-        _row(["with Transformer Engine", *engines.values()]),
-        _row(["[patch](../patches/README.md)", *(applied.get(version, "-") for version in engines)]),
+    last = [
+        _row(["with Transformer Engine", *beside.values()]),
+        _row(["[patch](../patches/README.md)", *(applied.get(version, "-") for version in beside)]),
     ]
     end = 2 + len({name for states in columns.values() for name in states})
-    below = table({version: engine(engine_git, version) for version in (*TRANSFORMER_ENGINE, MAIN)}, "seam")
-    above = "\n".join([INTRODUCTION, *head[:end], *beside, *head[end:]]).rstrip()
-    return "\n".join([above, MIDDLE, *below]).rstrip() + "\n"
+    above = "\n".join([INTRODUCTION, *head[:end], *last, *head[end:]]).rstrip()
+    return "\n".join([above, MIDDLE, *table(engine_columns, "seam")]).rstrip() + "\n"
 
 
 INTRODUCTION = """# Versions
@@ -154,8 +157,10 @@ def main() -> None:
     parser.add_argument("megatron", type=Path, metavar="MEGATRON_GIT")
     parser.add_argument("engine", type=Path, metavar="TRANSFORMER_ENGINE_GIT")
     parser.add_argument("--packages", type=Path, metavar="DIR")
+    parser.add_argument("--engines", type=Path, metavar="DIR", nargs="*", default=[])
     options = parser.parse_args()
-    (ROOT / "docs" / "versions.md").write_text(page(options.megatron, options.engine, options.packages))
+    written = page(options.megatron, options.engine, options.packages, options.engines)
+    (ROOT / "docs" / "versions.md").write_text(written)
 
 
 if __name__ == "__main__":

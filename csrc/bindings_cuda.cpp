@@ -71,7 +71,7 @@ static Request request_of(const py::kwargs& given) {
         taken++;
     };
     take("kind", made.kind), take("reduce", made.reduce), take("gather", made.gather);
-    take("dtype", made.dtype), take("numel", made.numel);
+    take("dtype", made.dtype), take("numel", made.numel), take("slice", made.slice);
     take("x", made.x), take("out", made.out), take("residuals", made.residuals);
     take("stream", made.stream), take("deadline", made.deadline);
     take("stalled_rank", made.stalled_rank, true), take("stall", made.stall, true);

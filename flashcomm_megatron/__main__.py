@@ -23,7 +23,8 @@ import signal
 import sys
 from collections.abc import Callable
 
-from . import cpu, environment
+from . import cpu
+from .config import check_environment
 from .megatron import coverage
 from .megatron.patching import PatchError
 from .tools.accuracy import main as accuracy
@@ -53,7 +54,7 @@ def main(argv: list[str]) -> int:
         print(f"flashcomm_megatron {__version__}")
         return 0
     try:
-        environment.check()
+        check_environment()
     except ValueError as error:
         return _refuse(str(error))
     on_cpu = argv[0] == "--cpu"

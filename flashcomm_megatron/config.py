@@ -1,12 +1,14 @@
-"""The configuration: one frozen dataclass. Only ``bits`` is ever needed; the rest has measured defaults.
+"""The configuration: one frozen dataclass, which one is in force, and the environment variables.
 
-Each field's help becomes the help of its ``--flash-comm-*`` flag. Every rank must hold an equal configuration:
-it decides, together with shape and dtype alone, which branch a call takes.
+Only ``bits`` is ever needed; the rest has measured defaults. Each field's help becomes the help of its
+``--flash-comm-*`` flag. Every rank must hold an equal configuration: it decides, together with shape and dtype alone,
+which branch a call takes.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
@@ -68,7 +70,7 @@ class Config:
     )
     metrics: str | None = _option(None, "Also write metrics and losses to this file, as JSON lines.")
 
-    text: ClassVar[str]  # set for each: all of it as a line of JSON, ready for a compiled graph (traced.py)
+    text: ClassVar[str]  # set for each: all of it as a line of JSON, for a compiled graph (collectives/compile.py)
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -161,3 +163,43 @@ def current() -> Config | None:
     if callable(_current):
         _current = _current()
     return _current
+
+
+# ---- environment variables, all of them ------------------------------------------------------------------------
+
+VARIABLES = {
+    "FLASH_COMM_BITS": "2 to 8 switches compression on where no command line and no call of enable() does.",
+    "FLASH_COMM_FEEDBACK": "auto or off: residual feedback for FLASH_COMM_BITS. Reinforcement learning needs off.",
+    "FLASH_COMM_DISABLE": "1 keeps Megatron untouched, whatever flags and scripts ask for. Set it on every rank.",
+    "FLASH_COMM_EXTENSION": "0 leaves the compiled extension out: the PyTorch codec gives the same bits, slower.",
+}
+
+
+def check_environment() -> None:
+    """Raise ValueError for a ``FLASH_COMM_*`` variable that does not exist or does nothing: it must not pass unseen."""
+    for name in sorted(os.environ):
+        if name.startswith("FLASH_COMM_") and name not in VARIABLES:
+            raise ValueError(f"{name} is no variable of flash-comm: choose {' or '.join(VARIABLES)}, or use the flags.")
+    if os.environ.get("FLASH_COMM_FEEDBACK") and not os.environ.get("FLASH_COMM_BITS"):
+        raise ValueError("FLASH_COMM_FEEDBACK does nothing without FLASH_COMM_BITS: use --flash-comm-feedback.")
+    switch = os.environ.get("FLASH_COMM_DISABLE", "")
+    if switch not in ("", "0", "1"):
+        raise ValueError(f"FLASH_COMM_DISABLE={switch}: choose 1 to keep Megatron untouched, 0 to let flags decide.")
+
+
+def is_disabled() -> bool:
+    """Whether the kill switch is set."""
+    return os.environ.get("FLASH_COMM_DISABLE", "0") not in ("", "0")
+
+
+def from_environment() -> dict[str, Any]:
+    """Options of a configuration that variables ask for; none without FLASH_COMM_BITS.
+
+    ValueError if that is no number; Config knows which numbers and words are right.
+    """
+    bits, feedback = (os.environ.get(f"FLASH_COMM_{name}", "") for name in ("BITS", "FEEDBACK"))
+    if not bits:
+        return {}
+    if not bits.isdigit():
+        raise ValueError(f"FLASH_COMM_BITS={bits} is no number: choose 2 to 8.")
+    return {"bits": int(bits)} | ({"feedback": feedback} if feedback else {})

@@ -84,24 +84,19 @@ Cut cut_of(const Slices& slices) { return {slices.numel, slices.length, slices.s
 int64_t whole_size(const Cut& cut) { return std::min(cut.length, cut.numel); }
 int64_t last_size(const Cut& cut) { return cut.short_size() ? cut.short_size() : whole_size(cut); }
 
-// The codec of tensors that has a codec of tiles.
-template <class Tile, class T> struct TensorOf {
-    using type = DirectCodec<Tile, T>;
-};
-template <int kBits, class T> struct TensorOf<UniformTile<kBits, T>, T> {
-    using type = TensorCodec<kBits, T>;
-};
-
-// Values of a tile for a codec, a multiple of `block` too: its own, or another codec's; 0: no whole tile.
-template <class T, bool kUniform> int tile_of(const Setting& with, int64_t numel, int64_t block) {
-    if constexpr (kUniform) return tensor_tile<T>(numel, common_multiple(with.block, block), kEnoughTiles);
+// Values of a tile of whole units, also of another codec's; 0: none.
+template <class T, bool kUniform> int tile_of(const Setting& with, int64_t numel, int64_t other_unit = 1) {
     int tile = 0;
-    with_direct<T>(with.format, false, [&](auto codec) {
-        using Tile = typename decltype(codec)::type;
-        const int64_t unit = common_multiple(Tile(with).unit(), block);
-        tile = DirectCodec<Tile, T>::tile_of(numel, unit, with.block, kEnoughTiles);
+    with_tile<T, kUniform>(with, false, [&](auto codec) {
+        tile = TensorCodec<typename decltype(codec)::type, T>::tile_of(with, numel, other_unit, kEnoughTiles);
     });
     return tile;
+}
+
+template <class T, bool kUniform> int64_t unit_of(const Setting& with) {
+    int64_t unit = 1;
+    with_tile<T, kUniform>(with, false, [&](auto codec) { unit = typename decltype(codec)::type(with).unit(); });
+    return unit;
 }
 
 // visit(sliced codec) where blocks make whole tiles.
@@ -109,12 +104,10 @@ template <class T, bool kUniform, class Visit>
 void with_sliced(const Slices& slices, bool with_residuals, int tile, Visit visit) {
     const Cut cut = cut_of(slices);
     const Setting with = setting(slices);
-    const auto make = [&](auto codec) {
-        using Codec = typename TensorOf<typename decltype(codec)::type, T>::type;
+    with_tile<T, kUniform>(with, with_residuals, [&](auto codec) {
+        using Codec = TensorCodec<typename decltype(codec)::type, T>;
         visit(SlicedCodec<Codec>{Codec(with, whole_size(cut), tile), Codec(with, last_size(cut), tile), cut});
-    };
-    if constexpr (kUniform) with_bits(with.bits, [&](auto bits) { make(Is<UniformTile<bits.value, T>>{}); });
-    else with_direct<T>(with.format, with_residuals, make);
+    });
 }
 
 SlicedLayout layout_of(const Slices& slices) {
@@ -131,18 +124,18 @@ int64_t residual_numel(const Slices& slices) {
 }  // namespace
 
 template <class T, bool kUniform> bool CodecPart<T, kUniform>::has(const Spec& spec) {
-    return kUniform || tile_of<T, kUniform>(setting(spec), spec.numel, 1) != 0;
+    return kUniform || tile_of<T, kUniform>(setting(spec), spec.numel) != 0;
 }
 
 template <class T, bool kUniform>
 void CodecPart<T, kUniform>::encode(const void* from, void* residual, const Slices& slices, uint8_t* payloads,
                                     void* stream) {
     const auto* x = (const typename T::Word*)from;
-    const int tile = tile_of<T, kUniform>(setting(slices), slices.numel, 1);
+    const int tile = tile_of<T, kUniform>(setting(slices), slices.numel);
     if (tile)
         with_sliced<T, kUniform>(slices, residual, tile, [&](const auto& codec) {
             using Codec = std::decay_t<decltype(codec.whole)>;
-            const Grid grid = a_block_each(codec.tiles(), codec.whole.encode_bytes(), stream);
+            const Grid grid = a_block_each(codec.tiles(), codec.whole.codec.scratch_bytes(), stream);
             launch("encode", encode_kernel<Codec, T>, grid, codec, x, payloads, (typename T::Word*)residual,
                    residual_numel(slices));
         });
@@ -156,12 +149,12 @@ void CodecPart<T, kUniform>::encode(const void* from, void* residual, const Slic
 template <class T, bool kUniform>
 void CodecPart<T, kUniform>::decode(const Payloads& payloads, int count, const Slices& slices, void* to, void* stream) {
     auto* x = (typename T::Word*)to;
-    const int tile = tile_of<T, kUniform>(setting(slices), slices.numel, 1);
+    const int tile = tile_of<T, kUniform>(setting(slices), slices.numel);
     if (tile)
         with_sliced<T, kUniform>(slices, false, tile, [&](const auto& codec) {
             using Codec = std::decay_t<decltype(codec.whole)>;
             if constexpr (!decltype(codec.whole.codec)::kKeepsResiduals) {  // they decode as those without
-                const Grid grid = a_block_each(codec.tiles(), codec.whole.decode_bytes(), stream);
+                const Grid grid = a_block_each(codec.tiles(), 0, stream);
                 launch("decode", decode_kernel<Codec, T>, grid, codec, payloads, count, x);
             }
         });
@@ -177,18 +170,17 @@ bool CodecPart<T, kUniform>::reduce(const Payloads& payloads, int count, const S
                                     const Spec& gather, uint8_t* payload, void* residual, void* stream) {
     const Setting first = setting(from), second = setting(gather);
     if (first.bits == kExactBits || first.format != second.format) return false;
-    const int64_t blocks = second.format == kRotatedFormat ? kFamily : SpikeTile<T>::kBlocksTogether;
-    const int tile = tile_of<T, kUniform>(first, from.numel, kUniform ? gather.block : blocks * gather.block);
+    const int tile = tile_of<T, kUniform>(first, from.numel, unit_of<T, kUniform>(second));
     if (tile == 0) return false;
     return with_legs_of<T, kUniform>(first, second, residual, [&](auto one, auto other) {
         if constexpr (!std::is_same_v<typename decltype(one)::type, ExactTile<T>>) {
-            using From = typename TensorOf<typename decltype(one)::type, T>::type;
-            using Gather = typename TensorOf<typename decltype(other)::type, T>::type;
+            using From = TensorCodec<typename decltype(one)::type, T>;
+            using Gather = TensorCodec<typename decltype(other)::type, T>;
             const From decodes(first, from.numel, tile);
             const Gather encodes(second, from.numel, tile);
-            const int shared = std::max(decodes.decode_bytes(), encodes.encode_bytes());
-            launch("reduce", reduce_kernel<From, Gather, T>, a_block_each(decodes.tiles(), shared, stream), decodes,
-                   encodes, payloads, count, (typename T::Word*)out, payload, (typename T::Word*)residual);
+            launch("reduce", reduce_kernel<From, Gather, T>,
+                   a_block_each(decodes.tiles, encodes.codec.scratch_bytes(), stream), decodes, encodes, payloads,
+                   count, (typename T::Word*)out, payload, (typename T::Word*)residual);
         }
     });
 }

@@ -26,7 +26,7 @@ Kernel CollectivePart<T, kUniform>::kernel(const Request& request, const Setting
         using Reduce = typename decltype(first)::type;
         using Gather = typename decltype(second)::type;
         using W = Worker<Reduce, Gather, T>;
-        kernel.shape = W::shape((Collective)request.kind, request.numel, capacity, reduce, gather);
+        kernel.shape = W::shape((Collective)request.kind, request.numel, request.slice, capacity, reduce, gather);
         kernel.shared_bytes = W::shared_bytes(kernel.shape, reduce, gather);
         kernel.function = collective_kernel<Reduce, Gather, T>;
     });

@@ -78,11 +78,11 @@ template <class Reduce, class Gather, class T> struct alignas(16) Worker {
         const int scratch = max2(Reduce(reduce).scratch_bytes(), Gather(gather).scratch_bytes());
         return (int)sizeof(Worker) + shape.stride + max2(scratch, 2 * shape.stride);
     }
-    static Shape shape(Collective kind, int64_t numel, const Capacity& at, const Setting& reduce,
+    static Shape shape(Collective kind, int64_t numel, int64_t slice, const Capacity& at, const Setting& reduce,
                        const Setting& gather) {
         const Reduce first(reduce);
         const Gather second(gather);
-        return shape_of(kind, numel, at, {first.block(), first.unit()}, {second.block(), second.unit()}, kTileValues<T>,
+        return shape_of(kind, numel, slice, at, first.unit(), second.unit(), kTileValues<T>,
                         [&](int values) { return max2(first.bytes(values), second.bytes(values)); });
     }
     FC_DEVICE uint8_t* payload() const { return shared_memory() + sizeof(Worker); }

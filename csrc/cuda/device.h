@@ -87,9 +87,34 @@ FC_DEVICE Vec16 load_fresh(const Vec16* at) {
     const uint4 v = __ldcg((const uint4*)at);
     return {v.x, v.y, v.z, v.w};
 }
+// In one access, whatever registers the words come from.
+FC_DEVICE void store_global(Vec16* at, const Vec16& v) {
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(at)), "r"(v.w[0]),
+                 "r"(v.w[1]), "r"(v.w[2]), "r"(v.w[3])
+                 : "memory");
+}
 FC_DEVICE uint32_t byte_perm(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
+FC_DEVICE uint32_t byte_perm_signed(uint32_t a, uint32_t b, uint32_t selector) {  // + 8: its sign, repeated
+    uint32_t found;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(found) : "r"(a), "r"(b), "r"(selector));
+    return found;
+}
 FC_DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
+// In one instruction; compilers that know a sign of the factors take four.
+FC_DEVICE int64_t product(int a, int b) {
+    int64_t found;
+    asm("mul.wide.s32 %0, %1, %2;" : "=l"(found) : "r"(a), "r"(b));
+    return found;
+}
+// min(max(x + more, 0), most): one instruction on sm_90.
+FC_DEVICE uint32_t clamped(uint32_t x, int more, int most) { return __viaddmin_s32_relu((int)x, more, most); }
 FC_DEVICE float fused_multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+// 1 / x, rounded to nearest, of x between 2**-120 and 2**120: what the division does there, without asking where.
+FC_DEVICE float reciprocal(float x) {
+    float near;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(near) : "f"(x));
+    return __fmaf_rn(near, -__fmaf_rn(x, near, -1.0f), near);
+}
 
 #else
 
@@ -110,6 +135,7 @@ uint64_t swap_if(uint64_t* word, uint64_t expected, uint64_t value);
 uint32_t count_up(uint32_t* word);
 uint64_t nanoseconds();
 Vec16 load_fresh(const Vec16* at);
+FC_DEVICE void store_global(Vec16* at, const Vec16& v) { *at = v; }
 
 FC_DEVICE uint32_t byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
     const uint64_t bytes = (uint64_t)b << 32 | a;
@@ -117,8 +143,21 @@ FC_DEVICE uint32_t byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
     for (int i = 0; i < 4; i++) picked |= (uint32_t)(bytes >> (8 * (selector >> (4 * i) & 7)) & 0xFF) << (8 * i);
     return picked;
 }
+FC_DEVICE uint32_t byte_perm_signed(uint32_t a, uint32_t b, uint32_t selector) {
+    uint32_t picked = byte_perm(a, b, selector);
+    for (int i = 0; i < 4; i++)
+        if (selector >> (4 * i) & 8)
+            picked = (picked & ~(0xFFu << 8 * i)) | (picked >> (8 * i + 7) & 1) * (0xFFu << 8 * i);
+    return picked;
+}
 FC_DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) { return (uint32_t)((uint64_t)a * b >> 32); }
+FC_DEVICE int64_t product(int a, int b) { return (int64_t)a * b; }
+FC_DEVICE uint32_t clamped(uint32_t x, int more, int most) {
+    const int sum = (int)(x + (uint32_t)more);
+    return sum < 0 ? 0 : sum > most ? most : sum;
+}
 FC_DEVICE float fused_multiply_add(float a, float b, float c) { return a * b + c; }  // only where a * b is exact
+FC_DEVICE float reciprocal(float x) { return 1.0f / x; }
 
 #endif
 
@@ -128,6 +167,7 @@ template <class T> struct alignas(16) Octet {
     static constexpr int kWords = 2 * sizeof(typename T::Word), kVectors = kWords / 4;
     uint32_t w[kWords];
 
+    FC_DEVICE Vec16 vector(int v) const { return {{w[4 * v], w[4 * v + 1], w[4 * v + 2], w[4 * v + 3]}}; }
     FC_DEVICE uint32_t at(int i) const {
         return sizeof(typename T::Word) == 4 ? w[i] : w[i / 2] >> (16 * (i & 1)) & 0xFFFF;
     }
@@ -178,7 +218,7 @@ template <class T> FC_DEVICE void widen(const Octet<T>& octet, float (&x)[8]) {
     }
 }
 
-// NaN comes in whole octets, since octets never straddle blocks.
+// Any number but NaN.
 template <class T> FC_DEVICE Octet<T> narrow(const float (&x)[8]) {
     constexpr bool kWide = sizeof(typename T::Word) == 4;
     Octet<T> octet;
@@ -190,56 +230,118 @@ template <class T> FC_DEVICE Octet<T> narrow(const float (&x)[8]) {
             octet.w[i / 2] = narrow2<T>(x[i], x[i + 1]);
         }
     }
-    constexpr uint32_t kNan = T::kNan * (kWide ? 1u : 0x10001u);
-    if (x[0] != x[0]) FC_UNROLL for (int i = 0; i < Octet<T>::kWords; i++) octet.w[i] = kNan;
+    return octet;
+}
+template <class T> FC_DEVICE Octet<T> octet_of_nan() {
+    Octet<T> octet;
+    FC_UNROLL for (int i = 0; i < Octet<T>::kWords; i++) octet.w[i] =
+        T::kNan * (sizeof(typename T::Word) == 4 ? 1u : 0x10001u);
     return octet;
 }
 
-// The ordered keys of the smallest and the largest of eight values.
+// The ordered keys of the smallest and the largest of some values.
 template <class T> struct Keys {
-    typename T::Word low, high;
+    typename T::Word low = (typename T::Word) ~(typename T::Word)0, high = 0;
+
+    FC_DEVICE void take(const Keys& more) {
+        low = more.low < low ? more.low : low;
+        high = more.high > high ? more.high : high;
+    }
+};
+
+// Of two pairs of 16-bit values the smaller and the larger ones.
+template <class T> FC_DEVICE uint32_t least_of_pairs(uint32_t a, uint32_t b);
+template <class T> FC_DEVICE uint32_t most_of_pairs(uint32_t a, uint32_t b);
+#if defined(__CUDACC__)
+template <class Pair> FC_DEVICE Pair pair_of(uint32_t word) {
+    Pair pair;
+    memcpy(&pair, &word, 4);
+    return pair;
+}
+template <class Pair> FC_DEVICE uint32_t word_of(Pair pair) {
+    uint32_t word;
+    memcpy(&word, &pair, 4);
+    return word;
+}
+template <> FC_DEVICE uint32_t least_of_pairs<BFloat16>(uint32_t a, uint32_t b) {
+    return word_of(__hmin2_nan(pair_of<__nv_bfloat162>(a), pair_of<__nv_bfloat162>(b)));
+}
+template <> FC_DEVICE uint32_t most_of_pairs<BFloat16>(uint32_t a, uint32_t b) {
+    return word_of(__hmax2_nan(pair_of<__nv_bfloat162>(a), pair_of<__nv_bfloat162>(b)));
+}
+template <> FC_DEVICE uint32_t least_of_pairs<Float16>(uint32_t a, uint32_t b) {
+    return word_of(__hmin2_nan(pair_of<__half2>(a), pair_of<__half2>(b)));
+}
+template <> FC_DEVICE uint32_t most_of_pairs<Float16>(uint32_t a, uint32_t b) {
+    return word_of(__hmax2_nan(pair_of<__half2>(a), pair_of<__half2>(b)));
+}
+#endif
+
+// The smallest and the largest of some values, while they are looked for. On GPUs min and max of the hardware keep NaN,
+// order -0 below +0 and know denormals: the order of the keys, for two values at a time.
+template <class T> class Extremes {
+#if defined(__CUDACC__)
+    static constexpr bool kPaired = sizeof(typename T::Word) == 2;
+#else
+    static constexpr bool kPaired = false;
+#endif
+    using Word = typename T::Word;
+    // Of pairs of values, each with a smallest and a largest; else of keys.
+    uint32_t low_ = kPaired ? T::kInfinity * 0x10001u : (Word) ~(Word)0;
+    uint32_t high_ = kPaired ? (T::kInfinity | 0x8000u) * 0x10001u : 0;
+
+    FC_DEVICE void take(uint32_t low, uint32_t high) {
+        if constexpr (kPaired) {
+            low_ = least_of_pairs<T>(low_, low), high_ = most_of_pairs<T>(high_, high);
+        } else {
+            low_ = low < low_ ? low : low_;
+            high_ = high > high_ ? high : high_;
+        }
+    }
+    FC_DEVICE uint32_t low_pair() const { return least_of_pairs<T>(low_, byte_perm(low_, 0, 0x1032)); }  // twice
+    FC_DEVICE uint32_t high_pair() const { return most_of_pairs<T>(high_, byte_perm(high_, 0, 0x1032)); }
+    static FC_DEVICE float first_of(uint32_t pair) {
+        float first, second;
+        widen2<T>(pair, first, second);
+        return first;
+    }
+
+public:
+    FC_DEVICE void take(const Octet<T>& octet) {
+        if constexpr (kPaired) {
+            FC_UNROLL for (int i = 0; i < 4; i++) take(octet.w[i], octet.w[i]);
+        } else {
+            FC_UNROLL for (int i = 0; i < 8; i++) {
+                const uint32_t key = ordered<T>((Word)octet.at(i));
+                take(key, key);
+            }
+        }
+    }
+    template <int kCount> FC_DEVICE void take(const Octet<T> (&octets)[kCount]) {
+        FC_UNROLL for (int i = 0; i < kCount; i++) take(octets[i]);
+    }
+    FC_DEVICE void exchange(int apart) {
+        take(flashcomm::FLASHCOMM_ISA::exchange(low_, apart), flashcomm::FLASHCOMM_ISA::exchange(high_, apart));
+    }
+    FC_DEVICE Keys<T> keys() const {
+        if constexpr (kPaired) return {ordered<T>((Word)low_pair()), ordered<T>((Word)high_pair())};
+        else return {(Word)low_, (Word)high_};
+    }
+    // As float32; NaN if one is among the values.
+    FC_DEVICE float low() const {
+        if constexpr (kPaired) return first_of(low_pair());
+        else return T::widen(unordered<T>(low_));
+    }
+    FC_DEVICE float high() const {
+        if constexpr (kPaired) return first_of(high_pair());
+        else return T::widen(unordered<T>(high_));
+    }
 };
 
 template <class T> FC_DEVICE Keys<T> extremes(const Octet<T>& octet) {
-    using Word = typename T::Word;
-    Keys<T> keys = {(Word) ~(Word)0, 0};
-    FC_UNROLL for (int i = 0; i < 8; i++) {
-        const Word key = ordered<T>((Word)octet.at(i));
-        keys.low = key < keys.low ? key : keys.low;
-        keys.high = key > keys.high ? key : keys.high;
-    }
-    return keys;
+    Extremes<T> found;
+    found.take(octet);
+    return found.keys();
 }
-
-#if defined(__CUDACC__)
-// min and max of the hardware keep NaN, order -0 below +0 and know denormals: the same order, two values at a time.
-template <class T, class Pair, class Min, class Max>
-FC_DEVICE Keys<T> paired_extremes(const Octet<T>& octet, Min least, Max most) {
-    Pair x[4];
-    memcpy(x, octet.w, 16);
-    Pair low = least(least(x[0], x[1]), least(x[2], x[3])), high = most(most(x[0], x[1]), most(x[2], x[3]));
-    uint32_t bits[2];
-    memcpy(&bits[0], &low, 4);
-    memcpy(&bits[1], &high, 4);
-    const uint32_t swapped[2] = {byte_perm(bits[0], 0, 0x1032), byte_perm(bits[1], 0, 0x1032)};
-    Pair turned[2];
-    memcpy(turned, swapped, 8);
-    low = least(low, turned[0]);
-    high = most(high, turned[1]);
-    memcpy(&bits[0], &low, 4);
-    memcpy(&bits[1], &high, 4);
-    return {ordered<T>((uint16_t)bits[0]), ordered<T>((uint16_t)bits[1])};
-}
-template <> FC_DEVICE Keys<BFloat16> extremes(const Octet<BFloat16>& octet) {
-    using Pair = __nv_bfloat162;
-    return paired_extremes<BFloat16, Pair>(
-        octet, [](Pair a, Pair b) { return __hmin2_nan(a, b); }, [](Pair a, Pair b) { return __hmax2_nan(a, b); });
-}
-template <> FC_DEVICE Keys<Float16> extremes(const Octet<Float16>& octet) {
-    using Pair = __half2;
-    return paired_extremes<Float16, Pair>(
-        octet, [](Pair a, Pair b) { return __hmin2_nan(a, b); }, [](Pair a, Pair b) { return __hmax2_nan(a, b); });
-}
-#endif
 
 }  // namespace flashcomm::FLASHCOMM_ISA

@@ -8,7 +8,7 @@
 #include "cuda/rotated_tile.h"
 #include "cuda/shape.h"
 #include "cuda/spike_tile.h"
-#include "cuda/tile.h"
+#include "cuda/uniform_tile.h"
 
 namespace flashcomm::FLASHCOMM_ISA {
 
@@ -50,6 +50,12 @@ template <class T, class Visit> bool with_direct(int format, bool with_residuals
     if (format == kRotatedFormat) return visit(Is<RotatedTile<T>>{}), true;
     if (format == kSpikeFormat && !with_residuals) return visit(Is<SpikeTile<T>>{}), true;
     return false;
+}
+
+// visit(tile codec) of a part; false: it has none.
+template <class T, bool kUniform, class Visit> bool with_tile(const Setting& with, bool with_residuals, Visit visit) {
+    if constexpr (!kUniform) return with_direct<T>(with.format, with_residuals, visit);
+    else return with_bits(with.bits, [&](auto bits) { visit(Is<UniformTile<bits.value, T>>{}); });
 }
 
 // visit(tile codec of the reduce leg, of the gather leg); false: there is no such kernel.

@@ -21,6 +21,7 @@ FC_DEVICE Eight upper_eight_of(const uint32_t* number) {  // of bits 8 to 15
     return {byte_perm(byte_perm(number[0], number[2], 0x0051), byte_perm(number[4], number[6], 0x0051), 0x5410),
             byte_perm(byte_perm(number[1], number[3], 0x0051), byte_perm(number[5], number[7], 0x0051), 0x5410)};
 }
+FC_DEVICE uint32_t number_of(Eight x, int i) { return (i & 1 ? x.odd : x.even) >> (i / 2 * 8) & 0xFF; }
 FC_DEVICE Eight shifted(Eight x, int shift) { return {x.even >> shift, x.odd >> shift}; }
 
 // The lowest kWidth bits of each: of 8 bits two words, else one with 8 * kWidth bits.
@@ -98,6 +99,60 @@ template <int kWidth, int kCount, class Visit> FC_DEVICE void load_eights(const 
             visit(k, unpacked<kWidth>(w[k * kWidth / 4] >> (8 * kWidth * k & 31) & kMask));
         }
     }
+}
+
+// ---- planes of a section ---------------------------------------------------------------------------------------
+
+template <class Size> FC_INLINE Size padded16(Size size) { return (size + 15) & ~(Size)15; }
+
+template <int kWidth> struct Width {
+    static constexpr int value = kWidth;
+};
+
+// visit(width, shift, start): as Layout::each_plane, with the width in a type. Returns where the planes end.
+template <class Size, class Visit> FC_DEVICE Size each_plane(int bits, Size octets, Visit visit) {
+    Size start = 0;
+    int shift = 0;
+    auto plane = [&](auto width) {
+        if (!(bits & width.value)) return;
+        visit(width, shift, start);
+        start += padded16<Size>(octets * width.value);
+        shift += width.value;
+    };
+    plane(Width<8>{});
+    plane(Width<4>{});
+    plane(Width<2>{});
+    plane(Width<1>{});
+    return start;
+}
+
+template <class Size> FC_INLINE Size plane_bytes(int bits, Size octets) {
+    Size bytes = 0;
+    FC_UNROLL for (int width = 8; width; width >>= 1) bytes += bits & width ? padded16<Size>(octets * width) : 0;
+    return bytes;
+}
+
+// kCount eights from number `eight` on, to and from all planes of `bits` bits of a section of `eights`. Beyond a byte
+// their bits are in `upper`; up to a byte that is not looked at. Loading adds bits to what is there.
+template <int kCount, class Size>
+FC_DEVICE void store_planes(int bits, Size eights, Size eight, const Eight (&lower)[kCount],
+                            const Eight (&upper)[kCount], uint8_t* section) {
+    each_plane(bits, eights, [&](auto width, int shift, Size start) {
+        Eight x[kCount];
+        FC_UNROLL for (int k = 0; k < kCount; k++) x[k] = shifted(shift < 8 ? lower[k] : upper[k], shift & 7);
+        store_eights<width.value, kCount>(section + start + eight * width.value, x);
+    });
+}
+template <int kCount, class Size>
+FC_DEVICE void load_planes(int bits, Size eights, Size eight, const uint8_t* section, Eight (&lower)[kCount],
+                           Eight (&upper)[kCount]) {
+    each_plane(bits, eights, [&](auto width, int shift, Size start) {
+        load_eights<width.value, kCount>(section + start + eight * width.value, [&](int k, Eight x) {
+            const Eight at = {x.even << (shift & 7), x.odd << (shift & 7)};
+            if (shift < 8) lower[k].even |= at.even, lower[k].odd |= at.odd;
+            else upper[k].even |= at.even, upper[k].odd |= at.odd;
+        });
+    });
 }
 
 }  // namespace flashcomm::FLASHCOMM_ISA

@@ -5,7 +5,6 @@
 #pragma once
 
 #include "format/rotated_search.h"
-#include "cuda/planes.h"
 #include "cuda/tile.h"
 
 namespace flashcomm::FLASHCOMM_ISA {
@@ -17,14 +16,14 @@ struct RotatedCodes {
     };
 
     int levels, zero, word_bits, octet_shift;  // 1 << octet_shift octets are a block
-    uint32_t inverse;                          // 2**24 / levels, rounded up
+    uint32_t inverse, minus_levels;            // 2**24 / levels, rounded up; -levels << 8
     bool is_paired;
 
     FC_INLINE explicit RotatedCodes(Setting with)
         : levels(RotatedLayout::levels_of(with.bits)), zero(levels / 2),
           word_bits(with.bits & 1 ? with.bits : with.bits / 2), octet_shift(1), is_paired(with.bits & 1) {
         while (8 << octet_shift < with.block) octet_shift++;
-        inverse = ((1u << 24) + levels - 1) / levels;
+        inverse = ((1u << 24) + levels - 1) / levels, minus_levels = 0u - ((uint32_t)levels << 8);
     }
 
     FC_INLINE int block() const { return 8 << octet_shift; }
@@ -39,9 +38,8 @@ struct RotatedCodes {
         const Offset groups = octets(values) >> (int)is_paired, scales = plane_bytes(word_bits, groups);
         return {groups, 0, scales, scales + padded16(blocks(values))};
     }
-    FC_INLINE Place<int64_t> part(const Place<int64_t>& whole, int64_t octet) const {
-        const int64_t block = octet >> octet_shift;
-        return {whole.groups, octet, whole.scales + block, whole.tops + block / kFamily * 2};
+    FC_INLINE Place<int64_t> part(const Place<int64_t>& whole, int64_t octet, int64_t block) const {
+        return {whole.groups, octet, whole.scales + block, whole.tops + (block >> 4)};  // of whole families
     }
     FC_INLINE int bytes(int values) const {
         return values > 0 ? own(values).tops + padded16(2 * ((blocks(values) + kFamily - 1) / kFamily)) : 0;
@@ -75,11 +73,11 @@ struct RotatedCodes {
                     code[16 * k + 2 * i] + code[16 * k + 2 * i + 1] * (uint32_t)levels;
                 lower[k] = eight_of(number), upper[k] = upper_eight_of(number);
             }
-            store_words<kOctets / 2>(lower, upper, octet / 2, all, payload, groups);
+            store_some<kOctets / 2>(lower, upper, octet / 2, all, payload, groups);
         } else {
             Eight eights[kOctets];
             FC_UNROLL for (int k = 0; k < kOctets; k++) eights[k] = eight_of(code + 8 * k);
-            store_words<kOctets>(eights, eights, octet, all, payload, groups);
+            store_some<kOctets>(eights, eights, octet, all, payload, groups);
         }
     }
 
@@ -87,8 +85,10 @@ struct RotatedCodes {
     template <int kOctets, class Offset>
     FC_DEVICE void load_codes(const uint8_t* payload, Offset octet, Offset groups, Eight (&words)[kOctets]) const {
         FC_UNROLL for (int k = 0; k < kOctets; k++) words[k] = {0, 0};
-        if (is_paired) load_words<kOctets, 2>(payload, octet / 2, groups, words);
-        else load_words<kOctets, 1>(payload, octet, groups, words);
+        if (!is_paired) return load_planes<kOctets, Offset>(word_bits, groups, octet, payload, words, words);
+        Eight lower[kOctets / 2] = {}, upper[kOctets / 2] = {};
+        load_planes<kOctets / 2, Offset>(word_bits, groups, octet / 2, payload, lower, upper);
+        FC_UNROLL for (int k = 0; k < kOctets; k++) words[k] = k & 1 ? upper[k / 2] : lower[k / 2];
     }
 
     // The sixteen codes of two octets.
@@ -123,39 +123,24 @@ private:
     FC_DEVICE void unpair(Eight lower, Eight upper, uint32_t (&number)[16]) const {
         FC_UNROLL for (int i = 0; i < 8; i++) {
             const uint32_t low = i & 1 ? lower.odd : lower.even, high = i & 1 ? upper.odd : upper.even;
-            const uint32_t scaled = byte_perm(low, high, 0x0400 + (uint32_t)(i / 2) * 0x0110) & 0xFFFF00;
+            // A zero, the two bytes, a zero: the sign of an upper byte, which has at most seven bits.
+            const uint32_t scaled = byte_perm_signed(low, high, 0xC40C + (uint32_t)(i / 2) * 0x0110);
             const uint32_t second = multiply_high(scaled, inverse);
-            number[2 * i + 1] = kMagic + (second << 8);
-            number[2 * i] = kMagic + scaled - (second << 8) * (uint32_t)levels;
+            number[2 * i + 1] = byte_perm(second, kMagic, 0x7404);
+            number[2 * i] = second * minus_levels + (kMagic + scaled);
         }
     }
 
+    // All eights, or where not all are there the first half of them.
     template <int kCount, class Offset>
-    FC_DEVICE void store_words(const Eight (&lower)[kCount], const Eight (&upper)[kCount], Offset eight, bool all,
-                               uint8_t* payload, Offset groups) const {
-        each_plane(word_bits, groups, [&](auto width, int shift, Offset start) {
-            Eight x[kCount];
-            FC_UNROLL for (int k = 0; k < kCount; k++) x[k] = shifted(shift < 8 ? lower[k] : upper[k], shift & 7);
-            uint8_t* at = payload + start + eight * width.value;
-            if (all) return store_eights<width.value, kCount>(at, x);
-            if constexpr (kCount > 1) {
-                Eight some[kCount / 2];
-                FC_UNROLL for (int k = 0; k < kCount / 2; k++) some[k] = x[k];
-                store_eights<width.value, kCount / 2>(at, some);
-            }
-        });
-    }
-    template <int kOctets, int kOctetsOfEight, class Offset>
-    FC_DEVICE void load_words(const uint8_t* payload, Offset eight, Offset groups, Eight (&words)[kOctets]) const {
-        each_plane(word_bits, groups, [&](auto width, int shift, Offset start) {
-            constexpr int kCount = kOctets / kOctetsOfEight;
-            load_eights<width.value, kCount>(payload + start + eight * width.value, [&](int k, Eight x) {
-                const Eight at = {x.even << (shift & 7), x.odd << (shift & 7)};
-                if (kOctetsOfEight == 1) words[k].even |= at.even, words[k].odd |= at.odd;
-                else if (shift < 8) words[2 * k].even |= at.even, words[2 * k].odd |= at.odd;
-                else words[2 * k + 1].even |= at.even, words[2 * k + 1].odd |= at.odd;
-            });
-        });
+    FC_DEVICE void store_some(const Eight (&lower)[kCount], const Eight (&upper)[kCount], Offset eight, bool all,
+                              uint8_t* payload, Offset groups) const {
+        if (all) return store_planes<kCount, Offset>(word_bits, groups, eight, lower, upper, payload);
+        if constexpr (kCount > 1) {
+            Eight some[2][kCount / 2];
+            FC_UNROLL for (int k = 0; k < kCount / 2; k++) some[0][k] = lower[k], some[1][k] = upper[k];
+            store_planes<kCount / 2, Offset>(word_bits, groups, eight, some[0], some[1], payload);
+        }
     }
 };
 

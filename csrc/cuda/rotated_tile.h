@@ -17,16 +17,13 @@
 
 namespace flashcomm::FLASHCOMM_ISA {
 
-template <class T, bool kResiduals = false> struct RotatedTile : RotatedCodes {
-    using RotatedCodes::RotatedCodes;
+// The work on blocks of which a thread has kParts whole ones, or, kShared, several threads have one.
+template <class T, bool kResiduals, int kParts, bool kShared> struct RotatedBlocks : RotatedCodes {
     using Word = typename T::Word;
     using Values = float[kRows<T>][8];  // of a thread
-    static constexpr bool kRotates = true, kKeepsResiduals = kResiduals;
-    static constexpr int kMostAhead = 1;
-    static constexpr int kMaxBytes = kTileValues<T> * (256 + 16 + 1) / 256;  // 8 bits, blocks of 16
     static constexpr int kLargestBlock = 8 * kWarp;
-    static constexpr int kHalves = kRows<T> / 2;                // a half: 16 values, the smallest block
-    static constexpr int kThreadShift = kRows<T> == 4 ? 2 : 1;  // 1 << kThreadShift octets are a thread's
+    static constexpr int kOctets = kRows<T> / kParts, kPart = 8 * kOctets;  // of a part
+    static constexpr int kThreadShift = kRows<T> == 4 ? 2 : 1;              // 1 << kThreadShift octets are a thread's
     static constexpr uint32_t kShrunk = 256, kFiner = 512;
 
     struct Meta {          // of a block
@@ -38,22 +35,16 @@ template <class T, bool kResiduals = false> struct RotatedTile : RotatedCodes {
         uint32_t w[sizeof(Word)];
     };
 
-    FC_INLINE int scratch_bytes() const { return (kThreads / kWarp + 4) * (int)sizeof(uint32_t); }
-
-    // `residual`, if kKeepsResiduals: added to the coefficients, then replaced by the rounding error.
-    FC_DEVICE void encode(const Octet<T> (&x)[kRows<T>], int values, uint8_t* scratch, uint8_t* payload,
-                          Word* residual = nullptr) const {
-        encode_to<true>(x, values, scratch, payload, own(values), residual);
-    }
+    FC_INLINE explicit RotatedBlocks(const RotatedCodes& codes) : RotatedCodes(codes) {}
 
     // Encodes a tile into the payload that `place` is of; kOwn: there is nothing else in it.
     template <bool kOwn, class Offset>
     FC_DEVICE void encode_to(const Octet<T> (&x)[kRows<T>], int values, uint8_t* scratch, uint8_t* payload,
-                             const Place<Offset>& place, Word* residual = nullptr) const {
+                             const Place<Offset>& place, Word* residual) const {
         const int octets = this->octets(values), begin = first_octet<T>();
         uint32_t* words = (uint32_t*)scratch;
         Values c;
-        Meta meta[kHalves];
+        Meta meta[kParts];
         const float last = float_of(fetch_last(x, begin, values, words + kThreads / kWarp));
         rotate(x, residual, begin, values, octets, last, c, meta);
         if (levels <= kSearched) search(c, meta);
@@ -61,50 +52,48 @@ template <class T, bool kResiduals = false> struct RotatedTile : RotatedCodes {
             sync();
             if (thread() == kThreads - 1) zero_gaps(place, (Offset)values, payload);
         }
-        uint32_t key[kHalves], top = kLeastKey;
-        FC_UNROLL for (int half = 0; half < kHalves; half++) {
-            key[half] = first_key(meta[half]) - meta[half].kind / kFiner;
-            const bool counts = begin + 2 * half < octets && !(meta[half].kind & 0x7F);
-            top = counts && key[half] > top ? key[half] : top;
+        uint32_t key[kParts], top = kLeastKey;
+        FC_UNROLL for (int part = 0; part < kParts; part++) {
+            key[part] = first_key(meta[part]) - meta[part].kind / kFiner;
+            const bool counts = begin + kOctets * part < octets && !(meta[part].kind & 0x7F);
+            top = counts && key[part] > top ? key[part] : top;
         }
         top = largest_of_family(top, words);
         uint32_t code[8 * kRows<T>];
-        FC_UNROLL for (int half = 0; half < kHalves; half++)
-            quantize(c, half, begin, octets, meta[half], key[half], top, payload, place, residual, &code[16 * half]);
+        FC_UNROLL for (int part = 0; part < kParts; part++)
+            quantize(c, part, begin, octets, meta[part], key[part], top, payload, place, residual, &code[kPart * part]);
         if (begin < octets)
             store_codes<kRows<T>, Offset>(code, place.octet + begin, begin + kRows<T> - 1 < octets, payload,
                                           place.groups);
-        if (kOwn || has_shared_tops() || (values & (block() - 1))) sync();
+        if (kOwn || kShared || (values & (block() - 1))) sync();
     }
 
-    template <bool kAlone>
-    FC_DEVICE uint32_t decode(const uint8_t* payload, int values, int octet, uint32_t shrunk, Values& x) const {
-        return decode_from<kAlone>(payload, own(values), octet, shrunk, x);
-    }
-
-    // Coefficients of the octets from `octet` on of a payload that `place` is of, to be shrunk where `shrunk` has a bit
-    // for an octet; not kAlone: added to x. Returns such bits of blocks whose butterflies could overflow.
+    // Coefficients of the octets from `octet` on, counted from where `place` is of in a payload, to be shrunk where
+    // `shrunk` has a bit for an octet; not kAlone: added to x. Returns such bits of blocks whose butterflies could
+    // overflow.
     template <bool kAlone, class Offset>
-    FC_DEVICE uint32_t decode_from(const uint8_t* payload, const Place<Offset>& place, Offset octet, uint32_t shrunk,
+    FC_DEVICE uint32_t decode_from(const uint8_t* payload, const Place<Offset>& place, int octet, uint32_t shrunk,
                                    Values& x) const {
         Eight words[kRows<T>];
-        load_codes<kRows<T>, Offset>(payload, octet, place.groups, words);
+        load_codes<kRows<T>, Offset>(payload, place.octet + octet, place.groups, words);
         uint32_t huge = 0, constants = 0;
-        Step step{};
-        FC_UNROLL for (int half = 0; half < kHalves; half++) {
-            if (half == 0 || octet_shift == 1) step = step_at(payload, place, (octet + 2 * half) >> octet_shift);
+        FC_UNROLL for (int part = 0; part < kParts; part++) {
+            const Step step = step_at(payload, place, (octet + kOctets * part) >> octet_shift);
             const bool is_huge = (bits_of(step.each) & 0x7FFFFFFF) >= bits_of(kHugeStep) && step.each == step.each;
-            huge |= is_huge ? 3u << 2 * half : 0;
-            constants |= (uint32_t)step.is_constant << half;
-            const float factor = shrunk >> 2 * half & 1 || (kAlone && is_huge) ? kShrink : 1.0f;
+            huge |= is_huge ? of_part(part) : 0;
+            constants |= (uint32_t)step.is_constant << part;
+            const float factor = (shrunk & of_part(part)) || (kAlone && is_huge) ? kShrink : 1.0f;
             const float each = step.each * factor, less = each * (float)-(kBias + zero);
-            uint32_t number[16];
-            numbers_of(words[2 * half], words[2 * half + 1], number);
-            FC_UNROLL for (int i = 0; i < 16; i++) {
-                float& to = x[2 * half + i / 8][i % 8];
-                float coefficient = fused_multiply_add(float_of(number[i]), each, less);  // exact, never -0
-                if (i == 0 && step.is_constant) coefficient = -0.0f;
-                to = kAlone ? coefficient : to + coefficient;
+            FC_UNROLL for (int pair = 0; pair < kOctets / 2; pair++) {
+                const int row = kOctets * part + 2 * pair;
+                uint32_t number[16];
+                numbers_of(words[row], words[row + 1], number);
+                FC_UNROLL for (int i = 0; i < 16; i++) {
+                    float coefficient = fused_multiply_add(float_of(number[i]), each, less);  // exact, never -0
+                    if (pair == 0 && i == 0 && step.is_constant) coefficient = -0.0f;
+                    float& to = x[row + i / 8][i % 8];
+                    to = kAlone ? coefficient : to + coefficient;
+                }
             }
         }
         return constants ? huge | add_constants<kAlone>(payload, place, octet, shrunk, constants, x) : huge;
@@ -125,6 +114,10 @@ template <class T, bool kResiduals = false> struct RotatedTile : RotatedCodes {
     }
 
 private:
+    static FC_DEVICE uint32_t of_part(int part) {
+        return ((1u << kOctets) - 1) << kOctets * part;
+    }  // a bit for an octet
+
     // ---- lanes -----------------------------------------------------------------------------------------------------
 
     template <class Offset> FC_DEVICE bool is_first(Offset octet) const {
@@ -132,24 +125,21 @@ private:
     }
     // visit(1), visit(2), ...: how far apart the lanes of a block are.
     template <class Visit> FC_DEVICE void each_distance(Visit visit) const {
-        for (int apart = 1; apart >> (octet_shift - kThreadShift < 0 ? 0 : octet_shift - kThreadShift) == 0; apart *= 2)
-            visit(apart);
+        if constexpr (!kShared) return;
+        visit(1);
+        for (int apart = 2; apart < 1 << octet_shift >> kThreadShift; apart *= 2) visit(apart);
     }
     FC_DEVICE uint32_t lanes_of_block(int lane) const {  // as votes() counts them
         const int shift = octet_shift - kThreadShift, first = lane & (kWarp - 1) & ~((1 << shift) - 1);
         return (uint32_t)(((uint64_t)1 << (1 << shift)) - 1) << first;
     }
-    // Whether a family has more blocks than a warp: then its top is found through shared memory.
-    FC_DEVICE bool has_shared_tops() const { return octet_shift > kThreadShift; }
-
     // ---- rotation ------------------------------------------------------------------------------------------------
 
     FC_DEVICE void butterflies(Values& x) const {
         FC_UNROLL for (int stride = 1; stride < 8; stride *= 2) FC_UNROLL for (int row = 0; row < kRows<T>; row++)
             FC_UNROLL for (int i = 0; i < 8; i++) if (!(i & stride)) butterfly(x[row][i], x[row][i + stride]);
         rows_apart<1>(x);
-        if constexpr (kRows<T> == 4)
-            if (octet_shift > 1) rows_apart<2>(x);
+        if constexpr (kOctets == 4) rows_apart<2>(x);
         const int lane = thread();
         each_distance([&](int apart) {
             const float sign = lane & apart ? -1.0f : 1.0f;
@@ -169,16 +159,12 @@ private:
             butterfly(x[row][i], x[row + kApart][i]);
     }
 
-    // The largest of what the threads of a block have for each half.
-    FC_DEVICE void share_largest(uint32_t (&mine)[kHalves]) const {
-        if (octet_shift == 1) return;
-        uint32_t most = mine[0];
-        FC_UNROLL for (int half = 1; half < kHalves; half++) most = mine[half] > most ? mine[half] : most;
+    // The largest of what the threads of a block have.
+    FC_DEVICE void share_largest(uint32_t (&mine)[kParts]) const {
         each_distance([&](int apart) {
-            const uint32_t theirs = exchange(most, apart);
-            most = theirs > most ? theirs : most;
+            const uint32_t theirs = exchange(mine[0], apart);
+            mine[0] = theirs > mine[0] ? theirs : mine[0];
         });
-        FC_UNROLL for (int half = 0; half < kHalves; half++) mine[half] = most;
     }
 
     // Where the last block is not whole, the last value: it fills the block.
@@ -219,8 +205,9 @@ private:
     // The values of this thread; zeros behind the last block.
     static FC_DEVICE void fill(const Octet<T> (&x)[kRows<T>], int begin, int values, int octets, float last,
                                Values& c) {
+        FC_UNROLL for (int row = 0; row < kRows<T>; row++) widen<T>(x[row], c[row]);
+        if (8 * (begin + kRows<T>) <= values) return;
         FC_UNROLL for (int row = 0; row < kRows<T>; row++) {
-            widen<T>(x[row], c[row]);
             if (8 * (begin + row) < values) continue;
             const float value = begin + row < octets ? last : 0.0f;
             FC_UNROLL for (int i = 0; i < 8; i++) c[row][i] = value;
@@ -229,25 +216,25 @@ private:
 
     // The coefficients c of this thread and what is known of their blocks.
     FC_DEVICE void rotate(const Octet<T> (&x)[kRows<T>], const Word* residual, int begin, int values, int octets,
-                          float last, Values& c, Meta (&meta)[kHalves]) const {
+                          float last, Values& c, Meta (&meta)[kParts]) const {
         fill(x, begin, values, octets, last, c);
         butterflies(c);
         if (kResiduals) add_residual(residual, begin, octets, c);
         measure(c, begin, meta);
         bool is_plain = true;
-        FC_UNROLL for (int half = 0; half < kHalves; half++) {
-            is_plain &= meta[half].largest < strange();
-            if (kResiduals && T::kMax < 1e30f) is_plain &= is_finite(x, half, begin, values);  // sums may hide it
+        FC_UNROLL for (int part = 0; part < kParts; part++) {
+            is_plain &= meta[part].largest < strange();
+            if (kResiduals && T::kMax < 1e30f) is_plain &= is_finite(x, part, begin, values);  // sums may hide it
         }
         if (~votes(is_plain)) rotate_strange(x, residual, begin, values, octets, last, c, meta);
     }
 
     // Out of line in rotated_measure.h.
     FC_DEVICE void rotate_strange(const Octet<T> (&x)[kRows<T>], const Word* residual, int begin, int values,
-                                  int octets, float last, Values& c, Meta (&meta)[kHalves]) const;
-    FC_DEVICE void measure(const Values& c, int begin, Meta (&meta)[kHalves]) const;
-    FC_DEVICE void search(const Values& c, Meta (&meta)[kHalves]) const;
-    FC_DEVICE uint32_t errors_of(const Values& c, int half, float eighths) const;
+                                  int octets, float last, Values& c, Meta (&meta)[kParts]) const;
+    FC_DEVICE void measure(const Values& c, int begin, Meta (&meta)[kParts]) const;
+    FC_DEVICE void search(const Values& c, Meta (&meta)[kParts]) const;
+    FC_DEVICE uint32_t errors_of(const Values& c, int part, float eighths) const;
 
     static FC_DEVICE float shrink_of(const Meta& meta) { return meta.kind & kShrunk ? kShrink : 1.0f; }
     // The key of the step that reaches the largest coefficient.
@@ -257,11 +244,11 @@ private:
         return key_of(needed, levels <= kNearest ? half : 2 * half - 1, shrink_of(meta));
     }
 
-    // Of the values of a half; what lies behind the last value is that again.
-    static FC_DEVICE bool is_finite(const Octet<T> (&x)[kRows<T>], int half, int begin, int values) {
+    // Of the values of a part; what lies behind the last value is that again.
+    static FC_DEVICE bool is_finite(const Octet<T> (&x)[kRows<T>], int part, int begin, int values) {
         constexpr uint32_t above = ordered<T>(T::kInfinity), below = (typename T::Word) ~above;
         bool all = true;
-        FC_UNROLL for (int row = 2 * half; row < 2 * half + 2; row++) {
+        FC_UNROLL for (int row = kOctets * part; row < kOctets * (part + 1); row++) {
             const Keys<T> keys = extremes<T>(x[row]);
             all &= (keys.high < above && keys.low > below) || 8 * (begin + row) >= values;
         }
@@ -270,13 +257,13 @@ private:
 
     // Coefficients from here on are a reason to look closer; Inf and NaN of float16 may have widened to finite numbers.
     static FC_DEVICE uint32_t strange() { return T::kMax < 1e30f ? bits_of(65504.0f) << 1 : bits_of(0x1p99f) << 1; }
-    // The largest magnitude of a half, << 1, | 1 if a negative number has it. As integers the positive numbers are the
+    // The largest magnitude of a part, << 1, | 1 if a negative number has it. As integers the positive numbers are the
     // largest signed ones, and the negative ones the largest unsigned.
-    static FC_DEVICE uint32_t largest(const Values& c, int half) {
+    static FC_DEVICE uint32_t largest(const Values& c, int part) {
         int32_t positive = 0;
         uint32_t negative = 0;
-        FC_UNROLL for (int i = 0; i < 16; i++) {
-            const uint32_t bits = bits_of(c[2 * half + i / 8][i % 8]);
+        FC_UNROLL for (int i = 0; i < kPart; i++) {
+            const uint32_t bits = bits_of(c[kOctets * part + i / 8][i % 8]);
             positive = (int32_t)bits > positive ? (int32_t)bits : positive;
             negative = bits > negative ? bits : negative;
         }
@@ -293,7 +280,7 @@ private:
             const uint32_t theirs = exchange(top, apart);
             top = theirs > top ? theirs : top;
         }
-        if (!has_shared_tops()) return top;
+        if (!kShared) return top;  // else a super-block has more lanes than a warp
         const int warp = thread() / kWarp, warps = 1 << (shift - 5);
         if ((thread() & (kWarp - 1)) == 0) words[warp] = top;
         sync();
@@ -304,12 +291,12 @@ private:
         return top;
     }
 
-    // Codes of a half, its scale and its family's top; the residual.
+    // Codes of a part, its scale and its family's top; the residual.
     template <class Offset>
-    FC_DEVICE void quantize(const Values& c, int half, int begin, int octets, const Meta& meta, uint32_t key,
+    FC_DEVICE void quantize(const Values& c, int part, int begin, int octets, const Meta& meta, uint32_t key,
                             uint32_t top, uint8_t* payload, const Place<Offset>& place, Word* residual,
                             uint32_t* code) const {
-        const int octet = begin + 2 * half, index = octet >> octet_shift;
+        const int octet = begin + kOctets * part, index = octet >> octet_shift;
         const uint32_t kind = meta.kind & 0x7F, scale = distance_of(top, key) | (meta.largest & 1 ? 0 : 0x80);
         if (is_first(octet) && octet < octets) {
             payload[place.scales + index] = (uint8_t)(kind ? kind : scale);
@@ -319,21 +306,20 @@ private:
         Values error = {};
         if (!kind) {
             const bool keeps = kResiduals && !(meta.kind & kShrunk);
-            FC_UNROLL for (int i = 0; i < 16; i++) {
-                const float coefficient = c[2 * half + i / 8][i % 8];
-                const int near = (int)(rounded(coefficient * inverse) - (0x4B400000u - (uint32_t)zero));
-                code[i] = (uint32_t)(near < 0 ? 0 : near > levels - 1 ? levels - 1 : near);
+            FC_UNROLL for (int i = 0; i < kPart; i++) {
+                const float coefficient = c[kOctets * part + i / 8][i % 8];
+                code[i] = clamped(rounded(coefficient * inverse), zero - 0x4B400000, levels - 1);
                 if (keeps)
                     error[i / 8][i % 8] =
                         kept_number<T>(fused_multiply_add((float)((int)code[i] - zero), -step, coefficient));
             }
         } else {
             const int width = constant_bits(), first = 8 * width * (octet & ((1 << octet_shift) - 1));
-            FC_UNROLL for (int i = 0; i < 16; i++) code[i] =
+            FC_UNROLL for (int i = 0; i < kPart; i++) code[i] =
                 first + i * width < 32 ? meta.value >> (first + i * width) & ((1u << width) - 1) : 0;
         }
         if (kResiduals) {
-            FC_UNROLL for (int row = 0; row < 2; row++) if (octet + row < octets)
+            FC_UNROLL for (int row = 0; row < kOctets; row++) if (octet + row < octets)
                 replace_residual(error[row], octet + row, residual);
         }
     }
@@ -343,36 +329,92 @@ private:
         bool is_constant;
     };
     template <class Offset>
-    FC_DEVICE Step step_at(const uint8_t* payload, const Place<Offset>& place, Offset index) const {
+    FC_DEVICE Step step_at(const uint8_t* payload, const Place<Offset>& place, int index) const {
         const uint32_t scale = payload[place.scales + index], kind = scale & 0x7F;
-        const uint32_t top = *(const uint16_t*)(payload + place.tops + 2 * (index / kFamily));
+        const uint32_t top = ((const uint16_t*)(payload + place.tops))[(uint32_t)index / kFamily];
         const float each = kind == kNanBlock ? float_of(Float32::kNan) : step_of(top, scale);
         return {kind == kConstant ? 0.0f : each, kind == kConstant};
     }
 
-    // The first coefficient of the halves that `constants` has a bit for: the constant, or 0 where no block starts.
+    // The first coefficient of the parts that `constants` has a bit for: the constant, or 0 where no block starts.
     template <bool kAlone, class Offset>
-    FC_DEVICE uint32_t add_constants(const uint8_t* payload, const Place<Offset>& place, Offset octet, uint32_t shrunk,
+    FC_DEVICE uint32_t add_constants(const uint8_t* payload, const Place<Offset>& place, int octet, uint32_t shrunk,
                                      uint32_t constants, Values& x) const {
         uint32_t huge = 0;
         float values[2] = {-0.0f, -0.0f};
 #if defined(__CUDA_ARCH__)
 #pragma unroll 1  // rare: one copy
 #endif
-        for (int half = 0; half < kHalves; half++) {
-            if (!(constants >> half & 1)) continue;
-            const Offset at = octet + 2 * half, first = at >> octet_shift << octet_shift;
-            const uint32_t bits = constant_of(payload, first, place.groups);
+        for (int part = 0; part < kParts; part++) {
+            if (!(constants >> part & 1)) continue;
+            const int at = octet + kOctets * part, first = at >> octet_shift << octet_shift;
+            const uint32_t bits = constant_of<Offset>(payload, place.octet + first, place.groups);
             const bool is_huge = (bits & 0x7FFFFFFF) >= bits_of(kHugeStep);
-            huge |= is_huge ? 3u << 2 * half : 0;
-            const float factor = shrunk >> 2 * half & 1 || (kAlone && is_huge) ? kShrink : 1.0f;
+            huge |= is_huge ? of_part(part) : 0;
+            const float factor = (shrunk & of_part(part)) || (kAlone && is_huge) ? kShrink : 1.0f;
             const float value = at == first ? float_of(bits) * factor : 0.0f;
-            if (half) values[1] = value;
+            if (part) values[1] = value;
             else values[0] = value;
         }
-        FC_UNROLL for (int half = 0; half < kHalves; half++) x[2 * half][0] += values[half];
+        FC_UNROLL for (int part = 0; part < kParts; part++) x[kOctets * part][0] += values[part];
         return huge;
     }
+};
+
+template <class T, bool kResiduals = false> struct RotatedTile : RotatedCodes {
+    using RotatedCodes::RotatedCodes;
+    using Word = typename T::Word;
+    using Values = float[kRows<T>][8];
+    static constexpr bool kRotates = true, kKeepsResiduals = kResiduals;
+    static constexpr int kMostAhead = 1;
+    static constexpr int kMaxBytes = kTileValues<T> * (256 + 16 + 1) / 256;  // 8 bits, blocks of 16
+    static constexpr int kLargestBlock = 8 * kWarp;
+
+    FC_INLINE int scratch_bytes() const { return (kThreads / kWarp + 4) * (int)sizeof(uint32_t); }
+
+    // `residual`, if kKeepsResiduals: added to the coefficients, then replaced by the rounding error.
+    FC_DEVICE void encode(const Octet<T> (&x)[kRows<T>], int values, uint8_t* scratch, uint8_t* payload,
+                          Word* residual = nullptr) const {
+        encode_to<true>(x, values, scratch, payload, own(values), residual);
+    }
+    template <bool kOwn, class Offset>
+    FC_DEVICE void encode_to(const Octet<T> (&x)[kRows<T>], int values, uint8_t* scratch, uint8_t* payload,
+                             const Place<Offset>& place, Word* residual = nullptr) const {
+        if (has_two()) two().template encode_to<kOwn>(x, values, scratch, payload, place, residual);
+        else if (has_one()) one().template encode_to<kOwn>(x, values, scratch, payload, place, residual);
+        else shared().template encode_to<kOwn>(x, values, scratch, payload, place, residual);
+    }
+    template <bool kAlone>
+    FC_DEVICE uint32_t decode(const uint8_t* payload, int values, int octet, uint32_t shrunk, Values& x) const {
+        return decode_from<kAlone>(payload, own(values), octet, shrunk, x);
+    }
+    template <bool kAlone, class Offset>
+    FC_DEVICE uint32_t decode_from(const uint8_t* payload, const Place<Offset>& place, int octet, uint32_t shrunk,
+                                   Values& x) const {
+        if (has_two()) return two().template decode_from<kAlone>(payload, place, octet, shrunk, x);
+        if (has_one()) return one().template decode_from<kAlone>(payload, place, octet, shrunk, x);
+        return shared().template decode_from<kAlone>(payload, place, octet, shrunk, x);
+    }
+    // visit(what decodes these blocks), so that a sum of payloads asks once what they are.
+    template <class Visit> FC_DEVICE void with_blocks(Visit visit) const {
+        if (has_two()) visit(two());
+        else if (has_one()) visit(one());
+        else visit(shared());
+    }
+    template <bool kAlone> FC_DEVICE void finish(Values& x, uint32_t shrunk) const {
+        if (has_two()) two().template finish<kAlone>(x, shrunk);
+        else if (has_one()) one().template finish<kAlone>(x, shrunk);
+        else shared().template finish<kAlone>(x, shrunk);
+    }
+
+private:
+    // Blocks of a thread. Asked at run time: one kernel serves all; three texts of the work on them spare every value
+    // some ten instructions that would ask or move.
+    FC_DEVICE bool has_two() const { return kRows<T> == 4 && octet_shift == 1; }
+    FC_DEVICE bool has_one() const { return 1 << octet_shift == kRows<T>; }
+    FC_DEVICE auto two() const { return RotatedBlocks<T, kResiduals, kRows<T> / 2, false>(*this); }
+    FC_DEVICE auto one() const { return RotatedBlocks<T, kResiduals, 1, false>(*this); }
+    FC_DEVICE auto shared() const { return RotatedBlocks<T, kResiduals, 1, true>(*this); }
 };
 
 }  // namespace flashcomm::FLASHCOMM_ISA

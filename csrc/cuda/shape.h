@@ -1,8 +1,8 @@
 // How a call is cut: slices to ranks, tiles to blocks, rounds. A pure function of what every rank knows, for if two
 // ranks cut differently they wait for flags that never come.
 //
-//     slice       the values one rank owns. Two-step: numel / world, rounded up to whole blocks of values of both legs;
-//                 one-step: everything; reduce-scatter and all-gather: what the caller owns.
+//     slice       the values one rank owns, as the call says: two-step: whole rows, or of one row whole units, and the
+//                 last ranks have fewer or none; one-step: everything; reduce-scatter, all-gather: what the caller owns.
 //     tile        the values one thread block codes at a time, in one payload: 2048, 4096 or 8192, less what is needed
 //                 to be a multiple of both legs' units. Small messages take small tiles, to occupy more blocks.
 //     unit        the values whose coding depends on each other: a block, or several where metadata are shared
@@ -46,11 +46,6 @@ struct Capacity {
     int64_t region;     // bytes of one inbox region, at least blocks * kSlotBytes
 };
 
-// What a leg's codec asks of cuts: slices are multiples of its block, tiles of its unit.
-struct Grain {
-    int64_t block, unit;
-};
-
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline int64_t common_multiple(int64_t a, int64_t b) {
@@ -63,18 +58,14 @@ inline int64_t common_multiple(int64_t a, int64_t b) {
     return a / x * b;
 }
 
-// `most`: values of the largest tile; payload_bytes(values): the longer of both legs' payloads of one. Without a tile
-// that is a multiple of both units, `tile` is 0 and the kernel cannot serve.
+// `reduce`, `gather`: units of the legs; `most`: values of the largest tile; payload_bytes(values): the longer of both
+// legs' payloads of one. Without a tile that is a multiple of both units, `tile` is 0 and the kernel cannot serve.
 template <class PayloadBytes>
-Shape shape_of(Collective kind, int64_t numel, const Capacity& capacity, Grain reduce, Grain gather, int most,
-               PayloadBytes payload_bytes) {
-    const int64_t unit =
-        kind == kTwoStep ? common_multiple(reduce.unit, gather.unit) : (reduces(kind) ? reduce.unit : gather.unit);
+Shape shape_of(Collective kind, int64_t numel, int64_t slice, const Capacity& capacity, int64_t reduce, int64_t gather,
+               int most, PayloadBytes payload_bytes) {
+    const int64_t unit = kind == kTwoStep ? common_multiple(reduce, gather) : reduces(kind) ? reduce : gather;
     Shape shape{};
-    shape.numel = numel;
-    shape.slice = kind == kOneStep ? numel : ceil_div(numel, capacity.world);
-    const int64_t block = common_multiple(reduce.block, gather.block);
-    if (kind == kTwoStep) shape.slice = ceil_div(shape.slice, block) * block;
+    shape.numel = numel, shape.slice = slice;
     int64_t tiles = 0;
     for (int values = kLeastTile; values <= most; values *= 2) {
         const int tile = (int)(values / unit * unit);

@@ -18,6 +18,7 @@ namespace flashcomm::FLASHCOMM_ISA {
 template <class T> struct SpikeTile {
     using Word = typename T::Word;
     static constexpr bool kRotates = false, kKeepsResiduals = false;
+    static constexpr int kLargestBlock = 8 * kWarp;  // of a tensor; positions of blocks in whole tiles
     static constexpr int kMostAhead = 1;
     // 8 bits in blocks of 8, of which each has 6 bytes and two places of 3 bits beside it.
     static constexpr int kMaxBytes = kTileValues<T> * 15 / 8 < kSlotBytes ? kTileValues<T> * 15 / 8 : (int)kSlotBytes;
@@ -67,8 +68,7 @@ template <class T> struct SpikeTile {
         const Offset halves = padded16(2 * blocks), bytes = padded16(blocks), spans = minima + 2 * halves;
         return {octets, pairs, 0, minima, minima + halves, spans, spans + bytes, spans + 2 * bytes, 0};
     }
-    FC_INLINE Place<int64_t> part(const Place<int64_t>& whole, int64_t octet) const {
-        const int64_t block = block_of(octet);
+    FC_INLINE Place<int64_t> part(const Place<int64_t>& whole, int64_t octet, int64_t block) const {
         Place<int64_t> part = whole;
         part.octet += octet, part.pair += block / kBlocksTogether;
         part.minima += 2 * block, part.maxima += 2 * block, part.spans += block, part.lows += block;
@@ -115,24 +115,25 @@ template <class T> struct SpikeTile {
         return decode_from<kAlone>(payload, own(values), octet, 0, x);
     }
 
-    // The octets from `octet` on of a payload that `place` is of.
+    // The octets from `octet` on, counted from where `place` is of in a payload.
     template <bool kAlone, class Offset>
-    FC_DEVICE uint32_t decode_from(const uint8_t* payload, const Place<Offset>& place, Offset octet, uint32_t,
+    FC_DEVICE uint32_t decode_from(const uint8_t* payload, const Place<Offset>& place, int octet, uint32_t,
                                    float (&x)[kRows<T>][8]) const {
         FC_UNROLL for (int row = 0; row < kRows<T>; row++) {
-            if (octet + row >= place.octets) continue;
+            if (place.octet + octet + row >= place.octets) continue;
             float value[8];
-            decode_octet<Offset>(payload, place, octet + row, value);
+            decode_octet(payload, place, octet + row, value);
             put<kAlone>(value, x[row]);
         }
         return 0;
     }
+    template <class Visit> FC_DEVICE void with_blocks(Visit visit) const { visit(*this); }
     template <bool> FC_DEVICE void finish(float (&)[kRows<T>][8], uint32_t) const {}
 
-    // The octet of a payload that `place` is of, within the finite range of T.
+    // One octet, within the finite range of T.
     template <class Offset>
-    FC_DEVICE void decode_octet(const uint8_t* payload, const Place<Offset>& place, Offset octet, float (&x)[8]) const {
-        const Offset index = block_of(octet);
+    FC_DEVICE void decode_octet(const uint8_t* payload, const Place<Offset>& place, int octet, float (&x)[8]) const {
+        const int index = block_of(octet);
         const uint32_t low_bits = ((const uint16_t*)(payload + place.minima))[index];
         const uint32_t high_bits = ((const uint16_t*)(payload + place.maxima))[index];
         const float minimum = float_of(low_bits << 16), maximum = float_of(high_bits << 16);
@@ -142,8 +143,8 @@ template <class T> struct SpikeTile {
             FC_UNROLL for (int i = 0; i < 8; i++) x[i] = limited(value);
             return;
         }
-        uint32_t codes[2];
-        load_octet<Offset>(bits, place.octets, octet, payload, codes);
+        Eight codes[1] = {};
+        load_planes<1, Offset>(bits, place.octets, place.octet + octet, payload, codes, codes);
         const Frame frame = Frame::of(minimum, maximum);
         const float span = frame.span(code), step = span / (float)((1 << bits) - 1), grow = 1 / frame.prescale;
         const float low = frame.anchor + (float)(int8_t)payload[place.lows + index] * (span / kUnits);
@@ -151,7 +152,7 @@ template <class T> struct SpikeTile {
         const int low_at = (int)position(payload, place, 2 * index),
                   high_at = (int)position(payload, place, 2 * index + 1);
         FC_UNROLL for (int i = 0; i < 8; i++) {
-            const float rest = (low + (float)(int)byte_of(codes, i) * step) * grow;
+            const float rest = (low + (float)(int)number_of(codes[0], i) * step) * grow;
             x[i] = limited(low_at == begin + i ? minimum : high_at == begin + i ? maximum : rest);
         }
     }
@@ -257,16 +258,16 @@ private:
             code[2 * i] = index < blocks ? metas[index].low_at : 0;
             code[2 * i + 1] = index < blocks ? metas[index].high_at : 0;
         }
-        store_octet<Offset>(position_bits, place.pairs, place.pair + pair, four_bytes(code), four_bytes(code + 4),
-                            payload + place.positions);
+        const Eight codes[1] = {eight_of(code)};
+        store_planes<1, Offset>(position_bits, place.pairs, place.pair + pair, codes, codes, payload + place.positions);
     }
 
     // Code `i` of the positions.
     template <class Offset>
-    FC_DEVICE uint32_t position(const uint8_t* payload, const Place<Offset>& place, Offset i) const {
+    FC_DEVICE uint32_t position(const uint8_t* payload, const Place<Offset>& place, int i) const {
         uint32_t found = 0;
         each_plane(position_bits, place.pairs, [&](auto width, int shift, Offset start) {
-            const uint32_t byte = payload[place.positions + start + i * width.value / 8];
+            const uint32_t byte = payload[place.positions + start + place.pair * width.value + i * width.value / 8];
             found |= (byte >> (i * width.value & 7) & ((1u << width.value) - 1)) << shift;
         });
         return found;
@@ -289,7 +290,8 @@ private:
                 meta.inverse != 0 && 8 * at + i < values && begin + i != meta.low_at && begin + i != meta.high_at;
             code[i] = is_rest ? rounded(above < levels ? above : levels) & 0xFF : 0;
         }
-        store_octet<Offset>(bits, place.octets, place.octet + at, four_bytes(code), four_bytes(code + 4), payload);
+        const Eight codes[1] = {eight_of(code)};
+        store_planes<1, Offset>(bits, place.octets, place.octet + at, codes, codes, payload);
     }
 };
 

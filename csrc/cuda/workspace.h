@@ -36,7 +36,7 @@ struct Request {
     int kind;  // Collective of shape.h
     Leg reduce, gather;
     int dtype;
-    int64_t numel;
+    int64_t numel, slice;  // values of the whole, of a rank's slice (shape.h)
     std::vector<uintptr_t> x, out;
     std::vector<uintptr_t> residuals;  // of the reduce leg, then of the gather leg; or none
     uintptr_t stream;

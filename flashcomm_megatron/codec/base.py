@@ -34,7 +34,7 @@ from . import native as compiled
 from .planes import padded
 
 logger = logging.getLogger("flashcomm_megatron")
-_told: set[str] = set()
+_warned: set[str] = set()
 
 
 class Slices(NamedTuple):
@@ -128,7 +128,7 @@ class Codec(ABC):
         if out is None:
             out = torch.empty(self.wire_bytes(numel, width), dtype=torch.uint8, device=x.device)
         if numel and not compiled.encode_slices(self, x, Slices(numel, width or numel, numel, 1), out, residual):
-            _tell(self)
+            _warn_fallback(self)
             out.copy_(self.encode_ref(x, width) if residual is None else self.encode_residual_ref(x, residual, width))
         return out
 
@@ -140,7 +140,7 @@ class Codec(ABC):
         """
         numel = out.numel()
         if numel and not compiled.reduce_slices(self, payloads, out, width or numel, None, None, None):
-            _tell(self)
+            _warn_fallback(self)
             out.copy_(self.decode_sum_ref(payloads, numel, out.dtype, width))
         return out
 
@@ -159,7 +159,8 @@ class Codec(ABC):
 
         ``out``: uint8, at least ``wire_bytes_of(slices)``. ``residuals``: those of all slices, one behind the other.
         """
-        out = out[: self.wire_bytes_of(slices)]
+        size = self.wire_bytes_of(slices)
+        out = out if out.numel() == size else out[:size]
         if slices.numel == 0 or compiled.encode_slices(self, x, slices, out, residuals):
             return
         stride, first = self.wire_bytes(slices.length, slices.width), 0
@@ -191,7 +192,8 @@ class Codec(ABC):
 
     def decode_slices(self, payloads: Tensor, slices: Slices, out: Tensor) -> None:
         """Decode payload r, at ``r * wire_bytes(slices.length, slices.width)``, into slice r of flat ``out``."""
-        payloads = payloads[: self.wire_bytes_of(slices)]
+        size = self.wire_bytes_of(slices)
+        payloads = payloads if payloads.numel() == size else payloads[:size]
         if slices.numel == 0 or compiled.decode_slices(self, payloads, slices, out):
             return
         stride = self.wire_bytes(slices.length, slices.width)
@@ -227,9 +229,9 @@ def summed(parts: Iterable[Tensor], dtype: torch.dtype) -> Tensor:
     return torch.where(total.isnan(), math.nan, total).to(dtype)
 
 
-def _tell(codec: object) -> None:
+def _warn_fallback(codec: object) -> None:
     """Log, on rank 0 and once for each format, that the PyTorch path serves."""
     name = type(codec).__name__
-    if name not in _told and os.environ.get("RANK", "0") == "0":
+    if name not in _warned and os.environ.get("RANK", "0") == "0":
         logger.warning(f"flash-comm: no compiled path for {name}; the PyTorch codec serves, slower.")
-    _told.add(name)
+    _warned.add(name)

@@ -89,35 +89,29 @@ def describe() -> str:
 
 def encode_slices(codec: Codec, x: Tensor, slices: Slices, out: Tensor, residuals: Tensor | None) -> bool:
     """Encode every slice of ``x``; see :meth:`Codec.encode_slices`. ValueError names what does not fit."""
-    numel, width, length, world = slices
-    stride = codec.wire_bytes(length, width)
-    _check("encode: x", x, DTYPES, x.device, numel)
-    _check("encode: out", out, BYTES, x.device, codec.wire_bytes_of(slices))
+    known, arguments, size = _known(codec, slices)
+    _check("encode: x", x, DTYPES, x.device, slices.numel)
+    _check("encode: out", out, BYTES, x.device, size)
     address = 0
     if residuals is not None:
         _check("encode: residual", residuals, (x.dtype,), x.device, codec.residual_numel_of(slices))
         address = residuals.data_ptr()
-    known = codec.fitted(width).native
-    function, last = _serving("encode_slices", x, length, width, known)
+    function, last = _serving("encode_slices", x, slices.length, slices.width, known)
     if function is None:
         return False
-    shape = (known, width, numel, length, world, stride)
-    function(x.data_ptr(), address, DTYPES[x.dtype], *shape, out.data_ptr(), last)
+    function(x.data_ptr(), address, DTYPES[x.dtype], *arguments, out.data_ptr(), last)
     return True
 
 
 def decode_slices(codec: Codec, payloads: Tensor, slices: Slices, out: Tensor) -> bool:
     """Decode every slice of ``out``; see :meth:`Codec.decode_slices`. ValueError names what does not fit."""
-    numel, width, length, world = slices
-    stride = codec.wire_bytes(length, width)
-    _check("decode: out", out, DTYPES, out.device, numel)
-    _check("decode: payloads", payloads, BYTES, out.device, codec.wire_bytes_of(slices))
-    known = codec.fitted(width).native
-    function, last = _serving("decode_slices", out, length, width, known)
+    known, arguments, size = _known(codec, slices)
+    _check("decode: out", out, DTYPES, out.device, slices.numel)
+    _check("decode: payloads", payloads, BYTES, out.device, size)
+    function, last = _serving("decode_slices", out, slices.length, slices.width, known)
     if function is None:
         return False
-    shape = (known, width, numel, length, world, stride)
-    function(payloads.data_ptr(), *shape, out.data_ptr(), DTYPES[out.dtype], last)
+    function(payloads.data_ptr(), *arguments, out.data_ptr(), DTYPES[out.dtype], last)
     return True
 
 
@@ -132,14 +126,16 @@ def reduce_slices(
 ) -> bool:
     """Sum ``payloads`` and encode the sum; see :meth:`Codec.reduce_slices`. ValueError names what does not fit."""
     numel, device = out.numel(), out.device
+    known, size = _known_one(codec, numel, width)
     _check("decode_sum: out", out, DTYPES, device, numel)
     if not payloads:
         raise ValueError("decode_sum: no payloads found; give at least one.")
-    _check_payloads(payloads, device, codec.wire_bytes(numel, width))
-    known, second, target, address = codec.fitted(width).native, None, 0, 0
+    _check_payloads(payloads, device, size)
+    second, target, address = None, 0, 0
     if gather is not None and payload is not None:
-        _check("reduce: payload", payload, BYTES, device, gather.wire_bytes(numel, width))
-        second, target = gather.fitted(width).native, payload.data_ptr()
+        second, gather_size = _known_one(gather, numel, width)
+        _check("reduce: payload", payload, BYTES, device, gather_size)
+        target = payload.data_ptr()
         if second is None:
             return False
         if residual is not None:
@@ -151,6 +147,23 @@ def reduce_slices(
     addresses = [each.data_ptr() for each in payloads]
     function(addresses, known, width, numel, out.data_ptr(), DTYPES[out.dtype], second, target, address, last)
     return True
+
+
+Native = tuple[int, int, int]
+
+
+@lru_cache(4096)
+def _known(codec: Codec, slices: Slices) -> tuple[Native | None, tuple[Any, ...], int]:
+    """How the extension knows ``codec`` for these slices, the arguments that say so, and bytes of all payloads."""
+    numel, width, length, world = slices
+    known = codec.fitted(width).native
+    return known, (known, width, numel, length, world, codec.wire_bytes(length, width)), codec.wire_bytes_of(slices)
+
+
+@lru_cache(4096)
+def _known_one(codec: Codec, numel: int, width: int) -> tuple[Native | None, int]:
+    """The same of one payload of ``numel`` values: and its bytes."""
+    return codec.fitted(width).native, codec.wire_bytes(numel, width)
 
 
 def _check(name: str, found: Tensor, dtypes: Collection[torch.dtype], device: torch.device, length: int) -> None:
@@ -174,19 +187,14 @@ def _check_payloads(payloads: Sequence[Tensor], device: torch.device, length: in
 
 
 def _serving(
-    name: str,
-    x: Tensor,
-    numel: int,
-    width: int,
-    codec: tuple[int, int, int] | None,
-    second: tuple[int, int, int] | None = None,
+    name: str, x: Tensor, numel: int, width: int, codec: Native | None, second: Native | None = None
 ) -> tuple[Callable[..., None] | None, int]:
     """The compiled function for the device of ``x``, or None, and its last argument: threads, or a CUDA stream."""
     if _extension is None or codec is None:
         return None, 0
-    if x.device.type == "cpu":
+    if x.is_cpu:
         return getattr(_extension, name), torch.get_num_threads()
-    if x.device.type != "cuda":
+    if not x.is_cuda:
         return None, 0
     for each in (codec, second):
         if each is not None and not has_cuda_kernel(each, x.dtype, numel, width):

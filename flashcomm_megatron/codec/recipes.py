@@ -39,8 +39,11 @@ def _same(bits: int, block: int) -> Legs:
 
 
 def _auto(bits: int, block: int) -> Legs:
-    """Half a bit more than asked where partial sums are rounded, one bit more, at twice the block, where their sum is:
-    the widest codes that cost no more than one bit a value, metadata included (docs/accuracy.md)."""
+    """Reduce leg: ``bits`` + 0.5 a value. Gather leg: ``bits`` + 1, in blocks twice as long. At most 8.
+
+    These are the widest codes that cost at most one bit a value more than ``bits``, metadata included
+    (docs/accuracy.md). Rotated counts levels in half bits, so 4 bits are ``Rotated(4.5)`` and ``Rotated(5)``.
+    """
     return Legs(Rotated(min(bits + 0.5, 8), block), Rotated(min(bits + 1, 8), min(2 * block, 1024)))
 
 

@@ -26,7 +26,7 @@ from ..config import Config, current
 from ..observe import counters, error_sampling, messages
 from . import agreement, algorithms, compile
 from .algorithms import Residuals
-from .handle import Handle, Launched
+from .handle import Handle, Launched, profiled
 from .hierarchical import hierarchical
 from .plan import Plan, Site, decide
 
@@ -157,7 +157,7 @@ def run(
         return Launched(out, None) if async_op else out
     steps = ALGORITHMS[plan.algorithm](x, out, plan, plan.call(), residuals)
     handle = Handle(steps, out, plan, site)
-    return handle.start() if async_op else handle.finish()
+    return handle.start(x) if async_op else handle.finish()
 
 
 def agree(group: dist.ProcessGroup, config: Config) -> None:
@@ -180,6 +180,8 @@ def resolve(group: dist.ProcessGroup | None, config: Config | None) -> tuple[dis
     group = group or dist.group.WORLD
     if group is None:
         raise ValueError("flash-comm has no process group: call torch.distributed.init_process_group() first.")
+    if isinstance(group, int):  # torch's GroupMember.NON_GROUP_MEMBER
+        raise ValueError("flash-comm: this rank is no member of the group. Call it on the group's ranks alone.")
     return group, config
 
 
@@ -209,7 +211,8 @@ def _launch_fused(plan: Plan, x: Tensor, out: Tensor, residuals: Residuals | Non
     if made is None:
         return False
     started = time.perf_counter()
-    lost = algorithms.fused_residuals(x, plan, residuals)
-    made.run(plan.algorithm, (plan.reduce, plan.gather), x, out, lost, seconds=plan.seconds)
+    kept = algorithms.fused_residuals(x, plan, residuals)
+    with profiled(plan):
+        fused.launch(made, plan, x, out, kept)
     counters.count_quantized(plan, time.perf_counter() - started)
     return True

@@ -34,6 +34,7 @@ def check(comm: Communicator, config: Config) -> None:
     if config in agreed:
         agreed.remove(config)
     elif comm.world > 1:
+        comm.calls.note(LATER)
         _compare(_gather(comm, config, agreed[-1] if agreed else None), comm.ranks)
     agreed.append(config)
 
@@ -76,5 +77,5 @@ def _gather(comm: Communicator, config: Config, before: Config | None) -> list[s
     text = _describe(config).encode()[:TEXT_BYTES].ljust(TEXT_BYTES, b"\0")
     inbox = torch.zeros(comm.world, TEXT_BYTES, dtype=torch.uint8, device=device)
     inbox[comm.rank] = torch.tensor(list(text), dtype=torch.uint8, device=device)
-    comm.opened(device, before or config).gather(inbox.view(-1), TEXT_BYTES, call).wait()
+    comm.transport_if_open(device, before or config).gather(inbox.view(-1), TEXT_BYTES, call).wait()
     return [bytes(each.tolist()).rstrip(b"\0").decode(errors="replace") for each in inbox]

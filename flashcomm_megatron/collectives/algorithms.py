@@ -25,11 +25,11 @@ from ..comm.communicator import Call, Transfer
 from .plan import Piece, Plan
 
 Steps = Generator[Transfer, None, Tensor]  # returns the collective's result
-Legs = Generator[Transfer, None, None]  # of one piece
+PieceSteps = Generator[Transfer, None, None]  # of one piece
 
 
 class Residuals:
-    """What this rank's last roundings lost, to be added to its next contribution (feedback.py).
+    """The rounding errors of this rank's last call, to be added to its next contribution (feedback.py).
 
     Made by the first collective that is handed them; later ones must have the same shape, dtype, device and codecs,
     which alone know what the numbers mean. Those of a leg's slices lie one behind the other.
@@ -60,13 +60,15 @@ def one_step(x: Tensor, out: Tensor, plan: Plan, call: Call, residuals: Residual
     return x
 
 
-def _one_step(x: Tensor, piece: Piece, number: int, plan: Plan, call: Call, residuals: Residuals | None) -> Legs:
+def _one_step(x: Tensor, piece: Piece, number: int, plan: Plan, call: Call, residuals: Residuals | None) -> PieceSteps:
     rank, world, size = plan.comm.rank, plan.comm.world, piece.sizes[0]
     inbox = torch.empty(world * size, dtype=torch.uint8, device=x.device)
-    lost = None if residuals is None else residuals.of(number, "reduce", plan.reduce.residual_numel_of(piece.slices), x)
-    plan.reduce.encode_slices(x, piece.slices, inbox[rank * size : (rank + 1) * size], lost)
+    residual = (
+        None if residuals is None else residuals.of(number, "reduce", plan.reduce.residual_numel_of(piece.slices), x)
+    )
+    plan.reduce.encode_slices(x, piece.slices, inbox[rank * size : (rank + 1) * size], residual)
     yield plan.transport.gather(inbox, size, call)
-    plan.reduce.reduce_slices(inbox.view(world, size).unbind(), x, width=piece.slices.width)
+    plan.reduce.reduce_slices(inbox.chunk(world), x, width=piece.slices.width)
 
 
 def two_step(x: Tensor, out: Tensor, plan: Plan, call: Call, residuals: Residuals | None = None) -> Steps:
@@ -75,11 +77,11 @@ def two_step(x: Tensor, out: Tensor, plan: Plan, call: Call, residuals: Residual
     return x
 
 
-def _two_step(x: Tensor, piece: Piece, number: int, plan: Plan, call: Call, residuals: Residuals | None) -> Legs:
+def _two_step(x: Tensor, piece: Piece, number: int, plan: Plan, call: Call, residuals: Residuals | None) -> PieceSteps:
     rank, world, slices = plan.comm.rank, plan.comm.world, piece.slices
-    lost = None if residuals is None else residuals.of(number, "reduce", plan.reduce.residual_numel_of(slices), x)
+    residual = None if residuals is None else residuals.of(number, "reduce", plan.reduce.residual_numel_of(slices), x)
     outbox = torch.empty(sum(piece.sizes), dtype=torch.uint8, device=x.device)
-    plan.reduce.encode_slices(x, slices, outbox, lost)
+    plan.reduce.encode_slices(x, slices, outbox, residual)
     inbox = outbox.new_empty(world * piece.sizes[rank])
     yield plan.transport.exchange(outbox, piece.sizes, inbox, piece.incoming, call)
     payloads, size = _received(inbox, outbox, piece, plan), piece.gather_size
@@ -87,12 +89,12 @@ def _two_step(x: Tensor, piece: Piece, number: int, plan: Plan, call: Call, resi
     gathered = outbox.new_empty(world * size)
     mine = x[piece.start : piece.end]
     own = gathered[rank * size : rank * size + piece.own_size]
-    lost = (
+    residual = (
         None
         if residuals is None
         else residuals.of(number, "gather", plan.gather.residual_numel(mine.numel(), slices.width), x)
     )
-    plan.reduce.reduce_slices(payloads, mine, plan.gather, own, lost, slices.width)
+    plan.reduce.reduce_slices(payloads, mine, plan.gather, own, residual, slices.width)
     yield plan.transport.gather(gathered, size, call)
     plan.gather.decode_slices(gathered, slices, x)
 
@@ -103,9 +105,11 @@ def _two_step(x: Tensor, piece: Piece, number: int, plan: Plan, call: Call, resi
 def reduce_scatter(x: Tensor, out: Tensor, plan: Plan, call: Call, residuals: Residuals | None = None) -> Steps:
     """Sum of every rank's ``x``, this rank's slice of it in ``out``."""
     (piece,), flat = plan.pieces, x.view(-1)
-    lost = None if residuals is None else residuals.of(0, "reduce", plan.reduce.residual_numel_of(piece.slices), flat)
+    residual = (
+        None if residuals is None else residuals.of(0, "reduce", plan.reduce.residual_numel_of(piece.slices), flat)
+    )
     outbox = torch.empty(sum(piece.sizes), dtype=torch.uint8, device=x.device)
-    plan.reduce.encode_slices(flat, piece.slices, outbox, lost)
+    plan.reduce.encode_slices(flat, piece.slices, outbox, residual)
     inbox = torch.empty_like(outbox)
     yield plan.transport.exchange(outbox, piece.sizes, inbox, piece.incoming, call)
     plan.reduce.reduce_slices(_received(inbox, outbox, piece, plan), out.view(-1), width=piece.slices.width)
@@ -127,7 +131,9 @@ def all_gather(x: Tensor, out: Tensor, plan: Plan, call: Call, residuals: Residu
 # ---- pieces -----------------------------------------------------------------------------------------------------
 
 
-def pipelined(algorithm: Callable[..., Legs], x: Tensor, plan: Plan, call: Call, residuals: Residuals | None) -> Legs:
+def pipelined(
+    algorithm: Callable[..., PieceSteps], x: Tensor, plan: Plan, call: Call, residuals: Residuals | None
+) -> PieceSteps:
     """Run ``algorithm`` on every piece of flat ``x``, all at once.
 
     All pieces are started first, so that the link is busy from the first piece's encoding to the last one's decoding;
@@ -135,7 +141,7 @@ def pipelined(algorithm: Callable[..., Legs], x: Tensor, plan: Plan, call: Call,
     """
     if len(plan.pieces) == 1:
         return (yield from algorithm(x, plan.pieces[0], 0, plan, call, residuals))
-    under_way: deque[tuple[Legs, Transfer]] = deque()
+    under_way: deque[tuple[PieceSteps, Transfer]] = deque()
     for number, piece in enumerate(plan.pieces):
         legs = algorithm(x[piece.first : piece.last], piece, number, plan, call, residuals)
         under_way.append((legs, next(legs)))
@@ -149,7 +155,7 @@ def pipelined(algorithm: Callable[..., Legs], x: Tensor, plan: Plan, call: Call,
 def _received(inbox: Tensor, outbox: Tensor, piece: Piece, plan: Plan) -> Sequence[Tensor]:
     """The payloads of this rank's slice by rank; its own is still where it was encoded."""
     rank, size = plan.comm.rank, piece.incoming[0]
-    payloads = list(inbox.view(plan.comm.world, size).unbind())
+    payloads = list(inbox.chunk(plan.comm.world)) if size else [inbox] * plan.comm.world
     start = rank * piece.sizes[0]
     payloads[rank] = outbox[start : start + size]
     return payloads

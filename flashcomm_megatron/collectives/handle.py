@@ -7,11 +7,14 @@ launched on a stream of its own. Work is begun in the order of the calls, which 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.profiler import record_function
 
 from ..observe import counters
 from .algorithms import Steps
@@ -35,13 +38,13 @@ class Handle:
         self._run()
         return self.wait()
 
-    def start(self) -> Handle:
-        """Begin the collective and return at once."""
+    def start(self, *inputs: Tensor) -> Handle:
+        """Begin the collective, which also reads ``inputs``, and return at once."""
         if self._result.is_cuda:
-            self._launch_aside()
+            self._launch_on_side_stream(inputs)
         else:
             is_inference = torch.is_inference_mode_enabled()
-            self._plan.comm.progress.submit(lambda: self._run_aside(is_inference))
+            self._plan.comm.progress.submit(lambda: self._run_in_background(is_inference))
         return self
 
     def is_completed(self) -> bool:
@@ -53,7 +56,7 @@ class Handle:
         if not self._is_done:
             self._plan.comm.progress.wait_for(lambda: self._is_done)
         if self._error is not None:
-            raise self._told(self._error)
+            raise self._with_layer_name(self._error)
         if self._event is not None:
             torch.cuda.current_stream(self._result.device).wait_event(self._event)
         return self._result
@@ -61,7 +64,7 @@ class Handle:
     def _run(self) -> None:
         started = time.perf_counter()
         try:
-            with torch.no_grad():
+            with profiled(self._plan), torch.no_grad() if torch.is_grad_enabled() else nullcontext():
                 for transfer in self._steps:
                     transfer.wait()
             counters.count_quantized(self._plan, time.perf_counter() - started)
@@ -69,20 +72,25 @@ class Handle:
             self._error = error
         self._is_done = True
 
-    def _run_aside(self, is_inference: bool) -> None:
+    def _run_in_background(self, is_inference: bool) -> None:
         with torch.inference_mode(is_inference):
             self._run()
 
-    def _launch_aside(self) -> None:
-        """Launch everything on a stream of its own, behind what the current one holds."""
-        device = self._result.device
-        aside = side_stream(device)
-        aside.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(aside):
-            self._run()
-            self._event = aside.record_event()
+    def _launch_on_side_stream(self, inputs: Sequence[Tensor]) -> None:
+        """Launch everything on a stream of its own, behind what the current one holds.
 
-    def _told(self, error: BaseException) -> BaseException:
+        Torch's allocator must know: a tensor that its owner drops before that stream is done would be given away.
+        """
+        device = self._result.device
+        side = side_stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            self._run()
+            self._event = side.record_event()
+        for tensor in (self._result, *inputs):
+            tensor.record_stream(side)
+
+    def _with_layer_name(self, error: BaseException) -> BaseException:
         """The error with the layer's name, where there is one."""
         if self._site is None or not isinstance(error, RuntimeError) or not str(error).startswith("flash-comm: #"):
             return error
@@ -103,6 +111,17 @@ class Launched:
         if self._work is not None:
             self._work.wait()
         return self._result
+
+
+def profiled(plan: Plan) -> AbstractContextManager[Any]:
+    """A range of the profiler that is recording, if one is: torch.profiler, or Nsight through emit_nvtx.
+
+    Its name says the place and the bytes, as in "flash-comm row: 270592 of 1048576 bytes". Of asynchronous calls on
+    CPUs there is none: torch.profiler does not see their thread.
+    """
+    if not torch._C._autograd._profiler_enabled():
+        return nullcontext()
+    return record_function(f"flash-comm {plan.label}: {plan.wire_bytes} of {plan.exact_bytes} bytes")
 
 
 _side_streams: dict[torch.device, Any] = {}

@@ -22,7 +22,7 @@ from .algorithms import Residuals, Steps, one_step, two_step
 from .plan import Plan
 
 
-class Part:
+class Subgroup:
     """Some of a communicator's ranks in ascending order, this one among them; and what carries their messages."""
 
     def __init__(self, comm: Communicator | Simulated, transport: Transport, ranks: Sequence[int]) -> None:
@@ -52,25 +52,25 @@ class Part:
 
 def hierarchical(x: Tensor, out: Tensor, plan: Plan, call: Call, residuals: Residuals | None = None) -> Steps:
     """All-reduce of ``x`` in place."""
-    slices, comm, exact = plan.inside, plan.comm, Raw(plan.dtype)
+    slices, comm, exact = plan.intra_node, plan.comm, Raw(plan.dtype)
     assert slices is not None
     nodes, flat = comm.nodes, x.view(-1)
-    inside = Part(comm, plan.transport, [rank for rank, node in enumerate(nodes) if node == nodes[comm.rank]])
-    mine = slices.of(flat)[inside.rank]
-    sizes = [slices.size(rank) * plan.dtype.itemsize for rank in range(inside.world)]
+    intra_node = Subgroup(comm, plan.transport, [rank for rank, node in enumerate(nodes) if node == nodes[comm.rank]])
+    mine = slices.of(flat)[intra_node.rank]
+    sizes = [slices.size(rank) * plan.dtype.itemsize for rank in range(intra_node.world)]
 
-    inbox = flat.new_empty(inside.world * mine.numel()).view(torch.uint8)  # exact reduce-scatter
-    incoming = [sizes[inside.rank]] * inside.world
-    yield inside.exchange(flat.view(torch.uint8), sizes, inbox, incoming, call)
-    payloads = list(inbox.view(inside.world, sizes[inside.rank]).unbind())
-    payloads[inside.rank] = mine.view(torch.uint8)
+    inbox = flat.new_empty(intra_node.world * mine.numel()).view(torch.uint8)  # exact reduce-scatter
+    incoming = [sizes[intra_node.rank]] * intra_node.world
+    yield intra_node.exchange(flat.view(torch.uint8), sizes, inbox, incoming, call)
+    payloads = list(inbox.view(intra_node.world, sizes[intra_node.rank]).unbind())
+    payloads[intra_node.rank] = mine.view(torch.uint8)
     total = torch.empty(mine.numel(), dtype=torch.float32, device=x.device)
-    if plan.across is not None:  # quantized all-reduce, where this rank has a slice
+    if plan.inter_node is not None:  # quantized all-reduce, where this rank has a slice
         exact.decode_sum(payloads, total)
-        algorithm = one_step if plan.across.algorithm == "one-step" else two_step
-        yield from algorithm(total, total, plan.across, call, residuals)
+        algorithm = one_step if plan.inter_node.algorithm == "one-step" else two_step
+        yield from algorithm(total, total, plan.inter_node, call, residuals)
 
     mine.copy_(total)  # exact all-gather
-    outgoing = mine.view(torch.uint8).repeat(inside.world)
-    yield inside.exchange(outgoing, incoming, flat.view(torch.uint8), sizes, call)
+    outgoing = mine.view(torch.uint8).repeat(intra_node.world)
+    yield intra_node.exchange(outgoing, incoming, flat.view(torch.uint8), sizes, call)
     return x

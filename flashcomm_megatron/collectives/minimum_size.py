@@ -1,8 +1,8 @@
 """Minimum sizes, from which on compression pays: shipped defaults, or a file measured on the machine that uses it.
 
-A file is made by ``python -m flashcomm_megatron bench --tune`` (tuning.py) and named by ``--flash-comm-thresholds``;
-jobs measure nothing by themselves. It holds one row for each (collective, dtype, bits, recipe) and each place (so many
-ranks on so many machines, joined in such a way), and says on which hardware and versions it was measured: on others it
+``python -m flashcomm_megatron bench --tune`` (tools/tune.py) makes a file, ``--flash-comm-thresholds`` names it; jobs
+measure nothing by themselves. It holds one row for each (collective, dtype, bits, recipe) and each topology (so many
+ranks on so many machines, over one transport), and says on which hardware and versions it was measured: on others it
 is refused. Ranks compare its digest before they use it. What it has no row for gets the default.
 """
 
@@ -23,11 +23,13 @@ from ..version import __version__
 
 NEVER = 2**62  # bytes: no size measured was worth it
 
-# By what joins the ranks. CPUs of one machine: benchmarks/bench_collectives.py; CPUs over the process group:
+# By transport. CPUs of one machine: benchmarks/bench_collectives.py; CPUs over the process group:
 # benchmarks/link_lab.py. GPUs: not measured by us; the smallest size at which published kernels of this kind win on
 # fp16 (AMD QuickReduce's table, 1 to 16 MiB by number of ranks).
 DEFAULTS = {"shared memory": 1024, "cpu": 256 * 1024, "cuda": 1024 * 1024}
-AT_LEAST = {"all_gather": 32 * 1024}  # of a rank's share: torch.distributed's own is quick while it is small
+MINIMUM_OF_COLLECTIVE = {
+    "all_gather": 32 * 1024
+}  # of a rank's share: torch.distributed's own is quick while it is small
 
 
 class Case(NamedTuple):
@@ -39,23 +41,23 @@ class Case(NamedTuple):
     recipe: str
 
 
-def minimum_size(case: Case, place: str, kind: str, config: Config) -> int:
-    """Smallest tensor, in bytes, that is compressed between ranks at ``place`` that are joined by ``kind``."""
+def minimum_size(case: Case, topology: str, transport: str, config: Config) -> int:
+    """Smallest tensor, in bytes, that is compressed between the ranks of ``topology`` over ``transport``."""
     if config.min_bytes is not None:
         return config.min_bytes
     tables = read(config.thresholds) if config.thresholds else {}
-    default = DEFAULTS.get(kind, DEFAULTS["cuda"])  # unknown devices are GPUs
-    return tables.get(place, {}).get(case, max(default, AT_LEAST.get(case.collective, 0)))
+    default = DEFAULTS.get(transport, DEFAULTS["cuda"])  # unknown devices are GPUs
+    return tables.get(topology, {}).get(case, max(default, MINIMUM_OF_COLLECTIVE.get(case.collective, 0)))
 
 
-def place_of(world: int, nodes: Sequence[int], kind: str) -> str:
+def topology_of(world: int, nodes: Sequence[int], transport: str) -> str:
     """What a table of a file holds for."""
-    return f"{world} ranks, {len(set(nodes))} machines, {kind}"
+    return f"{world} ranks, {len(set(nodes))} machines, {transport}"
 
 
 @lru_cache
 def read(path: str) -> dict[str, dict[Case, int]]:
-    """The file's rows by place. ValueError, one sentence, if it is not a file of this machine's."""
+    """The file's rows by topology. ValueError, one sentence, if it is not a file of this machine's."""
     name = f"--flash-comm-thresholds {path}"
     try:
         found = json.loads(Path(path).read_text())
@@ -96,7 +98,7 @@ def unwritable(path: Path) -> str:
 
 
 def write(path: Path, where: str, rows: dict[Case, int]) -> None:
-    """Put the ``rows`` of one place into the file, beside those of others."""
+    """Put the ``rows`` of one topology into the file, beside those of others."""
     tables: dict[str, Any] = {}
     if path.exists():
         old = json.loads(path.read_text())

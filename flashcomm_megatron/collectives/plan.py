@@ -30,7 +30,7 @@ from ..comm.communicator import Call, Communicator, Transport
 from ..comm.simulated import Simulated
 from ..config import Config
 from . import agreement
-from .minimum_size import NEVER, Case, minimum_size, place_of
+from .minimum_size import NEVER, Case, minimum_size, topology_of
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -38,6 +38,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # memory only what exceeds the cache is cut. On GPUs a tensor is one piece: more launches cost more than overlap gains.
 PIECE = {"shared memory": 2048 * 1024, "cpu": 1024 * 1024}
 PLANS = 4096  # kept for a group
+TITLE = 47  # characters of a call's title; a frame in shared memory holds as many (csrc/cpu/streams.h)
 
 # One-step moves world / 2 times the bytes of two-step, but in one exchange instead of two.
 ONE_STEP_WORLD = 2
@@ -83,6 +84,7 @@ class Plan(NamedTuple):
     dtype: torch.dtype
     label: str  # what error samples are filed under
     title: str  # what errors and messages call it
+    noted: str  # what must be the same on every rank, in words (comm/stalls.py)
     check: int
     seconds: float
     minimum: int  # bytes from which on compression pays
@@ -90,13 +92,13 @@ class Plan(NamedTuple):
     wire_bytes: int = 0  # sent by this rank
     remote_bytes: int = 0  # of these, to other machines
     pieces: tuple[Piece, ...] = ()
-    inside: Slices | None = None  # hierarchical: slices inside this rank's machine
-    across: Plan | None = None  # hierarchical: of the sum over machines
+    intra_node: Slices | None = None  # hierarchical: slices of this rank's machine
+    inter_node: Plan | None = None  # hierarchical: of the sum over machines
 
     def call(self) -> Call:
         """The next call of this plan."""
-        self.comm.calls += 1
-        return Call(self.comm.calls, self.title, self.check, self.seconds)
+        self.comm.number += 1
+        return Call(self.comm.number, self.title, self.check, self.seconds)
 
 
 def decide(
@@ -128,6 +130,7 @@ def decide(
         if len(comm.plans) >= PLANS:
             comm.plans.clear()
         comm.plans[key] = found
+    comm.calls.note(found.noted)
     return found
 
 
@@ -151,8 +154,8 @@ def plan(
     numel, recipe = math.prod(shape), RECIPES[config.recipe]
     is_gradient = legs is not None and legs != config.legs and legs == config.gradient_legs
     case = Case(kind, name(dtype), config.grad_bits if is_gradient else config.bits, config.recipe)
-    joined = comm.joined(device, config)
-    minimum = minimum_size(case, place_of(comm.world, comm.nodes, joined), joined, config)
+    transport = comm.transport_name(device, config)
+    minimum = minimum_size(case, topology_of(comm.world, comm.nodes, transport), transport, config)
     if by_row:
         row = dtype.itemsize * (shape[-1] if shape else 1)
         minimum = 0 if row >= (config.min_bytes or 0) else NEVER
@@ -163,6 +166,7 @@ def plan(
     rows = ["*", *shape] if kind == "all_to_all" else list(shape)
     title = " ".join(str(word) for word in (kind, rows, name(dtype), site_kind) if word)
     check = zlib.crc32(f"{agreement.digest(config)} {title}".encode()) & 0xFFFF
+    title = f"{check:04x} {title}"[:TITLE]
     made = Plan(
         deferred=deferred,
         kind=kind,
@@ -174,7 +178,8 @@ def plan(
         gather=legs.gather,
         dtype=dtype,
         label=site_kind or kind,
-        title=f"{check:04x} {title}"[:47],
+        title=title,
+        noted=f"{title}, {f'deferred ({deferred})' if deferred else 'compressed'}",
         check=check,
         seconds=comm.seconds(config),
         minimum=minimum,
@@ -182,7 +187,7 @@ def plan(
     )
     if deferred or kind == "all_to_all":
         return made
-    return _cut(made, shape, device, 0 if recipe.calibrated else PIECE.get(joined, 0))
+    return _cut(made, shape, device, 0 if recipe.calibrated else PIECE.get(transport, 0))
 
 
 def message_codec(x: Tensor, plan: Plan) -> Codec:
@@ -245,8 +250,8 @@ def _flat(world: int) -> str:
 
 def cut(numel: int, width: int, world: int, unit: int) -> Slices:
     """``numel`` values, rows of ``width``, as slices for ``world`` ranks; one row is cut at multiples of ``unit``."""
-    grain = width if numel > width else unit
-    length = math.ceil(math.ceil(numel / grain) / world) * grain
+    alignment = width if numel > width else unit
+    length = math.ceil(math.ceil(numel / alignment) / world) * alignment
     return Slices(numel, width, min(length, numel), world)
 
 
@@ -262,8 +267,8 @@ def _cut(plan: Plan, shape: Sequence[int], device: torch.device, piece: int) -> 
     elif plan.kind == "all_gather":
         slices = [(0, Slices(numel * comm.world, width, numel, comm.world))]
     else:
-        step, grain = piece * (comm.world if plan.algorithm == "two-step" else 1), width if numel > width else unit
-        step = max(step // grain, 1) * grain if step else numel
+        step, alignment = piece * (comm.world if plan.algorithm == "two-step" else 1), width if numel > width else unit
+        step = max(step // alignment, 1) * alignment if step else numel
         parts, slices = comm.world if plan.algorithm == "two-step" else 1, []
         for first in range(0, numel, step):
             slices.append((first, cut(min(step, numel - first), width, parts, unit)))
@@ -296,23 +301,22 @@ def _sent(plan: Plan, piece: Piece) -> int:
 
 
 def _cut_hierarchical(plan: Plan, numel: int, width: int, unit: int, device: torch.device) -> Plan:
-    from .hierarchical import Part
+    from .hierarchical import Subgroup
 
     comm, nodes = plan.comm, plan.comm.nodes
-    mates = [rank for rank, node in enumerate(nodes) if node == nodes[comm.rank]]
-    place = mates.index(comm.rank)
+    node_ranks = [rank for rank, node in enumerate(nodes) if node == nodes[comm.rank]]
+    place = node_ranks.index(comm.rank)
     peers = sorted([rank for rank, each in enumerate(nodes) if each == node][place] for node in set(nodes))
-    inside = cut(numel, width, len(mates), unit)
-    mine = inside.size(place)
+    intra_node = cut(numel, width, len(node_ranks), unit)
+    mine = intra_node.size(place)
     shape = (mine // width, width) if mine > width else (mine,)
-    part: Any = Part(comm, plan.transport, peers)
-    within = (inside.numel - mine + (len(mates) - 1) * mine) * plan.dtype.itemsize
+    subgroup: Any = Subgroup(comm, plan.transport, peers)
+    within = (intra_node.numel - mine + (len(node_ranks) - 1) * mine) * plan.dtype.itemsize
     if not mine:
-        return plan._replace(inside=inside, wire_bytes=within)
+        return plan._replace(intra_node=intra_node, wire_bytes=within)
     flat = _flat(len(peers))
-    legs = plan.reduce, plan.gather
-    piece = PIECE.get(plan.comm.joined(device, plan.config), 0)
-    across = plan._replace(comm=part, transport=part, algorithm=flat, reduce=legs[0], gather=legs[1])
-    across = _cut(across, shape, device, piece)
-    sent = across.wire_bytes
-    return plan._replace(inside=inside, across=across, wire_bytes=within + sent, remote_bytes=sent)
+    piece = PIECE.get(plan.comm.transport_name(device, plan.config), 0)
+    inter_node = plan._replace(comm=subgroup, transport=subgroup, algorithm=flat)
+    inter_node = _cut(inter_node, shape, device, piece)
+    sent = inter_node.wire_bytes
+    return plan._replace(intra_node=intra_node, inter_node=inter_node, wire_bytes=within + sent, remote_bytes=sent)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..config import Config
 from ..observe import messages
-from . import shared_memory, votes
+from . import shared_memory, stalls, votes
 from .process_group import ProcessGroup
 from .progress import Progress
 from .shared_memory import SharedMemory
@@ -74,7 +74,8 @@ class Communicator:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.rank, self.world = group.rank(), group.size()
         self.ranks = dist.get_process_group_ranks(group)
-        self.calls = 0  # compressed ones so far
+        self.number = 0  # of compressed calls so far
+        self.calls = stalls.Calls()
         self.agreed: list[Config] = []  # configurations that all ranks hold; the last one is in force
         self.plans: dict[Hashable, Any] = {}  # decisions about calls, which the collectives remember here
         self.progress = Progress()
@@ -90,6 +91,8 @@ class Communicator:
         found = _communicators.get(group)
         if found is None:
             found = _communicators[group] = Communicator(group)
+            if found.world > 1:
+                stalls.watch(found)
         return found
 
     @property
@@ -111,7 +114,7 @@ class Communicator:
             self._nodes = tuple(numbers[machine] for machine in machines)
         return self._nodes
 
-    def joined(self, device: torch.device, config: Config) -> str:
+    def transport_name(self, device: torch.device, config: Config) -> str:
         """What joins the ranks for tensors on ``device``: "shared memory", else the device's kind."""
         return "shared memory" if self.transport(device, config) is self._shared else device.type
 
@@ -133,7 +136,7 @@ class Communicator:
             messages.unexpected(f"transport shared-memory does not serve: {reason}.", config)
         return self._over_group
 
-    def opened(self, device: torch.device, config: Config) -> Transport:
+    def transport_if_open(self, device: torch.device, config: Config) -> Transport:
         """As :meth:`transport`, opening nothing: for what ranks tell each other before a call."""
         serves = device.type == "cpu" and config.transport != "group" and self._shared and not self._shared.reason
         return self._shared if serves and self._shared else self._over_group
@@ -154,6 +157,18 @@ class Communicator:
         except (RuntimeError, AttributeError):
             return DEFAULT_SECONDS
         return found.total_seconds()
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether an error ended a wait for another rank: the group is done."""
+        return self._over_group.has_failed or (self._shared is not None and self._shared.has_failed)
+
+    def stop(self, reason: str) -> None:
+        """Say ``reason`` and end every wait for other ranks with it, on any thread: they will not answer."""
+        messages.warn(f"flash-comm: {reason}")
+        self._over_group.stop(reason)
+        if self._shared is not None:
+            self._shared.stopped = reason
 
     def close(self) -> None:
         """Let go of this rank's shared memory; the next call opens it anew. On every rank."""

@@ -12,7 +12,6 @@ which ranks launch their calls on different streams; more may wait for each othe
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import lru_cache
 from types import ModuleType
@@ -56,6 +55,7 @@ class Workspace:
         codecs: tuple[Any, Any],
         x: Tensor,
         out: Tensor,
+        length: int,
         residuals: Sequence[Tensor] = (),
         *,
         seconds: float,
@@ -63,9 +63,9 @@ class Workspace:
     ) -> Tensor:
         """Launch one collective of ``kind`` on the current stream and return ``out``.
 
-        ``x``, ``out``: contiguous, on this device. ``codecs``: of the reduce and the gather leg. ``residuals``: of both
-        legs, added and replaced; or none. ``seconds``: how long the kernel waits for a peer; then it fills ``out`` with
-        NaN, and :meth:`raise_error` raises.
+        ``x``, ``out``: contiguous, on this device. ``codecs``: of the reduce and the gather leg. ``length``: values of
+        a slice. ``residuals``: of both legs, added and replaced; or none. ``seconds``: how long the kernel waits for a
+        peer; then it fills ``out`` with NaN, and :meth:`raise_error` raises.
         """
         self.raise_error()
         self._seconds = seconds
@@ -74,6 +74,7 @@ class Workspace:
             **_legs(self._cuda, codecs),
             dtype=extension.DTYPES[x.dtype],
             numel=max(x.numel(), out.numel()),
+            slice=length,
             x=[x.data_ptr()],
             out=[out.data_ptr()],
             residuals=[each.data_ptr() for each in residuals],
@@ -134,8 +135,7 @@ def serving(
     """
     if x.device.type != "cuda" or not CHAINS[transport]:
         return None
-    legs = _native(plan.reduce), _native(plan.gather)
-    if group.size() not in WORLDS or not _has_kernel(*legs, x.dtype, with_residuals) or not _is_cut_alike(plan, x):
+    if group.size() not in WORLDS or len(plan.pieces) != 1 or not _has_kernel(*_cut(plan), x.dtype, with_residuals):
         return None
     made = _of(group, x.device.index, transport)
     if made is not None and made.device != x.device.index:
@@ -159,39 +159,30 @@ def _of(group: dist.ProcessGroup, device: int, transport: str) -> Workspace | No
     return made[transport]
 
 
-Native = tuple[int, int, int]  # format, bits, block: extension.py
+def launch(
+    made: Workspace, plan: Any, x: Tensor, out: Tensor, residuals: Sequence[Tensor] = (), **tests: Any
+) -> Tensor:
+    """Run a planned collective that :func:`serving` said ``made`` serves."""
+    codecs, slices = _cut(plan)
+    return made.run(plan.algorithm, codecs, x, out, slices.length, residuals, seconds=plan.seconds, **tests)
 
 
-def _native(codec: Any) -> Native | None:
-    found: Native | None = codec.native
-    return found
-
-
-@lru_cache
-def _has_kernel(reduce: Native | None, gather: Native | None, dtype: torch.dtype, with_residuals: bool) -> bool:
-    """Whether there is a fused kernel for these legs."""
-    cuda = extension.cuda()
-    if cuda is None or reduce is None or gather is None:
-        return False
-    return bool(cuda.has_collective(cuda.Leg(*reduce), cuda.Leg(*gather), extension.DTYPES[dtype], with_residuals))
-
-
-def _is_cut_alike(plan: Any, x: Tensor) -> bool:
-    """Whether the kernel, which knows no rows, cuts blocks and slices where the plan does: else bits would differ."""
-    if len(plan.pieces) != 1:
-        return False
+def _cut(plan: Any) -> tuple[tuple[Any, Any], Any]:
+    """The codecs that serve the rows of a plan's only piece, and how it is cut."""
     slices = plan.pieces[0].slices
-    for codec in (plan.reduce, plan.gather):
-        fitted = codec.fitted(slices.width)
-        if fitted != codec or not extension.has_cuda_kernel(codec.native, x.dtype, slices.length, slices.width):
-            return False
-    if plan.algorithm != "two-step":
-        return True
-    return bool(slices.length * slices.world == slices.numel and slices.length % (32 * _longest_block(plan)) == 0)
+    return (plan.reduce.fitted(slices.width), plan.gather.fitted(slices.width)), slices
 
 
-def _longest_block(plan: Any) -> int:
-    return math.lcm(plan.reduce.block, plan.gather.block)
+@lru_cache(4096)
+def _has_kernel(codecs: tuple[Any, Any], slices: Any, dtype: torch.dtype, with_residuals: bool) -> bool:
+    """Whether there is a fused kernel for these legs; it knows no rows: they must be whole blocks or super-blocks."""
+    cuda = extension.cuda()
+    if cuda is None or not all(codec.native for codec in codecs):
+        return False
+    legs = [cuda.Leg(*codec.native) for codec in codecs]
+    return cuda.has_collective(*legs, extension.DTYPES[dtype], with_residuals) and all(
+        extension.has_cuda_kernel(codec.native, dtype, slices.length, slices.width) for codec in codecs
+    )
 
 
 def prepare(group: dist.ProcessGroup, transport: str) -> Workspace | None:
@@ -302,7 +293,8 @@ def _trial(made: Workspace, group: dist.ProcessGroup) -> str:
         for turn in range(2):
             parts = [_known(rank, turn, device) for rank in range(group.size())]
             out = torch.full((len(parts) * parts[0].numel(),), torch.nan, dtype=torch.bfloat16, device=device)
-            made.run("all_gather", (codec, codec), parts[group.rank()], out, seconds=trial_seconds)
+            mine = parts[group.rank()]
+            made.run("all_gather", (codec, codec), mine, out, mine.numel(), seconds=trial_seconds)
             torch.cuda.synchronize(made.device)
             made.raise_error()
             if not torch.equal(out, torch.cat(parts)):
@@ -315,7 +307,7 @@ def _trial(made: Workspace, group: dist.ProcessGroup) -> str:
 class _Known(NamedTuple):
     """The number format of the trial: 8-bit integers in blocks of 32, as csrc/api.h numbers it."""
 
-    native: Native = (0, 8, 32)
+    native: tuple[int, int, int] = (0, 8, 32)
 
 
 def _known(rank: int, turn: int, device: torch.device) -> Tensor:

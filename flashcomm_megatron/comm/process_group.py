@@ -1,21 +1,27 @@
 """Messages over a torch process group: NCCL, gloo, or whatever backend the group has.
 
 On GPUs each exchange is one collective of the backend, all_to_all_single or all_gather_into_tensor: it knows the
-machine's topology, so that a payload crosses a switch once and not once for each peer, and it can be captured. In main
-memory they are messages from rank to rank, receives posted first: over gloo that is faster than its collectives.
+machine's topology, so that a payload crosses a switch once and not once for each peer, and it can be captured. It is
+asked of the group itself: what torch.distributed's functions check and log takes as long again. In main memory they are
+messages from rank to rank, receives posted first: over gloo that is faster than its collectives.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, cast
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import AllgatherOptions, AllToAllOptions
+
+from . import votes
 
 if TYPE_CHECKING:
     from .communicator import Call, Transfer
@@ -23,13 +29,22 @@ if TYPE_CHECKING:
 TAG = 0x7C << 24  # keeps these messages apart from a user's own point-to-point traffic on the same group
 
 
+@lru_cache
+def _options(kind: type) -> Any:
+    """Options of a collective that the caller waits for."""
+    made = kind()
+    if hasattr(made, "asyncOp"):  # torch 2.7 or newer
+        made.asyncOp = True
+    return made
+
+
 class Messages:
     """The messages of one exchange in main memory."""
 
-    def __init__(self, ranks: Sequence[int], call: Call, buffers: tuple[Tensor, ...]) -> None:
+    def __init__(self, ends: ProcessGroup, call: Call, buffers: tuple[Tensor, ...]) -> None:
         self.works: list[tuple[Any, int]] = []  # and the peer of each
         self.is_done = False
-        self._ranks, self._call, self._buffers = ranks, call, buffers
+        self._ends, self._call, self._buffers = ends, call, buffers
 
     def wait(self) -> None:
         """Block until all were delivered; RuntimeError naming the peer of one that was not."""
@@ -38,24 +53,30 @@ class Messages:
             for work, peer in self.works:  # noqa: B007
                 work.wait(seconds)
         except RuntimeError as error:
-            raise self.lost(peer, error) from error
+            raise self.undelivered(peer, error) from error
         self.is_done = True
 
-    def lost(self, peer: int, error: RuntimeError) -> RuntimeError:
+    def undelivered(self, peer: int, error: RuntimeError) -> RuntimeError:
         """The error of a message that was not delivered, which names the call and the rank."""
+        self._ends.has_failed = True
+        if self._ends.stopped:
+            return RuntimeError(f"flash-comm: {self._call}: {self._ends.stopped}")
         return RuntimeError(
-            f"flash-comm: {self._call}: no message passed between this rank and rank {self._ranks[peer]} (allowed: "
-            f"{self._call.seconds:g} s). Look for that rank's own error; if it has none, it is in another call or "
-            f"holds another configuration. The process group says: {error}"
+            f"flash-comm: {self._call}: no message passed between this rank and rank {self._ends.ranks[peer]} "
+            f"(allowed: {self._call.seconds:g} s). Look for that rank's own error; if it has none, it is in another "
+            f"call or holds another configuration. The process group says: {error}"
         )
 
 
 class ProcessGroup:
     """Exchanges between the ranks of one process group."""
 
+    messages: ClassVar[Collection[str]] = ("cpu",)  # kinds of devices between which each exchange is messages
+
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.rank, self.world = group.rank(), group.size()
-        self._ranks = dist.get_process_group_ranks(group)
+        self.ranks = dist.get_process_group_ranks(group)
+        self.has_failed, self.stopped = False, ""  # whether a wait ended with an error; why no message will arrive
         self._group = weakref.ref(group)
         self._under_way: deque[Messages] = deque()  # also of who was interrupted: their peers still expect them
 
@@ -63,18 +84,30 @@ class ProcessGroup:
         self, outbox: Tensor, out_sizes: Sequence[int], inbox: Tensor, in_sizes: Sequence[int], call: Call
     ) -> Transfer:
         """Send each rank its part of ``outbox`` and receive from each its part of ``inbox``."""
-        if outbox.device.type != "cpu":
+        group: Any = self._group()
+        if outbox.device.type not in self.messages:
             splits = list(in_sizes), list(out_sizes)
-            return cast("Transfer", dist.all_to_all_single(inbox, outbox, *splits, group=self._group(), async_op=True))
+            return cast("Transfer", group.alltoall_base(inbox, outbox, *splits, _options(AllToAllOptions)))
         sends, receives = torch.split(outbox, list(out_sizes)), torch.split(inbox, list(in_sizes))
         return self._post(sends, receives, outbox, inbox, call)
 
     def gather(self, inbox: Tensor, size: int, call: Call) -> Transfer:
         """Send every rank the ``size`` bytes at this rank's place in ``inbox``, and receive theirs."""
         own = inbox[self.rank * size : (self.rank + 1) * size]
-        if inbox.device.type != "cpu":
-            return cast("Transfer", dist.all_gather_into_tensor(inbox, own, group=self._group(), async_op=True))
+        group: Any = self._group()
+        if inbox.device.type not in self.messages:
+            return cast("Transfer", group._allgather_base(inbox, own, _options(AllgatherOptions)))
         return self._post([own] * self.world, inbox.view(self.world, size).unbind(), inbox, inbox, call)
+
+    def stop(self, reason: str) -> None:
+        """End every wait in main memory, on any thread and with any rank, with an error that says ``reason``.
+
+        Gloo closes a group's connections when a receive misses its deadline; the one here has none to speak of.
+        """
+        self.stopped, group = reason, cast("Any", self._group())
+        if votes.device(group).type == "cpu":
+            with suppress(RuntimeError):
+                group.recv([torch.empty(1)], (self.rank + 1) % self.world, TAG).wait(timedelta(milliseconds=1))
 
     def _post(
         self, sends: Sequence[Tensor], receives: Sequence[Tensor], outbox: Tensor, inbox: Tensor, call: Call
@@ -85,7 +118,7 @@ class ProcessGroup:
         own: messages that differ in either never meet.
         """
         group: Any = self._group()
-        posted = Messages(self._ranks, call, (outbox, inbox))
+        posted = Messages(self, call, (outbox, inbox))
         while self._under_way and self._under_way[0].is_done:
             self._under_way.popleft()
         self._under_way.append(posted)
@@ -99,5 +132,5 @@ class ProcessGroup:
                         length = size * 2654435761 >> 16 & 0xFFFF
                         posted.works.append((post([parts[peer]], peer, tag | (call.check ^ length)), peer))
         except RuntimeError as error:
-            raise posted.lost(peer, error) from error
+            raise posted.undelivered(peer, error) from error
         return posted

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
-import math
 import mmap
 import os
 import secrets
@@ -28,8 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..codec import native
-from ..observe import messages
-from . import votes
+from . import stalls, votes
 
 if TYPE_CHECKING:
     from .communicator import Call
@@ -46,17 +44,10 @@ REASONS = {  # by enum Failure of csrc/cpu/ring.h
     "order, with the same configuration.",
 }
 IMPATIENT = 6
-PATIENCE = 5.0  # seconds of silence after which it is said who is waited for
-SILENT = (
-    f"rank {{peer}} has neither sent nor taken anything for {PATIENCE:g} s. If it is not busy, it is in another call: "
-    "with lengths that differ between ranks, one may compress what another, below the minimum size, leaves to the "
-    "original collective."
-)
 LENGTHS = (
     "rank {peer} is in the same call but sends another length than the {awaited} bytes awaited from it: what one "
     "rank sends and the other awaits (the splits of an all-to-all) must agree."
 )
-TITLE_BYTES = 47  # of a frame: csrc/cpu/streams.h
 
 
 # ---- messages ---------------------------------------------------------------------------------------------------
@@ -70,14 +61,17 @@ class Posted:
 
     def wait(self) -> None:
         """Block until all are delivered; RuntimeError naming the rank that failed, and every later call's as well."""
-        failed = self._ends.native.wait(self._handle, self._call.seconds, PATIENCE)
-        if failed is not None and failed[0] == IMPATIENT:
-            messages.warn(f"flash-comm: {self._call}: {SILENT.format(peer=self._ends.ranks[failed[1]])}")
-            failed = self._ends.native.wait(self._handle, self._call.seconds - PATIENCE, math.inf)
+        seconds, failed = self._call.seconds, (IMPATIENT, 0, "")
+        while failed is not None and failed[0] == IMPATIENT:
+            failed = self._ends.native.wait(self._handle, seconds, stalls.PATIENCE)
+            seconds -= stalls.PATIENCE
+            if failed is not None and self._ends.stopped:
+                raise RuntimeError(f"flash-comm: {self._call}: {self._ends.stopped}")
         if failed is not None:
             raise self._error(*failed)
 
     def _error(self, failure: int, peer: int, theirs: str) -> RuntimeError:
+        self._ends.has_failed = True
         is_alike = theirs == str(self._call)
         reason = (LENGTHS if is_alike else REASONS[failure]).format(
             peer=self._ends.ranks[peer], seconds=self._call.seconds, theirs=theirs, awaited=self._sizes[peer]
@@ -92,6 +86,7 @@ class SharedMemory:
         self.rank, self.world = group.rank(), group.size()
         self.ranks = dist.get_process_group_ranks(group)
         self.native: Any = None
+        self.has_failed, self.stopped = False, ""  # whether a wait ended with an error; why no message will arrive
         self._process = os.getpid()
         self._under_way: deque[tuple[Any, Sequence[Tensor]]] = deque()  # and buffers, which live until delivered
         self._segments: list[Segment] = []

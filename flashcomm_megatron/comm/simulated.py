@@ -60,17 +60,17 @@ class Mailbox:
 class Simulated:
     """A communicator of simulated ranks, and its transport; ``nodes``: the machine of each rank, one machine if empty.
 
-    ``kind``: what joins them, as a real communicator's ``joined`` says; None: what would on one machine.
+    ``kind``: what joins them, as a real communicator's ``transport_name`` says; None: what would on one machine.
     """
 
     def __init__(
         self, rank: int, world: int, nodes: Sequence[int] = (), kind: str | None = None, mailbox: Mailbox | None = None
     ) -> None:
         self.rank, self.world, self.nodes = rank, world, tuple(nodes) or (0,) * world
-        self.calls, self.progress = 0, Progress()
+        self.number, self.progress = 0, Progress()
         self._kind, self._mailbox = kind, mailbox
 
-    def joined(self, device: torch.device, config: Config) -> str:
+    def transport_name(self, device: torch.device, config: Config) -> str:
         """What joins the ranks for tensors on ``device``."""
         shared = device.type == "cpu" and config.transport != "group"
         return self._kind or ("shared memory" if shared else device.type)

@@ -79,6 +79,8 @@ SEAMS = (
     Seam("torch.jit", "script", ("obj",), _not_compiled, "older Megatron scripts them"),
     Seam("torch.utils.data.dataloader", "_BaseDataLoaderIter.__init__", ("self", "loader"), _own_seed,
          "draws its workers' seed from the stream that here is the model's: a resumed run would drop out others"),
+    Seam("torch.accelerator", "is_available", (), always(False),
+         "data loaders pin memory where there is one; a torch built for CUDA answers by torch.cuda.is_available"),
     Seam("multiprocessing.spawn", "get_preparation_data", ("name",), _without_main,
          "a spawned child, like the queue of the checkpoint's writers, would import the script without CPU mode"),
 )  # fmt: skip

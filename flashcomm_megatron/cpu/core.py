@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..megatron.patching import Seam
+from . import cuda
 
 
 def _current_device(original: Any) -> Callable[[], torch.device]:
@@ -70,6 +71,8 @@ CUDA, RANDOM = "torch.cuda", "megatron.core.tensor_parallel.random"
 SEAMS = (
     Seam(CUDA, "current_device", (), _current_device,
          "the device of every parameter and buffer that Megatron makes; looked up on torch.cuda at every call"),
+    Seam(CUDA, "current_stream", (), cuda.new(cuda.Stream),
+         "asked by data parallelism before gradients are summed (0.19); the CPU has always done everything"),
     Seam(CUDA, "manual_seed", ("seed",), _seed,
          "seeds the default random stream; without a GPU torch would queue the call for ever"),
     Seam(CUDA, "get_rng_state", ("device",), _get_rng_state,

@@ -126,7 +126,6 @@ SEAMS = (
     Seam(CUDA, "Stream", (), instead(Stream), "made for overlapping communication"),
     Seam(CUDA, "ExternalStream", (), instead(Stream), "made for overlapping communication"),
     Seam(CUDA, "Event", (), instead(Event), "orders streams, times steps"),
-    Seam(CUDA, "current_stream", (), new(Stream), "waited for"),
     Seam(CUDA, "default_stream", (), new(Stream), "waited for"),
     Seam(CUDA, "stream", (), new(nullcontext), "work inside runs where all work runs"),
     Seam(CUDA, "set_stream", (), always(None), "later work runs where all work runs"),

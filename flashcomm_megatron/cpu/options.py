@@ -50,6 +50,8 @@ REFUSED = (
     Refusal("enable_cuda_graph", bool, "CUDA graphs need a GPU: leave --enable-cuda-graph out."),
     Refusal("cuda_graph_impl", lambda value: value not in (None, "none"),
             "CUDA graphs need a GPU: leave --cuda-graph-impl out."),
+    Refusal("use_persistent_ckpt_worker", bool,
+            "The process that saves checkpoints would need a GPU: leave --use-persistent-ckpt-worker out."),
 )  # fmt: skip
 # Variables that Megatron insists on for the sake of a GPU's order of work.
 ENVIRONMENT = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}

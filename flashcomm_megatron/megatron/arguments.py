@@ -27,8 +27,8 @@ from dataclasses import Field, fields
 from functools import partial
 from typing import Any
 
-from .. import environment
-from ..config import Config, current, set_current
+from ..config import Config, check_environment, current, from_environment, is_disabled, set_current
+from ..observe import messages
 from . import installation, patching
 from .patching import Function, PatchError, Seam
 from .when_imported import when_imported
@@ -54,7 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def config_from(namespace: argparse.Namespace) -> Config | None:
-    """The configuration a parsed command line asks for; None without bits. ValueError if no recipe knows it."""
+    """The configuration a namespace asks for; None without bits. ValueError for an option that does not exist."""
+    names = {PREFIX + field.name for field in fields(Config)}
+    unknown = next((name for name in vars(namespace) if name.startswith(PREFIX) and name not in names), None)
+    if unknown is not None:
+        raise ValueError(f"{unknown} is no option of flash-comm: choose {', '.join(sorted(names))}.")
     options = {field.name: getattr(namespace, PREFIX + field.name, None) for field in fields(Config)}
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     if given and "bits" not in given:
@@ -73,15 +77,17 @@ def enable_from(namespace: argparse.Namespace) -> None:
     elif config != current():
         _switch_on(config)
     found = current()
-    for field in fields(Config) if found is not None and not environment.is_disabled() else ():
+    for field in fields(Config) if found is not None and not is_disabled() else ():
         setattr(namespace, PREFIX + field.name, getattr(found, field.name))
 
 
 def enable_from_environment() -> None:
     """Switch on as FLASH_COMM_BITS says, if it is set and nothing is on yet."""
-    options = environment.options()
+    options = from_environment()
     if options and current() is None:
         _switch_on(Config(**options), ", as FLASH_COMM_BITS says")
+    elif options and current() != Config(**options) and not is_disabled():
+        messages.say("flash-comm: FLASH_COMM_BITS is not used, for a flag or a call of enable() came first.")
 
 
 def _switch_on(config: Config, why: str = "") -> None:
@@ -108,7 +114,7 @@ class _SwitchOn(argparse.Action):
 def _parse(parser: argparse.ArgumentParser, parse: Callable[..., Any], args: Any = None, namespace: Any = None) -> Any:
     """``parse_known_args`` of one parser, then the checks that need all options together."""
     namespace, unknown = parse(args, namespace)
-    _or_exit(parser, environment.check)
+    _or_exit(parser, check_environment)
     _or_exit(parser, partial(config_from, namespace))
     if getattr(namespace, f"{PREFIX}bits", None) is not None:  # by the flag, by a default, by a namespace handed in
         config = config_from(namespace)

@@ -6,14 +6,16 @@ Before it one line is printed, on rank 0. After it every row-parallel layer that
 is named: it communicates by names that we do not replace, whatever its class. Then the hooks are gone. A process that
 ends without such a forward is told so as well.
 
-Under ``--flash-comm-strict`` both are errors: the process ends with an exit code other than 0 by every way out, that
-is, when the script returns, by SystemExit of any code, by an exception; ``os._exit`` excepted, which nobody sees.
+Under ``--flash-comm-strict`` both are errors, and so is every earlier one that the script caught: the process ends with
+an exit code other than 0 when the script returns, by SystemExit of any code, by an exception or a signal, and where it
+is a child of multiprocessing. ``os._exit`` and ``os.exec`` are excepted, which nobody sees.
 """
 
 from __future__ import annotations
 
 import atexit
 import logging
+import multiprocessing.util
 import os
 import sys
 from collections import Counter
@@ -22,8 +24,7 @@ from typing import Any
 import torch
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from .. import environment
-from ..config import current
+from ..config import current, is_disabled
 from ..observe import counters, messages
 from . import model
 
@@ -87,9 +88,9 @@ def start(patched: str) -> None:
     """Watch the next forward. ``patched`` is the end of the line that is printed before it."""
     global _watch, _was_started
     stop()
+    if multiprocessing.parent_process() is not None and not _was_started:  # a child, which may run no exit handlers
+        multiprocessing.util.Finalize(None, _at_exit, exitpriority=0)
     _watch, _was_started = _FirstForward(patched), True
-    atexit.unregister(_at_exit)
-    atexit.register(_at_exit)
 
 
 def stop() -> None:
@@ -107,20 +108,20 @@ def close() -> None:
     RuntimeError where the configuration is strict and that, or an earlier complaint, holds.
     """
     atexit.unregister(_at_exit)
-    if current() is None or getattr(sys, "last_value", None) is not None:
+    if getattr(sys, "last_value", None) is not None:  # the script's own error ends the process
         return
-    if _watch is None:
-        messages.say(messages.summary())
-    else:
+    if _watch is not None:
         stop()
         messages.complain("no tensor-parallel layer ran, so nothing was compressed.", fatal=True)
+    elif _was_started and current() is not None:
+        messages.say(messages.summary())
     messages.last_verdict()
 
 
 def ignored(argv: list[str]) -> None:
     """Complain if ``argv`` holds our flags and nothing ever read them, say because of ``parse_known_args``."""
     flags = [word for word in argv if word.startswith("--flash-comm-")]
-    if flags and not _was_started and not environment.is_disabled():
+    if flags and not _was_started and not is_disabled():
         messages.complain(
             f"the script did not read {flags[0]}. Let it call flashcomm_megatron.add_arguments(parser).", fatal=False
         )
@@ -128,6 +129,9 @@ def ignored(argv: list[str]) -> None:
 
 def _at_exit() -> None:
     """The verdict where no runner asks for it. An exit handler cannot choose the exit code, so it ends the process."""
+    raised = sys.exc_info()[1]  # in a child of multiprocessing, whose error is printed after this
+    if raised is not None and not isinstance(raised, SystemExit):
+        return
     try:
         close()
     except RuntimeError as error:
@@ -136,6 +140,9 @@ def _at_exit() -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)
+
+
+atexit.register(_at_exit)  # at the import: before those of the script are registered, so that it runs behind them
 
 
 def _sums(module: Any) -> bool:

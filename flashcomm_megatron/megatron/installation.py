@@ -11,7 +11,7 @@ from functools import partial
 
 from packaging.version import Version
 
-from .. import environment
+from ..config import check_environment, is_disabled
 from ..observe import messages
 from . import coverage, feedback, patching, seams, training_log, transformer_engine
 from .patching import PatchError, Seam
@@ -34,8 +34,8 @@ def install(experts: bool = False, why: str = "") -> None:
     if Megatron is missing, too old, or does not fit; ValueError for an unknown environment variable.
     """
     global _is_installed
-    environment.check()
-    if environment.is_disabled():
+    check_environment()
+    if is_disabled():
         messages.say("flash-comm: off, because FLASH_COMM_DISABLE is set.")
         return
     version = megatron_version()

@@ -93,13 +93,12 @@ TOKENS = (
          "the same on the way back"),
 )  # fmt: skip
 
+# Not compiled by torch.compile: from 2.20 on compiled code runs an operator, whose backward would not know the site.
 TRANSFORMER_ENGINE = (
     Seam(EXTENSION, "TELinear.forward", ("self", "x"), engine.layer_forward,
-         "notes the site of TERowParallelLinear and TEColumnParallelLinear, which inherit this forward",
-         is_layer=True),
+         "notes the site of TERowParallelLinear and TEColumnParallelLinear, which inherit this forward"),
     Seam(EXTENSION, "TELayerNormColumnParallelLinear.forward", ("self", "x"), engine.layer_forward,
-         "notes the column site; a method, so subclasses and instances made earlier find it at call time",
-         is_layer=True),
+         "notes the column site; a method, so subclasses and instances made earlier find it at call time"),
     Seam(f"{TE}.linear", "_Linear.forward", ("ctx",), context.keep_site,
          "keeps the site for backward; apply() looks forward up on the class at every call"),
     Seam(f"{TE}.linear", "_Linear.backward", ("ctx",), context.restore_site,

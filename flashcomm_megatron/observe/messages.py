@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from ..codec import native as extension
+from ..codec import native
 from ..codec.recipes import RECIPES
 from ..config import Config, current
 from . import counters
@@ -34,7 +34,7 @@ def headline(patched: str) -> str:
     if config.gradient_legs is None:
         gradients, kept = "", f"gradients, {kept}"
     return (
-        f"flash-comm: {config.bits}-bit {config.recipe}{block}, {gradients}{extension.describe()}, {patched}; "
+        f"flash-comm: {config.bits}-bit {config.recipe}{block}, {gradients}{native.describe()}, {patched}; "
         f"exact: {kept}"
     )
 

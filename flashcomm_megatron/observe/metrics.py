@@ -5,7 +5,7 @@ Biases run, to a TensorBoard writer and to a JSON-lines file (``--flash-comm-met
 neither: its ``training_log`` is wrapped (training_log.py), once per log interval.
 
 Counters are totals of this rank since the start: they may miss a line and still be right at the next. Errors are of
-what was sampled since the last call (sampling.py); reading them is the only wait for the device, and it happens here.
+what was sampled since the last call (error_sampling.py); to read them is the only wait for the device.
 The first line of the JSON file, and the entry ``flash-comm`` of the W&B run's config, say how the run was configured.
 """
 
@@ -25,10 +25,10 @@ from typing import Any
 
 import torch
 
-from ..codec import native as extension
+from ..codec import native
 from ..config import Config, current
 from ..version import __version__
-from . import error_sampling as sampling
+from . import error_sampling
 from .counters import stats
 
 logger = logging.getLogger("flashcomm_megatron")
@@ -53,7 +53,7 @@ def metrics() -> dict[str, float]:
     }
     for reason, calls in counted["deferred"].items():
         scalars[f"deferred-calls/{reason.replace(' ', '-')}"] = calls
-    errors = sampling.read()
+    errors = error_sampling.read()
     for site, error in errors.items():
         scalars[f"rel-error/{site}"] = error.relative
         if error.relative:
@@ -116,7 +116,7 @@ def settings(config: Config | None = None) -> dict[str, Any]:
         "commit": _commit(),
         "torch": torch.__version__,
         "megatron-core": _installed("megatron-core"),
-        "extension": extension.describe(),
+        "extension": native.describe(),
         "ranks": torch.distributed.get_world_size() if _has_ranks() else 1,
     }
 

@@ -18,11 +18,16 @@ class Screen(logging.Handler):
     """Prints a message by itself, unless the root logger already prints to the console."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        root = logging.getLogger()
-        if any(type(handler) is logging.StreamHandler for handler in root.handlers):
+        if any(_shows(handler, record) for handler in logging.getLogger().handlers):
             return
         stream = sys.stdout if record.levelno < logging.WARNING else sys.stderr
         print(self.format(record), file=stream, flush=True)
+
+
+def _shows(handler: logging.Handler, record: logging.LogRecord) -> bool:
+    """Whether a handler writes ``record`` to the console: Python's own, or one made from it as Megatron's is."""
+    on_console = getattr(handler, "stream", None) in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__)
+    return on_console and record.levelno >= handler.level and bool(handler.filter(record))
 
 
 def install() -> None:

@@ -24,9 +24,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .. import environment
 from ..codec.published import ranges
-from ..config import Config, set_current
+from ..config import Config, is_disabled, set_current
 from ..megatron import context, coverage, installation, model
 from ..megatron.patching import PatchError
 
@@ -136,7 +135,7 @@ def _problem(options: argparse.Namespace, command: list[str]) -> str | None:
         return f"--out {options.out}: there is no folder {folder}."
     if options.batches < 1:
         return f"--batches {options.batches}: choose 1 or more."
-    if environment.is_disabled():
+    if is_disabled():
         return "FLASH_COMM_DISABLE is set, so no layer can be observed. Unset it."
     return None
 

@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 
-from .. import environment
-from ..codec import native as extension
+from ..codec import native
 from ..collectives import minimum_size
-from ..config import current
+from ..config import VARIABLES, current, is_disabled
 from ..megatron import checkout, installation, patching, seams, training_log
 from ..megatron.arguments import SEAMS as DOORS
 from ..observe import counters
@@ -52,10 +51,10 @@ def report() -> Report:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "megatron-core": megatron,
-            "codec": extension.describe(),
+            "codec": native.describe(),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
             "transports": ", ".join(_transports()),
-            "environment": ", ".join(f"{name}={os.environ[name]}" for name in environment.KNOWN if name in os.environ)
+            "environment": ", ".join(f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ)
             or "no FLASH_COMM_* variable set",
             "least bytes": _least(),
             "state": _state(),
@@ -117,7 +116,7 @@ def _print(found: Report, as_json: bool) -> None:
 
 
 def _state() -> str:
-    if environment.is_disabled():
+    if is_disabled():
         return "off, FLASH_COMM_DISABLE is set"
     config = current()
     return f"on, {config}" if config else "off"
@@ -129,7 +128,9 @@ def _least() -> str:
     if config and config.min_bytes is not None:
         return str(config.min_bytes)
     defaults = ", ".join(f"{wire} {nbytes}" for wire, nbytes in minimum_size.DEFAULTS.items())
-    defaults += "".join(f"; {name} at least {nbytes} from each rank" for name, nbytes in minimum_size.AT_LEAST.items())
+    defaults += "".join(
+        f"; {name} at least {nbytes} from each rank" for name, nbytes in minimum_size.MINIMUM_OF_COLLECTIVE.items()
+    )
     if not config or not config.thresholds:
         return defaults
     if reason := minimum_size.problem(config.thresholds):
@@ -144,8 +145,8 @@ def _least() -> str:
 
 def _transports() -> list[str]:
     """What this build can use: kernels between GPUs, memory that CPU ranks share, the process group."""
-    kernels = ["peer", "host"] if extension.cuda() is not None else []
-    return kernels + ["shared-memory"] * extension.available() + ["group"]
+    kernels = ["peer", "host"] if native.cuda() is not None else []
+    return kernels + ["shared-memory"] * native.available() + ["group"]
 
 
 def _feedback() -> str:

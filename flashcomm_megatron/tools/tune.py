@@ -85,7 +85,7 @@ def main(argv: list[str]) -> int:
             group = dist.group.WORLD
             assert group is not None
             comm, config = Communicator.of(group), Config(bits=options.bits[0], recipe=options.recipe)
-            place = minimum_size.place_of(comm.world, comm.nodes, comm.joined(_device(), config))
+            place = minimum_size.topology_of(comm.world, comm.nodes, comm.transport_name(_device(), config))
             minimum_size.write(options.tune, place, rows)
         _say(f"wrote {options.tune}: use it with --flash-comm-thresholds {options.tune}")
     dist.barrier()

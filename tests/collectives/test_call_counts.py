@@ -17,6 +17,7 @@ from ranks import spawn
 import flashcomm_megatron
 from flashcomm_megatron import collectives
 from flashcomm_megatron.codec import native as extension
+from flashcomm_megatron.comm.process_group import ProcessGroup
 from flashcomm_megatron.config import Config
 
 pytestmark = pytest.mark.skipif(extension.module() is None, reason="the extension is not built")
@@ -104,3 +105,31 @@ def native_calls(rank: int, world: int) -> dict[str, int]:
 def test_native_calls_do_not_grow_with_the_ranks(world: int) -> None:
     expected = {kind: by_world[world] for kind, by_world in NATIVE_CALLS.items()}
     assert spawn(native_calls, world) == [expected] * world
+
+
+def launched(rank: int, world: int, ranks: int) -> dict[str, int]:
+    """Native codec calls, each a launch on a GPU, and collectives of the backend that one all-reduce makes there."""
+    dist.destroy_process_group()
+    sys.path.insert(0, str(Path(PACKAGE).parent / "benchmarks"))
+    import bench_host
+
+    codec, found = bench_host.idle_codec(), Counter[str]()
+    for name in ("encode_slices", "reduce_slices", "decode_slices"):
+        setattr(codec, name, lambda *_, name=name: found.update(["launches"]))
+    call = bench_host.on_fake_ranks(ranks, codec)
+    for name in ("exchange", "gather"):
+        of_group = getattr(ProcessGroup, name)
+        asked = f"asked for {name}"
+        counting = lambda *a, of_group=of_group, asked=asked: found.update([asked]) or of_group(*a)  # noqa: E731
+        setattr(ProcessGroup, name, counting)
+    call()
+    found.clear()
+    call()
+    return dict(found)
+
+
+@pytest.mark.parametrize("world", [2, 4, 8])
+def test_an_all_reduce_over_nccl_is_three_launches_and_two_collectives_at_most(world: int) -> None:
+    (found,) = spawn(launched, 1, world)
+    one_step = {"launches": 2, "asked for gather": 1}
+    assert found == (one_step if world == 2 else {"launches": 3, "asked for exchange": 1, "asked for gather": 1})

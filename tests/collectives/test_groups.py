@@ -127,3 +127,18 @@ def without_shared_memory(rank: int, world: int) -> torch.Tensor:
 
 def test_without_shared_memory_on_one_rank_all_use_the_process_group() -> None:
     assert all(torch.equal(each, torch.full((LARGE,), 2.0)) for each in spawn(without_shared_memory, 2))
+
+
+def outside(rank: int, world: int) -> list[str]:
+    """What a rank hears that calls a group of others, with a tensor below and above the minimum size."""
+    group, heard = dist.new_group([0]), []
+    for numel in (4, 40_000) if rank else ():
+        with pytest.raises(ValueError, match="no member of the group") as error:
+            collectives.all_reduce(torch.ones(numel), group, Config(bits=8, min_bytes=1024))
+        heard.append(str(error.value))
+    return heard
+
+
+def test_a_rank_outside_of_a_group_hears_the_same_whatever_the_size() -> None:
+    _, heard = spawn(outside, 2)
+    assert len(heard) == 2 and len(set(heard)) == 1

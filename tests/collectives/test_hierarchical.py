@@ -34,7 +34,7 @@ def reduced(made: list[plan.Plan], parts: list[Tensor]) -> list[Tensor]:
 
     def start(comm: simulated.Simulated):  # type: ignore[no-untyped-def]
         mine, x = made[comm.rank], copies[comm.rank]
-        if mine.inside is None:
+        if mine.intra_node is None:
             mine = on(mine, comm)
         else:  # holds parts of its communicator
             mine = plan.plan("all_reduce", x.shape, x.dtype, x.device, comm, mine.config)
@@ -52,7 +52,7 @@ def test_the_sum_is_that_of_the_machines_exact_sums(nodes: tuple[int, ...], shap
     results = reduced(made, parts)
     assert all(torch.equal(each, results[0]) for each in results), "all ranks hold the same bits"
     sums = {each: sum(p.float() for p, n in zip(parts, nodes, strict=True) if n == each) for each in nodes}
-    slices = made[0].inside
+    slices = made[0].intra_node
     assert slices is not None and slices.world == len(nodes) // len(sums)
     for number in range(slices.world):
         ranks = sorted([rank for rank, node in enumerate(nodes) if node == each][number] for each in sums)

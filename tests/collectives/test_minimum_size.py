@@ -23,19 +23,19 @@ CASE = Case("all_reduce", "bfloat16", 4, "auto")
 
 
 def place(world: int, machines: int = 1) -> str:
-    return minimum_size.place_of(world, range(machines), "cpu")
+    return minimum_size.topology_of(world, range(machines), "cpu")
 
 
-def reason(kind: str, numel: int, joined: str | None = None, **options: object) -> str | None:
+def reason(kind: str, numel: int, over: str | None = None, **options: object) -> str | None:
     x = torch.empty(1, dtype=torch.bfloat16).expand(numel)
-    return planned(kind, x, 2, Config(bits=4, **options), joined=joined).deferred
+    return planned(kind, x, 2, Config(bits=4, **options), over=over).deferred
 
 
 def test_through_shared_memory_compression_starts_earlier_than_over_the_process_group() -> None:
-    for joined in (None, "shared memory"):
-        assert reason("all_reduce", 512, joined) is None
-        assert reason("all_reduce", 511, joined) == "below 1024 bytes"
-        assert reason("all_gather", 8191, joined) == "below 32768 bytes"
+    for over in (None, "shared memory"):
+        assert reason("all_reduce", 512, over) is None
+        assert reason("all_reduce", 511, over) == "below 1024 bytes"
+        assert reason("all_gather", 8191, over) == "below 32768 bytes"
     assert reason("all_reduce", 1024, transport="group") == reason("all_reduce", 1024, "cpu") == "below 262144 bytes"
     assert reason("all_reduce", 131072, "cpu") is None
     assert reason("all_reduce", 131072, "cuda") == "below 1048576 bytes"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from ranks import spawn
 from torch import Tensor
 
 from flashcomm_megatron import collectives
+from flashcomm_megatron.collectives import handle
 from flashcomm_megatron.config import Config
 
 
@@ -84,3 +87,27 @@ def lengths_that_do_not_divide(rank: int, world: int) -> None:
 
 def test_the_same_mistake_is_the_same_error_whatever_the_size() -> None:
     spawn(lengths_that_do_not_divide, 2)
+
+
+class OnGpu:
+    """A tensor on a GPU as a handle sees it."""
+
+    is_cuda, device = True, torch.device("cuda", 0)
+
+    def __init__(self) -> None:
+        self.noted: list[object] = []
+
+    def record_stream(self, stream: object) -> None:
+        self.noted.append(stream)
+
+
+def test_what_a_side_stream_uses_is_noted_with_the_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a tensor that its owner drops early is given away while the collective still reads it."""
+    aside = SimpleNamespace(wait_stream=lambda _: None, record_event=lambda: None)
+    monkeypatch.setattr(handle, "side_stream", lambda device: aside)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(handle.counters, "count_quantized", lambda *_: None)
+    x, out = OnGpu(), OnGpu()
+    started = handle.Handle(iter(()), out, None, None).start(x)  # type: ignore[arg-type]
+    assert started.is_completed() and x.noted == out.noted == [aside]

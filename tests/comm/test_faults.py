@@ -25,11 +25,13 @@ pytestmark = pytest.mark.skipif(extension.module() is None, reason="the extensio
 def test_a_rank_that_does_something_else_is_named(transport: str) -> None:
     heard = spawn(faults.alive, 3, transport)
     for fault in faults.LIVES:
-        texts = [each[fault.name].text for each in heard]
-        survivors = [text for rank, text in enumerate(texts) if rank != faults.VICTIM]
-        assert all(survivors), f"{fault.name}: {texts}"
+        found = [each[fault.name] for each in heard]
+        survivors = [each for rank, each in enumerate(found) if rank != faults.VICTIM]
+        assert all(each.text for each in survivors), f"{fault.name}: {found}"
         told = fault.told[faults.TRANSPORTS.index(transport)]
-        assert any(told in text for text in survivors), f"{fault.name}: {texts}"
+        assert any(told in each.text + each.warned for each in found), f"{fault.name}: {found}"
+        if told.startswith(faults.MADE):
+            assert all(each.seconds < faults.WAIT for each in found), f"{fault.name}: {found}"
 
 
 @pytest.mark.parametrize("transport", faults.TRANSPORTS)

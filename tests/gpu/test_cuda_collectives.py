@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from patience import patient
-from specification import carried, expected, outputs, plan_of, same, strange
+from specification import Uncompressed, carried, expected, outputs, plan_of, same, strange
 
 from flashcomm_megatron.codec import Uniform
 from flashcomm_megatron.codec import native as extension
@@ -26,7 +26,7 @@ pytestmark = [
 ]
 
 if torch.cuda.is_available() and extension.cuda() is not None:
-    from cuda_ranks import SLOWER, OneLaunch, Streams, Uncompressed
+    from cuda_ranks import SLOWER, OneLaunch, Streams
 
 KINDS = ["one-step", "two-step", "reduce_scatter", "all_gather"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

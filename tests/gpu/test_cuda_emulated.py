@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -138,32 +139,95 @@ bench_cuda.microseconds.__defaults__ = 0.0, 2
 bench_cuda.graph_microseconds.__defaults__ = (3,)
 made = bench_cuda.OneLaunch
 bench_cuda.OneLaunch = lambda world, region=0, **options: made(world, region=2**18, **options)
-del bench_cuda.SECTIONS["symmetric_memory"], bench_cuda.SECTIONS["codec_compiled"], bench_cuda.SECTIONS["deepspeed"]
-bench_cuda.main()
+sys.exit(bench_cuda.main())
+"""
+
+# What goes wrong on a GPU: a process that is killed between two rows, one whose kernel waits for a rank that never
+# comes and that minds no SIGINT, and a build that fails.
+KILLED = """
+import json, os
+for row in (1, 2):
+    with open(os.environ["FLASHCOMM_CHECK_ROWS"], "a") as rows:
+        rows.write(json.dumps({"section": "killed", "row": row}) + "\\n")
+os.kill(os.getpid(), 9)
+"""
+HANGS = """
+import json, os, signal, sys, torch
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+sys.path[:0] = ["tests/support"]
+from cuda_ranks import Streams
+from flashcomm_megatron.codec import Uniform
+with open(os.environ["FLASHCOMM_CHECK_ROWS"], "a") as rows:
+    rows.write(json.dumps({"section": "hangs", "row": 1}) + "\\n")
+ranks, x = Streams(2), torch.ones(4096, dtype=torch.bfloat16, device="cuda")
+ranks.run(0, "one-step", (Uniform(4, 32),) * 2, x, x, deadline=1e6)
+torch.cuda.synchronize()
 """
 
 
-def test_gpu_check_runs_on_the_stand_in(gpu, tmp_path):
-    """gpu_check without its build, on three tests and on the benchmark with tiny tensors."""
+def rehearse(gpu: dict[str, str], folder: Path, build: str, *stages: str, code: int) -> dict[str, Any]:
+    """gpu_check's JSON after ``stages``, lines of Python that make batches; ``build``: what stands for the build."""
     script = f"""
-import sys
+import os, sys
 sys.path[:0] = ["benchmarks"]
 import gpu_check
-gpu_check.BUILD = [sys.executable, "-c", "pass"]
-gpu_check.BENCH = [sys.executable, "-c", {SMALL!r}, "--out"]
-gpu_check.TESTS = {{
-    "tests": ["tests/gpu/test_cuda_codec.py::test_unaligned_views_give_the_same_bits"],
-    "tests-processes": ["tests/gpu/test_cuda_processes.py::test_a_captured_call_counts_on_at_every_replay"],
-}}
+from gpu_check import BENCH, COLLECTIVES, PROCESSES, Stage, tests
+assert "TORCH_CUDA_ARCH_LIST" not in gpu_check.environment(gpu_check.Path("rows"))
+SMALL, KILLED, HANGS = ([sys.executable, "-c", each] for each in {(SMALL, KILLED, HANGS)!r})
+gpu_check.GRACE = 2.0
+gpu_check.BUILD = Stage("build", [sys.executable, "-c", {build!r}], 60)
+gpu_check.STAGES = [{", ".join(stages)}]
 sys.exit(gpu_check.main())
 """
-    environment = {**gpu, "PATH": with_command(tmp_path, "nvcc", "exit 0", gpu)}
-    run([sys.executable, "-c", script, "--out", str(tmp_path / "out")], environment, 200)
-    report = json.loads((tmp_path / "out" / "gpu_check.json").read_text())
-    assert all(stage["passed"] for stage in report["stages"].values()), report["stages"]
-    assert len(report["stages"]) == 4 and report["machine"]["gpu"] == "stand-in for a GPU"
-    for name, rows in report["measured"].items():
-        assert len(rows) > 1 and not any("failed" in row for row in rows), (name, rows)
+    environment = {**gpu, "PATH": with_command(folder, "nvcc", "exit 0", gpu), "TORCH_CUDA_ARCH_LIST": "5.0"}
+    command = [sys.executable, "-c", script, "--out", str(folder / "out")]
+    found = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=patient(400))
+    assert found.returncode == code, found.stdout[-8000:] + found.stderr[-4000:]
+    return json.loads((folder / "out" / "gpu_check.json").read_text())
+
+
+@pytest.mark.timeout(600)
+def test_gpu_check_keeps_what_was_measured_before_something_broke(gpu, tmp_path):
+    """A rehearsal on the stand-in: one stage is killed, one hangs in a kernel; what stands before and after counts."""
+    report = rehearse(
+        gpu,
+        tmp_path,
+        "pass",
+        '[Stage("smoke", [*SMALL, "smoke"], 120)]',
+        '[Stage("killed", KILLED, 60)]',
+        '[Stage("hangs", HANGS, 15), Stage("fused", [*SMALL, "fused_once"], 120)]',
+        '[Stage("speed", [*SMALL, "codec"], 120)]',
+        '[Stage("host link", [*SMALL, "all_reduce_host"], 120)]',
+        '[Stage("graphs", tests("-k", "captured_call", PROCESSES), 120)]',
+        code=1,
+    )
+    stages, measured = report["stages"], report["measured"]
+    ended = {name: stage["ended"] for name, stage in stages.items()}
+    assert ended.pop("killed") == "killed by signal 9" and ended.pop("hangs") == "stopped at its deadline of 15 s"
+    assert set(ended.values()) == {"passed"}, stages
+    assert [row["row"] for row in measured["killed"]] == [1, 2] and measured["hangs"] == [{"row": 1}]
+    for section, least in {"smoke": 40, "fused_once": 24, "codec": 15, "all_reduce_host": 15}.items():
+        assert len(measured[section]) >= least, section
+    assert [row["outcome"] for row in stages["graphs"]["rows"]] == ["started", "passed"]
+    assert report["machine"]["gpu"] == "stand-in for a GPU"
+
+
+@pytest.mark.timeout(300)
+def test_gpu_check_without_its_build_tries_what_needs_none(gpu, tmp_path):
+    report = rehearse(
+        gpu,
+        tmp_path,
+        "raise SystemExit(3)",
+        '[Stage("smoke", [*SMALL, "smoke"], 60)]',
+        '[Stage("torch", KILLED, 60, True)]',
+        code=1,
+    )
+    ended = {name: stage["ended"] for name, stage in report["stages"].items()}
+    assert ended == {
+        "build": "exit code 3",
+        "smoke": "left out: the build failed",
+        "torch": "killed by signal 9",
+    }
 
 
 def test_nobody_has_the_stand_in_unasked():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import time
+from itertools import product
 
 import pytest
 import torch
@@ -73,6 +74,24 @@ def _collectives(rank: int, world: int, transport: str) -> str:
 def test_collectives_of_processes_equal_their_specification(transport, world):
     served = {"peer": "PeerInboxes", "host": "HostInboxes"}[transport]
     assert spawn(_collectives, world, transport, seconds=100) == [served] * world
+
+
+def _rows(rank: int, world: int) -> int:
+    """Rows of which the last ranks own fewer or none, bit for bit; the calls that kernels served."""
+    device, group, served = use_device(rank), dist.group.WORLD, []
+    launch = fused.launch
+    fused.launch = lambda *args: served.append(1) or launch(*args)
+    for algorithm, rows in product(("one-step", "two-step"), (1, 4, 5)):
+        config = Config(bits=4, min_bytes=0, transport="peer", algorithm=algorithm)
+        parts = [strange(rows * 2048, torch.bfloat16, 10 * rows + r).view(rows, 2048) for r in range(world)]
+        found = all_reduce(parts[rank].to(device), group, config)
+        assert same(found.view(-1), expected(algorithm, config.legs, parts)[rank]), (algorithm, rows)
+    fused.close(group)
+    return len(served)
+
+
+def test_rows_are_cut_as_plans_say():
+    assert spawn(_rows, 3, seconds=100) == [6] * 3
 
 
 def raised_behind(x: torch.Tensor, group: dist.ProcessGroup, config: Config) -> str:

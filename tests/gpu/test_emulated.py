@@ -10,7 +10,7 @@ import pytest
 import torch
 from codec_cases import KINDS, tensor
 from protocol_model import AS_BUILT, reached
-from specification import carried, expected, outputs, plan_of, same, strange
+from specification import Uncompressed, carried, expected, outputs, plan_of, same, strange
 
 from flashcomm_megatron.codec import Spike, Uniform
 from flashcomm_megatron.collectives import algorithms
@@ -100,13 +100,9 @@ def test_a_call_may_reduce_in_place():
 
 def test_the_uncompressed_kernel_sums_exactly():
     parts = [torch.randint(-8, 8, (50_001,)).to(torch.float16) for _ in range(3)]
-
-    class Exact:
-        native = 0, 16, 8
-
     for kind in ("one-step", "two-step"):
         ranks, out = emulator.World(3), outputs("one-step", parts)
-        ranks.run([ranks.job(kind, (Exact, Exact), parts, out)])
+        ranks.run([ranks.job(kind, (Uncompressed(), Uncompressed()), parts, out)])
         assert all(same(each, sum(parts)) for each in out)
 
 

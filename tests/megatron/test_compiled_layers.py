@@ -6,7 +6,9 @@ meets deferred and compressed calls.
 
 from __future__ import annotations
 
+import sys
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -84,3 +86,41 @@ def compare(rank: int, world: int, backend: str) -> None:
 @pytest.mark.parametrize("backend", ["aot_eager"])
 def test_a_compiled_layer_gives_the_bits_of_the_layer(backend: str) -> None:
     spawn(compare, 2, backend, seconds=200)
+
+
+def engine(rank: int, world: int) -> dict[str, Any]:
+    """A column-parallel layer of Transformer Engine, by itself and compiled: results and compressed collectives."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "support" / "stand_ins" / "transformer_engine"))
+    cpu.enable(force=True)
+    from megatron.core import parallel_state
+    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=world)
+    model_parallel_cuda_manual_seed(1)
+    config = TransformerConfig(
+        num_layers=1, hidden_size=HIDDEN, num_attention_heads=4, tensor_model_parallel_size=world,
+        sequence_parallel=True, use_cpu_initialization=True,
+    )  # fmt: skip
+    layer = TEColumnParallelLinear(
+        HIDDEN, 2 * HIDDEN, config=config, init_method=nn.init.xavier_uniform_, gather_output=False, bias=False,
+        skip_bias_add=False, is_expert=False,
+    )  # fmt: skip
+    found = {}
+    with fc.flashcomm(bits=4, min_bytes=0):
+        for name, run in {"eager": layer, "compiled": torch.compile(layer, backend="eager")}.items():
+            fc.reset_stats()
+            x = torch.randn(8, 1, HIDDEN, generator=torch.Generator().manual_seed(rank)).requires_grad_()
+            layer.zero_grad()
+            run(x)[0].square().sum().backward()
+            found[name] = [x.grad, layer.weight.grad], fc.stats()["quantized"]
+    return found
+
+
+def test_compiled_code_runs_transformer_engines_layers_as_they_are() -> None:
+    """From 2.20 on they have an operator for compiled code; its backward would not know the site."""
+    for rank in spawn(engine, 2, seconds=200):
+        (eager, calls), (compiled, calls_compiled) = rank["eager"], rank["compiled"]
+        assert calls == calls_compiled == 3  # the input twice, and its gradient
+        assert all(map(torch.equal, eager, compiled))

@@ -66,6 +66,12 @@ def test_reading_data_does_not_move_the_models_stream(on: None) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_data_loaders_pin_no_memory(on: None) -> None:
+    """A torch built for CUDA would ask for a device that is not there."""
+    assert not torch.accelerator.is_available()
+    assert [each.tolist() for each in torch.utils.data.DataLoader([1, 2], pin_memory=True, num_workers=1)] == [[1], [2]]
+
+
 def test_names_that_only_transformer_engine_defines() -> None:
     (module, name, _), *_ = backends.UNDEFINED
     owner = importlib.import_module(module)

@@ -8,6 +8,7 @@ in Megatron 0.16 and are in test_transformer_engine.py.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from importlib.util import find_spec
 from typing import Any
 
@@ -60,7 +61,7 @@ def everything(rank: int, world: int) -> dict[str, Any]:
     # On a CPU the counts stay tensors, which gloo's all-to-all does not take.
     token_dispatcher.maybe_move_tensor_to_cpu = lambda x, as_numpy=False, **_: x.numpy() if as_numpy else x
     before, seen = bound(), {name: one_model(*row) for name, row in MODELS.items()}
-    seen |= {"pipeline": pipeline(), "batch-invariant": batch_invariant()}
+    seen |= {"pipeline": pipeline(), "batch-invariant": batch_invariant(), "unevenly": unevenly()}
     return seen | {"restored": all(a is b for a, b in zip(before, bound(), strict=True))}
 
 
@@ -218,6 +219,43 @@ def tokens_of_experts() -> dict[str, Any]:
             training_step(model)
         found[mode] = fc.stats()
     return found
+
+
+def unevenly() -> dict[tuple[int, bool], list[tuple[Tensor, int]]]:
+    """Loss and compressed calls of a step, exact and compressed; by how many of four experts get any, and recompute."""
+    options = {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1}
+    again = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    groups(**options)
+    found = {}
+    for experts, recompute in (
+        (2, False),
+        (2, True),
+        (0, False),
+        (0, True),
+    ):
+        chosen = EXPERTS | options | {"moe_token_dispatcher_type": "alltoall"} | (again if recompute else {})
+        model = mixtures.gpt(**chosen)
+        router = model.decoder.layers[1].mlp.router
+        route = router.forward
+
+        def to_some(*args: Any, route: Any = route, experts: int = experts, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            scores, mapping = route(*args, **kwargs)
+            mapping = (torch.arange(mapping.size(1)) < experts).expand_as(mapping)
+            return scores.softmax(-1) * mapping, mapping
+
+        router.forward, steps = to_some, []
+        for config in (None, fc.Config(bits=8, min_bytes=0, experts=True)):
+            fc.reset_stats()
+            with fc.flashcomm(config) if config else nullcontext():
+                steps.append((training_step(model)[0].mean(), fc.stats()["quantized"]))
+        found[experts, recompute] = steps
+    return found
+
+
+def test_ranks_whose_experts_get_no_tokens_step_with_the_others(seen: list[dict[str, Any]]) -> None:
+    for rank in (each["unevenly"] for each in seen):
+        for (_, recompute), ((exact, _), (found, quantized)) in rank.items():
+            assert 0 < abs(found - exact) < 1e-3 and quantized == (27 if recompute else 19)
 
 
 def training_step(model: Any) -> list[Tensor]:

@@ -376,4 +376,4 @@ def test_every_row_fits_and_disable_restores_every_object(seen: list[dict[str, A
 
 
 def test_without_the_package_there_is_no_such_row() -> None:
-    assert installation.rows() == seams.SEAMS
+    assert not {*installation.rows()} & {*seams.TRANSFORMER_ENGINE}

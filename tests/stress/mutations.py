@@ -138,6 +138,14 @@ MUTATIONS = (
         "tests/megatron/test_seams.py",
     ),
     Mutation(
+        "9 nothing hangs: deferred calls are noted as well",
+        f"{PACKAGE}/collectives",
+        "decide",
+        r"(\w+\.calls\.note\( \w+\.noted \))",
+        r"found.deferred or \1",
+        "tests/comm/test_faults.py -k else",
+    ),
+    Mutation(
         "9 nothing hangs: configurations are compared",
         f"{PACKAGE}/collectives",
         "_compare",

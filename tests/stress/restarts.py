@@ -1,6 +1,6 @@
 """Elastic restarts: torchrun starts all ranks anew whenever one ends, and none of them is left behind or waits.
 
-    python tests/stress/restarts.py [--restarts 20] [--transport host] [--ranks 2]
+    python tests/stress/restarts.py [--restarts 50] [--ranks 2] [--out benchmarks/results/restarts.json]
 
 A rank is killed, exits or fails before, in and between calls, in turns (tests/support/restarted_rank.py). Every attempt
 must sum right, all must end in time, and /dev/shm must be as it was.
@@ -22,11 +22,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
-
-from patience import patient
-
 ROOT = Path(__file__).resolve().parents[2]
+sys.path += [str(ROOT / "tests" / "support"), str(ROOT / "benchmarks")]
+
+from patience import patient  # noqa: E402
+from record import circumstances  # noqa: E402
+
+TRANSPORTS = ("shared-memory", "group")
 RANK = ROOT / "tests" / "support" / "restarted_rank.py"
 FRESH_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
@@ -62,12 +64,16 @@ def run(restarts: int, transport: str, ranks: int, seconds: float) -> dict[str, 
 def main(words: list[str]) -> int:
     """The command line of the docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--restarts", type=int, default=20)
-    parser.add_argument("--transport", default="shared-memory")
+    parser.add_argument("--restarts", type=int, default=50)
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--out", type=Path)
     asked = parser.parse_args(words)
-    found = run(asked.restarts, asked.transport, asked.ranks, seconds=3600.0)
-    print(f"{asked.restarts} restarts; seconds from one attempt's start to the next: {found['apart']}")
+    found = {each: run(asked.restarts, each, asked.ranks, seconds=3600.0)["apart"] for each in TRANSPORTS}
+    rows = [{"transport": each, "restarts": len(apart), "seconds apart": apart} for each, apart in found.items()]
+    text = json.dumps({"circumstances": circumstances(), "ranks": asked.ranks, "rows": rows}) + "\n"
+    print(text)
+    if asked.out:
+        asked.out.write_text(text)
     return 0
 
 

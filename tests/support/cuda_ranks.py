@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from specification import cut
 from torch import Tensor
 
 from flashcomm_megatron.codec import native as extension
@@ -23,13 +24,6 @@ from flashcomm_megatron.comm.fused import KINDS
 SLOWER = 100 if "FLASHCOMM_CUDA_STAND_IN" in os.environ else 1
 
 Codecs = tuple[Any, Any]  # of the reduce and the gather leg, each with ``native``
-
-
-class Uncompressed:
-    """Stands for the 16-bit path of the same kernel."""
-
-    bits, block = 16, 8
-    native = 0, 16, 8
 
 
 class Inboxes:
@@ -88,11 +82,11 @@ class OneLaunch:
         **tests: Any,
     ) -> None:
         """One collective over all ranks, on the current stream; ``residuals``: the ranks' own, of the legs in turn."""
-        self.kernels.launch(request(self.inboxes.cuda, kind, codecs, x, out, residuals, **tests))
+        self.kernels.launch(request(self.inboxes.cuda, self.world, kind, codecs, x, out, residuals, **tests))
 
     def shape(self, kind: str, codecs: Codecs, x: Sequence[Tensor], out: Sequence[Tensor]) -> list[int]:
         """[rounds, tile, blocks, depth, stride]"""
-        return list(self.kernels.shape(request(self.inboxes.cuda, kind, codecs, x, out)))
+        return list(self.kernels.shape(request(self.inboxes.cuda, self.world, kind, codecs, x, out)))
 
     def close(self) -> None:
         """Give everything back."""
@@ -115,7 +109,7 @@ class Streams:
     def run(self, rank: int, kind: str, codecs: Codecs, x: Tensor, out: Tensor, **tests: Any) -> None:
         """One rank's part of a collective."""
         with torch.cuda.stream(self.streams[rank]):
-            self.kernels[rank].launch(request(self.inboxes.cuda, kind, codecs, [x], [out], **tests))
+            self.kernels[rank].launch(request(self.inboxes.cuda, self.world, kind, codecs, [x], [out], **tests))
 
     def run_all(self, kind: str, codecs: Codecs, x: Sequence[Tensor], out: Sequence[Tensor], **tests: Any) -> None:
         """Every rank's part."""
@@ -131,6 +125,7 @@ class Streams:
 
 def request(
     cuda: Any,
+    world: int,
     kind: str,
     codecs: Codecs,
     x: Sequence[Tensor],
@@ -139,13 +134,16 @@ def request(
     **tests: Any,
 ) -> Any:
     """What the extension is asked to launch on the current stream."""
-    reduce, gather = (cuda.Leg(*codec.native) for codec in codecs)
+    numel = max(x[0].numel(), out[0].numel())
+    fitted, length = cut(kind, codecs, numel, world)
+    reduce, gather = (cuda.Leg(*codec.native) for codec in fitted)
     return cuda.Request(
         kind=KINDS[kind],
         reduce=reduce,
         gather=gather,
         dtype=extension.DTYPES[x[0].dtype],
-        numel=max(x[0].numel(), out[0].numel()),
+        numel=numel,
+        slice=length,
         x=[each.data_ptr() for each in x],
         out=[each.data_ptr() for each in out],
         residuals=[each.data_ptr() for each in residuals],

@@ -42,7 +42,7 @@ struct Job {
     int kind;
     Setting reduce, gather;
     int dtype;
-    int64_t numel;
+    int64_t numel, slice;
     void* x[kMaxWorld];
     void* out[kMaxWorld];
     void* residuals[kLegs][kMaxWorld];
@@ -72,7 +72,7 @@ bool shape(const World* world, const Job* job, Shape* shape) {
     with_legs(job->reduce, job->gather, job->dtype, job->residuals[0][0], [&](auto reduce, auto gather, auto type) {
         using T = typename decltype(type)::type;
         using W = Worker<typename decltype(reduce)::type, typename decltype(gather)::type, T>;
-        *shape = W::shape((Collective)job->kind, job->numel, world->capacity, job->reduce, job->gather);
+        *shape = W::shape((Collective)job->kind, job->numel, job->slice, world->capacity, job->reduce, job->gather);
         fits = shape->tile && W::shared_bytes(*shape, job->reduce, job->gather) <= kSharedBytes;
     });
     return fits;

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from specification import cut
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,6 +38,7 @@ class Job(ctypes.Structure):
         ("gather", Setting),
         ("dtype", ctypes.c_int),
         ("numel", ctypes.c_int64),
+        ("slice", ctypes.c_int64),
         ("x", ctypes.c_void_p * MAX_WORLD),
         ("out", ctypes.c_void_p * MAX_WORLD),
         ("lost", ctypes.c_void_p * (2 * MAX_WORLD)),
@@ -108,9 +110,10 @@ class World:
         **tests: int,
     ) -> Job:
         """``codecs``: (reduce, gather), each with ``native``; ``lost``: residuals by leg and rank, or none."""
-        reduce, gather = (Setting(*codec.native) for codec in codecs)
         numel = (out if kind == "all_gather" else x)[0].numel()
-        job = Job(KINDS[kind], reduce, gather, DTYPES[x[0].dtype], numel)
+        fitted, length = cut(kind, codecs, numel, self.world)
+        reduce, gather = (Setting(*codec.native) for codec in fitted)
+        job = Job(KINDS[kind], reduce, gather, DTYPES[x[0].dtype], numel, length)
         job.deadline = 10**12
         for rank in range(self.world):
             job.x[rank], job.out[rank] = x[rank].data_ptr(), out[rank].data_ptr()

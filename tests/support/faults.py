@@ -20,11 +20,13 @@ import torch
 import torch.distributed as dist
 
 from flashcomm_megatron import collectives
-from flashcomm_megatron.comm import shared_memory
+from flashcomm_megatron.comm import shared_memory, stalls
 from flashcomm_megatron.config import Config
+from flashcomm_megatron.observe import messages
 
 TRANSPORTS = ("shared memory", "process group")
 VICTIM = 1
+PATIENCE = 0.3  # seconds between two looks at groups that stand still
 WAIT = 2.0  # seconds that a rank waits here for one that does nothing
 LARGE = 4_000_000  # values: a payload larger than a ring
 
@@ -44,16 +46,18 @@ class Here(NamedTuple):
 
 @dataclass
 class Heard:
-    """What a rank was told, and after how many seconds; no text where it was told nothing."""
+    """The error of a rank, empty where it had none, and after how many seconds; and what it was warned of."""
 
     text: str = ""
     seconds: float = 0.0
+    warned: str = ""
 
 
 @contextlib.contextmanager
 def listening() -> Iterator[Heard]:
     """Note the error of the block."""
     heard, started = Heard(), time.monotonic()
+    messages.warn = lambda line: setattr(heard, "warned", heard.warned + line)
     try:
         yield heard
     except RuntimeError as error:
@@ -165,7 +169,7 @@ def raised(here: Here) -> None:
 
 
 class Fault(NamedTuple):
-    """``told``: words that some rank must hear, by transport; all other survivors hear of some rank as well."""
+    """``told``: words that some rank must hear, by transport; every survivor has an error."""
 
     name: str
     happens: Callable[[Here], None]
@@ -178,19 +182,21 @@ SILENT = "rank 1 neither sent nor took"
 OTHER_CALL = "rank 1 is in another call (#2/"
 NO_MESSAGE = "no message passed between this rank and rank 1"
 NOTHING = f"rank 1 neither sent nor took anything for {WAIT:g} s"
+MADE = "rank 1 made "
+DEFERRED = "float32, deferred (below 1048576 bytes) while rank 1 made "
 ENDED = "the process of rank {victim} has ended"
 NO_MESSAGE_OF = "no message passed between this rank and rank {victim}"
 
 LIVES = (
-    Fault("calls with another shape", other_shape, (OTHER_CALL, NO_MESSAGE)),
-    Fault("calls with another dtype", other_dtype, (OTHER_CALL, NO_MESSAGE)),
-    Fault("calls another collective", other_collective, (OTHER_CALL, NO_MESSAGE)),
+    Fault("calls with another shape", other_shape, (OTHER_CALL, MADE)),
+    Fault("calls with another dtype", other_dtype, (OTHER_CALL, MADE)),
+    Fault("calls another collective", other_collective, (OTHER_CALL, MADE)),
     Fault("misses one call and goes on", missed_a_call, (SILENT, NO_MESSAGE)),
-    Fault("changes its configuration alone", other_bits, ("(#0/", NO_MESSAGE)),
-    Fault("goes back to an earlier configuration alone", back_to_other_bits, (ANOTHER, NO_MESSAGE)),
+    Fault("changes its configuration alone", other_bits, ("(#0/", MADE + "change of configuration")),
+    Fault("goes back to an earlier configuration alone", back_to_other_bits, (ANOTHER, MADE)),
     Fault("changes it to another one than the others", all_change_differently, ("rank 1: flashcomm",) * 2),
-    Fault("defers what others compress", defers_what_others_compress, ("(#0/", NO_MESSAGE)),
-    Fault("compresses what others defer", compresses_what_others_defer, ("",) * 2),
+    Fault("defers what others compress", defers_what_others_compress, ("(#0/", MADE)),
+    Fault("compresses what others defer", compresses_what_others_defer, (DEFERRED,) * 2),
     Fault("has FLASH_COMM_DISABLE set", switched_off, ("is flash-comm on at every rank?",) * 2, is_first_call=True),
     Fault("never calls", never_calls, (NOTHING, NO_MESSAGE)),
     Fault("is stopped (SIGSTOP)", stopped, (NOTHING, NO_MESSAGE)),
@@ -227,12 +233,13 @@ def _meet(fault: Fault, here: Here) -> Heard:
 
 def alive(rank: int, world: int, transport: str) -> dict[str, Heard]:
     """What this rank heard of every fault in which all processes live on, each in a group of its own."""
-    heard = {}
+    stalls.PATIENCE, heard = PATIENCE, {}
     for fault in LIVES:
         group = dist.new_group(timeout=dist.distributed_c10d.timedelta(seconds=2 * WAIT))
         assert group is not None
         heard[fault.name] = _meet(fault, _place(group, transport, rank == VICTIM))
         dist.barrier()
+        dist.destroy_process_group(group)
     assert not list(shared_memory.FOLDER.glob(f"flash-comm-{os.getpid()}-*"))
     return heard
 

@@ -72,6 +72,26 @@ def expected(kind: str, codecs: tuple[Any, Any], parts: Sequence[Tensor]) -> lis
     return [torch.cat([through(gather, total(reduce, s, width), s[0].dtype, width) for s in slices])] * world
 
 
+def cut(kind: str, codecs: Sequence[Any], numel: int, world: int) -> tuple[list[Any], int]:
+    """The codecs and the values of a slice with which a kernel does this over tensors of one row, as plans say."""
+    if kind != "two-step":
+        length = numel if kind == "one-step" else numel // world
+        return [codec.fitted(max(length, 1)) for codec in codecs], length
+    unit = math.lcm(*(codec.unit for codec in codecs))
+    return [codec.fitted(max(numel, 1)) for codec in codecs], math.ceil(math.ceil(numel / unit) / world) * unit
+
+
+class Uncompressed:
+    """Stands for the 16-bit path of the same kernels."""
+
+    native = 0, 16, 8
+    bits, block, unit = 16, 8, 8
+
+    def fitted(self, width: int) -> Uncompressed:
+        """Itself."""
+        return self
+
+
 def outputs(kind: str, parts: Sequence[Tensor]) -> list[Tensor]:
     """A tensor of NaN for every rank's result."""
     world, numel = len(parts), parts[0].numel()
@@ -86,11 +106,11 @@ def planned(
     config: Config,
     rank: int = 0,
     nodes: Sequence[int] = (),
-    joined: str | None = None,
+    over: str | None = None,
     legs: Legs | None = None,
 ) -> Plan:
     """The plan of one rank of ``world``, simulated ones."""
-    return plan(kind, x.shape, x.dtype, x.device, Simulated(rank, world, nodes, joined), config, legs=legs)
+    return plan(kind, x.shape, x.dtype, x.device, Simulated(rank, world, nodes, over), config, legs=legs)
 
 
 def on(made: Plan, comm: Simulated) -> Plan:
@@ -103,7 +123,7 @@ def plan_of(kind: str, legs: Sequence[Any], dtype: torch.dtype, numel: int, worl
     is_half = kind in ("reduce_scatter", "all_gather")
     config = Config(bits=4, min_bytes=0, algorithm="auto" if is_half else kind)
     x = torch.empty(1, dtype=dtype).expand(numel)
-    return planned(kind if is_half else "all_reduce", x, world, config, rank, joined="cuda", legs=Legs(*legs))
+    return planned(kind if is_half else "all_reduce", x, world, config, rank, over="cuda", legs=Legs(*legs))
 
 
 def simulate(

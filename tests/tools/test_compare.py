@@ -199,13 +199,13 @@ def test_final_numbers_are_those_of_the_runs(tmp_path: Path) -> None:
     expected = {
         "lm loss (mean of the last tenth)": ([2.0, 2.5], 0.25),
         "GiB sent by a rank": ([2.5, 2.5], 0.0),
-        "GiB an exact run sends": ([10, 10], 0.0),
-        "compression": ([4, 4], 0.0),
+        "GiB an exact run sends": ([10, 10], None),
+        "compression": ([4, 4], None),
         "steps/s (median)": ([1, 1], 0.0),
         "seconds in collectives": ([1, 1], 0.0),
-        "calls deferred": ([20, 20], 0.0),
-        "NaN blocks sampled": ([10, 10], 0.0),
-        "last step of the run": ([10, 20], 1.0),
+        "calls deferred": ([20, 20], None),
+        "NaN blocks sampled": ([10, 10], None),
+        "last step of the run": ([10, 20], None),
     }
     for label, (values, difference) in expected.items():
         assert found[label] == (label, values, [None, difference]), label

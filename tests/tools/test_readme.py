@@ -21,8 +21,8 @@ import pytest
 from patience import patient
 
 import flashcomm_megatron as fc
-from flashcomm_megatron import environment
 from flashcomm_megatron.__main__ import COMMANDS
+from flashcomm_megatron.config import VARIABLES
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
@@ -146,11 +146,11 @@ def test_readme_repeats_how_far_the_planner_is_off() -> None:
 
 
 def test_options_page_has_the_help_of_every_flag() -> None:
-    """benchmarks/readme_tables.py writes it; run that after a change of config.py or environment.py."""
+    """benchmarks/readme_tables.py writes it; run that after a change of config.py."""
     page = (ROOT / "docs" / "options.md").read_text()
     for field in dataclasses.fields(fc.Config):
         assert f"`--flash-comm-{field.name.replace('_', '-')}` | {field.metadata['help']}" in page, field.name
-    assert all(f"| `{variable}` | {text} |" in page for variable, text in environment.KNOWN.items())
+    assert all(f"| `{variable}` | {text} |" in page for variable, text in VARIABLES.items())
 
 
 @pytest.mark.parametrize("path", CURRENT, ids=name)

@@ -21,7 +21,7 @@ SOURCES = [ROOT / "setup.py", *MODULES, *SCRIPTS]
 NATIVE = sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file())
 
 LAYERS = (
-    {"version", "environment", "codec"},
+    {"version", "codec"},
     {"config"},
     {"observe"},
     {"comm"},

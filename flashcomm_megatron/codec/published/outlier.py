@@ -5,7 +5,7 @@ The idea
 The outliers of an activation sit in the same few features at every token. So a calibration run can find them once. The
 widest 1/64 of the features are then sent as they are, in bfloat16, and all others as 4-bit integers with a scale for
 each feature that never changes. Every rank knows all scales, so payloads carry no metadata at all. The calibration run
-(calibration.py) notes the smallest and largest value of each feature e on each rank i; then, at every site, for good::
+(calibrate.py) notes the smallest and largest value of each feature e on each rank i; then, at every site, for good::
 
     range[e] = sum over ranks i of 2 * max(|min_i[e]|, |max_i[e]|)      the E / 64 widest features stay bfloat16
     scale_i[e] = max(|min_i[e]|, |max_i[e]|) / 7                        the others: q = round(x / scale), -7..7

@@ -36,9 +36,9 @@ figcaption { font-weight: 600; margin-bottom: .3rem } figure svg { width: 100%; 
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
 th, td { padding: .35rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap }
 tr:last-child > * { border-bottom: 0 }
-th:first-child { text-align: left; white-space: normal; position: sticky; left: 0; background: var(--card);
-  min-width: 8rem; font-weight: 500 }
-tr:first-child th + th { white-space: normal; min-width: 6.5rem; overflow-wrap: anywhere; font-size: .9rem }
+tr:first-child th { white-space: normal; vertical-align: bottom; font-size: .9rem; min-width: 5.5rem }
+th:first-child { text-align: left; white-space: normal; overflow-wrap: anywhere; position: sticky; left: 0;
+  background: var(--card); min-width: 8rem; max-width: 16rem; font-weight: 500 }
 td small { display: block }
 """
 
@@ -61,9 +61,9 @@ def page(what: Comparison, notes: Sequence[str]) -> str:
             *[_figure(plot, what) for plot in plots.PLOTS],
             "</div>",
             "<h2>Final numbers</h2>",
-            _table([run.name for run in runs], [(row.label, _cells(row)) for row in final_rows(what)]),
+            _table(runs, [(row.label, _cells(row)) for row in final_rows(what)]),
             "<h2>Settings</h2>",
-            _table([run.name for run in runs], _settings(runs)),
+            _table(runs, _settings(runs)),
             "</body></html>\n",
         ]
     )
@@ -86,13 +86,15 @@ def _figure(plot: plots.Plot, what: Comparison) -> str:
     return f'<figure id="{plot.name}"><figcaption>{plot.title}</figcaption>{body}</figure>'
 
 
-def _table(names: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
-    """``rows`` hold escaped HTML in their cells."""
-    head = "".join(f'<th title="{escape(name)}">{escape(plots.short(name))}</th>' for name in names)
+def _table(runs: Sequence[Run], columns: Sequence[tuple[str, Sequence[str]]]) -> str:
+    """A row for each run; ``columns`` hold escaped HTML in their cells."""
+    head = "".join(f"<th>{escape(label)}</th>" for label, _ in columns)
     body = "".join(
-        f"<tr><th>{escape(label)}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>" for label, cells in rows
+        f'<tr><th title="{escape(run.name)}">{escape(plots.short(run.name))}</th>'
+        f"{''.join(f'<td>{cells[index]}</td>' for _, cells in columns)}</tr>"
+        for index, run in enumerate(runs)
     )
-    return f'<div class="scroll"><table><tr><th></th>{head}</tr>{body}</table></div>'
+    return f'<div class="scroll"><table><tr><th>run</th>{head}</tr>{body}</table></div>'
 
 
 def _cells(row: Row) -> list[str]:

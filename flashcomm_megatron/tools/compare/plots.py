@@ -130,7 +130,7 @@ def _errors(axis: Any, what: Comparison) -> int:
                     x, mean, 0.7 / len(shown), color=style(index).colour, label=None if column else short(run.name)
                 )
                 axis.vlines(x, min(values), max(values), color="grey", linewidth=1)
-    axis.set(xlabel="kind of layer", ylabel="relative error of one rounding (norm / norm)")
+    axis.set(xlabel="kind of layer", ylabel="error of one rounding (norm / norm)")
     axis.set_xticks(range(len(names)), [site(name).replace("-", "\n") for name in names])
     return len(shown)
 

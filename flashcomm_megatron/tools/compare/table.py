@@ -57,14 +57,14 @@ Measure = Callable[[Run, float], float | None]  # one number of a run, up to and
 
 def final_rows(what: Comparison) -> list[Row]:
     """The table, baseline and differences included; rows that no run can fill are left out."""
-    rows = [_row(label, measure, what) for label, measure in _measures(what.runs, what.loss)]
+    rows = [_row(*measured, what) for measured in _measures(what.runs, what.loss)]
     return [row for row in rows if any(value is not None for value in row.values)]
 
 
-def _row(label: str, measure: Measure, what: Comparison) -> Row:
+def _row(label: str, measure: Measure, is_compared: bool, what: Comparison) -> Row:
     """Values at the common step; a difference at the last step that the run and the baseline share with it."""
     until = common_step(what.runs)
-    differences = [None, *(difference(measure, run, what) for run in what.runs[1:])]
+    differences = [None, *(difference(measure, run, what) if is_compared else None for run in what.runs[1:])]
     return Row(label, [measure(run, until) for run in what.runs], differences)
 
 
@@ -79,23 +79,24 @@ def difference(measure: Measure, run: Run, what: Comparison) -> float | None:
     return value / base - 1
 
 
-def _measures(runs: Sequence[Run], loss: str | None) -> list[tuple[str, Measure]]:
+def _measures(runs: Sequence[Run], loss: str | None) -> list[tuple[str, Measure, bool]]:
+    """Label, measure, and whether a difference to the baseline says something."""
     sites = sorted({name for run in runs for name in run.names(f"{OURS}rel-error/")})
     validation = sorted(
         {name for run in runs for name in run.names() if "val" in name.lower() and "loss" in name.lower()}
     )
     return [
-        *([(f"{loss} (mean of the last tenth)", final_loss(loss))] if loss else []),
-        *[(f"{name} (last)", last(name)) for name in validation if name != loss],
-        ("GiB sent by a rank", last(f"{OURS}wire-bytes", GIB)),
-        ("GiB an exact run sends", last(f"{OURS}exact-bytes", GIB)),
-        ("compression", last(f"{OURS}compression")),
-        ("steps/s (median)", speed),
-        ("seconds in collectives", last(f"{OURS}seconds")),
-        ("calls deferred", last(f"{OURS}deferred-calls")),
-        *[(f"relative error, {site(name)}", _over(name, fmean)) for name in sites],
-        ("NaN blocks sampled", _over(f"{OURS}nan-blocks", sum)),
-        ("last step of the run", lambda run, until: last_step(run)),
+        *([(f"{loss} (mean of the last tenth)", final_loss(loss), True)] if loss else []),
+        *[(f"{name} (last)", last(name), True) for name in validation if name != loss],
+        ("GiB sent by a rank", last(f"{OURS}wire-bytes", GIB), True),
+        ("GiB an exact run sends", last(f"{OURS}exact-bytes", GIB), False),
+        ("compression", last(f"{OURS}compression"), False),
+        ("steps/s (median)", speed, True),
+        ("seconds in collectives", last(f"{OURS}seconds"), True),
+        ("calls deferred", last(f"{OURS}deferred-calls"), False),
+        *[(f"relative error, {site(name)}", _over(name, fmean), False) for name in sites],
+        ("NaN blocks sampled", _over(f"{OURS}nan-blocks", sum), False),
+        ("last step of the run", lambda run, until: last_step(run), False),
     ]
 
 

@@ -87,6 +87,8 @@ def shift_add(m: Machine, i: Decoded, lanes: Array) -> None:
         a = (whole << np.uint64(shift)) >> HALF
     else:
         a = (a << np.uint64(shift)) & LOW
+        if sources[0].negate:  # carries where it borrows nothing, of zero too
+            a = np.where(a == 0, np.uint64(1) << HALF, a)
     total = a + b.addend(m, extended)
     if extended:
         total = total + carries[0].truth(m)
@@ -207,7 +209,7 @@ def compare(m: Machine, i: Decoded, lanes: Array) -> None:
 
 
 def _extreme(m: Machine, i: Decoded, sources: list[Array]) -> Array:
-    """The least of them where the last operand says so, else the greatest."""
+    """The least of them where the last operand says so, else the greatest; RELU: not below zero."""
     least = i.at[-1].truth(m)
     if "U16x2" in i.modifiers or "S16x2" in i.modifiers:
         kind: Any = np.uint16 if "U16x2" in i.modifiers else np.int16
@@ -218,6 +220,8 @@ def _extreme(m: Machine, i: Decoded, sources: list[Array]) -> Array:
     for source in sources[1:]:
         other = source.view(kind)
         result = np.where(least, np.minimum(result, other), np.maximum(result, other))
+    if "RELU" in i.modifiers:
+        result = np.maximum(result, kind(0))
     return result.view(np.uint32)
 
 

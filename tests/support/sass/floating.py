@@ -169,12 +169,29 @@ def pack(m: Machine, i: Decoded, lanes: Array) -> None:
     m.put(i.at[0], halves[0] << np.uint32(16) | halves[1], lanes)
 
 
+def _pairs(m: Machine, i: Decoded) -> list[Array]:
+    """The sources but for the last operand: a register holds two halves, an immediate is two, ``+INF , +INF``."""
+    found: list[Array] = []
+    operands = iter(i.at[1:-1])
+    for operand in operands:
+        if operand.immediate is None:
+            found.append(operand.integer(m))
+            continue
+        numbers = [each.floating(m) for each in (operand, next(operands))]
+        if "BF16_V2" in i.modifiers:
+            high, low = (x.view(np.uint32) >> np.uint32(16) for x in numbers)
+        else:
+            high, low = (x.astype(np.float16).view(np.uint16).astype(np.uint32) for x in numbers)
+        found.append(high << np.uint32(16) | low)
+    return found
+
+
 def half_minmax(m: Machine, i: Decoded, lanes: Array) -> None:
     """``HMNMX2.BF16_V2.NAN R1, R2, R3, PT``, with a third for VHMNMX: two halves at a time; NaN if one is"""
     assert "NAN" in i.modifiers, i.source.text
     infinity = np.uint16(0x7F80 if "BF16_V2" in i.modifiers else 0x7C00)
     least = np.repeat(i.at[-1].truth(m), 2)
-    sources = [np.ascontiguousarray(operand.integer(m)).view(np.uint16) for operand in i.at[1:-1]]
+    sources = [np.ascontiguousarray(x).view(np.uint16) for x in _pairs(m, i)]
     keys = [np.where(x & 0x8000, ~x, x | np.uint16(0x8000)) for x in sources]
     result = keys[0]
     for key in keys[1:]:

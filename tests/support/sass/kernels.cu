@@ -27,10 +27,10 @@ template <class Codec, class Word> struct Decode {
     int count;
     Word* out;
 };
-template <int kBits, class T> using Uniform = TensorCodec<kBits, T>;
-template <class T> using Rotated = DirectCodec<RotatedTile<T>, T>;
-template <class T> using Carrying = DirectCodec<RotatedTile<T, true>, T>;
-template <class T> using Spike = DirectCodec<SpikeTile<T>, T>;
+template <int kBits, class T> using Uniform = TensorCodec<UniformTile<kBits, T>, T>;
+template <class T> using Rotated = TensorCodec<RotatedTile<T>, T>;
+template <class T> using Carrying = TensorCodec<RotatedTile<T, true>, T>;
+template <class T> using Spike = TensorCodec<SpikeTile<T>, T>;
 
 #if defined(__CUDACC__)
 
@@ -95,20 +95,16 @@ bool with_codec(const Setting& with, int dtype, bool carries, int64_t numel, int
     bool found = false;
     with_dtype(dtype, [&](auto type) {
         using T = typename decltype(type)::type;
-        const auto make = [&](auto codec, int tile) {
-            using Codec = typename decltype(codec)::type;
+        const auto make = [&](auto codec) {
+            using Codec = TensorCodec<typename decltype(codec)::type, T>;
+            const int tile = Codec::tile_of(with, numel, 1, enough);
             found = tile != 0;
             if (!found) return;
             const Codec of(with, numel, tile);
             visit(SlicedCodec<Codec>{of, of, {numel, numel, 0, 1}}, type);
         };
-        const int tile = tensor_tile<T>(numel, with.block, enough);
-        if (with.format == kUniformFormat) with_bits(with.bits, [&](auto bits) { make(Is<Uniform<bits.value, T>>{}, tile); });
-        with_direct<T>(with.format, carries, [&](auto codec) {
-            using Codec = DirectCodec<typename decltype(codec)::type, T>;
-            const int64_t unit = typename decltype(codec)::type(with).unit();
-            make(Is<Codec>{}, Codec::tile_of(numel, unit, with.block, enough));
-        });
+        if (with.format == kUniformFormat) with_tile<T, true>(with, carries, make);
+        else with_tile<T, false>(with, carries, make);
     });
     return found;
 }
@@ -123,7 +119,7 @@ bool encode_launch(const Setting* with, int dtype, int64_t numel, int64_t enough
         using Word = typename decltype(type)::type::Word;
         using Codec = std::decay_t<decltype(codec.whole)>;
         const Encode<Codec, Word> call = {codec, (Word*)x, (uint8_t*)payload, (Word*)residual, 0};
-        fill(launch, call, std::min(codec.tiles(), most_blocks), codec.whole.encode_bytes());
+        fill(launch, call, std::min(codec.tiles(), most_blocks), codec.whole.codec.scratch_bytes());
     });
 }
 
@@ -134,7 +130,7 @@ bool decode_launch(const Setting* with, int dtype, int64_t numel, int64_t enough
         using Codec = std::decay_t<decltype(codec.whole)>;
         Decode<Codec, Word> call = {codec, {}, count, (Word*)out};
         memcpy((void*)&call.payloads, payloads, 8 * count);
-        fill(launch, call, std::min(codec.tiles(), most_blocks), codec.whole.decode_bytes());
+        fill(launch, call, std::min(codec.tiles(), most_blocks), 0);
     });
 }
 
@@ -146,13 +142,13 @@ struct Group {
 };
 
 bool collective_launch(const Group* group, int kind, const Setting* reduce, const Setting* gather, int dtype,
-                       int64_t numel, Launch* launch) {
+                       int64_t numel, int64_t slice, Launch* launch) {
     bool found = false;
     with_legs(*reduce, *gather, dtype, false, [&](auto first, auto second, auto type) {
         using W = Worker<typename decltype(first)::type, typename decltype(second)::type, typename decltype(type)::type>;
         Call call{};
         const Capacity capacity = {group->world, group->blocks, group->region};
-        call.kind = (Collective)kind, call.shape = W::shape(call.kind, numel, capacity, *reduce, *gather);
+        call.kind = (Collective)kind, call.shape = W::shape(call.kind, numel, slice, capacity, *reduce, *gather);
         call.world = call.ranks = group->world, call.reduce = *reduce, call.gather = *gather;
         call.region = group->region, call.deadline = 1000000000000;
         memcpy((void*)call.x, group->x, sizeof call.x), memcpy((void*)call.out, group->out, sizeof call.out);

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from specification import cut
 from torch import Tensor
 
 from .disassembly import ROOT, Program, compile_cubin, read
@@ -72,9 +73,9 @@ def programs(architecture: str, dtype: torch.dtype, *defines: str, root: Path = 
     return read(path)
 
 
-def setting(codec: Any) -> Setting:
-    """A codec as the kernels know it; None: uncompressed."""
-    return Setting(*codec.native) if codec is not None else Setting(0, 16, 8)
+def setting(codec: Any, numel: int) -> Setting:
+    """The codec that serves a row of ``numel`` values, as the kernels know it."""
+    return Setting(*codec.fitted(numel).native)
 
 
 def bits_of(x: Tensor) -> np.ndarray[Any, Any]:
@@ -106,10 +107,9 @@ class Kernels:
         kept = 0 if memory is None else space.place(bits_of(memory))
         limits = ctypes.c_int64(x.numel()), ctypes.c_int64(enough), ctypes.c_int64(blocks)
         places = (ctypes.c_uint64(place) for place in (at, payload, kept))
-        assert host().encode_launch(
-            ctypes.byref(setting(codec)), DTYPES[x.dtype], *limits, *places, ctypes.byref(launch)
-        )
-        name = FORMATS[setting(codec).format].format(codec.bits) if memory is None else "carrying"
+        known = setting(codec, x.numel())
+        assert host().encode_launch(ctypes.byref(known), DTYPES[x.dtype], *limits, *places, ctypes.byref(launch))
+        name = FORMATS[known.format].format(codec.bits) if memory is None else "carrying"
         self._run(f"encode_{name}", space, launch)
         if memory is not None:
             memory.view(torch.uint8).numpy()[:] = space.read(kept, memory.nbytes)
@@ -130,17 +130,11 @@ class Kernels:
         out = torch.full((numel,), torch.nan, dtype=self.dtype)
         to = space.place(bits_of(out), shift)
         limits = ctypes.c_int64(numel), ctypes.c_int64(enough), ctypes.c_int64(blocks)
-        target = ctypes.c_uint64(to)
+        known, target, count = setting(codec, numel), ctypes.c_uint64(to), len(payloads)
         assert host().decode_launch(
-            ctypes.byref(setting(codec)),
-            DTYPES[self.dtype],
-            *limits,
-            addresses,
-            len(payloads),
-            target,
-            ctypes.byref(launch),
+            ctypes.byref(known), DTYPES[self.dtype], *limits, addresses, count, target, ctypes.byref(launch)
         )
-        self._run(f"decode_{FORMATS[setting(codec).format].format(codec.bits)}", space, launch)
+        self._run(f"decode_{FORMATS[known.format].format(codec.bits)}", space, launch)
         return torch.from_numpy(space.read(to, out.nbytes)).view(self.dtype)
 
     def collective(
@@ -181,10 +175,11 @@ class Kernels:
         out = torch.full((numel // len(parts) if kind == "reduce_scatter" else numel,), torch.nan, dtype=self.dtype)
         for rank, part in enumerate(parts):
             group.x[rank], group.out[rank] = space.place(bits_of(part)), space.place(bits_of(out))
-        legs = [ctypes.byref(setting(codec)) for codec in codecs]
-        size = ctypes.c_int64(numel)
+        fitted, length = cut(kind, codecs, numel, len(parts))
+        legs = [ctypes.byref(Setting(*codec.native)) for codec in fitted]
+        sizes = ctypes.c_int64(numel), ctypes.c_int64(length)
         made = host().collective_launch(
-            ctypes.byref(group), KINDS[kind], *legs, DTYPES[self.dtype], size, ctypes.byref(launch)
+            ctypes.byref(group), KINDS[kind], *legs, DTYPES[self.dtype], *sizes, ctypes.byref(launch)
         )
         assert made, "no kernel for these legs"
         self._run("collective_legs", space, launch)

@@ -51,6 +51,9 @@ class DeviceTensor(torch.Tensor):
     def data_ptr(self) -> int:
         return self.held.data_ptr()
 
+    def record_stream(self, stream: Any) -> None:
+        """Nothing: while a stream is busy no memory is given away."""
+
     def tolist(self) -> Any:
         return self.cpu().tolist()
 

@@ -1,0 +1,92 @@
+"""Measures what a compressed all-reduce over a GPU's process group costs the host: benchmarks/results/host_time.json.
+
+No GPU and no peer: torch's `fake` process group does nothing, the codec's native calls return at once, and tensors are
+tiny ones in main memory that take the way of those on GPUs (comm/process_group.py). What is left is Python and torch's
+dispatch: everything before the launches. Beside it, in the same run, torch.distributed's own all_reduce of the tensor.
+
+    python benchmarks/bench_host.py [--out FOLDER]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import record
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from flashcomm_megatron import collectives
+from flashcomm_megatron.codec import native
+from flashcomm_megatron.comm.communicator import Communicator
+from flashcomm_megatron.comm.process_group import ProcessGroup
+from flashcomm_megatron.config import Config
+
+BAR = 60.0  # microseconds of the processor at every number of ranks
+CALLS, ROUNDS = 500, 9
+
+
+def on_fake_ranks(world: int, codec: Any) -> Callable[[], Any]:
+    """A compressed all-reduce among ``world`` ranks of which only this one exists, ready to be called again."""
+    dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
+    ProcessGroup.messages = ()
+    native._extension = codec
+    config, comm = Config(bits=4, min_bytes=0, transport="group"), Communicator.of(dist.group.WORLD)
+    comm.agreed.append(config)
+    comm._nodes = (0,) * world
+    x = torch.ones(8 * world, 64, dtype=torch.bfloat16)
+    return lambda: collectives.all_reduce(x, None, config)
+
+
+def idle_codec() -> Any:
+    """The extension with calls that do nothing."""
+    calls = {name: lambda *_: None for name in ("encode_slices", "decode_slices", "reduce_slices")}
+    return SimpleNamespace(**calls, info=lambda: {})
+
+
+def microseconds(*calls: Callable[[], Any]) -> list[float]:
+    """Processor time of one of each, the median of rounds taken in turn."""
+    found: list[list[float]] = [[] for _ in calls]
+    for _ in range(ROUNDS):
+        for times, call in zip(found, calls, strict=True):
+            started = time.process_time()
+            for _ in range(CALLS):
+                call()
+            times.append((time.process_time() - started) / CALLS * 1e6)
+    return [statistics.median(times) for times in found]
+
+
+def measure(world: int) -> dict[str, Any]:
+    """One row."""
+    ours, x = on_fake_ranks(world, idle_codec()), torch.ones(8 * world, 64, dtype=torch.bfloat16)
+    ours()
+    compressed, bare = microseconds(ours, lambda: dist.all_reduce(x))
+    dist.destroy_process_group()
+    return {
+        "world": world,
+        "us": round(compressed, 1),
+        "all_reduce us": round(bare, 1),
+        "ratio": round(compressed / bare, 2),
+        "bar us": BAR,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=record.RESULTS, help="folder")
+    given, made = parser.parse_args(), native._extension
+    rows = [measure(world) for world in (2, 4, 8)]
+    native._extension = made
+    record.save("host_time", rows, given.out)
+    for row in rows:
+        print(row)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""Ranks that wait for each other in different calls are told so within seconds, on every transport.
+
+Where one rank compresses what another one defers, the first waits for messages and the second inside
+torch.distributed, which knows nothing of ours. So a communicator keeps its last calls, compressed and deferred. One
+thread of the process looks at every communicator now and then. Where no call was made since it looked last, it writes
+the calls into the process group's store and compares them with what the other ranks wrote: two different calls of one
+number never meet. It says so, and ends the waiting of this rank; the others lose their connections.
+
+A call costs one entry in a list. A group that stands still costs a few messages to the store.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import threading
+from collections import deque
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
+
+import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from .communicator import Communicator
+
+PATIENCE = 5.0  # seconds from one look to the next
+LOOKS = 3  # at what the other ranks wrote, since the last call
+KEPT = 64  # calls of a group
+
+_watched: WeakSet[Communicator] = WeakSet()
+_lock = threading.Lock()
+_end = threading.Event()
+_thread: threading.Thread | None = None
+
+
+class Calls:
+    """The last calls of one rank over one group, and how often it was looked at them since the last one."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.seen, self.looks = 0, 0
+        self._last: deque[str] = deque(maxlen=KEPT)
+
+    def note(self, call: str) -> None:
+        """Add a call: words that must be the same on every rank."""
+        self._last.append(call)
+        self.count += 1
+
+    def by_number(self) -> dict[str, str]:
+        """Each by its number."""
+        last = self._last.copy()
+        return {str(self.count - len(last) + 1 + place): call for place, call in enumerate(last)}
+
+
+def watch(comm: Communicator) -> None:
+    """Look at ``comm`` from now on, for as long as it lives. On every rank, before its first call."""
+    _store(comm).set(_key(comm.rank), "{}")  # an earlier group of this name may have left its calls
+    global _thread
+    with _lock:
+        _watched.add(comm)
+        if _thread is None or not _thread.is_alive():  # dead: in a forked child
+            _thread = threading.Thread(target=_run, name="flash-comm stalls", daemon=True)
+            _thread.start()
+            atexit.unregister(_stop)
+            atexit.register(_stop)
+
+
+def look(comm: Communicator) -> None:
+    """Compare the calls of ``comm`` with those of the other ranks, if it has stood still."""
+    calls = comm.calls
+    if calls.count != calls.seen:
+        calls.seen, calls.looks = calls.count, 0
+    elif calls.count and calls.looks < LOOKS and not comm.has_failed:
+        calls.looks += 1
+        mine, store = calls.by_number(), _store(comm)
+        store.set(_key(comm.rank), json.dumps(mine))
+        for rank in range(comm.world):
+            has_written = rank != comm.rank and store.check([_key(rank)])  # get() would wait for who never does
+            theirs = json.loads(store.get(_key(rank))) if has_written else mine
+            number = next((each for each in mine if theirs.get(each, mine[each]) != mine[each]), None)
+            if number is not None:
+                comm.stop(_difference({comm.ranks[comm.rank]: mine[number], comm.ranks[rank]: theirs[number]}))
+                calls.looks = LOOKS
+                return
+
+
+def _difference(calls: dict[int, str]) -> str:
+    told = " while ".join(f"rank {rank} made {calls[rank]}" for rank in sorted(calls))
+    return (
+        f"the ranks of this group wait for each other in different calls: {told}. Every rank must make the same calls, "
+        "in the same order, with the same lengths and configuration."
+    )
+
+
+def _run() -> None:
+    while not _end.wait(PATIENCE):
+        _look_at_all()
+
+
+def _look_at_all() -> None:
+    with _lock:
+        found = list(_watched)
+    for comm in found:
+        with suppress(Exception):  # the group is gone, or the process that keeps its store
+            look(comm)
+
+
+def _stop() -> None:
+    """At the end of the process: no thread may be inside torch then."""
+    _end.set()
+    if _thread is not None:
+        _thread.join(1.0)
+
+
+def _store(comm: Communicator) -> Any:
+    return dist.distributed_c10d._get_process_group_store(comm.group)
+
+
+def _key(rank: int) -> str:
+    return f"flash-comm calls of {rank}"
