@@ -63,6 +63,7 @@ class Codec(ABC):
     """A number format. Codecs are immutable and hashable."""
 
     keeps_residuals: ClassVar[bool] = False  # whether encode() can add what the last encoding lost (rotated.py)
+    together: ClassVar[int] = 1  # blocks of one super-block
     block: int  # values that share a scale
 
     @property
@@ -73,7 +74,7 @@ class Codec(ABC):
     @property
     def unit(self) -> int:
         """A tensor of one row (a 1-D gradient) is cut into slices at multiples of this many values."""
-        return self.block
+        return self.together * self.block
 
     def fitted(self, width: int) -> Codec:
         """The codec that serves rows of ``width`` values: this one, or the same format with smaller blocks."""

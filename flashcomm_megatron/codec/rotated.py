@@ -51,8 +51,7 @@ compared as integers, in eighths of a step, so that the order of summation does 
 
 ``top`` is the largest key of 32 blocks, ``scale = negative << 7 | d`` the block's own: ``key = top - d``. A block whose
 step would lie more than 125 eighths of an octave below the largest takes ``d = 125``. Steps are at least 2**-100: a
-block far below decodes to zeros. ``negative``, the step's sign bit, is set when the step is negative: the sign is
-chosen so that the largest coefficient maps to code 0.
+block far below decodes to zeros. ``negative``, the step's sign bit, is set when the step is negative.
 Two values of ``scale`` are escapes:
 
 - 127: the block held a NaN or an Inf and decodes to NaN.
@@ -132,6 +131,7 @@ class Rotated(Codec):
     bits: float
     block: int
     keeps_residuals = True
+    together = FAMILY
 
     def __post_init__(self) -> None:
         if self.bits not in LEVELS:
@@ -153,11 +153,6 @@ class Rotated(Codec):
     def zero(self) -> int:
         """The code of a coefficient that is zero."""
         return self.levels // 2
-
-    @property
-    def unit(self) -> int:
-        """A tensor of one row is cut into slices of whole super-blocks."""
-        return FAMILY * self.block
 
     def fitted(self, width: int) -> Rotated:
         """This codec, or the one with smaller blocks that takes the fewest bytes for a row of ``width`` values."""

@@ -32,6 +32,7 @@ def all_to_all(
     output_splits: Sequence[int] | None = None,
     input_splits: Sequence[int] | None = None,
     legs: Legs | None = None,
+    by_row: bool = False,
 ) -> Any:
     """Send ``input_splits[r]`` rows of ``x`` [n, ...] to rank r; return ``output_splits[r]`` rows of each rank r.
 
@@ -46,7 +47,7 @@ def all_to_all(
     if ins[rank] != outs[rank]:
         raise ValueError(f"all_to_all: this rank keeps {ins[rank]} of its own rows and awaits {outs[rank]} of them.")
     out = x.new_empty((sum(outs), *x.shape[1:]))
-    plan = decide("all_to_all", x, group, config, legs=legs)
+    plan = decide("all_to_all", x, group, config, legs=legs, by_row=by_row)
     plan = plan._replace(exact_bytes=(x.size(0) - ins[rank]) * x[:1].nbytes)
     if plan.deferred:
         count_deferred(plan)

@@ -30,7 +30,7 @@ from ..comm.communicator import Call, Communicator, Transport
 from ..comm.simulated import Simulated
 from ..config import Config
 from . import agreement
-from .minimum_size import Case, minimum_size, topology_of
+from .minimum_size import NEVER, Case, minimum_size, topology_of
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -108,11 +108,13 @@ def decide(
     config: Config,
     site: Site | None = None,
     legs: Legs | None = None,
+    by_row: bool = False,
 ) -> Plan:
     """The plan for ``kind`` ("all_reduce", "reduce_scatter", "all_gather") over ``x``.
 
     ``legs``: codecs of this site alone, where the recipe is calibrated or ``x`` is a gradient. A group's first decision
-    compares the ranks' configurations, deferred or not (agreement.py).
+    compares the ranks' configurations, deferred or not (agreement.py). ``by_row``: how many rows there are decides
+    nothing, so a row of any size is compressed, or of at least the ``min_bytes`` that were asked for.
     """
     comm = Communicator.of(group)
     if x.is_cuda:
@@ -121,10 +123,10 @@ def decide(
         agreement.check(comm, config)
     at = site.kind if site is not None else None
     shape = x.shape if kind != "all_to_all" else x.shape[1:]  # where every rank has as many rows as it happens to have
-    key = kind, shape, x.dtype, x.device, config.text, at, legs
+    key = kind, shape, x.dtype, x.device, config.text, at, legs, by_row
     found: Plan | None = comm.plans.get(key)
     if found is None:
-        found = plan(kind, shape, x.dtype, x.device, comm, config, at, legs)
+        found = plan(kind, shape, x.dtype, x.device, comm, config, at, legs, by_row)
         if len(comm.plans) >= PLANS:
             comm.plans.clear()
         comm.plans[key] = found
@@ -141,6 +143,7 @@ def plan(
     config: Config,
     site_kind: str | None = None,
     legs: Legs | None = None,
+    by_row: bool = False,
 ) -> Plan:
     """The plan for a tensor of ``shape``; of an all_gather, of one rank's part; of an all_to_all, of a row.
 
@@ -153,6 +156,9 @@ def plan(
     case = Case(kind, name(dtype), config.grad_bits if is_gradient else config.bits, config.recipe)
     transport = comm.transport_name(device, config)
     minimum = minimum_size(case, topology_of(comm.world, comm.nodes, transport), transport, config)
+    if by_row:
+        row = dtype.itemsize * (shape[-1] if shape else 1)
+        minimum = 0 if row >= (config.min_bytes or 0) else NEVER
     deferred = _reason(kind, numel * dtype.itemsize, dtype, comm.world, minimum)
     if recipe.calibrated and legs is None and kind in ("all_reduce", "reduce_scatter"):
         deferred = "no calibrated site"
@@ -208,7 +214,8 @@ def _reason(kind: str, nbytes: int, dtype: torch.dtype, world: int, minimum: int
         return None
     if nbytes == 0:
         return "empty"
-    return f"below {minimum} bytes" if nbytes < minimum else None
+    small = f"below {minimum} bytes" if minimum < NEVER else "below the minimum size, by row"
+    return small if nbytes < minimum else None
 
 
 def name(dtype: torch.dtype) -> str:

@@ -42,11 +42,12 @@ def tokens(original: Function) -> Function:
         config = current()
         if config is None or not config.experts or input_.dim() != 2 or context.observer() is not None:
             return original(group, input_, output_split_sizes_, input_split_sizes)
-        reason = modes.why_not(_running.megatrons)
+        reason = modes.why_not()
         if reason is not None:
             messages.deferred(reason, input_.nbytes, config)
             return original(group, input_, output_split_sizes_, input_split_sizes)
-        return _Tokens.apply(input_, group, output_split_sizes_, input_split_sizes, config)  # type: ignore[no-untyped-call]
+        by_row = bool(getattr(_running.megatrons, "batch_invariant_mode", False))
+        return _Tokens.apply(input_, group, output_split_sizes_, input_split_sizes, config, by_row)  # type: ignore[no-untyped-call]
 
     return all_to_all
 
@@ -78,21 +79,22 @@ class _Tokens(torch.autograd.Function):
     """Rows to the ranks whose experts want them; gradients travel back the same way."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any, outs: Splits, ins: Splits, config: Config) -> Any:
-        ctx.group, ctx.outs, ctx.ins, ctx.config = group, outs, ins, config
-        return all_to_all(x, group, config, output_splits=outs, input_splits=ins)
+    def forward(ctx: Any, x: Tensor, group: Any, outs: Splits, ins: Splits, config: Config, by_row: bool) -> Any:
+        ctx.group, ctx.outs, ctx.ins, ctx.config, ctx.by_row = group, outs, ins, config, by_row
+        return all_to_all(x, group, config, output_splits=outs, input_splits=ins, by_row=by_row)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         legs = ctx.config.gradient_legs
         x = grads[0].contiguous()
         if legs is not None:
-            back = all_to_all(x, ctx.group, ctx.config, output_splits=ctx.ins, input_splits=ctx.outs, legs=legs)
-            return back, None, None, None, None
+            splits = {"output_splits": ctx.ins, "input_splits": ctx.outs}
+            back = all_to_all(x, ctx.group, ctx.config, **splits, legs=legs, by_row=ctx.by_row)
+            return back, None, None, None, None, None
         rows = sum(ctx.ins) if ctx.ins is not None else x.size(0)
         back = x.new_empty((rows, *x.shape[1:]))
         dist.all_to_all_single(back, x, _sizes(ctx.ins), _sizes(ctx.outs), group=ctx.group)
-        return back, None, None, None, None
+        return back, None, None, None, None, None
 
 
 def _sizes(splits: Splits) -> list[int] | None:

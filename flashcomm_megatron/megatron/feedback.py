@@ -43,7 +43,7 @@ from ..collectives.algorithms import Residuals
 from ..comm import votes
 from ..config import Config, current
 from ..observe import counters, messages
-from . import measure
+from . import measure, modes
 from .patching import Function, untraced
 
 ON = "on"
@@ -121,6 +121,8 @@ def _reason(layer: nn.Module, x: Tensor, group: Any) -> str | None:
         return "training"
     if torch.is_grad_enabled():
         return "gradients are recorded"
+    if getattr(getattr(layer, "config", None), "batch_invariant_mode", False):
+        return modes.BATCH_INVARIANT
     if visit is None:
         return "outside of a transformer layer"
     if visit.is_in_mixture:

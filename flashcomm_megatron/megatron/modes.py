@@ -1,8 +1,8 @@
-"""Why nothing may be compressed here, whatever the collective: a mode of Megatron, or an argument we do not know.
+"""What a mode of Megatron, or an argument we do not know, changes about compression, whatever the collective.
 
 **Batch-invariant mode** promises that a token's result does not depend on what else is in the batch, so that training
-and inference agree bit for bit. A minimum size depends on the batch, and feedback is on in inference alone. There
-everything is left to the original collectives, and counted.
+and inference agree bit for bit. Rows stand alone in every codec, so compression stays on; but no minimum size is asked
+for, since it depends on the batch, and there is no feedback, which is on in inference alone.
 
 **An unknown argument** of a newer Megatron or Transformer Engine: only the original knows what it means (patching.py).
 
@@ -28,16 +28,14 @@ def forbids(site: Site, collective: str, x: Tensor, group: Any, reason: str | No
     """Whether compression is forbidden at ``site``, for ``reason`` or another one; if so, the deferral is counted."""
     if collective == "reduce_scatter" and (x.dim() == 0 or x.size(0) % group.size()):
         return True  # a mistake of the caller's: the original says so, whatever the size
-    reason = reason or why_not(getattr(site.module, "config", None))
+    reason = reason or why_not()
     if reason is None:
         return False
     messages.deferred(reason, policy.exact_bytes(collective, x.nbytes, group.size()), site.config)
     return True
 
 
-def why_not(megatrons: Any) -> str | None:
-    """Why nothing may be compressed in a model with this TransformerConfig, or in this call; None if it may."""
-    if getattr(megatrons, "batch_invariant_mode", False):
-        return BATCH_INVARIANT
+def why_not() -> str | None:
+    """Why nothing may be compressed in this call; None if it may."""
     unknown = patching.unknown_argument()
     return None if unknown is None else f"argument {unknown}"

@@ -21,7 +21,7 @@ from specification import planned
 from torch import Tensor
 
 import flashcomm_megatron as fc
-from flashcomm_megatron.megatron import installation, modes, patching
+from flashcomm_megatron.megatron import installation, patching
 
 # Not imported here: the ranks import this file before they switch CPU mode on.
 pytestmark = pytest.mark.skipif(find_spec("megatron") is None, reason="megatron-core is not installed")
@@ -197,26 +197,25 @@ def test_every_stage_compresses_its_own_layers(seen: list[dict[str, Any]]) -> No
 
 
 def batch_invariant() -> dict[str, Any]:
-    """A training step in batch-invariant mode, with flash-comm off and on."""
+    """A training step in batch-invariant mode, of a minimum size that no tensor reaches by default."""
     groups()
     model = mixtures.gpt()
     model.config.batch_invariant_mode = True  # its own checks ask for kernels of a GPU
-    exact = training_step(model)
     fc.reset_stats()
-    with fc.flashcomm(CONFIG):
-        found = training_step(model)
-    return {"equal": all(map(torch.equal, found, exact)), "stats": fc.stats(), "tokens": tokens_of_experts()}
+    with fc.flashcomm(bits=4, transport="group"):
+        training_step(model)
+    return {"stats": fc.stats(), "tokens": tokens_of_experts()}
 
 
 def tokens_of_experts() -> dict[str, Any]:
-    """Experts' tokens between ranks, asked for: compressed, and in batch-invariant mode not."""
+    """Experts' tokens between ranks, asked for: compressed, in batch-invariant mode whatever the size."""
     groups(expert_model_parallel_size=2, expert_tensor_parallel_size=1)
     options = {"moe_token_dispatcher_type": "alltoall", "expert_model_parallel_size": 2}
     model, found = mixtures.gpt(**EXPERTS | options | {"expert_tensor_parallel_size": 1}), {}
     for mode in (False, True):
         model.config.batch_invariant_mode = mode
         fc.reset_stats()
-        with fc.flashcomm(bits=4, min_bytes=0, grad_bits=16, experts=True):
+        with fc.flashcomm(bits=4, min_bytes=None if mode else 0, grad_bits=16, experts=True, transport="group"):
             training_step(model)
         found[mode] = fc.stats()
     return found
@@ -267,18 +266,15 @@ def training_step(model: Any) -> list[Tensor]:
     return [loss.detach(), *(each.grad.clone() for each in model.parameters() if each.grad is not None)]
 
 
-def test_batch_invariant_mode_leaves_everything_exact(seen: list[dict[str, Any]]) -> None:
+def test_batch_invariant_mode_asks_for_no_minimum_size(seen: list[dict[str, Any]]) -> None:
     for rank in (each["batch-invariant"] for each in seen):
-        assert rank["equal"] and rank["stats"]["quantized"] == 0
-        # Four pairs of layers: two collectives forward, the second gather, and the column layer's gradient; that of a
-        # row layer goes the way its sum went.
-        assert rank["stats"]["deferred"] == {modes.BATCH_INVARIANT: 4 * 4}
+        assert rank["stats"]["quantized"] > 0 and rank["stats"]["deferred"] == {}
 
 
-def test_batch_invariant_mode_leaves_experts_tokens_exact(seen: list[dict[str, Any]]) -> None:
+def test_batch_invariant_mode_compresses_experts_tokens(seen: list[dict[str, Any]]) -> None:
     for rank in (each["batch-invariant"]["tokens"] for each in seen):
-        assert rank[False]["quantized"] == 3 * 3 + 2  # three pairs of layers, and tokens there and back
-        assert rank[True]["quantized"] == 0 and set(rank[True]["deferred"]) == {modes.BATCH_INVARIANT}
+        for mode in (False, True):
+            assert rank[mode]["quantized"] == 3 * 3 + 2  # three pairs of layers, and tokens there and back
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])  # meta: what is no CPU has the thresholds of a GPU
