@@ -1,4 +1,4 @@
-// What a rotated tile finds out about its blocks (rotated_tile.h): constants, NaN, Inf and huge values, the largest
+// What a rotated tile finds out about its blocks (rotated_blocks.h): constants, NaN, Inf and huge values, the largest
 // coefficient, and which of the steps tried loses least. All lanes of a warp call these together.
 #pragma once
 

@@ -167,7 +167,7 @@ def suspects(text: str, name: str) -> set[str]:
 
 def text_of(path: Path) -> str:
     """A header's text; of a tile also that of the functions it defines out of line."""
-    also = path.with_name("rotated_measure.h") if path.name == "rotated_tile.h" else None
+    also = path.with_name("rotated_measure.h") if path.name == "rotated_blocks.h" else None
     return path.read_text() + (also.read_text() if also else "")
 
 
@@ -177,11 +177,11 @@ def test_no_exchange_vote_or_barrier_depends_on_a_lane(path: Path) -> None:
 
 
 def test_the_static_check_finds_a_shuffle_that_depends_on_a_lane() -> None:
-    text = text_of(CUDA / "rotated_tile.h")
+    text = text_of(CUDA / "rotated_blocks.h")
     assert RIGHT in text
-    assert any("is_finite(" in found for found in suspects(text.replace(RIGHT, WRONG), "rotated_tile.h"))
+    assert any("is_finite(" in found for found in suspects(text.replace(RIGHT, WRONG), "rotated_blocks.h"))
     early = text.replace("measure(c, begin, meta);", "if (begin >= octets) return; measure(c, begin, meta);")
-    assert "begin >= octets" in suspects(early, "rotated_tile.h")
+    assert "begin >= octets" in suspects(early, "rotated_blocks.h")
 
 
 def run(folder: Path, right: bool) -> subprocess.CompletedProcess[str]:

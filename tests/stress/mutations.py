@@ -61,8 +61,8 @@ MUTATIONS = (
         "2 same input, same bits: sums run in rank order",
         f"{PACKAGE}/collectives",
         "_one_step",
-        r"\.unbind\( \) , x ,",
-        ".unbind()[::-1], x,",
+        r"\.chunk\(world\) , x ,",
+        ".chunk(world)[::-1], x,",
         "tests/collectives/test_collectives.py -k specification",
     ),
     Mutation(
