@@ -185,7 +185,7 @@ def test_the_static_check_finds_a_shuffle_that_depends_on_a_lane() -> None:
 
 
 def run(folder: Path, right: bool) -> subprocess.CompletedProcess[str]:
-    """lanes.cpp over a copy of rotated_tile.h, with the line as it stands or as it once stood."""
+    """lanes.cpp over a copy of rotated_measure.h, with the line as it stands or as it once stood."""
     compiler = shutil.which(os.environ.get("CXX", "g++").split()[0])
     if compiler is None:
         pytest.skip("no C++ compiler")
