@@ -16,21 +16,22 @@ GUARDED = re.compile(r"@(!?)(U?)P(\d|T)\s+(.*)")
 
 
 def cuobjdump() -> str | None:
-    """Path of the disassembler: on PATH, of the toolkit, or of a Python package; None where there is none."""
+    """The disassembler: on PATH, else of the toolkit or a Python package, which needs nvdisasm beside it; or None."""
     beside = [Path(nvcc).resolve().parent for nvcc in [shutil.which("nvcc")] if nvcc]
     for package, folders in {"nvidia": ("cu13/bin", "cuda_cuobjdump/bin"), "triton": ("backends/nvidia/bin",)}.items():
         spec = importlib.util.find_spec(package)
         beside += [
             Path(place) / folder for place in (spec and spec.submodule_search_locations) or () for folder in folders
         ]
-    return shutil.which("cuobjdump") or next((str(f / "cuobjdump") for f in beside if (f / "cuobjdump").exists()), None)
+    found = [folder for folder in beside if all((folder / each).exists() for each in ("cuobjdump", "nvdisasm"))]
+    return shutil.which("cuobjdump") or next((str(folder / "cuobjdump") for folder in found), None)
 
 
 def missing() -> str:
     """Why nothing can be compiled and disassembled here; empty where it can."""
     if shutil.which("nvcc") is None:
         return "nvcc is not on PATH"
-    return "" if cuobjdump() else "no cuobjdump: install the CUDA toolkit's, or pip install nvidia-cuda-cuobjdump"
+    return "" if cuobjdump() else "no cuobjdump: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"
 
 
 @dataclass(frozen=True)
