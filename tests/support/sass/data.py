@@ -147,7 +147,8 @@ def constant(m: Machine, i: Decoded, lanes: Array) -> None:
 
 
 STEPS = {
-    "LDG": ldg, "LD": ldg, "STG": stg, "ST": stg, "LDS": lds, "STS": sts, "LDL": ldl, "STL": stl, "ATOM": atomic, "ATOMG": atomic,
+    "LDG": ldg, "LD": ldg, "STG": stg, "ST": stg, "LDS": lds, "STS": sts, "LDL": ldl, "STL": stl,
+    "ATOM": atomic, "ATOMG": atomic,
     "RED": atomic, "S2R": special, "S2UR": special, "CS2R": special, "NANOSLEEP": give_way, "LDC": constant,
     "ULDC": constant, "R2UR": to_uniform,
 }  # fmt: skip
