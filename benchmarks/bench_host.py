@@ -20,7 +20,7 @@ from typing import Any
 import record
 import torch
 import torch.distributed as dist
-from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.testing._internal.distributed import fake_pg  # noqa: F401  (it adds the backend)
 
 from flashcomm_megatron import collectives
 from flashcomm_megatron.codec import native
@@ -34,7 +34,7 @@ CALLS, ROUNDS = 500, 9
 
 def on_fake_ranks(world: int, codec: Any) -> Callable[[], Any]:
     """A compressed all-reduce among ``world`` ranks of which only this one exists, ready to be called again."""
-    dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
+    dist.init_process_group("fake", rank=0, world_size=world, store=dist.HashStore())
     ProcessGroup.messages = ()
     native._extension = codec
     config, comm = Config(bits=4, min_bytes=0, transport="group"), Communicator.of(dist.group.WORLD)

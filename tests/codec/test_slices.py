@@ -30,7 +30,7 @@ def cuts(codec: Codec) -> list[Slices]:
     found = [Slices(0, 576, 0, 2), Slices(3 * 80, 80, 80, 8), Slices(37 * 100, 100, 500, 8), Slices(999, 999, 999, 1)]
     for world in (2, 3, 8):
         found.append(Slices(5 * 576, 576, math.ceil(5 / world) * 576, world))
-        found.append(Slices(2500, 2500, math.ceil(2500 / world / codec.unit) * codec.unit, world))
+        found.append(Slices(2500, 2500, min(math.ceil(2500 / world / codec.unit) * codec.unit, 2500), world))
     return found
 
 

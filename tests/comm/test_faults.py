@@ -31,7 +31,7 @@ def test_a_rank_that_does_something_else_is_named(transport: str) -> None:
         told = fault.told[faults.TRANSPORTS.index(transport)]
         assert any(told in each.text + each.warned for each in found), f"{fault.name}: {found}"
         if told.startswith(faults.MADE):
-            assert all(each.seconds < faults.WAIT for each in found), f"{fault.name}: {found}"
+            assert min(each.seconds for each in found) < faults.WAIT, f"{fault.name}: {found}"  # not the timeout
 
 
 @pytest.mark.parametrize("transport", faults.TRANSPORTS)

@@ -101,10 +101,10 @@ def mutated(root, tmp_path, file: str, old: str, new: str):
 
 
 ONE_SITE = "    share_largest(magnitude);\n"
-TWO_SITES = """        uint32_t nothing[kHalves];
-        FC_UNROLL for (int half = 0; half < kHalves; half++) nothing[half] = magnitude[half] | 1;
-        if (is_finite(x, 0, begin, values)) share_largest(magnitude);
-        else share_largest(nothing), magnitude[0] = magnitude[kHalves - 1] = nothing[0];
+TWO_SITES = """    uint32_t nothing[kParts];
+    FC_UNROLL for (int part = 0; part < kParts; part++) nothing[part] = magnitude[part] | 1;
+    if (is_finite(x, 0, begin, values)) share_largest(magnitude);
+    else share_largest(nothing), magnitude[0] = magnitude[kParts - 1] = nothing[0];
 """
 
 

@@ -61,6 +61,28 @@ def sts(m: Machine, i: Decoded, lanes: Array) -> None:
         m.shared.store(*where, size, _values(m, i.at[0], size, lanes))
 
 
+def _places(m: Machine, i: Decoded, lanes: Array) -> tuple[Array, Array]:
+    """Indices into the lanes' stacks, [lanes, bytes]; a stack grows down from an address that does not matter."""
+    assert i.address
+    offsets = i.address.of(m, wide=False)[lanes].astype(np.int64)[:, None] + np.arange(max(size_of(i), 4))
+    return np.flatnonzero(lanes)[:, None], offsets % m.stacks.shape[1]
+
+
+def ldl(m: Machine, i: Decoded, lanes: Array) -> None:
+    if lanes.any():
+        found = m.stacks[_places(m, i, lanes)]
+        found[:, size_of(i) :] = 0
+        _put_loaded(m, i, i.at[0], np.ascontiguousarray(found).view(np.uint32), lanes)
+
+
+def stl(m: Machine, i: Decoded, lanes: Array) -> None:
+    if lanes.any():
+        where, at = _places(m, i, lanes)
+        size = size_of(i)
+        values = np.ascontiguousarray(_values(m, i.at[0], size, lanes)).view(np.uint8)
+        m.stacks[where, at[:, :size]] = values[:, :size]
+
+
 def atomic(m: Machine, i: Decoded, lanes: Array) -> None:
     """``ATOMG.E.ADD PT, R1, [..], R2``, ``ATOMG.E.CAS.64 PT, R1, [..], R2, R4``, ``RED``: one lane after the other."""
     size, numbers = size_of(i), [operand for operand in i.at if not operand.predicate]
@@ -125,7 +147,8 @@ def constant(m: Machine, i: Decoded, lanes: Array) -> None:
 
 
 STEPS = {
-    "LDG": ldg, "LD": ldg, "STG": stg, "ST": stg, "LDS": lds, "STS": sts, "ATOM": atomic, "ATOMG": atomic,
+    "LDG": ldg, "LD": ldg, "STG": stg, "ST": stg, "LDS": lds, "STS": sts, "LDL": ldl, "STL": stl,
+    "ATOM": atomic, "ATOMG": atomic,
     "RED": atomic, "S2R": special, "S2UR": special, "CS2R": special, "NANOSLEEP": give_way, "LDC": constant,
     "ULDC": constant, "R2UR": to_uniform,
 }  # fmt: skip

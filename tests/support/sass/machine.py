@@ -89,6 +89,7 @@ class Machine:
         self.code, self.memory = decode(program), memory
         self.lanes, self.blocks, self.threads = blocks * threads, blocks, threads
         self.shared = SharedMemory(blocks, SHARED_BASE.get(architecture, 0), shared_bytes)
+        self.stacks = np.zeros((self.lanes, 4096), np.uint8)  # local memory
         self.block = np.repeat(np.arange(blocks), threads)
         self.warp = np.arange(self.lanes) // WARP
         self.registers = np.zeros((256, self.lanes), np.uint32)
