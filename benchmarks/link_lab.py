@@ -39,9 +39,10 @@ def main() -> None:
                 show(rows)
     except Refused as error:
         sys.exit(f"link_lab: {error}")
-    if not options.quick:
-        record.save(options.name, rows)
-        plot(rows, options.name)
+    finally:  # what was measured is kept if the rest is cut off
+        if rows and not options.quick:
+            record.save(options.name, rows)
+            plot(rows, options.name)
 
 
 def parse() -> argparse.Namespace:
