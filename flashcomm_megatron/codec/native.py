@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum Dtype in csrc/api.h
 INTERFACE = 8  # kInterface in csrc/api.h
 BYTES = (torch.uint8,)
+Native = tuple[int, int, int]  # (format, bits, block)
 
 
 def _load() -> tuple[ModuleType | None, str]:
@@ -73,7 +74,7 @@ def cuda() -> ModuleType | None:
 
 
 @lru_cache(4096)
-def has_cuda_kernel(native: tuple[int, ...], dtype: torch.dtype, numel: int = 1, width: int = 0) -> bool:
+def has_cuda_kernel(native: Native, dtype: torch.dtype, numel: int = 1, width: int = 0) -> bool:
     """Whether the extension codes tensors of this dtype and shape on GPUs for the codec known by ``native``."""
     kernels = cuda()
     return kernels is not None and bool(kernels.has_codec_cuda(DTYPES[dtype], *native, numel, width))
@@ -149,9 +150,6 @@ def reduce_slices(
     return True
 
 
-Native = tuple[int, int, int]
-
-
 @lru_cache(4096)
 def _known(codec: Codec, slices: Slices) -> tuple[Native | None, tuple[Any, ...], int]:
     """How the extension knows ``codec`` for these slices, the arguments that say so, and bytes of all payloads."""
@@ -162,7 +160,7 @@ def _known(codec: Codec, slices: Slices) -> tuple[Native | None, tuple[Any, ...]
 
 @lru_cache(4096)
 def _known_one(codec: Codec, numel: int, width: int) -> tuple[Native | None, int]:
-    """The same of one payload of ``numel`` values: and its bytes."""
+    """How the extension knows ``codec`` for one payload of ``numel`` values, and its bytes."""
     return codec.fitted(width).native, codec.wire_bytes(numel, width)
 
 

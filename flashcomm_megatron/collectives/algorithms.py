@@ -155,7 +155,7 @@ def pipelined(
 def _received(inbox: Tensor, outbox: Tensor, piece: Piece, plan: Plan) -> Sequence[Tensor]:
     """The payloads of this rank's slice by rank; its own is still where it was encoded."""
     rank, size = plan.comm.rank, piece.incoming[0]
-    payloads = list(inbox.chunk(plan.comm.world)) if size else [inbox] * plan.comm.world
+    payloads = list(inbox.chunk(plan.comm.world))
     start = rank * piece.sizes[0]
     payloads[rank] = outbox[start : start + size]
     return payloads

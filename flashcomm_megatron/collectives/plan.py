@@ -155,11 +155,12 @@ def plan(
     is_gradient = legs is not None and legs != config.legs and legs == config.gradient_legs
     case = Case(kind, name(dtype), config.grad_bits if is_gradient else config.bits, config.recipe)
     transport = comm.transport_name(device, config)
-    minimum = minimum_size(case, topology_of(comm.world, comm.nodes, transport), transport, config)
     if by_row:
         row = dtype.itemsize * (shape[-1] if shape else 1)
         minimum = 0 if row >= (config.min_bytes or 0) else NEVER
-    deferred = _reason(kind, numel * dtype.itemsize, dtype, comm.world, minimum)
+    else:
+        minimum = minimum_size(case, topology_of(comm.world, comm.nodes, transport), transport, config)
+    deferred = _reason(kind, numel * dtype.itemsize, dtype, comm.world, minimum, by_row)
     if recipe.calibrated and legs is None and kind in ("all_reduce", "reduce_scatter"):
         deferred = "no calibrated site"
     legs = legs or config.legs
@@ -204,7 +205,7 @@ def exact_bytes(kind: str, nbytes: int, world: int) -> int:
     return int(nbytes * sends.get(kind, (world - 1) / world))
 
 
-def _reason(kind: str, nbytes: int, dtype: torch.dtype, world: int, minimum: int) -> str | None:
+def _reason(kind: str, nbytes: int, dtype: torch.dtype, world: int, minimum: int, by_row: bool) -> str | None:
     """Why a tensor of ``nbytes`` is left to the original collective, None if it is not."""
     if world == 1:
         return "one rank"
@@ -214,7 +215,7 @@ def _reason(kind: str, nbytes: int, dtype: torch.dtype, world: int, minimum: int
         return None
     if nbytes == 0:
         return "empty"
-    small = f"below {minimum} bytes" if minimum < NEVER else "below the minimum size, by row"
+    small = "below the minimum size, by row" if by_row else f"below {minimum} bytes"
     return small if nbytes < minimum else None
 
 

@@ -179,8 +179,7 @@ def _has_kernel(codecs: tuple[Any, Any], slices: Any, dtype: torch.dtype, with_r
     cuda = extension.cuda()
     if cuda is None or not all(codec.native for codec in codecs):
         return False
-    legs = [cuda.Leg(*codec.native) for codec in codecs]
-    return cuda.has_collective(*legs, extension.DTYPES[dtype], with_residuals) and all(
+    return cuda.has_collective(*_legs(cuda, codecs).values(), extension.DTYPES[dtype], with_residuals) and all(
         extension.has_cuda_kernel(codec.native, dtype, slices.length, slices.width) for codec in codecs
     )
 
@@ -307,7 +306,7 @@ def _trial(made: Workspace, group: dist.ProcessGroup) -> str:
 class _Known(NamedTuple):
     """The number format of the trial: 8-bit integers in blocks of 32, as csrc/api.h numbers it."""
 
-    native: tuple[int, int, int] = (0, 8, 32)
+    native: extension.Native = (0, 8, 32)
 
 
 def _known(rank: int, turn: int, device: torch.device) -> Tensor:

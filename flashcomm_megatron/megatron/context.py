@@ -39,11 +39,6 @@ class Site(NamedTuple):
     config: Config
 
     @property
-    def is_batch_invariant(self) -> bool:
-        """Whether the model is in Megatron's batch-invariant mode: nothing about the batch may matter (modes.py)."""
-        return bool(getattr(getattr(self.module, "config", None), "batch_invariant_mode", False))
-
-    @property
     def name(self) -> str:
         """The layer's name inside its model."""
         return model.name(self.module)

@@ -46,7 +46,7 @@ def tokens(original: Function) -> Function:
         if reason is not None:
             messages.deferred(reason, input_.nbytes, config)
             return original(group, input_, output_split_sizes_, input_split_sizes)
-        by_row = bool(getattr(_running.megatrons, "batch_invariant_mode", False))
+        by_row = modes.is_batch_invariant(_running.dispatcher)
         return _Tokens.apply(input_, group, output_split_sizes_, input_split_sizes, config, by_row)  # type: ignore[no-untyped-call]
 
     return all_to_all
@@ -55,7 +55,7 @@ def tokens(original: Function) -> Function:
 class _Running(threading.local):
     """Whose forward is running on this thread."""
 
-    megatrons: Any = None  # TransformerConfig of the dispatcher
+    dispatcher: Any = None  # of tokens
     shared: Any = None  # SharedExpertMLP that communicates by itself
 
 
@@ -63,14 +63,14 @@ _running = _Running()
 
 
 def dispatcher_method(original: Function) -> Function:
-    """A method of a token dispatcher: note its model's configuration, which the all-to-all is not handed."""
+    """A method of a token dispatcher: note it, for the all-to-all is not handed its configuration."""
 
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        outer, _running.megatrons = _running.megatrons, self.config
+        outer, _running.dispatcher = _running.dispatcher, self
         try:
             return original(self, *args, **kwargs)
         finally:
-            _running.megatrons = outer
+            _running.dispatcher = outer
 
     return method
 

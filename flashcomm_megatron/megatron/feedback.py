@@ -121,7 +121,7 @@ def _reason(layer: nn.Module, x: Tensor, group: Any) -> str | None:
         return "training"
     if torch.is_grad_enabled():
         return "gradients are recorded"
-    if getattr(getattr(layer, "config", None), "batch_invariant_mode", False):
+    if modes.is_batch_invariant(layer):
         return modes.BATCH_INVARIANT
     if visit is None:
         return "outside of a transformer layer"

@@ -94,7 +94,7 @@ def planned(collective: str, gradient: Tensor, group: Any, site: Site) -> Plan |
         counters.count_deferred(EXACT, exact_bytes(collective, gradient.nbytes, group.size()))
         return None
     at = site._replace(kind=f"{site.kind}-gradient")
-    plan = collectives.decide(collective, gradient, group, site.config, at, legs, site.is_batch_invariant)
+    plan = collectives.decide(collective, gradient, group, site.config, at, legs, modes.is_batch_invariant(site.module))
     if plan.deferred:
         collectives.count_deferred(plan)
         return None

@@ -35,6 +35,11 @@ def forbids(site: Site, collective: str, x: Tensor, group: Any, reason: str | No
     return True
 
 
+def is_batch_invariant(owner: Any) -> bool:
+    """Whether a module or dispatcher belongs to a model in Megatron's batch-invariant mode."""
+    return bool(getattr(getattr(owner, "config", None), "batch_invariant_mode", False))
+
+
 def why_not() -> str | None:
     """Why nothing may be compressed in this call; None if it may."""
     unknown = patching.unknown_argument()
