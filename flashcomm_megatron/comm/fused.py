@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..codec import native as extension
+from ..codec import native
 from ..observe import messages
 from . import shared_memory, votes
 from .inboxes import HostInboxes, PeerInboxes
@@ -72,7 +72,7 @@ class Workspace:
         request = self._cuda.Request(
             kind=KINDS[kind],
             **_legs(self._cuda, codecs),
-            dtype=extension.DTYPES[x.dtype],
+            dtype=native.DTYPES[x.dtype],
             numel=max(x.numel(), out.numel()),
             slice=length,
             x=[x.data_ptr()],
@@ -176,11 +176,11 @@ def _cut(plan: Any) -> tuple[tuple[Any, Any], Any]:
 @lru_cache(4096)
 def _has_kernel(codecs: tuple[Any, Any], slices: Any, dtype: torch.dtype, with_residuals: bool) -> bool:
     """Whether there is a fused kernel for these legs; it knows no rows: they must be whole blocks or super-blocks."""
-    cuda = extension.cuda()
+    cuda = native.cuda()
     if cuda is None or not all(codec.native for codec in codecs):
         return False
-    return cuda.has_collective(*_legs(cuda, codecs).values(), extension.DTYPES[dtype], with_residuals) and all(
-        extension.has_cuda_kernel(codec.native, dtype, slices.length, slices.width) for codec in codecs
+    return cuda.has_collective(*_legs(cuda, codecs).values(), native.DTYPES[dtype], with_residuals) and all(
+        native.has_cuda_kernel(codec.native, dtype, slices.length, slices.width) for codec in codecs
     )
 
 
@@ -232,7 +232,7 @@ def _say(group: dist.ProcessGroup, asked: str, reasons: list[str], name: str) ->
 
 def _try(name: str, group: dist.ProcessGroup, device: int) -> tuple[Workspace | None, str]:
     """A workspace whose inboxes carried data between all ranks, or None and the reason; the same on every rank."""
-    cuda = extension.cuda()
+    cuda = native.cuda()
     place, reason = _place(cuda, device)
     reason = votes.failure(reason, group)
     everyone = votes.gather(place, group)
@@ -272,7 +272,7 @@ def _release(made: Workspace | None, inboxes: Any, group: dist.ProcessGroup) -> 
 def _place(cuda: ModuleType | None, device: int) -> tuple[bytes, str]:
     """16 bytes that name the GPU, 4 with the blocks it holds, then the machine; or why there are none."""
     if cuda is None:
-        return b"", f"the extension has no CUDA kernels ({extension.reason()})"
+        return b"", f"the extension has no CUDA kernels ({native.reason()})"
     try:
         blocks = int(cuda.device_blocks(device)).to_bytes(4, "little")
         return bytes(cuda.device_uuid(device) + blocks + shared_memory.machine().encode()), ""
@@ -306,7 +306,7 @@ def _trial(made: Workspace, group: dist.ProcessGroup) -> str:
 class _Known(NamedTuple):
     """The number format of the trial: 8-bit integers in blocks of 32, as csrc/api.h numbers it."""
 
-    native: extension.Native = (0, 8, 32)
+    native: native.Native = (0, 8, 32)
 
 
 def _known(rank: int, turn: int, device: torch.device) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..collectives import plan as policy
+from ..collectives.plan import exact_bytes
 from ..config import current
 from ..observe import messages
 from . import context
@@ -43,4 +43,4 @@ def _count(reason: str, collective: str, x: Tensor, group: Any) -> None:
     config = current()
     world = (group or get_tensor_model_parallel_group()).size()
     if config is not None and world > 1:
-        messages.deferred(reason, policy.exact_bytes(collective, x.nbytes, world), config)
+        messages.deferred(reason, exact_bytes(collective, x.nbytes, world), config)

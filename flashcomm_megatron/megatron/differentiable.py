@@ -14,8 +14,7 @@ from torch import Tensor
 from .. import collectives
 from ..collectives.algorithms import Residuals
 from ..collectives.plan import Plan
-from . import calibrated, feedback, gradients, modes
-from . import context as where
+from . import calibrated, context, feedback, gradients, modes
 
 
 class Planned(NamedTuple):
@@ -30,10 +29,10 @@ def planned(kind: str, collective: str, x: Tensor, group: Any, reason: str | Non
 
     ``reason``: why the caller must have the original, if it must.
     """
-    site = where.site()
+    site = context.site()
     if site is None or site.kind != kind or group is None:
         return None
-    observer = where.observer()
+    observer = context.observer()
     if observer is not None:
         if kind == "row":
             observer(site.module, x, group)
@@ -56,7 +55,7 @@ def as_original_wants(kind: str, x: Tensor) -> Tensor:
     Megatron's own sum leaves a tensor that is not contiguous unsummed. Compressed sums do not, so a call that is
     deferred must not either, or a layer would be right at one length and wrong at another.
     """
-    site = where.site()
+    site = context.site()
     return x.contiguous() if site is not None and site.kind == kind else x
 
 
@@ -75,7 +74,7 @@ class AllReduce(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any, call: Planned) -> Any:
-        return send(call, x, where.site())
+        return send(call, x, context.site())
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -87,7 +86,7 @@ class ReduceScatter(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any, call: Planned) -> Any:
-        ctx.group, ctx.site = group, where.site()
+        ctx.group, ctx.site = group, context.site()
         return send(call, x, ctx.site)
 
     @staticmethod
@@ -100,7 +99,7 @@ class AllGather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any, call: Planned) -> Any:
-        ctx.group, ctx.site = group, where.site()
+        ctx.group, ctx.site = group, context.site()
         return send(call, x, ctx.site)
 
     @staticmethod

@@ -30,10 +30,8 @@ from torch import Tensor
 
 from .. import collectives
 from ..collectives.plan import Plan, exact_bytes
-from ..observe import counters
-from ..observe import messages as announce
-from . import context as where
-from . import modes
+from ..observe import counters, messages
+from . import context, modes
 from .context import Site
 from .patching import Function
 
@@ -59,7 +57,7 @@ class Compressing:
         op = getattr(options[0], "reduceOp", options[0]) if options else dist.ReduceOp.SUM
         if others or op != dist.ReduceOp.SUM or not x.is_contiguous():
             nbytes = sum(exact_bytes("all_reduce", each.nbytes, self._group.size()) for each in tensors)
-            announce.deferred(NOT_A_SUM, nbytes, self._site.config)
+            messages.deferred(NOT_A_SUM, nbytes, self._site.config)
             return self._group.allreduce(tensors, *options)
         plan = planned("all_reduce", x, self._group, self._site)
         if plan is None:
@@ -87,7 +85,7 @@ def reduce_scatter(gradient: Tensor, group: Any, site: Site) -> Tensor:
 
 def planned(collective: str, gradient: Tensor, group: Any, site: Site) -> Plan | None:
     """The plan for a gradient, whose samples are filed apart; None: left exact, deferred and counted, or observed."""
-    if where.observer() is not None or modes.forbids(site, collective, gradient, group):
+    if context.observer() is not None or modes.forbids(site, collective, gradient, group):
         return None
     legs = site.config.gradient_legs
     if legs is None:
@@ -119,7 +117,7 @@ def linear_backward(original: Function) -> Function:
         if site is not None and ctx.allreduce_dgrad:
             ctx.tp_group = Compressing(group, site)
         try:
-            with where.at(site):
+            with context.at(site):
                 return original(ctx, *args, **kwargs)
         finally:
             ctx.tp_group = group
@@ -133,7 +131,7 @@ def reduce_scatter_tensor(original: Function) -> Function:
     def reduce_scatter_tensor(
         output: Tensor, input: Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False
     ) -> Any:
-        site = where.site()
+        site = context.site()
         at_column = site is not None and site.kind == "column" and group is not None and op == dist.ReduceOp.SUM
         plan = planned("reduce_scatter", input, group, site) if site is not None and at_column else None
         if plan is None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..collectives import plan as policy
+from ..collectives.plan import exact_bytes
 from ..observe import messages
 from . import patching
 from .context import Site
@@ -31,7 +31,7 @@ def forbids(site: Site, collective: str, x: Tensor, group: Any, reason: str | No
     reason = reason or why_not()
     if reason is None:
         return False
-    messages.deferred(reason, policy.exact_bytes(collective, x.nbytes, group.size()), site.config)
+    messages.deferred(reason, exact_bytes(collective, x.nbytes, group.size()), site.config)
     return True
 
 

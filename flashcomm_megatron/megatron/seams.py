@@ -14,8 +14,7 @@ from __future__ import annotations
 
 from packaging.version import Version
 
-from . import context, counted, experts, feedback, gradients, layers
-from . import transformer_engine as engine
+from . import context, counted, experts, feedback, gradients, layers, transformer_engine
 from .patching import Seam
 
 LAYERS = "megatron.core.tensor_parallel.layers"
@@ -95,9 +94,9 @@ TOKENS = (
 
 # Not compiled by torch.compile: from 2.20 on compiled code runs an operator, whose backward would not know the site.
 TRANSFORMER_ENGINE = (
-    Seam(EXTENSION, "TELinear.forward", ("self", "x"), engine.layer_forward,
+    Seam(EXTENSION, "TELinear.forward", ("self", "x"), transformer_engine.layer_forward,
          "notes the site of TERowParallelLinear and TEColumnParallelLinear, which inherit this forward"),
-    Seam(EXTENSION, "TELayerNormColumnParallelLinear.forward", ("self", "x"), engine.layer_forward,
+    Seam(EXTENSION, "TELayerNormColumnParallelLinear.forward", ("self", "x"), transformer_engine.layer_forward,
          "notes the column site; a method, so subclasses and instances made earlier find it at call time"),
     Seam(f"{TE}.linear", "_Linear.forward", ("ctx",), context.keep_site,
          "keeps the site for backward; apply() looks forward up on the class at every call"),
@@ -107,38 +106,38 @@ TRANSFORMER_ENGINE = (
          "keeps the site for backward, for a norm and its linear layer in one"),
     Seam(f"{TE}.layernorm_linear", "_LayerNormLinear.backward", ("ctx",), context.restore_site,
          "restores the site, for a norm and its linear layer in one"),
-    Seam(f"{TE}.linear", "allreduce", REDUCE, engine.all_reduce,
+    Seam(f"{TE}.linear", "allreduce", REDUCE, transformer_engine.all_reduce,
          "row all-reduce, and of a column layer's gradient; linear.py's own binding, looked up at every call"),
-    Seam(f"{TE}.linear", "reduce_scatter_along_first_dim", REDUCE, engine.reduce_scatter,
+    Seam(f"{TE}.linear", "reduce_scatter_along_first_dim", REDUCE, transformer_engine.reduce_scatter,
          "row reduce-scatter under sequence parallelism, and of a column layer's gradient; linear.py's own binding"),
-    Seam(f"{TE}.linear", "gather_along_first_dim", GATHER, engine.gather,
+    Seam(f"{TE}.linear", "gather_along_first_dim", GATHER, transformer_engine.gather,
          "column all-gather under sequence parallelism, forward and again for the weight gradient"),
-    Seam(f"{TE}.layernorm_linear", "allreduce", REDUCE, engine.all_reduce,
+    Seam(f"{TE}.layernorm_linear", "allreduce", REDUCE, transformer_engine.all_reduce,
          "all-reduce of the gradient before a norm; layernorm_linear.py's own binding"),
-    Seam(f"{TE}.layernorm_linear", "reduce_scatter_along_first_dim", REDUCE, engine.reduce_scatter,
+    Seam(f"{TE}.layernorm_linear", "reduce_scatter_along_first_dim", REDUCE, transformer_engine.reduce_scatter,
          "reduce-scatter of the gradient before a norm; layernorm_linear.py's own binding"),
-    Seam(f"{TE}.layernorm_linear", "gather_along_first_dim", GATHER, engine.gather,
+    Seam(f"{TE}.layernorm_linear", "gather_along_first_dim", GATHER, transformer_engine.gather,
          "column all-gather after a norm; layernorm_linear.py's own binding"),
-    Seam(f"{TE}.base", "gather_along_first_dim", GATHER, engine.gather,
+    Seam(f"{TE}.base", "gather_along_first_dim", GATHER, transformer_engine.gather,
          "all-gather of a row layer's gradient under sequence parallelism; base.py's own binding"),
 )  # fmt: skip
 
 # Layers of --transformer-impl inference_optimized do not call their parents outside of training. What their kernels
 # over NVLink SHARP (NVLS) move is counted as "NVLS kernel"; what they send by name is compressed.
 INFERENCE_0_16 = (
-    Seam(INFERENCE, "InferenceRowParallelLinear.forward", ("self", "x"), engine.layer_forward,
+    Seam(INFERENCE, "InferenceRowParallelLinear.forward", ("self", "x"), transformer_engine.layer_forward,
          "notes the row site outside of training; in training the parent's forward does",
          is_layer=True),
-    Seam(INFERENCE, "InferenceLayerNormColumnParallelLinear.forward", ("self", "x"), engine.layer_forward,
+    Seam(INFERENCE, "InferenceLayerNormColumnParallelLinear.forward", ("self", "x"), transformer_engine.layer_forward,
          "notes the column site outside of training",
          is_layer=True),
-    Seam(INFERENCE, "reduce_scatter_along_first_dim", REDUCE, engine.reduce_scatter,
+    Seam(INFERENCE, "reduce_scatter_along_first_dim", REDUCE, transformer_engine.reduce_scatter,
          "row reduce-scatter where no NVLS kernel runs; inference_layers.py's own binding"),
-    Seam(INFERENCE, "gather_along_first_dim", GATHER, engine.gather,
+    Seam(INFERENCE, "gather_along_first_dim", GATHER, transformer_engine.gather,
          "column all-gather where no NVLS kernel runs; inference_layers.py's own binding"),
 )  # fmt: skip
 INFERENCE_0_17 = (
-    Seam(INFERENCE, "InferenceColumnParallelLinear.forward", ("self", "x"), engine.layer_forward,
+    Seam(INFERENCE, "InferenceColumnParallelLinear.forward", ("self", "x"), transformer_engine.layer_forward,
          "notes the column site of latent attention and multi-token prediction outside of training",
          is_layer=True),
 )  # fmt: skip

@@ -31,9 +31,8 @@ from torch import Tensor
 from .. import collectives
 from ..collectives.plan import exact_bytes
 from ..config import current
-from ..observe import messages as announce
-from . import context as where
-from . import differentiable, feedback, gradients, model
+from ..observe import messages
+from . import context, differentiable, feedback, gradients, model
 from .context import Site
 from .patching import Function
 
@@ -59,13 +58,13 @@ def layer_forward(original: Function) -> Function:
     """Wrap the forward of a layer that inherits from Transformer Engine: note its site, count what passes us by."""
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        here = where.site()
+        here = context.site()
         if here is not None and here.module is self:  # the inference layers call their parent's forward in training
             return original(self, x, *args, **kwargs)
         site = site_of(self)
         _visit.was_asked, _visit.records_gradients = False, torch.is_grad_enabled()
         # Backward may gather by name what forward gathered in user buffers: such a layer is no site in either.
-        with where.at(None if _overlaps(self) else site):
+        with context.at(None if _overlaps(self) else site):
             output = original(self, x, *args, **kwargs)
         if site is not None and not _visit.was_asked:
             _count_unseen(site, x, output[0])
@@ -96,7 +95,7 @@ def _count_unseen(site: Site, x: Tensor, output: Tensor) -> None:
         collective, nbytes = "reduce_scatter", output.nbytes * world
     else:
         collective, nbytes = "all_reduce", output.nbytes
-    announce.deferred(_why_unseen(layer), exact_bytes(collective, nbytes, world), site.config)
+    messages.deferred(_why_unseen(layer), exact_bytes(collective, nbytes, world), site.config)
 
 
 def _overlaps(layer: Any) -> bool:
@@ -155,7 +154,7 @@ def gather(original: Function) -> Function:
 
 def _contiguous(x: Any) -> Any:
     """``x`` as all of these collectives want it at a site: what a strided tensor holds is summed in a copy of it."""
-    return x.contiguous() if type(x) is Tensor and where.site() is not None else x
+    return x.contiguous() if type(x) is Tensor and context.site() is not None else x
 
 
 def _send(
@@ -165,13 +164,13 @@ def _send(
 
     ``kind`` is the site at which the collective moves activations; at the other one it moves gradients.
     """
-    site, name = where.site(), collective.__name__
+    site, name = context.site(), collective.__name__
     if site is None or group is None:
         return None
     _visit.was_asked = True
     if quantizer is not None or type(x) is not Tensor:
         one_byte_each = torch.Size(x.size()).numel()
-        announce.deferred("FP8", exact_bytes(name, one_byte_each, group.size()), site.config)
+        messages.deferred("FP8", exact_bytes(name, one_byte_each, group.size()), site.config)
         return None
     send = _activation(collective, kind, x, group) if site.kind == kind else _gradient(collective, x, group, site)
     if send is None:
@@ -192,7 +191,7 @@ def _output(collective: Function, x: Tensor, world: int) -> dict[str, Tensor]:
 def _activation(collective: Function, kind: str, x: Tensor, group: Any) -> Function | None:
     with torch.set_grad_enabled(_visit.records_gradients):
         call = differentiable.planned(kind, collective.__name__, x, group)
-    return None if call is None else partial(differentiable.send, call, x, where.site())
+    return None if call is None else partial(differentiable.send, call, x, context.site())
 
 
 def _gradient(collective: Function, x: Tensor, group: Any, site: Site) -> Function | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_lines import clear_variables, installs_of, parser, refused
 from patience import patient
 
 import flashcomm_megatron as fc
@@ -26,8 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(autouse=True)
 def off(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No configuration before and after, and none from the environment."""
-    for name in [name for name in os.environ if name.startswith("FLASH_COMM_")]:
-        monkeypatch.delenv(name)
+    clear_variables(monkeypatch)
     config.set_current(None)
     yield
     config.set_current(None)
@@ -36,23 +36,7 @@ def off(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture
 def installs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """One entry for every time the flag patched Megatron; nothing is patched."""
-    calls: list[str] = []
-    monkeypatch.setattr(installation, "install", lambda *options, **more: calls.append("install"))
-    return calls
-
-
-def parser(**options: object) -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(prog="train.py", **options)  # type: ignore[arg-type]
-    made.add_argument("--lr", type=float)
-    return fc.add_arguments(made)
-
-
-def refused(capsys: pytest.CaptureFixture[str], line: str) -> str:
-    """What is printed when a command line is refused with exit code 2."""
-    with pytest.raises(SystemExit) as exit:
-        parser().parse_args(line.split())
-    assert exit.value.code == 2
-    return capsys.readouterr().err
+    return installs_of(monkeypatch)
 
 
 # ---- on and off -----------------------------------------------------------------------------------------------------

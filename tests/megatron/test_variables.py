@@ -2,42 +2,25 @@
 
 from __future__ import annotations
 
-import argparse
-import os
 from collections.abc import Iterator
 
 import pytest
+from command_lines import clear_variables, installs_of, parser, refused
 
 import flashcomm_megatron as fc
 from flashcomm_megatron import config
-from flashcomm_megatron.megatron import arguments, installation
+from flashcomm_megatron.megatron import arguments
 from flashcomm_megatron.observe import messages
 
 
 @pytest.fixture(autouse=True)
 def installs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """One entry for every time Megatron would have been patched. No variable is set, no configuration in force."""
-    for name in [name for name in os.environ if name.startswith("FLASH_COMM_")]:
-        monkeypatch.delenv(name)
-    calls: list[str] = []
-    monkeypatch.setattr(installation, "install", lambda *options, **more: calls.append("install"))
+    clear_variables(monkeypatch)
+    calls = installs_of(monkeypatch)
     config.set_current(None)
     yield calls
     config.set_current(None)
-
-
-def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(prog="train.py")
-    made.add_argument("--lr", type=float)
-    return fc.add_arguments(made)
-
-
-def refused(capsys: pytest.CaptureFixture[str], line: str) -> str:
-    """What is printed when a command line is refused with exit code 2."""
-    with pytest.raises(SystemExit) as exit:
-        parser().parse_args(line.split())
-    assert exit.value.code == 2
-    return capsys.readouterr().err
 
 
 @pytest.mark.parametrize("line", ["--flash-comm-bits 4", "--lr 0.1"])
