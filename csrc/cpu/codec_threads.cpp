@@ -63,7 +63,7 @@ bool shares_tops(const Spec& spec) { return spec.format == kRotatedFormat; }
 
 // A tensor in units: blocks, or super-blocks where blocks share a top.
 baseline::Rows units_of(const Spec& spec) {
-    return {spec.numel, spec.width, shares_tops(spec) ? baseline::kFamily * spec.block : spec.block};
+    return {spec.numel, spec.width, shares_tops(spec) ? baseline::kSuperBlock * spec.block : spec.block};
 }
 
 int64_t common_multiple(int64_t a, int64_t b) { return a / std::gcd(a, b) * b; }

@@ -1,10 +1,10 @@
-// The rotated codec on the CPU: families of any block size and any numbers, a block at a time.
+// The rotated codec on the CPU: super-blocks of any block size and any numbers, a block at a time.
 //
-//     encode   load -> butterflies, + residual -> largest coefficient; then, with the family's top known, round -> pack
+//     encode   load -> butterflies, + residual -> largest coefficient; then, by the super-block's top, round -> pack
 //     decode   unpack -> multiply by the step -> add, for every payload; butterflies -> write
 //
-// There are faster paths for families of zeros (rotated_zeros.h), and for families of blocks of 32 or 64 values without
-// constants, NaN, Inf and huge numbers (rotated_plain.h).
+// There are faster paths for super-blocks of zeros (rotated_zeros.h), and for super-blocks of blocks of 32 or 64 values
+// without constants, NaN, Inf and huge numbers (rotated_plain.h).
 #include <stdlib.h>
 
 #include "api.h"
@@ -15,13 +15,14 @@
 namespace flashcomm::FLASHCOMM_ISA {
 namespace {
 
-// Room for one family of blocks up to kBlock values while it is coded; the arrays hold its blocks one after the other.
-template <int kBlock> struct Family : Steps {
-    alignas(64) float coefficients[kFamily * kBlock];
-    uint8_t codes[kFamily * kBlock];
+// Room for one super-block of blocks up to kBlock values while it is coded; the arrays hold its blocks one after the
+// other.
+template <int kBlock> struct SuperBlock : Steps {
+    alignas(64) float coefficients[kSuperBlock * kBlock];
+    uint8_t codes[kSuperBlock * kBlock];
     Bytes<kBlock> bytes;
-    float sizes[kFamily];
-    uint32_t constants[kFamily];
+    float sizes[kSuperBlock];
+    uint32_t constants[kSuperBlock];
 };
 
 // ---- encode ----------------------------------------------------------------------------------------------------
@@ -59,7 +60,7 @@ uint32_t key_of_block(const float* c, float largest, bool is_negative, float shr
     });
 }
 
-// Adds what a family's residual, or null, holds of block b.
+// Adds what a super-block's residual, or null, holds of block b.
 template <class T> void add_residual(const typename T::Word* residual, int b, int64_t block, float* x) {
     for (int64_t i = 0; residual && i < block; i++) {
         const auto word = residual[residual_index(b, i, block)];
@@ -67,9 +68,9 @@ template <class T> void add_residual(const typename T::Word* residual, int b, in
     }
 }
 
-// Rotates block b of the family, whose largest value is known, and notes its step's key, or which escape it takes.
-template <class T, class Family>
-void measure(Family& f, int b, const Coding& at, uint32_t magnitude, const typename T::Word* residual) {
+// Rotates block b of the super-block, whose largest value is known, and notes its step's key, or which escape it takes.
+template <class T, class SuperBlock>
+void measure(SuperBlock& f, int b, const Coding& at, uint32_t magnitude, const typename T::Word* residual) {
     float* x = f.coefficients + b * at.block;
     f.shrinks[b] = 1;
     f.keys[b] = kLeastKey;
@@ -106,9 +107,9 @@ void quantize_escape(uint32_t kind, uint32_t constant, const Coding& at, uint8_t
         codes[i] = kind == kConstant && i * width < 32 ? (uint8_t)(constant >> i * width & ((1 << width) - 1)) : 0;
 }
 
-// Codes and metadata of the family's blocks, whose coefficients are known.
-template <class Family>
-void finish(Family& f, const Coding& at, int64_t family, const Span& s, uint8_t* payload) {
+// Codes and metadata of the super-block's blocks, whose coefficients are known.
+template <class SuperBlock>
+void finish(SuperBlock& f, const Coding& at, int64_t super_block, const Span& s, uint8_t* payload) {
     fit(f, at, s.blocks);
     for (int b = 0; b < s.blocks; b++) {
         uint8_t* codes = f.codes + b * at.block;
@@ -123,7 +124,7 @@ void finish(Family& f, const Coding& at, int64_t family, const Span& s, uint8_t*
         low[i] = (uint8_t)number, f.bytes.high[i] = (uint8_t)(number >> 8);
     }
     pack(low, f.bytes.high, at, octet_of(at, s), words, payload);
-    store_steps(f, at, family, s, payload);
+    store_steps(f, at, super_block, s, payload);
 }
 
 // ---- decode ----------------------------------------------------------------------------------------------------
@@ -156,8 +157,8 @@ float add(const uint8_t* __restrict codes, uint32_t scale, uint32_t top, const C
     return step < 0 ? -step : step;
 }
 
-template <class Family>
-void load_codes(const uint8_t* payload, const Coding& at, const Span& s, Family& f) {
+template <class SuperBlock>
+void load_codes(const uint8_t* payload, const Coding& at, const Span& s, SuperBlock& f) {
     const int words = words_of(at, s);
     const uint8_t* low = low_bytes(payload, at, s, f.bytes.low);
     unpack(payload, at, octet_of(at, s), words, f.bytes.low, f.bytes.high);
@@ -170,10 +171,10 @@ void load_codes(const uint8_t* payload, const Coding& at, const Span& s, Family&
     }
 }
 
-template <bool kFirst, class Family>
-void add_family(const uint8_t* payload, const Coding& at, int64_t family, const Span& s, Family& f) {
+template <bool kFirst, class SuperBlock>
+void add_super_block(const uint8_t* payload, const Coding& at, int64_t super_block, const Span& s, SuperBlock& f) {
     const uint8_t* scales = payload + at.scales + s.block;
-    const uint32_t top = top_of(payload, at, family);
+    const uint32_t top = top_of(payload, at, super_block);
     load_codes(payload, at, s, f);
     for (int b = 0; b < s.blocks; b++) {
         const int64_t start = b * at.block;
@@ -184,12 +185,13 @@ void add_family(const uint8_t* payload, const Coding& at, int64_t family, const 
 
 // The sums of all payloads' values, float32, in f.coefficients, still to be multiplied by 1 / f.shrinks. Blocks whose
 // butterflies could overflow are found while adding, and then everything is added once more, those shrunk.
-template <class Family>
-void sum_family(const uint8_t* const* payloads, int count, const Coding& at, int64_t family, const Span& s, Family& f) {
+template <class SuperBlock>
+void sum_super_block(const uint8_t* const* payloads, int count, const Coding& at, int64_t super_block, const Span& s,
+                     SuperBlock& f) {
     for (int b = 0; b < s.blocks; b++) f.shrinks[b] = 1, f.sizes[b] = 0;
     for (bool is_done = false; !is_done;) {
-        add_family<true>(payloads[0], at, family, s, f);
-        for (int p = 1; p < count; p++) add_family<false>(payloads[p], at, family, s, f);
+        add_super_block<true>(payloads[0], at, super_block, s, f);
+        for (int p = 1; p < count; p++) add_super_block<false>(payloads[p], at, super_block, s, f);
         is_done = true;
         for (int b = 0; b < s.blocks; b++)
             if (f.sizes[b] >= kHugeStep && f.shrinks[b] == 1) f.shrinks[b] = kShrink, is_done = false;
@@ -207,7 +209,8 @@ void write(const float* __restrict sums, int count, float grow, float limit, typ
     }
 }
 
-// ---- families of a tensor ----------------------------------------------------------------------------------------
+// ---- super-blocks of a tensor
+// ----------------------------------------------------------------------------------------
 
 // Values of block b that the tensor has.
 int count_of(const Coding& at, const Span& s, int b) {
@@ -215,9 +218,9 @@ int count_of(const Coding& at, const Span& s, int b) {
     return (int)(left < at.block ? left : at.block);
 }
 
-// Replaces block b's part of the family's residual by what its codes lose.
-template <class T, class Family>
-void keep_loss(const Family& f, int b, const Coding& at, typename T::Word* residual) {
+// Replaces block b's part of the super-block's residual by what its codes lose.
+template <class T, class SuperBlock>
+void keep_loss(const SuperBlock& f, int b, const Coding& at, typename T::Word* residual) {
     const bool keeps = !is_escape(f.scales[b]) && f.shrinks[b] == 1;
     const float step = step_of(f.top, f.scales[b]) * (float)at.block;
     for (int64_t i = 0, at_block = b * at.block; i < at.block; i++) {
@@ -227,9 +230,9 @@ void keep_loss(const Family& f, int b, const Coding& at, typename T::Word* resid
     }
 }
 
-template <class T, class Family>
-void encode_family(const typename T::Word* x, typename T::Word* residual, const Coding& at, int64_t family,
-                   const Span& s, uint8_t* payload, Family& f) {
+template <class T, class SuperBlock>
+void encode_super_block(const typename T::Word* x, typename T::Word* residual, const Coding& at, int64_t super_block,
+                        const Span& s, uint8_t* payload, SuperBlock& f) {
     if (residual) residual += s.residual;
     for (int b = 0; b < s.blocks; b++) {
         const int count = count_of(at, s, b);
@@ -238,24 +241,24 @@ void encode_family(const typename T::Word* x, typename T::Word* residual, const 
         for (int i = count; i < at.block; i++) values[i] = values[count - 1];
         measure<T>(f, b, at, magnitude, residual);
     }
-    finish(f, at, family, s, payload);
+    finish(f, at, super_block, s, payload);
     for (int b = 0; residual && b < s.blocks; b++) keep_loss<T>(f, b, at, residual);
 }
 
-template <class T, class Family>
-void decode_family(const uint8_t* const* payloads, int count, const Coding& at, int64_t family, const Span& s,
-                   float limit, typename T::Word* out, Family& f) {
-    sum_family(payloads, count, at, family, s, f);
+template <class T, class SuperBlock>
+void decode_super_block(const uint8_t* const* payloads, int count, const Coding& at, int64_t super_block, const Span& s,
+                        float limit, typename T::Word* out, SuperBlock& f) {
+    sum_super_block(payloads, count, at, super_block, s, f);
     for (int b = 0; b < s.blocks; b++) {
         const int64_t start = b * at.block;
         write<T>(f.coefficients + start, count_of(at, s, b), 1 / f.shrinks[b], limit, out + s.value + start);
     }
 }
 
-// kBlock: 32 or 64, whose plain families have a short way; 0: any other. The parts of all payloads follow.
+// kBlock: 32 or 64, whose plain super-blocks have a short way; 0: any other. The parts of all payloads follow.
 template <int kBlock> struct Room {
     static constexpr int kPlain = kBlock ? kBlock : 32;
-    Family<kBlock ? kBlock : 1024> any;
+    SuperBlock<kBlock ? kBlock : 1024> any;
     Plain<kPlain> plain;
 
     Part<kPlain>* parts() { return (Part<kPlain>*)(this + 1); }
@@ -265,43 +268,47 @@ template <int kBlock> struct Room {
 };
 
 template <class T, int kBlock>
-void encode_families(const void* x, void* lost, const Coding& at, uint8_t* payload, int64_t first, int64_t last,
-                     void* room) {
+void encode_super_blocks(const void* x, void* lost, const Coding& at, uint8_t* payload, int64_t first, int64_t last,
+                         void* room) {
     auto* residual = (typename T::Word*)lost;
     auto* values = (const typename T::Word*)x;
     auto& f = *(Room<kBlock>*)room;
-    for (int64_t family = first; family < last; family++) {
-        const Span s = at.span(family);
+    for (int64_t super_block = first; super_block < last; super_block++) {
+        const Span s = at.span(super_block);
         if constexpr (kBlock != 0)
-            if (residual ? encode_plain<T, kBlock, true>(values, residual, at, family, s, payload, f.plain)
-                         : encode_plain<T, kBlock, false>(values, residual, at, family, s, payload, f.plain))
+            if (residual ? encode_plain<T, kBlock, true>(values, residual, at, super_block, s, payload, f.plain)
+                         : encode_plain<T, kBlock, false>(values, residual, at, super_block, s, payload, f.plain))
                 continue;
-        if (encode_zeros(values, residual, at, family, s, payload)) continue;
-        encode_family<T>(values, residual, at, family, s, payload, f.any);
+        if (encode_zeros(values, residual, at, super_block, s, payload)) continue;
+        encode_super_block<T>(values, residual, at, super_block, s, payload, f.any);
     }
 }
 
 template <class T, int kBlock>
-void decode_families(const uint8_t* const* payloads, int count, const Coding& at, void* out, int64_t first,
-                     int64_t last, void* room) {
+void decode_super_blocks(const uint8_t* const* payloads, int count, const Coding& at, void* out, int64_t first,
+                         int64_t last, void* room) {
     const float limit = count == 1 ? T::kMax : __builtin_inff();
     auto* values = (typename T::Word*)out;
     auto& f = *(Room<kBlock>*)room;
-    for (int64_t family = first; family < last; family++) {
-        const Span s = at.span(family);
+    for (int64_t super_block = first; super_block < last; super_block++) {
+        const Span s = at.span(super_block);
         if constexpr (kBlock != 0)
-            if (decode_plain<T, kBlock>(payloads, count, at, family, s, limit, values, f.parts())) continue;
+            if (decode_plain<T, kBlock>(payloads, count, at, super_block, s, limit, values, f.parts())) continue;
         if (decode_zeros(payloads, count, at, s, values)) continue;
-        decode_family<T>(payloads, count, at, family, s, limit, values, f.any);
+        decode_super_block<T>(payloads, count, at, super_block, s, limit, values, f.any);
     }
 }
 
 template <class T> constexpr auto encoder_of(int64_t block) {
-    return block == 32 ? encode_families<T, 32> : block == 64 ? encode_families<T, 64> : encode_families<T, 0>;
+    return block == 32   ? encode_super_blocks<T, 32>
+           : block == 64 ? encode_super_blocks<T, 64>
+                         : encode_super_blocks<T, 0>;
 }
 
 template <class T> constexpr auto decoder_of(int64_t block) {
-    return block == 32 ? decode_families<T, 32> : block == 64 ? decode_families<T, 64> : decode_families<T, 0>;
+    return block == 32   ? decode_super_blocks<T, 32>
+           : block == 64 ? decode_super_blocks<T, 64>
+                         : decode_super_blocks<T, 0>;
 }
 
 void* room_for(int64_t block, int payloads) {
@@ -318,7 +325,7 @@ void encode_rotated(const void* x, void* residual, int dtype, const Spec& spec, 
                         : dtype == kFloat16 ? encoder_of<Float16>(at.block)
                                             : encoder_of<BFloat16>(at.block);
     encode(x, residual, at, payload, first, last, room);
-    if (last == at.families) zero_gaps(at, payload);
+    if (last == at.super_blocks) zero_gaps(at, payload);
     free(room);
 }
 

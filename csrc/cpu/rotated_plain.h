@@ -1,24 +1,26 @@
-// Plain families of rotated blocks on the CPU: whole blocks of 32 or 64 values, none constant, strange or huge.
+// Plain super-blocks of rotated blocks on the CPU: whole blocks of 32 or 64 values, none constant, strange or huge.
 //
-//     encode   load -> butterflies, + residual -> coefficients, largest; with the family's top known, round -> bytes ->
+//     encode   load -> butterflies, + residual -> coefficients, largest; by the super-block's top, round -> bytes ->
 //              planes; the rounding errors -> residual
 //     decode   rotated_plain_decode.h
 //
-// Nearly all families are plain, and everything but the planes happens in registers, a block in every track (tracks.h).
-// What is not plain is noticed by its coefficients: every coefficient is a sum of all values, so NaN and Inf reach them
-// all, and the largest is at least the largest value. rotated_cpu.cpp then does the family once more, block by block.
+// Nearly all super-blocks are plain, and everything but the planes happens in registers, a block in every track
+// (tracks.h). What is not plain is noticed by its coefficients: every coefficient is a sum of all values, so NaN and
+// Inf reach them all, and the largest is at least the largest value. rotated_cpu.cpp then does the super-block once
+// more, block by block.
 #pragma once
 
-#include "cpu/rotated_family.h"
+#include "cpu/super_block.h"
 #include "cpu/tracks.h"
 
 namespace flashcomm::FLASHCOMM_ISA {
 namespace {
 
 constexpr uint32_t kHugeMagnitude = (127 + 99) << 24;  // magnitude_key from which on a block is not plain
-constexpr int kUnits = kFamily / kTracks;              // a unit: the blocks that are worked on at once, one in a track
+constexpr int kUnits = kSuperBlock / kTracks;          // a unit: the blocks that are worked on at once, one in a track
 
-// A family's units. The last one may lack blocks (a row's last family need not fill it): it works on copies at the edge.
+// A super-block's units. The last one may lack blocks (a row's last super-block need not fill it): it works on copies
+// at the edge.
 struct Units {
     int count, whole, rest;  // `rest` blocks, in the last unit, if the others are whole
     explicit Units(int blocks)
@@ -32,11 +34,12 @@ FC_INLINE Words first_tracks(int tracks) {
     return x;
 }
 
-// Room for one family while it is coded.
+// Room for one super-block while it is coded.
 template <int kBlock> struct Plain : Steps {
     Vector numbers[kUnits][kBlock / 4];  // coefficients
     Words largest[kUnits];
-    float steps[kFamily], eighths[kTried][kFamily];  // of such numbers; what makes eighths of the steps tried of them
+    float steps[kSuperBlock],
+        eighths[kTried][kSuperBlock];  // of such numbers; what makes eighths of the steps tried of them
     Bytes<kBlock> bytes;
 };
 
@@ -92,7 +95,7 @@ bool rotate_edge(const typename T::Word* x, const typename T::Word* residual, Un
 }
 
 template <class T, int kBlock, bool kCarries>
-bool rotate_family(const typename T::Word* x, const typename T::Word* residual, Units units, Plain<kBlock>& f) {
+bool rotate_super_block(const typename T::Word* x, const typename T::Word* residual, Units units, Plain<kBlock>& f) {
     bool varies = true;
     const auto from = [&](int u) { return kCarries ? residual + residual_of<kBlock>(u) : residual; };
     for (int u = 0; u < units.whole; u++)
@@ -113,7 +116,7 @@ template <class Join> FC_INLINE Words by_block(const Words* units, Join join) {
     return shuffled(all, all, [](int i) { return i % kTracks * 4 + i / kTracks; });
 }
 
-constexpr int kVectors = kFamily / kLanes;  // of a number for each block
+constexpr int kVectors = kSuperBlock / kLanes;  // of a number for each block
 
 // Sums of squared_error over every block of a unit, in four lanes each, for every step tried.
 template <int kBlock>
@@ -158,8 +161,8 @@ void search(Plain<kBlock>& f, const Coding& at, int units, const Words (&signs)[
     }
 }
 
-// What fit() does, for blocks that are neither constant nor shrunk: the family's top, and of every block the scale byte,
-// the step and its reciprocal. False if a coefficient is huge, or no number.
+// What fit() does, for blocks that are neither constant nor shrunk: the super-block's top, and of every block the scale
+// byte, the step and its reciprocal. False if a coefficient is huge, or no number.
 template <int kBlock> bool fit(Plain<kBlock>& f, const Coding& at, int units) {
     const float unit = 1.0f / (float)(kBlock * at.zero);
     Words keys[kVectors], signs[kVectors], huge = {}, top = Words{} + kLeastKey;
@@ -218,7 +221,7 @@ FC_INLINE void store_codes(const Shorts (&codes)[kBlock / 8], const Coding& at, 
     store_pieces(highs, high);
 }
 
-// Codes of the family's blocks, as bytes; with a residual, also what they lose.
+// Codes of the super-block's blocks, as bytes; with a residual, also what they lose.
 template <class T, int kBlock, bool kCarries>
 void quantize(typename T::Word* residual, int units, Coding at, uint8_t* low, Plain<kBlock>& f) {
     const auto code_of = [&at](Vector x) {
@@ -246,21 +249,22 @@ void quantize(typename T::Word* residual, int units, Coding at, uint8_t* low, Pl
     }
 }
 
-// Encodes a family and replaces its residual; false, and nothing done, if it is not plain.
+// Encodes a super-block and replaces its residual; false, and nothing done, if it is not plain.
 template <class T, int kBlock, bool kCarries>
-bool encode_plain(const typename T::Word* x, typename T::Word* residual, const Coding& at, int64_t family,
+bool encode_plain(const typename T::Word* x, typename T::Word* residual, const Coding& at, int64_t super_block,
                   const Span& s, uint8_t* payload, Plain<kBlock>& f) {
     const Units units(s.blocks);
     if (s.values < s.blocks * kBlock) return false;
     if (kCarries) residual += s.residual;
-    if (!rotate_family<T, kBlock, kCarries>(x + s.value, residual, units, f) || !fit(f, at, units.count)) return false;
+    if (!rotate_super_block<T, kBlock, kCarries>(x + s.value, residual, units, f) || !fit(f, at, units.count))
+        return false;
     const int64_t octet = octet_of(at, s);
     const int words = words_of(at, s);
     uint8_t* low = units.rest ? f.bytes.low : low_bytes(payload, at, s, f.bytes.low);
     quantize<T, kBlock, kCarries>(residual, units.count, at, low, f);
     if (units.rest && at.plane[0].width == 8) __builtin_memcpy(payload + at.plane[0].start + 8 * octet, low, words);
     pack(low, f.bytes.high, at, octet, words, payload);
-    store_steps(f, at, family, s, payload);
+    store_steps(f, at, super_block, s, payload);
     return true;
 }
 

@@ -1,4 +1,4 @@
-// Plain families of rotated blocks on the CPU, decoded (rotated_plain.h encodes them):
+// Plain super-blocks of rotated blocks on the CPU, decoded (rotated_plain.h encodes them):
 //
 //     planes -> bytes -> codes, for every payload multiply by the step and add; butterflies -> store
 #pragma once
@@ -8,28 +8,28 @@
 namespace flashcomm::FLASHCOMM_ISA {
 namespace {
 
-// One payload's words of a family, and the steps of its blocks.
+// One payload's words of a super-block, and the steps of its blocks.
 template <int kBlock> struct Part {
     const uint8_t* low;
-    float steps[kFamily];
+    float steps[kSuperBlock];
     Bytes<kBlock> bytes;
 };
 
-// False if a block of the family is an escape or so large that its butterflies could overflow.
+// False if a block of the super-block is an escape or so large that its butterflies could overflow.
 template <int kBlock>
-bool load_part(const uint8_t* payload, const Coding& at, int64_t family, const Span& s, Part<kBlock>& part) {
-    uint8_t scales[kFamily] = {}, largest = 0;
+bool load_part(const uint8_t* payload, const Coding& at, int64_t super_block, const Span& s, Part<kBlock>& part) {
+    uint8_t scales[kSuperBlock] = {}, largest = 0;
     __builtin_memcpy(scales, payload + at.scales + s.block, s.blocks);
-    for (int b = 0; b < kFamily; b++) {
+    for (int b = 0; b < kSuperBlock; b++) {
         const uint8_t distance = scales[b] & 0x7F;
         largest = distance > largest ? distance : largest;
     }
-    const uint32_t top = top_of(payload, at, family);
+    const uint32_t top = top_of(payload, at, super_block);
     if (largest > kLast || top >= kHugeKey) return false;
-    for (int b = 0; b < kFamily; b++) part.steps[b] = step_of(top, scales[b]);
+    for (int b = 0; b < kSuperBlock; b++) part.steps[b] = step_of(top, scales[b]);
     const int words = words_of(at, s);
     part.low = low_bytes(payload, at, s, part.bytes.low);
-    if (s.blocks % kTracks && part.low != part.bytes.low) {  // the last unit reads beyond the family
+    if (s.blocks % kTracks && part.low != part.bytes.low) {  // the last unit reads beyond the super-block
         __builtin_memcpy(part.bytes.low, part.low, words);
         part.low = part.bytes.low;
     }
@@ -37,7 +37,7 @@ bool load_part(const uint8_t* payload, const Coding& at, int64_t family, const S
     return true;
 }
 
-// Codes of a unit's 32 values from `half` on, values 4i, 4i + 1, 4i + 2 and 4i + 3 apart.
+// Codes of a unit's 32 values from `half` on, values 4i, 4i + 1, 4i + 2 and 4i + 3 each in a vector.
 template <int kBlock>
 FC_INLINE void load_codes(const Part<kBlock>& part, int unit, const Coding& at, Shorts (&codes)[kBlock / 8]) {
     if (at.together == 1) {
@@ -141,7 +141,8 @@ template <class T> FC_INLINE Vector limited(Vector x, float limit) {
 }
 
 template <class T, int kBlock, bool kOne>
-void write_family(const Part<kBlock>* parts, int count, Coding at, Units units, float limit, typename T::Word* out) {
+void write_super_block(const Part<kBlock>* parts, int count, Coding at, Units units, float limit,
+                       typename T::Word* out) {
     typename T::Word edge[kTracks * kBlock];
     for (int u = 0; u < units.count; u++) {
         Vector v[kBlock / 4] = {};
@@ -158,15 +159,15 @@ void write_family(const Part<kBlock>* parts, int count, Coding at, Units units, 
     if (units.rest) __builtin_memcpy(out + units.whole * kTracks * kBlock, edge, units.rest * kBlock * sizeof(*out));
 }
 
-// Decodes a family and writes the sum of all payloads; false, and nothing done, if it is not plain.
+// Decodes a super-block and writes the sum of all payloads; false, and nothing done, if it is not plain.
 template <class T, int kBlock>
-bool decode_plain(const uint8_t* const* payloads, int count, const Coding& at, int64_t family, const Span& s,
+bool decode_plain(const uint8_t* const* payloads, int count, const Coding& at, int64_t super_block, const Span& s,
                   float limit, typename T::Word* out, Part<kBlock>* parts) {
     if (s.values < s.blocks * kBlock) return false;
     for (int p = 0; p < count; p++)
-        if (!load_part<kBlock>(payloads[p], at, family, s, parts[p])) return false;
-    if (count == 1) write_family<T, kBlock, true>(parts, count, at, Units(s.blocks), limit, out + s.value);
-    else write_family<T, kBlock, false>(parts, count, at, Units(s.blocks), limit, out + s.value);
+        if (!load_part<kBlock>(payloads[p], at, super_block, s, parts[p])) return false;
+    if (count == 1) write_super_block<T, kBlock, true>(parts, count, at, Units(s.blocks), limit, out + s.value);
+    else write_super_block<T, kBlock, false>(parts, count, at, Units(s.blocks), limit, out + s.value);
     return true;
 }
 

@@ -1,7 +1,8 @@
-// Families of nothing but zeros: masked tokens, padding, unused experts. Constants all, so their codes are zero bytes.
+// Super-blocks of nothing but zeros: masked tokens, padding, unused experts. Constants all, so their codes are zero
+// bytes.
 #pragma once
 
-#include "cpu/rotated_family.h"
+#include "cpu/super_block.h"
 
 namespace flashcomm::FLASHCOMM_ISA {
 namespace {
@@ -19,9 +20,10 @@ template <class Word> bool are_zero(const Word* values, int64_t count) {
     return true;
 }
 
-// Encodes a family whose values, and whose residual if there is one, are zero; false, and nothing done, if they are not.
+// Encodes a super-block whose values, and whose residual if there is one, are zero; false, and nothing done, if they
+// are not.
 template <class Word>
-bool encode_zeros(const Word* x, const Word* residual, const Coding& at, int64_t family, const Span& s,
+bool encode_zeros(const Word* x, const Word* residual, const Coding& at, int64_t super_block, const Span& s,
                   uint8_t* payload) {
     if (!are_zero(x + s.value, s.values)) return false;
     if (residual && !are_zero(residual + s.residual, grouped(s.blocks) * at.block)) return false;
@@ -32,11 +34,11 @@ bool encode_zeros(const Word* x, const Word* residual, const Coding& at, int64_t
         __builtin_memset(codes, 0, words_of(at, s) / 8 * plane.width);
     }
     __builtin_memset(payload + at.scales + s.block, kConstant, s.blocks);
-    __builtin_memcpy(payload + at.tops + 2 * family, &top, 2);
+    __builtin_memcpy(payload + at.tops + 2 * super_block, &top, 2);
     return true;
 }
 
-// All payloads hold the family as encode_zeros writes it: its values.
+// All payloads hold the super-block as encode_zeros writes it: its values.
 template <class Word>
 bool decode_zeros(const uint8_t* const* payloads, int payload_count, const Coding& at, const Span& s, Word* out) {
     for (int p = 0; p < payload_count; p++) {

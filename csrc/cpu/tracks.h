@@ -131,7 +131,7 @@ struct Zip {
     template <class V> FC_INLINE Both<V> operator()(Both<V> x) const { return zipped(x); }
 };
 
-// What told two vectors kApart from each other now tells lanes apart, and what told lanes apart the vectors.
+// Transpose: the bit kApart of a vector's index changes places with that of a lane's.
 template <int kApart, class Deal, class V, int kCount> FC_INLINE void deal(V (&v)[kCount]) {
 #pragma GCC unroll 32
     for (int i = 0; i < kCount; i++)

@@ -20,7 +20,7 @@ template <class Visit> void with_codec_part(int format, int dtype, Visit visit) 
 
 // Kernels know no rows: a row must end where blocks, and those that share a scale, do.
 bool rows_are_whole(const Spec& spec) {
-    return Rows(spec.numel, spec.width, spec.block).is_flat(spec.format == kRotatedFormat ? kFamily : 1);
+    return Rows(spec.numel, spec.width, spec.block).is_flat(spec.format == kRotatedFormat ? kSuperBlock : 1);
 }
 
 Slices one_slice(const Spec& spec) {

@@ -4,7 +4,7 @@
 // 256 values take one to three exchanges between neighbouring lanes. With blocks of 32 a warp is a super-block: no
 // barrier, no shared memory. Only the tops of larger super-blocks meet there. Additions come in the definition's order.
 //
-//     encode   rotate, + residual, largest coefficient -> per block its key -> per family of 32 blocks the top, steps
+//     encode   rotate, + residual, largest coefficient -> each block its key -> each super-block the top, steps
 //              -> codes; the rounding error -> residual
 //     decode   codes -> coefficients, which are added up -> finish: rotate back
 //
@@ -58,7 +58,7 @@ template <class T, bool kResiduals, int kParts, bool kShared> struct RotatedBloc
             const bool counts = begin + kOctets * part < octets && !(meta[part].kind & 0x7F);
             top = counts && key[part] > top ? key[part] : top;
         }
-        top = largest_of_family(top, words);
+        top = largest_of_super_block(top, words);
         uint32_t code[8 * kRows<T>];
         FC_UNROLL for (int part = 0; part < kParts; part++)
             quantize(c, part, begin, octets, meta[part], key[part], top, payload, place, residual, &code[kPart * part]);
@@ -273,8 +273,8 @@ private:
 
     // ---- steps and codes -----------------------------------------------------------------------------------------
 
-    FC_DEVICE uint32_t largest_of_family(uint32_t top, uint32_t* words) const {
-        const int shift = octet_shift - kThreadShift + 5;  // 1 << shift lanes have a family's blocks
+    FC_DEVICE uint32_t largest_of_super_block(uint32_t top, uint32_t* words) const {
+        const int shift = octet_shift - kThreadShift + 5;  // 1 << shift lanes have a super-block's blocks
         FC_UNROLL for (int apart = 1; apart < kWarp; apart *= 2) {
             if (apart >> shift) continue;
             const uint32_t theirs = exchange(top, apart);
@@ -291,7 +291,7 @@ private:
         return top;
     }
 
-    // Codes of a part, its scale and its family's top; the residual.
+    // Codes of a part, its scale and its super-block's top; the residual.
     template <class Offset>
     FC_DEVICE void quantize(const Values& c, int part, int begin, int octets, const Meta& meta, uint32_t key,
                             uint32_t top, uint8_t* payload, const Place<Offset>& place, Word* residual,
@@ -300,7 +300,8 @@ private:
         const uint32_t kind = meta.kind & 0x7F, scale = distance_of(top, key) | (meta.largest & 1 ? 0 : 0x80);
         if (is_first(octet) && octet < octets) {
             payload[place.scales + index] = (uint8_t)(kind ? kind : scale);
-            if (index % kFamily == 0) *(uint16_t*)(payload + place.tops + 2 * (index / kFamily)) = (uint16_t)top;
+            if (index % kSuperBlock == 0)
+                *(uint16_t*)(payload + place.tops + 2 * (index / kSuperBlock)) = (uint16_t)top;
         }
         const float step = step_of(top, scale) * shrink_of(meta) * (float)block(), inverse = 1.0f / step;
         Values error = {};
@@ -331,7 +332,7 @@ private:
     template <class Offset>
     FC_DEVICE Step step_at(const uint8_t* payload, const Place<Offset>& place, int index) const {
         const uint32_t scale = payload[place.scales + index], kind = scale & 0x7F;
-        const uint32_t top = ((const uint16_t*)(payload + place.tops))[(uint32_t)index / kFamily];
+        const uint32_t top = ((const uint16_t*)(payload + place.tops))[(uint32_t)index / kSuperBlock];
         const float each = kind == kNanBlock ? float_of(Float32::kNan) : step_of(top, scale);
         return {kind == kConstant ? 0.0f : each, kind == kConstant};
     }

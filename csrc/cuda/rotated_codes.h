@@ -27,7 +27,7 @@ struct RotatedCodes {
     }
 
     FC_INLINE int block() const { return 8 << octet_shift; }
-    FC_INLINE int unit() const { return kFamily * block(); }
+    FC_INLINE int unit() const { return kSuperBlock * block(); }
     template <class Offset> FC_INLINE Offset blocks(Offset values) const {
         return (values + block() - 1) >> (octet_shift + 3);
     }
@@ -39,10 +39,10 @@ struct RotatedCodes {
         return {groups, 0, scales, scales + padded16(blocks(values))};
     }
     FC_INLINE Place<int64_t> part(const Place<int64_t>& whole, int64_t octet, int64_t block) const {
-        return {whole.groups, octet, whole.scales + block, whole.tops + (block >> 4)};  // of whole families
+        return {whole.groups, octet, whole.scales + block, whole.tops + (block >> 4)};  // of whole super-blocks
     }
     FC_INLINE int bytes(int values) const {
-        return values > 0 ? own(values).tops + padded16(2 * ((blocks(values) + kFamily - 1) / kFamily)) : 0;
+        return values > 0 ? own(values).tops + padded16(2 * ((blocks(values) + kSuperBlock - 1) / kSuperBlock)) : 0;
     }
 
     template <class Offset>
@@ -52,7 +52,7 @@ struct RotatedCodes {
             zero_gap<Offset>(payload + start, place.groups * width.value);
         });
         zero_gap<Offset>(payload + place.scales, blocks);
-        zero_gap<Offset>(payload + place.tops, 2 * ((blocks + kFamily - 1) / kFamily));
+        zero_gap<Offset>(payload + place.tops, 2 * ((blocks + kSuperBlock - 1) / kSuperBlock));
     }
 
     // ---- numbers of threads ----------------------------------------------------------------------------------------

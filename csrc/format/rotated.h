@@ -4,13 +4,13 @@
 // A payload of rows (rows.h), always whole blocks (a row's last one filled with its last value):
 //
 //     | planes of the codes              | scales      | tops                  |   sections start on 16 bytes,
-//     | words * width / 8 bytes in all   | blocks x u8 | families x u16        |   gaps are zero, little endian
+//     | words * width / 8 bytes in all   | blocks x u8 | super-blocks x u16        |   gaps are zero, little endian
 //
-//     family   up to 32 blocks of one row that share a top
+//     super-block   up to 32 blocks of one row that share a top
 //
 //     words    a code each at whole widths; at half widths two codes, q[2i] + q[2i + 1] * levels, in 2 * bits bits.
 //              Wider than a byte, their low byte is a plane of 8 bits and the rest follows as planes of its own
-//     scale    distance from the family's top in eighths of an octave, and the sign of the step in bit 7
+//     scale    distance from the super-block's top in eighths of an octave, and the sign of the step in bit 7
 //     step     the float32 whose bits are (top - distance) << 20
 #pragma once
 
@@ -18,7 +18,7 @@
 
 namespace flashcomm::FLASHCOMM_ISA {
 
-constexpr int kFamily = 32;                                   // blocks that share a top
+constexpr int kSuperBlock = 32;                               // blocks that share a top
 constexpr int kNanBlock = 127, kConstant = 126, kLast = 125;  // of the scale byte without its sign
 constexpr int kKeyShift = 20;                                 // a key counts float32 bit patterns in units of 2**20
 constexpr int kNearest = 32;                      // steps of at most this many levels round to nearest, others up
@@ -28,7 +28,8 @@ constexpr float kHugeStep = 0x1p100f;             // from here on butterflies co
 constexpr uint32_t kHugeKey = (127 + 100) << 3;   // its key
 constexpr float kShrink = 0x1p-16f, kGrow = 0x1p16f;
 
-// A family: its first value, block and number of the residual, in the tensor; its blocks, and how many values they have.
+// A super-block: its first value, block and number of the residual, in the tensor; its blocks, and how many values they
+// have.
 struct Span {
     int64_t value, block, residual;
     int blocks, values;
@@ -46,23 +47,23 @@ FC_INLINE int64_t residual_numel(int64_t numel, int64_t width, int64_t block) {
 struct RotatedLayout {
     int half_bits, levels, zero, together, word_bits;
     Rows rows;
-    int64_t numel, block, blocks, families_of_row, families, words;
+    int64_t numel, block, blocks, super_blocks_of_row, super_blocks, words;
     int64_t scales, tops, bytes;
 
     FC_INLINE RotatedLayout(int64_t numel, int half_bits, int64_t block, int64_t width = 0)
         : half_bits(half_bits), levels(levels_of(half_bits)), zero(levels / 2), together(half_bits & 1 ? 2 : 1),
           word_bits(half_bits * together / 2), rows(numel, width, block), numel(numel), block(block),
-          blocks(rows.all_blocks()), families_of_row((rows.blocks + kFamily - 1) / kFamily),
-          families(rows.count * families_of_row), words(blocks * block / together) {
+          blocks(rows.all_blocks()), super_blocks_of_row((rows.blocks + kSuperBlock - 1) / kSuperBlock),
+          super_blocks(rows.count * super_blocks_of_row), words(blocks * block / together) {
         scales = 0;
         each_plane([&](int width, int, int64_t) { scales += Layout::padded(words / 8 * width); });
         tops = scales + Layout::padded(blocks);
-        bytes = tops + Layout::padded(2 * families);
+        bytes = tops + Layout::padded(2 * super_blocks);
     }
 
-    FC_INLINE Span span(int64_t family) const {
-        const int64_t row = family / families_of_row, first = family % families_of_row * kFamily;
-        const int64_t left = rows.blocks - first, blocks = left < kFamily ? left : kFamily;
+    FC_INLINE Span span(int64_t super_block) const {
+        const int64_t row = super_block / super_blocks_of_row, first = super_block % super_blocks_of_row * kSuperBlock;
+        const int64_t left = rows.blocks - first, blocks = left < kSuperBlock ? left : kSuperBlock;
         const int64_t values = rows.width - first * block;
         return {row * rows.width + first * block, row * rows.blocks + first,
                 (row * grouped(rows.blocks) + first) * block, (int)blocks,

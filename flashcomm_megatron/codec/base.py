@@ -63,7 +63,7 @@ class Codec(ABC):
     """A number format. Codecs are immutable and hashable."""
 
     keeps_residuals: ClassVar[bool] = False  # whether encode() can add what the last encoding lost (rotated.py)
-    together: ClassVar[int] = 1  # blocks of one super-block
+    super_block: ClassVar[int] = 1  # blocks that share the top of their scales (rotated.py)
     block: int  # values that share a scale
 
     @property
@@ -74,7 +74,7 @@ class Codec(ABC):
     @property
     def unit(self) -> int:
         """A tensor of one row (a 1-D gradient) is cut into slices at multiples of this many values."""
-        return self.together * self.block
+        return self.super_block * self.block
 
     def fitted(self, width: int) -> Codec:
         """The codec that serves rows of ``width`` values: this one, or the same format with smaller blocks."""

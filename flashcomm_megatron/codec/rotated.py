@@ -8,7 +8,7 @@ the others two or three levels. So each block is multiplied by a Hadamard matrix
 coefficient is much larger than the others. Coefficients are close to a centred Gaussian whatever went in, so the format
 needs no minimum: a block has one scale, and integers on both sides of zero. The decoder multiplies by the same matrix.
 The scale fits in one byte: it counts down, in steps of an eighth of an octave, from the largest scale of 32 blocks, a
-*super-block* (``FAMILY``). Half-bit widths exist because two codes of 22 levels fit in 9 bits::
+*super-block* (``SUPER_BLOCK``). Half-bit widths exist because two codes of 22 levels fit in 9 bits::
 
     c = H x / block        step = max|c| / zero        q = zero + round(+-c / step)        x' = H c'
 
@@ -112,8 +112,8 @@ from .planes import (
 
 LEVELS = {2: 4, 2.5: 5, 3: 8, 3.5: 11, 4: 16, 4.5: 22, 5: 32, 5.5: 45, 6: 64, 6.5: 90, 7: 128, 7.5: 181, 8: 256}
 BLOCKS = (16, 32, 64, 128, 256, 512, 1024)
-FAMILY = 32  # blocks that share a top
-GROUP = 4  # blocks whose numbers lie together in a residual
+SUPER_BLOCK = 32  # blocks that share a top
+GROUP = 4  # blocks whose numbers are interleaved in a residual
 NAN, CONSTANT, LAST = 127, 126, 125  # of the scale byte without its sign; LAST is the largest distance from the top
 KEY_SHIFT = 20  # a key counts float32 bit patterns in units of 2**20: eight steps an octave
 NEAREST = 32  # steps of at most this many levels are rounded to nearest, others up
@@ -131,7 +131,7 @@ class Rotated(Codec):
     bits: float
     block: int
     keeps_residuals = True
-    together = FAMILY
+    super_block = SUPER_BLOCK
 
     def __post_init__(self) -> None:
         if self.bits not in LEVELS:
@@ -164,7 +164,7 @@ class Rotated(Codec):
         rows, row = rows_of(numel, width)
         blocks, words = fitted._shape(row)
         planes = [size for width in self._widths for size in plane_bytes(rows * words, width)]
-        return [*planes, rows * blocks, 2 * rows * math.ceil(blocks / FAMILY)]
+        return [*planes, rows * blocks, 2 * rows * math.ceil(blocks / SUPER_BLOCK)]
 
     def residual_numel(self, numel: int, width: int | None = None) -> int:
         """Numbers of the residual of ``numel`` values in rows of ``width``."""
@@ -198,7 +198,7 @@ class Rotated(Codec):
     def _shape(self, row: int) -> tuple[int, int]:
         """Blocks of a row, and the words of its codes."""
         blocks = math.ceil(row / self.block)
-        return blocks, blocks * self.block // self._together
+        return blocks, blocks * self.block // self._codes_per_word
 
     def _encode(self, x: Tensor, residual: Tensor | None, row: int) -> Tensor:
         values = in_blocks(x, self.block, row).float()
@@ -258,9 +258,9 @@ class Rotated(Codec):
         keys = (keys + (shrink < 1).int() * (16 << 3)).clamp(min=LEAST_KEY)
         if self.levels <= SEARCHED:
             keys = self._best_keys(keys, coefficients, torch.where(negative, -shrink, shrink) * self.block)
-        families = keys.masked_fill(~regular, LEAST_KEY).view(-1, blocks)
-        families = torch.nn.functional.pad(families, (0, -blocks % FAMILY), value=LEAST_KEY).view(-1, FAMILY)
-        tops = families.amax(1)
+        counted = keys.masked_fill(~regular, LEAST_KEY).view(-1, blocks)
+        counted = torch.nn.functional.pad(counted, (0, -blocks % SUPER_BLOCK), value=LEAST_KEY)
+        tops = counted.view(-1, SUPER_BLOCK).amax(1)
         top = _of_each_block(tops, blocks)
         distance = (top - keys).clamp(0, LAST)
         step = ((top - distance) << KEY_SHIFT).view(torch.float32)
@@ -306,20 +306,20 @@ class Rotated(Codec):
     # ---- codes and planes ----------------------------------------------------------------------------------
 
     @property
-    def _together(self) -> int:
+    def _codes_per_word(self) -> int:
         """Codes that make one integer on the wire."""
         return 1 if self.bits == int(self.bits) else 2
 
     @property
     def _widths(self) -> list[int]:
         """Bits of that integer, cut at a byte."""
-        width = int(self.bits * self._together)
+        width = int(self.bits * self._codes_per_word)
         return [min(width, 8), width - 8] if width > 8 else [width]
 
     def _split(self, codes: Tensor) -> list[Tensor]:
         """uint8 codes -> the sections of their planes."""
         words = codes.int()
-        if self._together == 2:
+        if self._codes_per_word == 2:
             words = words[0::2] + words[1::2] * self.levels
         parts = [words & 0xFF, words >> 8]
         return [
@@ -337,7 +337,7 @@ class Rotated(Codec):
             words = part if words is None else words | part
             shift, rest = shift + width, rest[count:]
         assert words is not None
-        if self._together == 2:
+        if self._codes_per_word == 2:
             words = torch.stack([words % self.levels, words // self.levels], dim=1)
         return words.flatten().to(torch.uint8)
 
@@ -374,7 +374,7 @@ def _fitted(codec: Rotated, width: int) -> Rotated:
 
     def bits(block: int) -> float:
         blocks = math.ceil(width / block)
-        return blocks * (block * codec.bits + 8) + 16 * math.ceil(blocks / FAMILY)
+        return blocks * (block * codec.bits + 8) + 16 * math.ceil(blocks / SUPER_BLOCK)
 
     block = min((block for block in reversed(BLOCKS) if block <= codec.block), key=bits)
     return codec if block == codec.block else replace(codec, block=block)
@@ -382,8 +382,8 @@ def _fitted(codec: Rotated, width: int) -> Rotated:
 
 def _of_each_block(tops: Tensor, blocks: int) -> Tensor:
     """The top of every block, of rows of ``blocks`` blocks."""
-    families = math.ceil(blocks / FAMILY)
-    return tops.view(-1, families).repeat_interleave(FAMILY, dim=1)[:, :blocks].flatten()
+    super_blocks = math.ceil(blocks / SUPER_BLOCK)
+    return tops.view(-1, super_blocks).repeat_interleave(SUPER_BLOCK, dim=1)[:, :blocks].flatten()
 
 
 def _ungrouped(residual: Tensor, block: int, blocks: int) -> Tensor:

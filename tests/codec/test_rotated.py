@@ -54,8 +54,8 @@ def bound(codec: Rotated, x: Tensor) -> Tensor:
     least *= 2 / 3 if codec.levels < 8 else 4 / 5 if codec.levels <= 16 else 1  # the finest of the steps tried
     steps = (most * needed * (1 + 2.0**-20)).clamp(min=2.0**-100)
     for first in range(0, len(blocks), 32):
-        family = steps[first : first + 32]
-        family.clamp_(min=family.max().item() * 9 / 8 * 2.0 ** (-125 / 8))
+        super_block = steps[first : first + 32]
+        super_block.clamp_(min=super_block.max().item() * 9 / 8 * 2.0 ** (-125 / 8))
     reach = (codec.levels - 1 - codec.zero) * least * needed
     beyond = coefficients.abs() - reach[:, None]
     errors = torch.maximum(steps[:, None] / 2, beyond).sum(1)

@@ -67,7 +67,7 @@ FORMATS = [(bits, 32) for bits in LEVELS] + [(4.5, 16), (5, 64), (2.5, 256), (8,
 @pytest.mark.parametrize(("bits", "block"), FORMATS)
 def test_compiled_equals_definition(bits, block):
     codec = Rotated(bits, block)
-    for numel in (1, block * 33 + 5, block * 35):  # the last one ends within a family, on a whole block
+    for numel in (1, block * 33 + 5, block * 35):  # the last one ends within a super-block, on a whole block
         for dtype in DTYPES[: 1 if numel == 1 else None]:
             tensors = kinds(numel, dtype)
             payloads = [codec.encode_ref(x) for x in tensors]

@@ -1,4 +1,4 @@
-// One family of rotated blocks on the CPU: its steps from its largest coefficients, and its codes as planes.
+// One super-block of rotated blocks on the CPU: its steps from its largest coefficients, and its codes as planes.
 #pragma once
 
 #include "api.h"
@@ -8,21 +8,21 @@
 namespace flashcomm::FLASHCOMM_ISA {
 namespace {
 
-// What is known of a family's blocks once their largest coefficients are.
+// What is known of a super-block's blocks once their largest coefficients are.
 struct alignas(64) Steps {
-    float shrinks[kFamily], inverses[kFamily];
-    uint32_t scales[kFamily], keys[kFamily], top;
+    float shrinks[kSuperBlock], inverses[kSuperBlock];
+    uint32_t scales[kSuperBlock], keys[kSuperBlock], top;
 };
 
 inline bool is_escape(uint32_t scale) { return (scale & 0x7F) > kLast; }
 
-// Where a family's codes start in the planes, in groups of 8 words; its number of words.
+// Where a super-block's codes start in the planes, in groups of 8 words; its number of words.
 inline int64_t octet_of(const RotatedLayout& at, const Span& s) { return s.block * at.block / at.together / 8; }
 inline int words_of(const RotatedLayout& at, const Span& s) { return (int)(s.blocks * at.block / at.together); }
 
-inline uint32_t top_of(const uint8_t* payload, const RotatedLayout& at, int64_t family) {
+inline uint32_t top_of(const uint8_t* payload, const RotatedLayout& at, int64_t super_block) {
     uint16_t top;
-    __builtin_memcpy(&top, payload + at.tops + 2 * family, 2);
+    __builtin_memcpy(&top, payload + at.tops + 2 * super_block, 2);
     return top;
 }
 
@@ -31,29 +31,29 @@ inline uint32_t rounding_of(const RotatedLayout& at) {
     return at.levels <= kNearest ? 1u << (kKeyShift - 1) : (1u << kKeyShift) - 1;
 }
 
-// The family's top, and of every block its distance and the reciprocal of its step, from the blocks' keys.
+// The super-block's top, and of every block its distance and the reciprocal of its step, from the blocks' keys.
 inline void fit(Steps& f, const RotatedLayout& at, int blocks) {
     const float size = (float)at.block;
-    for (int b = blocks; b < kFamily; b++) f.keys[b] = kLeastKey, f.shrinks[b] = 1, f.scales[b] = kConstant;
+    for (int b = blocks; b < kSuperBlock; b++) f.keys[b] = kLeastKey, f.shrinks[b] = 1, f.scales[b] = kConstant;
     uint32_t top = kLeastKey;
-    for (int b = 0; b < kFamily; b++) {
+    for (int b = 0; b < kSuperBlock; b++) {
         const uint32_t key = (f.scales[b] & 0x7F) ? kLeastKey : f.keys[b];
         top = key > top ? key : top;
     }
     f.top = top;
-    for (int b = 0; b < kFamily; b++) {
+    for (int b = 0; b < kSuperBlock; b++) {
         const uint32_t scale = f.scales[b], distance = distance_of(top, f.keys[b]);
         f.inverses[b] = 1.0f / (step_of(top, distance | (scale & 0x80)) * f.shrinks[b] * size);
         f.scales[b] = (scale & 0x7F) ? scale : scale | distance;
     }
 }
 
-inline void store_steps(const Steps& f, const RotatedLayout& at, int64_t family, const Span& s, uint8_t* payload) {
+inline void store_steps(const Steps& f, const RotatedLayout& at, int64_t super_block, const Span& s, uint8_t* payload) {
     const uint16_t top = (uint16_t)f.top;
-    uint8_t scales[kFamily];
-    for (int b = 0; b < kFamily; b++) scales[b] = (uint8_t)f.scales[b];
+    uint8_t scales[kSuperBlock];
+    for (int b = 0; b < kSuperBlock; b++) scales[b] = (uint8_t)f.scales[b];
     __builtin_memcpy(payload + at.scales + s.block, scales, s.blocks);
-    __builtin_memcpy(payload + at.tops + 2 * family, &top, 2);
+    __builtin_memcpy(payload + at.tops + 2 * super_block, &top, 2);
 }
 
 // Where everything lies, and how two codes, the digits of one number, are put into planes: known once for a tensor.
@@ -74,12 +74,12 @@ struct Coding : RotatedLayout {
     }
 };
 
-// A family's words, apart: their low bytes, and what is beyond a byte.
+// A super-block's words in two: their low bytes, and what is beyond a byte.
 template <int kBlock> struct Bytes {
-    alignas(64) uint8_t low[kFamily * kBlock], high[kFamily * kBlock / 2];
+    alignas(64) uint8_t low[kSuperBlock * kBlock], high[kSuperBlock * kBlock / 2];
 };
 
-// Where a family's low bytes belong: a plane of 8 bits is those bytes.
+// Where a super-block's low bytes belong: a plane of 8 bits is those bytes.
 inline uint8_t* low_bytes(const uint8_t* payload, const Coding& at, const Span& s, uint8_t* otherwise) {
     const auto& first = at.plane[0];
     return first.width == 8 ? const_cast<uint8_t*>(payload) + first.start + 8 * octet_of(at, s) : otherwise;
@@ -109,7 +109,7 @@ inline void zero_gaps(const RotatedLayout& at, uint8_t* payload) {
     };
     at.each_plane([&](int width, int, int64_t start) { zero(start, at.words / 8 * width); });
     zero(at.scales, at.blocks);
-    zero(at.tops, 2 * at.families);
+    zero(at.tops, 2 * at.super_blocks);
 }
 
 }  // namespace
