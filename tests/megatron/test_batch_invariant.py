@@ -18,7 +18,7 @@ import flashcomm_megatron as fc
 
 pytestmark = pytest.mark.skipif(find_spec("megatron") is None, reason="megatron-core is not installed")
 
-WORLD, LENGTH, STEPS = 2, 12, 4
+WORLD, LENGTH, STEPS = 2, 2, 4  # alone, a prompt is below the minimum size of a tensor
 RECIPES = ("auto", "flash-v1", "flash-v2", "mx")
 
 
