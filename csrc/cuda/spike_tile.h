@@ -80,14 +80,10 @@ template <class T> struct SpikeTile {
         return place.positions + plane_bytes(position_bits, place.pairs);
     }
 
-    FC_DEVICE void encode(const Octet<T> (&x)[kRows<T>], int values, uint8_t* scratch, uint8_t* payload) const {
-        encode_to<true>(x, values, scratch, payload, own(values));
-    }
-
     // Encodes a tile into the payload that `place` is of; kOwn: there is nothing else in it.
     template <bool kOwn, class Offset>
     FC_DEVICE void encode_to(const Octet<T> (&x)[kRows<T>], int values, uint8_t* scratch, uint8_t* payload,
-                             const Place<Offset>& place) const {
+                             const Place<Offset>& place, Word*) const {
         const int lane = thread(), begin = first_octet<T>(), octets = this->octets(values),
                   blocks = this->blocks(values);
         Ends* ends = (Ends*)scratch;
@@ -108,11 +104,6 @@ template <class T> struct SpikeTile {
             if (octet < octets) store_codes(x[row], octet, values, metas, payload, place);
         }
         sync();
-    }
-
-    template <bool kAlone>
-    FC_DEVICE uint32_t decode(const uint8_t* payload, int values, int octet, uint32_t, float (&x)[kRows<T>][8]) const {
-        return decode_from<kAlone>(payload, own(values), octet, 0, x);
     }
 
     // The octets from `octet` on, counted from where `place` is of in a payload.

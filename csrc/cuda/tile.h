@@ -7,17 +7,21 @@
 //     Codec(Setting)                               width and block, as far as they are not in the type
 //     block(), unit()                              slices are multiples of one, tiles of the other
 //     octets(values), bytes(values)                that a payload holds; its length, a multiple of 16
-//     scratch_bytes(), encode(octets, values, scratch, payload)    all threads; a barrier, then writes, then a barrier
-//     encode(octets, values, scratch, payload, residual)           the same with a residual, where kKeepsResiduals
-//     residual_numel(values)                       numbers of the residual of a tensor
-//     decode<kAlone>(payload, values, octet, shrink, x)            eight numbers as float32; kAlone: not to be added
-//     encode_to(), decode_from()                   the same in a payload of more than this tile: see Place
-//     with_blocks(visit)                           visit(what decode_from() and finish() are called of): asks once
-//     finish<kAlone>(x, shrunk)                    Inverse transform of decoded coefficients. All lanes of a warp must
-//                                                  call it.
+//     scratch_bytes()                              that encoding needs
+//     residual_numel(values)                       numbers of the residual of a tensor, where kKeepsResiduals
+//     own(values)                                  Place: where a payload of these values alone has its sections
+//     with_blocks(visit)                           visit(the codec of such blocks): asked once, around all work on them
+//
+// and the codec of blocks has
+//
+//     encode_to<kOwn>(octets, values, scratch, payload, place, residual)    all threads; kOwn: the payload is this
+//                                                  tile's alone: a barrier, then writes, then a barrier
+//     decode_from<kAlone>(payload, place, octet, shrink, x)    whole warps: octets of a thread as float32; kAlone: not
+//                                                  to be added
+//     finish<kAlone>(x, shrunk)                    whole warps: inverse transform of decoded coefficients
 //
 // Most codecs decode values; a rotated one (kRotates) decodes coefficients, and finish() transforms their sum back. Its
-// decode() returns whether this block's sum could overflow; the sum is then taken again, scaled down. kMostAhead: how
+// decode_from() returns whether this block's sum could overflow; the sum is then taken again, scaled down. kMostAhead: how
 // many 16-byte words of the next payload a thread prefetches, as registers allow without spilling on sm_100 and sm_120.
 //
 // The codecs are in uniform_tile.h, rotated_tile.h and spike_tile.h; ExactTile is here. What one value costs of them:
@@ -141,26 +145,30 @@ template <class T> struct ExactTile {
     FC_INLINE int unit() const { return 8; }
     FC_INLINE int scratch_bytes() const { return 0; }
     FC_INLINE int bytes(int values) const { return (values + 7) / 8 * (int)sizeof(Octet<T>); }
+    FC_INLINE int own(int values) const { return octets(values); }
 
-    FC_DEVICE void encode(const Octet<T> (&x)[kRows<T>], int values, uint8_t*, uint8_t* payload) const {
-        const int first = first_octet<T>();
+    template <bool>
+    FC_DEVICE void encode_to(const Octet<T> (&x)[kRows<T>], int, uint8_t*, uint8_t* payload, int octets,
+                             typename T::Word*) const {
         sync();
         FC_UNROLL for (int row = 0; row < kRows<T>; row++) {
-            const int octet = first + row;
-            if (8 * octet < values) ((Octet<T>*)payload)[octet] = x[row];
+            const int octet = first_octet<T>() + row;
+            if (octet < octets) ((Octet<T>*)payload)[octet] = x[row];
         }
         sync();
     }
     template <bool kAlone>
-    FC_DEVICE uint32_t decode(const uint8_t* payload, int values, int octet, uint32_t, float (&x)[kRows<T>][8]) const {
+    FC_DEVICE uint32_t decode_from(const uint8_t* payload, int octets, int octet, uint32_t,
+                                   float (&x)[kRows<T>][8]) const {
         FC_UNROLL for (int row = 0; row < kRows<T>; row++) {
-            if (octet + row >= octets(values)) continue;
+            if (octet + row >= octets) continue;
             float value[8];
             widen<T>(((const Octet<T>*)payload)[octet + row], value);
             put<kAlone>(value, x[row]);
         }
         return 0;
     }
+    template <class Visit> FC_DEVICE void with_blocks(Visit visit) const { visit(*this); }
     template <bool> FC_DEVICE void finish(float (&)[kRows<T>][8], uint32_t) const {}
 };
 

@@ -39,7 +39,6 @@ def planned(kind: str, collective: str, x: Tensor, group: Any, reason: str | Non
         return None
     if modes.forbids(site, collective, x, group, reason):
         return None
-    collectives.agree(group, site.config)  # before a file is read, which may fail on this rank alone
     legs = calibrated.legs(site.config, site.module, group) if kind == "row" else None
     plan = collectives.decide(collective, x, group, site.config, site, legs, modes.is_batch_invariant(site.module))
     if plan.deferred:
