@@ -32,7 +32,7 @@ from torch.nn.modules.module import (
 
 from ..config import changed, current, is_disabled
 from ..observe import counters, messages
-from . import model
+from . import experts, model
 
 # In the class name of every implementation of the layer, or of its base; the last one runs it inside, as no module.
 ROW_PARALLEL = ("RowParallelLinear", "TEFusedMLP")
@@ -120,15 +120,16 @@ class _Watch:
 
 _watch: _Watch | None = None
 _was_started = False
+_judged_by: int | None = None  # the process that ends with a verdict: a forked child takes over what its parent has
 
 
 def start(patched: str) -> None:
     """Watch the next forward. ``patched`` is the end of the line that is printed before it."""
-    global _watch, _was_started
+    global _watch, _was_started, _judged_by
     stop()
-    if multiprocessing.parent_process() is not None and not _was_started:  # a child, which may run no exit handlers
+    if multiprocessing.parent_process() is not None and _judged_by != os.getpid():  # it may run no exit handlers
         multiprocessing.util.Finalize(None, _at_exit, exitpriority=0)
-    _watch, _was_started = _Watch(patched), True
+    _watch, _was_started, _judged_by = _Watch(patched), True, os.getpid()
 
 
 def stop() -> None:
@@ -148,9 +149,9 @@ def close() -> None:
     atexit.unregister(_at_exit)
     if getattr(sys, "last_value", None) is not None:  # the script's own error ends the process
         return
-    otherwise = None if is_disabled() else changed()
-    if otherwise:
-        messages.complain(otherwise, fatal=True)
+    for what in () if is_disabled() else (changed(), experts.idle()):
+        if what:
+            messages.complain(what, fatal=True)
     if _watch is not None and not _watch.has_judged:
         stop()
         messages.complain("no tensor-parallel layer ran, so nothing was compressed.", fatal=True)

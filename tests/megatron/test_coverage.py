@@ -20,7 +20,7 @@ from torch.nn.modules import module as hooks
 import flashcomm_megatron as fc
 from flashcomm_megatron import config
 from flashcomm_megatron.codec import native as extension
-from flashcomm_megatron.megatron import coverage
+from flashcomm_megatron.megatron import coverage, experts
 from flashcomm_megatron.observe import messages
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -353,7 +353,7 @@ def test_an_error_that_a_script_caught_counts_at_its_end_even_switched_off(tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize("method", ["fork", "fork of one that is on", "spawn", "forkserver"])
 def test_strict_fails_a_child_of_multiprocessing(tmp_path: Path, method: str) -> None:
     source = f"""{STRICT}
 import multiprocessing
@@ -361,15 +361,29 @@ def fails():
     start()
     raise ValueError("its own error")
 if __name__ == "__main__":
+    if {"is on" in method}:
+        start()
+        coverage.stop()
     for target in (start, fails):
-        child = multiprocessing.get_context("{method}").Process(target=target)
+        child = multiprocessing.get_context("{method.split()[0]}").Process(target=target)
         child.start()
         child.join()
         print(child.exitcode)
 """
     ran = run_script(tmp_path, source)
-    assert ran.stdout.split() == ["1", "1"] and ran.returncode == 0, ran.stderr
+    assert ran.stdout.split()[:2] == ["1", "1"] and ran.returncode == 0, ran.stderr
     assert ran.stderr.count("no tensor-parallel layer ran") >= 1 and "its own error" in ran.stderr
+
+
+def test_experts_tokens_that_were_asked_for_and_never_came_are_an_error_of_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(experts._Tokens, "ran", False)
+    config.set_current(fc.Config(bits=4, strict=True, experts=True))
+    started()
+    forward(RowParallelLinear(quantize))
+    with pytest.raises(RuntimeError, match="--flash-comm-experts did nothing"):
+        coverage.close()
 
 
 def test_what_a_script_does_at_its_exit_is_done_before_the_verdict(tmp_path: Path) -> None:
