@@ -233,6 +233,14 @@ MUTATIONS = (
         "if True:",
         "tests/codec/test_rows.py",
     ),
+    Mutation(
+        "12 a row stands alone: nor in any collective",
+        f"{PACKAGE}/codec",
+        "rows_of",
+        r"if width is None or width >= numel :",
+        "if True:",
+        "tests/collectives/test_rows_stand_alone.py",
+    ),
 )
 
 
