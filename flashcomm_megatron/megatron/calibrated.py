@@ -7,6 +7,7 @@ from weakref import WeakKeyDictionary
 import torch.distributed as dist
 from torch import nn
 
+from .. import collectives
 from ..codec.published import ranges
 from ..codec.published.outlier import from_ranges
 from ..codec.recipes import Legs
@@ -30,6 +31,7 @@ def legs(config: Config, layer: nn.Module, group: dist.ProcessGroup) -> Legs | N
 
 def _read(config: Config, path: str, layer: nn.Module, group: dist.ProcessGroup) -> None:
     """Note the codecs of every layer of the model that the file knows."""
+    collectives.agree(group, config)  # before a file is read, which may fail on this rank alone
     file, rows = ranges.load(path), row_layers(layer)
     ranges.check(file, {name: output_width(each) for name, each in rows.items()}, group.size())
     for name, (low, high) in file.layers.items():

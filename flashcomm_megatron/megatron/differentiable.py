@@ -40,7 +40,6 @@ def planned(kind: str, collective: str, x: Tensor, group: Any, reason: str | Non
         return None
     if modes.forbids(site, collective, x, group, reason):
         return None
-    collectives.agree(group, site.config)  # before a file is read, which may fail on this rank alone
     row = kind == "row"
     legs = calibrated.legs(site.config, site.module, group) if row else None
     last = last_sum.bits(site.config, site.module) if row else None
