@@ -20,6 +20,7 @@ TRANSPORTS = ("auto", "group", "shared-memory", "peer", "host")
 ALGORITHMS = ("auto", "one-step", "two-step", "hierarchical")
 FEEDBACK = ("auto", "off")
 LAYERS_A_BIT = 15  # a model's last sum takes a bit more for every so many layers: 1/30 bit a value of the whole model
+PREFIX = "flash_comm_"  # of an option's name in a namespace of arguments
 EXACT = 16  # grad_bits that leave gradients to the original collectives
 TYPES = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,), "None": (type(None),)}  # a field's words
 
@@ -186,6 +187,31 @@ def current() -> Config | None:
     if callable(_current):
         _current = _current()
     return _current
+
+
+_finished: tuple[Any, dict[str, Any]] | None = None  # a namespace, and its options when it was finished
+
+
+def finish(namespace: Any) -> None:
+    """Remember finished arguments: what they say now is in force, what they say later is not."""
+    global _finished
+    _finished = namespace, _options_of(namespace)
+
+
+def changed() -> str | None:
+    """Which option of finished arguments somebody changed since, without effect; None: nobody did."""
+    namespace, before = _finished or (None, {})
+    for name, said in _options_of(namespace).items() if namespace is not None else ():
+        if said != before.get(name):
+            return (
+                f"{name} was changed from {before.get(name)} to {said} after set_args, which does nothing. "
+                "Change it before, or call flashcomm_megatron.enable() on every rank."
+            )
+    return None
+
+
+def _options_of(namespace: Any) -> dict[str, Any]:
+    return {name: value for name, value in vars(namespace).items() if name.startswith(PREFIX)}
 
 
 # ---- environment variables, all of them ------------------------------------------------------------------------

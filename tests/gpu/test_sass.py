@@ -150,14 +150,23 @@ def test_the_protocol_is_ordered_for_the_whole_system(legs):
     assert any(re.search(r"LD\S*\.64\.STRONG\.SYS", line) for line in lines)
 
 
-@pytest.mark.parametrize("architecture", ["sm_90", "sm_80"])
-def test_no_local_memory_and_no_bytes_through_shared_memory(architecture):
-    for name, program in Kernels(architecture, torch.bfloat16, FIRST).programs.items():
-        ops = {(instruction.op, instruction.modifiers) for instruction in program.values()}
-        assert not [op for op, _ in ops if op in ("LDL", "STL")], f"{name} spills"
-    run = Kernels("sm_90", torch.bfloat16, "-DLEGS=rotated")
-    x = [tensor("normal", 16384, torch.bfloat16, seed) for seed in range(2)]
+@pytest.mark.parametrize(
+    ("architecture", "what"),
+    [("sm_90", FIRST), ("sm_80", FIRST), ("sm_90", "-DLEGS=rotated"), ("sm_90", "-DLEGS=carrying")],
+)
+def test_no_local_memory(architecture, what):
+    for name, program in Kernels(architecture, torch.bfloat16, what).programs.items():
+        assert not {instruction.op for instruction in program.values()} & {"LDL", "STL"}, f"{name} spills"
+
+
+def test_widths_of_memory_accesses():
+    """Single bytes of shared memory are scales, one for a block or a thread; global memory moves in 16 bytes."""
+    run, world, numel = Kernels("sm_90", torch.bfloat16, "-DLEGS=rotated"), 2, 16384
+    x = [tensor("normal", numel, torch.bfloat16, seed) for seed in range(world)]
     run.collective("two-step", AUTO, [x])
-    widths = run.counts.shared_widths
-    few = sum(count for (_, size), count in widths.items() if size == 1)
-    assert few < 0.02 * sum(widths.values()), "bytes of one plane and of scales, nothing else"
+    written = world * (numel // AUTO[0].block + numel // world // AUTO[1].block)
+    read = world * 2 * numel // 32  # values of a thread; both legs
+    single = sum(count for (_, size), count in run.counts.shared_widths.items() if size == 1)
+    assert single < 1.1 * (written + read)
+    widths = run.counts.global_widths
+    assert sum(count for (_, size), count in widths.items() if size != 16) < 0.02 * sum(widths.values()), "flags"

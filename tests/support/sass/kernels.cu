@@ -66,6 +66,7 @@ DECODE(rotated, Rotated<T>)
 namespace legs {
 using uniform4 = UniformTile<4, T>;
 using rotated = RotatedTile<T>;
+using carrying = RotatedTile<T, true>;
 using spike = SpikeTile<T>;
 using exact = ExactTile<T>;
 }  // namespace legs
