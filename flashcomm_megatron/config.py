@@ -19,6 +19,7 @@ from .codec.recipes import RECIPES, Legs
 TRANSPORTS = ("auto", "group", "shared-memory", "peer", "host")
 ALGORITHMS = ("auto", "one-step", "two-step", "hierarchical")
 FEEDBACK = ("auto", "off")
+LAYERS_A_BIT = 15  # a model's last sum takes a bit more for every so many layers: 1/30 bit a value of the whole model
 EXACT = 16  # grad_bits that leave gradients to the original collectives
 TYPES = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,), "None": (type(None),)}  # a field's words
 
@@ -61,6 +62,11 @@ class Config:
     timeout: float | None = _option(
         None, "Seconds a rank waits for one that sends nothing. Default: the process group's timeout."
     )
+    last_bits: int | None = _option(
+        None,
+        "Bits per value of a model's last sum, whose error no later sum can repay. Default: one more than the other "
+        "sums' for every 15 layers, at most 8. Only for recipe auto.",
+    )
     grad_bits: int = _option(8, "Bits per value of gradients in backward, 2 to 8; 16 sends them uncompressed.")
     experts: bool = _option(False, "Also compress the tokens of a mixture of experts (all-to-all dispatcher).")
     calibration: str | None = _option(None, "File of calibrated ranges, made by calibrate. Only for recipe outlier.")
@@ -86,6 +92,7 @@ class Config:
         _check(self.transport in TRANSPORTS, "transport", self.transport, ", ".join(TRANSPORTS))
         _check(self.algorithm in ALGORITHMS, "algorithm", self.algorithm, ", ".join(ALGORITHMS))
         _check(self.feedback in FEEDBACK, "feedback", self.feedback, ", ".join(FEEDBACK))
+        self._check_last()
         self._check_gradients()
         self._check_calibration()
         try:
@@ -100,6 +107,12 @@ class Config:
             fits = any(type(found) in TYPES[word] for word in words)
             name = each.name.replace("_", "-")
             _check(fits, name, repr(found), f"{' or '.join(words)}, not {type(found).__name__}")
+
+    def _check_last(self) -> None:
+        row = RECIPES[self.recipe]
+        _check(self.last_bits is None or self.last_bits in row.widths, "last-bits", self.last_bits, _list(row.widths))
+        if self.last_bits is not None and not row.feedback:
+            raise ValueError(f"--flash-comm-last-bits {self.last_bits} does nothing with recipe {self.recipe}.")
 
     def _check_gradients(self) -> None:
         widths = (*RECIPES[self._gradient_recipe].widths, EXACT)
@@ -121,8 +134,18 @@ class Config:
     @property
     def legs(self) -> Legs:
         """The codecs of both legs. A calibrated recipe has another reduce leg at every site."""
+        return self.legs_of(self.bits)
+
+    def last_sum(self, layers: int) -> int:
+        """Bits of the last sum of a model of ``layers`` layers: more only where a recipe repays all other errors."""
+        if not RECIPES[self.recipe].feedback:
+            return self.bits
+        return self.last_bits or min(self.bits + layers // LAYERS_A_BIT, 8)
+
+    def legs_of(self, bits: int) -> Legs:
+        """The codecs of both legs at another width."""
         row = RECIPES[self.recipe]
-        return row.legs(self.bits, self.block or row.block)
+        return row.legs(bits, self.block or row.block)
 
     @cached_property
     def gradient_legs(self) -> Legs | None:
