@@ -14,11 +14,13 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from typing import Any, ClassVar
 
+from .codec.planes import WIDTHS
 from .codec.recipes import RECIPES, Legs
 
 TRANSPORTS = ("auto", "group", "shared-memory", "peer", "host")
 ALGORITHMS = ("auto", "one-step", "two-step", "hierarchical")
 FEEDBACK = ("auto", "off")
+BITS = f"{WIDTHS[0]} to {WIDTHS[-1]}"
 EXACT = 16  # grad_bits that leave gradients to the original collectives
 TYPES = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,), "None": (type(None),)}  # a field's words
 
@@ -33,7 +35,7 @@ class Config:
 
     bits: int = field(
         metadata={
-            "help": "Bits per value, 2 to 8, of tensor-parallel sums and gathers on the wire. Switches compression on."
+            "help": f"Bits per value, {BITS}, of tensor-parallel sums and gathers on the wire. Switches compression on."
         }
     )
     recipe: str = _option("auto", "Number format and algorithm: auto (ours, the most accurate) or a published method.")
@@ -61,7 +63,7 @@ class Config:
     timeout: float | None = _option(
         None, "Seconds a rank waits for one that sends nothing. Default: the process group's timeout."
     )
-    grad_bits: int = _option(8, "Bits per value of gradients in backward, 2 to 8; 16 sends them uncompressed.")
+    grad_bits: int = _option(8, f"Bits per value of gradients in backward, {BITS}; {EXACT} sends them uncompressed.")
     experts: bool = _option(False, "Also compress the tokens of a mixture of experts (all-to-all dispatcher).")
     calibration: str | None = _option(None, "File of calibrated ranges, made by calibrate. Only for recipe outlier.")
     strict: bool = _option(False, "Fail instead of falling back to an uncompressed collective or a slower transport.")
@@ -74,7 +76,7 @@ class Config:
 
     def __post_init__(self) -> None:
         self._check_types()
-        _check(self.bits in range(2, 9), "bits", self.bits, "2 to 8")
+        _check(self.bits in WIDTHS, "bits", self.bits, BITS)
         _check(self.recipe in RECIPES, "recipe", self.recipe, ", ".join(RECIPES))
         widths = RECIPES[self.recipe].widths
         _check(self.bits in widths, "bits", self.bits, f"{_list(widths)} with recipe {self.recipe}")
@@ -168,7 +170,7 @@ def current() -> Config | None:
 # ---- environment variables, all of them ------------------------------------------------------------------------
 
 VARIABLES = {
-    "FLASH_COMM_BITS": "2 to 8 switches compression on where no command line and no call of enable() does.",
+    "FLASH_COMM_BITS": f"{BITS} switches compression on where no command line and no call of enable() does.",
     "FLASH_COMM_FEEDBACK": "auto or off: residual feedback for FLASH_COMM_BITS. Reinforcement learning needs off.",
     "FLASH_COMM_DISABLE": "1 keeps Megatron untouched, whatever flags and scripts ask for. Set it on every rank.",
     "FLASH_COMM_EXTENSION": "0 leaves the compiled extension out: the PyTorch codec gives the same bits, slower.",
@@ -201,5 +203,5 @@ def from_environment() -> dict[str, Any]:
     if not bits:
         return {}
     if not bits.isdigit():
-        raise ValueError(f"FLASH_COMM_BITS={bits} is no number: choose 2 to 8.")
+        raise ValueError(f"FLASH_COMM_BITS={bits} is no number: choose {BITS}.")
     return {"bits": int(bits)} | ({"feedback": feedback} if feedback else {})
