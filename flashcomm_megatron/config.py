@@ -14,12 +14,15 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from typing import Any, ClassVar
 
+from .codec.planes import WIDTHS
 from .codec.recipes import RECIPES, Legs
 
 TRANSPORTS = ("auto", "group", "shared-memory", "peer", "host")
 ALGORITHMS = ("auto", "one-step", "two-step", "hierarchical")
 FEEDBACK = ("auto", "off")
+LAYERS_A_BIT = 15  # a model's last sum takes a bit more for every so many layers: 1/30 bit a value of the whole model
 PREFIX = "flash_comm_"  # of an option's name in a namespace of arguments
+BITS = f"{WIDTHS[0]} to {WIDTHS[-1]}"
 EXACT = 16  # grad_bits that leave gradients to the original collectives
 TYPES = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,), "None": (type(None),)}  # a field's words
 
@@ -34,7 +37,7 @@ class Config:
 
     bits: int = field(
         metadata={
-            "help": "Bits per value, 2 to 8, of tensor-parallel sums and gathers on the wire. Switches compression on."
+            "help": f"Bits per value, {BITS}, of tensor-parallel sums and gathers on the wire. Switches compression on."
         }
     )
     recipe: str = _option("auto", "Number format and algorithm: auto (ours, the most accurate) or a published method.")
@@ -62,7 +65,12 @@ class Config:
     timeout: float | None = _option(
         None, "Seconds a rank waits for one that sends nothing. Default: the process group's timeout."
     )
-    grad_bits: int = _option(8, "Bits per value of gradients in backward, 2 to 8; 16 sends them uncompressed.")
+    last_bits: int | None = _option(
+        None,
+        "Bits per value of a model's last sum, whose error no later sum can repay. Default: one more than the other "
+        f"sums' for every {LAYERS_A_BIT} layers, at most {WIDTHS[-1]}. Only for recipe auto.",
+    )
+    grad_bits: int = _option(8, f"Bits per value of gradients in backward, {BITS}; {EXACT} sends them uncompressed.")
     experts: bool = _option(False, "Also compress the tokens of a mixture of experts (all-to-all dispatcher).")
     calibration: str | None = _option(None, "File of calibrated ranges, made by calibrate. Only for recipe outlier.")
     strict: bool = _option(False, "Fail instead of falling back to an uncompressed collective or a slower transport.")
@@ -75,7 +83,7 @@ class Config:
 
     def __post_init__(self) -> None:
         self._check_types()
-        _check(self.bits in range(2, 9), "bits", self.bits, "2 to 8")
+        _check(self.bits in WIDTHS, "bits", self.bits, BITS)
         _check(self.recipe in RECIPES, "recipe", self.recipe, ", ".join(RECIPES))
         widths = RECIPES[self.recipe].widths
         _check(self.bits in widths, "bits", self.bits, f"{_list(widths)} with recipe {self.recipe}")
@@ -87,6 +95,7 @@ class Config:
         _check(self.transport in TRANSPORTS, "transport", self.transport, ", ".join(TRANSPORTS))
         _check(self.algorithm in ALGORITHMS, "algorithm", self.algorithm, ", ".join(ALGORITHMS))
         _check(self.feedback in FEEDBACK, "feedback", self.feedback, ", ".join(FEEDBACK))
+        self._check_last()
         self._check_gradients()
         self._check_calibration()
         try:
@@ -101,6 +110,12 @@ class Config:
             fits = any(type(found) in TYPES[word] for word in words)
             name = each.name.replace("_", "-")
             _check(fits, name, repr(found), f"{' or '.join(words)}, not {type(found).__name__}")
+
+    def _check_last(self) -> None:
+        row = RECIPES[self.recipe]
+        _check(self.last_bits is None or self.last_bits in row.widths, "last-bits", self.last_bits, _list(row.widths))
+        if self.last_bits is not None and not row.feedback:
+            raise ValueError(f"--flash-comm-last-bits {self.last_bits} does nothing with recipe {self.recipe}.")
 
     def _check_gradients(self) -> None:
         widths = (*RECIPES[self._gradient_recipe].widths, EXACT)
@@ -122,8 +137,18 @@ class Config:
     @property
     def legs(self) -> Legs:
         """The codecs of both legs. A calibrated recipe has another reduce leg at every site."""
+        return self.legs_of(self.bits)
+
+    def last_sum(self, layers: int) -> int:
+        """Bits of the last sum of a model of ``layers`` layers: more only where a recipe repays all other errors."""
+        if not RECIPES[self.recipe].feedback:
+            return self.bits
+        return self.last_bits or min(self.bits + layers // LAYERS_A_BIT, WIDTHS[-1])
+
+    def legs_of(self, bits: int) -> Legs:
+        """The codecs of both legs at another width."""
         row = RECIPES[self.recipe]
-        return row.legs(self.bits, self.block or row.block)
+        return row.legs(bits, self.block or row.block)
 
     @cached_property
     def gradient_legs(self) -> Legs | None:
@@ -194,7 +219,7 @@ def _options_of(namespace: Any) -> dict[str, Any]:
 # ---- environment variables, all of them ------------------------------------------------------------------------
 
 VARIABLES = {
-    "FLASH_COMM_BITS": "2 to 8 switches compression on where no command line and no call of enable() does.",
+    "FLASH_COMM_BITS": f"{BITS} switches compression on where no command line and no call of enable() does.",
     "FLASH_COMM_FEEDBACK": "auto or off: residual feedback for FLASH_COMM_BITS. Reinforcement learning needs off.",
     "FLASH_COMM_DISABLE": "1 keeps Megatron untouched, whatever flags and scripts ask for. Set it on every rank.",
     "FLASH_COMM_EXTENSION": "0 leaves the compiled extension out: the PyTorch codec gives the same bits, slower.",
@@ -227,5 +252,5 @@ def from_environment() -> dict[str, Any]:
     if not bits:
         return {}
     if not bits.isdigit():
-        raise ValueError(f"FLASH_COMM_BITS={bits} is no number: choose 2 to 8.")
+        raise ValueError(f"FLASH_COMM_BITS={bits} is no number: choose {BITS}.")
     return {"bits": int(bits)} | ({"feedback": feedback} if feedback else {})

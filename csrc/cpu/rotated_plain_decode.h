@@ -45,9 +45,9 @@ FC_INLINE void load_codes(const Part<kBlock>& part, int unit, const Coding& at, 
         load_pieces(part.low + unit * kTracks * kBlock, bytes);
 #pragma GCC unroll 32
         for (int i = 0; i < kBlock / 16; i += 2) {
-            const auto apart = unzipped(Both<HalfWords>{(HalfWords)bytes[i], (HalfWords)bytes[i + 1]});
-            codes[2 * i] = (Shorts)(apart.first & 0xFF), codes[2 * i + 1] = (Shorts)(apart.first >> 8);
-            codes[2 * i + 2] = (Shorts)(apart.second & 0xFF), codes[2 * i + 3] = (Shorts)(apart.second >> 8);
+            const auto halves = unzipped(Both<HalfWords>{(HalfWords)bytes[i], (HalfWords)bytes[i + 1]});
+            codes[2 * i] = (Shorts)(halves.first & 0xFF), codes[2 * i + 1] = (Shorts)(halves.first >> 8);
+            codes[2 * i + 2] = (Shorts)(halves.second & 0xFF), codes[2 * i + 3] = (Shorts)(halves.second >> 8);
         }
         return;
     }
@@ -86,9 +86,9 @@ FC_INLINE void decode_one(const Part<kBlock>& part, int unit, const Coding& at, 
     for (int i = 0; i < kBlock / 8; i += 4) {
         Shorts c[] = {codes[i], codes[i + 1], codes[i + 2], codes[i + 3]};
         between<1>(c);
-        deal<2, Zip>(c);
-        dealt<1, Zip>(c);
-        dealt<2, Zip>(c);
+        transpose<2, Zip>(c);
+        transpose_and_pair<1, Zip>(c);
+        transpose_and_pair<2, Zip>(c);
         codes[i] = c[0] - zero, codes[i + 1] = c[2], codes[i + 2] = c[1], codes[i + 3] = c[3];
     }
     between<4>(codes);
@@ -125,8 +125,8 @@ template <int kBlock> FC_INLINE void rotate_sums(Vector (&sums)[kBlock / 4]) {
 #pragma GCC unroll 8
         for (int j = 0; j < 8; j++) s[j] = sums[i + j];
         between<1>(s);
-        dealt<1, Unzip>(s);
-        dealt<2, Unzip>(s);
+        transpose_and_pair<1, Unzip>(s);
+        transpose_and_pair<2, Unzip>(s);
 #pragma GCC unroll 8
         for (int j = 0; j < 8; j++) sums[i + j] = s[(j & 1) << 2 | j >> 1];
     }

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from . import native as compiled
+from .native import Received
 from .planes import padded
 
 logger = logging.getLogger("flashcomm_megatron")
@@ -143,9 +144,11 @@ class Codec(ABC):
         ``residual`` [residual_numel(x.numel(), width)], of the dtype of ``x`` and zeros at first: encode
         ``x + residual``; the residual is replaced by the new rounding error.
         """
-        numel = x.numel()
+        numel, size = x.numel(), self.wire_bytes(x.numel(), width)
         if out is None:
-            out = torch.empty(self.wire_bytes(numel, width), dtype=torch.uint8, device=x.device)
+            out = torch.empty(size, dtype=torch.uint8, device=x.device)
+        if out.numel() != size:
+            raise ValueError(f"encode: out has {out.numel()} bytes; the codec's payload has {size}.")
         if numel and not compiled.encode_slices(self, x, Slices(numel, width or numel, numel, 1), out, residual):
             _warn_fallback(self)
             out.copy_(self.encode_ref(x, width) if residual is None else self.encode_residual_ref(x, residual, width))
@@ -178,8 +181,6 @@ class Codec(ABC):
 
         ``out``: uint8, at least ``wire_bytes_of(slices)``. ``residuals``: those of all slices, one behind the other.
         """
-        size = self.wire_bytes_of(slices)
-        out = out if out.numel() == size else out[:size]
         if slices.numel == 0 or compiled.encode_slices(self, x, slices, out, residuals):
             return
         stride, first = self.wire_bytes(slices.length, slices.width), 0
@@ -191,7 +192,7 @@ class Codec(ABC):
 
     def reduce_slices(
         self,
-        payloads: Sequence[Tensor],
+        payloads: Sequence[Tensor] | Received,
         out: Tensor,
         gather: Codec | None = None,
         payload: Tensor | None = None,
@@ -205,14 +206,12 @@ class Codec(ABC):
         numel = out.numel()
         if numel == 0 or compiled.reduce_slices(self, payloads, out, width or numel, gather, payload, residual):
             return
-        self.decode_sum(payloads, out, width)
+        self.decode_sum(payloads.payloads() if isinstance(payloads, Received) else payloads, out, width)
         if gather is not None:
             gather.encode(out, payload, residual, width)
 
     def decode_slices(self, payloads: Tensor, slices: Slices, out: Tensor) -> None:
         """Decode payload r, at ``r * wire_bytes(slices.length, slices.width)``, into slice r of flat ``out``."""
-        size = self.wire_bytes_of(slices)
-        payloads = payloads if payloads.numel() == size else payloads[:size]
         if slices.numel == 0 or compiled.decode_slices(self, payloads, slices, out):
             return
         stride = self.wire_bytes(slices.length, slices.width)

@@ -32,6 +32,7 @@ PLANES: dict[int, tuple[int, ...]] = {
     2: (2,),
     1: (1,),
 }
+WIDTHS = range(2, 9)  # bits a user may ask for
 SECTION_ALIGNMENT = 16  # bytes; one vector load of a GPU thread
 BFLOAT16_MAX = torch.finfo(torch.bfloat16).max
 NAN_BITS = 0x7FC0  # the one NaN the formats write, as bfloat16

@@ -97,6 +97,7 @@ from torch import Tensor
 
 from .base import Codec, rounded
 from .planes import (
+    WIDTHS,
     from_blocks,
     from_half_words,
     half_words,
@@ -111,7 +112,7 @@ from .planes import (
     split_sections,
 )
 
-LEVELS = {2: 4, 2.5: 5, 3: 8, 3.5: 11, 4: 16, 4.5: 22, 5: 32, 5.5: 45, 6: 64, 6.5: 90, 7: 128, 7.5: 181, 8: 256}
+LEVELS = {half / 2: math.isqrt(2**half) for half in range(2 * WIDTHS[0], 2 * WIDTHS[-1] + 1)}  # as many as fit
 BLOCKS = (16, 32, 64, 128, 256, 512, 1024)
 SUPER_BLOCK = 32  # blocks that share a top
 GROUP = 4  # blocks whose numbers are interleaved in a residual
@@ -136,7 +137,7 @@ class Rotated(Codec):
 
     def __post_init__(self) -> None:
         if self.bits not in LEVELS:
-            raise ValueError(f"bits={self.bits}: choose 2 to 8 in steps of 0.5.")
+            raise ValueError(f"bits={self.bits}: choose {WIDTHS[0]} to {WIDTHS[-1]} in steps of 0.5.")
         if self.block not in BLOCKS:
             raise ValueError(f"block={self.block}: a rotated block is a power of two; choose {BLOCKS}.")
 
@@ -289,8 +290,8 @@ class Rotated(Codec):
 
     def _best_keys(self, largest: Tensor, coefficients: Tensor, unit: Tensor) -> Tensor:
         """int32 [blocks]: of each block the key of least squared error among ``largest`` and those below it."""
-        apart = 2 if self.levels < 8 else 1
-        tried = [(largest - apart * n).clamp(min=LEAST_KEY) for n in range(TRIED)]
+        stride = 2 if self.levels < 8 else 1
+        tried = [(largest - stride * n).clamp(min=LEAST_KEY) for n in range(TRIED)]
         best, least = tried[0], self._squared_errors(tried[0], tried[-1], coefficients, unit)
         for keys in tried[1:]:
             errors = self._squared_errors(keys, tried[-1], coefficients, unit)

@@ -67,6 +67,7 @@ from .base import ROUNDING, Codec
 from .planes import (
     BFLOAT16_MAX,
     NAN_BITS,
+    WIDTHS,
     finite_keys,
     from_blocks,
     from_half_words,
@@ -102,8 +103,8 @@ class Spike(Codec):
     block: int
 
     def __post_init__(self) -> None:
-        if self.bits not in range(2, 9):
-            raise ValueError(f"bits={self.bits}: choose 2 to 8.")
+        if self.bits not in WIDTHS:
+            raise ValueError(f"bits={self.bits}: choose {WIDTHS[0]} to {WIDTHS[-1]}.")
         if self.block % 8 or not 8 <= self.block <= 256:
             raise ValueError(f"block={self.block}: choose a multiple of 8 up to 256, for example 32 or 64.")
 

@@ -65,6 +65,7 @@ from torch import Tensor
 from .base import ROUNDING, Codec, rounded
 from .planes import (
     NAN_BITS,
+    WIDTHS,
     extremes,
     from_blocks,
     from_half_words,
@@ -98,8 +99,8 @@ class Uniform(Codec):
     block: int
 
     def __post_init__(self) -> None:
-        if self.bits not in range(2, 9):
-            raise ValueError(f"bits={self.bits}: choose 2 to 8.")
+        if self.bits not in WIDTHS:
+            raise ValueError(f"bits={self.bits}: choose {WIDTHS[0]} to {WIDTHS[-1]}.")
         if self.block < 8 or self.block % 8:
             raise ValueError(f"block={self.block}: choose a multiple of 8, for example 32, 64 or 128.")
 

@@ -18,7 +18,7 @@ from ..collectives import minimum_size
 from ..config import VARIABLES, current, is_disabled
 from ..megatron import checkout, installation, patching, seams, training_log
 from ..megatron.arguments import SEAMS as DOORS
-from ..observe import counters
+from ..observe import counters, messages
 from ..version import __version__
 
 
@@ -56,9 +56,10 @@ def report() -> Report:
             "transports": ", ".join(_transports()),
             "environment": ", ".join(f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ)
             or "no FLASH_COMM_* variable set",
-            "least bytes": _least(),
+            "minimum sizes": _least(),
             "state": _state(),
             "feedback": _feedback(),
+            "last sums": messages.listed(counters.stats()["last_sums"]),
             "seams": rows,
         }
     )

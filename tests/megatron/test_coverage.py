@@ -308,7 +308,10 @@ EXITS = {  # way out: the script's last lines, and its exit code
     "exit with words": ("sys.exit('words')", 1),
     "exit 3": ("sys.exit(3)", 1),
     "exception": ("raise ValueError", 1),
-    "ctrl-c": ("os.kill(os.getpid(), signal.SIGINT); time.sleep(9)", -signal.SIGINT),
+    "ctrl-c": (
+        "signal.signal(signal.SIGINT, signal.default_int_handler); os.kill(os.getpid(), signal.SIGINT); time.sleep(9)",
+        -signal.SIGINT,
+    ),
     "terminated": ("os.kill(os.getpid(), signal.SIGTERM); time.sleep(9)", -signal.SIGTERM),
     "terminated, exit 0": (
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)); os.kill(os.getpid(), signal.SIGTERM); time.sleep(9)",
