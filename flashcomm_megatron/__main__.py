@@ -86,8 +86,8 @@ def run(script: str, argv: list[str], on_cpu: bool = False) -> int:
         return _refuse(str(error))
     except SystemExit as error:  # whatever its code, the verdict holds
         left = error
-    coverage.ignored(argv)
     try:
+        coverage.ignored(argv)
         coverage.close()
     except RuntimeError as error:
         own = left.code if left is not None else None

@@ -161,12 +161,16 @@ def close() -> None:
 
 
 def ignored(argv: list[str]) -> None:
-    """Complain if ``argv`` holds our flags and nothing ever read them, say because of ``parse_known_args``."""
+    """Complain if ``argv`` holds our flags and nothing ever read them, say because of ``parse_known_args``.
+
+    RuntimeError where one of them is ``--flash-comm-strict``.
+    """
     flags = [word for word in argv if word.startswith("--flash-comm-")]
     if flags and not _was_started and not is_disabled():
-        messages.complain(
-            f"the script did not read {flags[0]}. Let it call flashcomm_megatron.add_arguments(parser).", fatal=False
-        )
+        what = f"the script did not read {flags[0]}. Let it call flashcomm_megatron.add_arguments(parser)."
+        if "--flash-comm-strict" in flags:
+            raise RuntimeError(f"{what} (--flash-comm-strict)")
+        messages.complain(what, fatal=False)
 
 
 def _at_exit() -> None:

@@ -91,6 +91,7 @@ def test_a_flag_that_nobody_reads_is_loud(script: Path) -> None:
     assert "the script did not read --flash-comm-bits" in ran.stderr
     assert "add_arguments" in ran.stderr
     assert run(script, "--other").stderr == ""
+    assert ran.returncode == 0 and run(script, "--flash-comm-bits", "4", "--flash-comm-strict").returncode == 1
 
 
 def test_a_wrong_path_is_one_sentence() -> None:
