@@ -104,6 +104,9 @@ private:
                     huge |= blocks.template decode_from<false>(payloads.at[p] + offset, place, octet, shrunk, x);
             } while (shrunk != huge);
             blocks.template finish<false>(x, shrunk);
+            Bounds<T> bounds;
+            for (int p = 0; kIsHalf<T> && p < count; p++) bounds.add(blocks, payloads.at[p] + offset, place, octet);
+            bounds.apply(x);
         });
     }
 };

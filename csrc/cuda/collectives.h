@@ -202,14 +202,21 @@ private:
         reduce.with_blocks([&](auto blocks) {
             float total[kRows<T>][8];
             uint32_t huge = 0, shrunk;  // a bit for each row
+            const int first = first_octet<T>(), octet = first < reduce.octets(values) ? first : 0;
+            Bounds<T> bounds;
             do {
                 shrunk = huge;
                 clear(total);
+                bounds = {};
                 receive<false>(
                     blocks, kReduceLeg, d, [&](int) { return values; }, shrunk, total,
-                    [&](int, uint32_t more) { huge |= more; });
+                    [&](int source, uint32_t more) {
+                        huge |= more;
+                        bounds.add(blocks, incoming(d * call.world + source), blocks.own(values), octet);
+                    });
             } while (Reduce::kRotates && !sync_and(huge == shrunk));
             blocks.template finish<false>(total, shrunk);
+            bounds.apply(total);
             narrow<T>(total, octets);
         });
         const int left = values - 8 * first_octet<T>();

@@ -102,6 +102,13 @@ template <class T, bool kResiduals, int kParts, bool kShared> struct RotatedBloc
         return constants ? huge | add_constants<kAlone>(payload, place, octet, shrunk, constants, x) : huge;
     }
 
+    template <class Offset>
+    FC_DEVICE float bound(const uint8_t* payload, const Place<Offset>& place, int octet) const {
+        const Step step = step_at(payload, place, octet >> octet_shift);
+        const float off = RotatedLayout::steps_off(levels) * (float)block();
+        return step.is_constant ? 0 : float_of(bits_of(step.each) & 0x7FFFFFFF) * off;
+    }
+
     // A sum of such coefficients, or one alone, becomes values: all lanes of a warp.
     template <bool kAlone> FC_DEVICE void finish(Values& x, uint32_t shrunk) const {
         butterflies<kAlone>(x);

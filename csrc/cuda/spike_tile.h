@@ -121,6 +121,17 @@ template <class T> struct SpikeTile {
     template <class Visit> FC_DEVICE void with_blocks(Visit visit) const { visit(*this); }
     template <bool> FC_DEVICE void finish(float (&)[kRows<T>][8], uint32_t) const {}
 
+    template <class Offset>
+    FC_DEVICE float bound(const uint8_t* payload, const Place<Offset>& place, int octet) const {
+        const int index = block_of(octet);
+        if (place.octet + octet >= place.octets || payload[place.spans + index] == kConstantSpan) return 0;
+        const float minimum = float_of((uint32_t)((const uint16_t*)(payload + place.minima))[index] << 16);
+        const float maximum = float_of((uint32_t)((const uint16_t*)(payload + place.maxima))[index] << 16);
+        const Frame frame = Frame::of(minimum, maximum);
+        const float step = frame.span(payload[place.spans + index]) / (float)((1 << bits) - 1);
+        return Frame::bound(minimum, maximum, step, 1 / frame.prescale);
+    }
+
     // One octet, within the finite range of T.
     template <class Offset>
     FC_DEVICE void decode_octet(const uint8_t* payload, const Place<Offset>& place, int octet, float (&x)[8]) const {

@@ -18,6 +18,7 @@
 //                                                  tile's alone: a barrier, then writes, then a barrier
 //     decode_from<kAlone>(payload, place, octet, shrink, x)    whole warps: octets of a thread as float32; kAlone: not
 //                                                  to be added
+//     bound(payload, place, octet)                 by how much the values of an octet may be off (codec.h)
 //     finish<kAlone>(x, shrunk)                    whole warps: inverse transform of decoded coefficients
 //
 // Most codecs decode values; a rotated one (kRotates) decodes coefficients, and finish() transforms their sum back. Its
@@ -100,6 +101,24 @@ template <class T> FC_DEVICE void store(typename T::Word* out, int values, const
     }
 }
 
+// By how much sums of float16 may be off, an octet's each, which decides whether they overflow; nothing for other types.
+template <class T, bool = kIsHalf<T>> struct Bounds {
+    template <class Codec, class Place> FC_DEVICE void add(const Codec&, const uint8_t*, const Place&, int) {}
+    FC_DEVICE void apply(float (&)[kRows<T>][8]) const {}
+};
+template <class T> struct Bounds<T, true> {
+    float rows[kRows<T>] = {};
+
+    template <class Codec, class Place>
+    FC_DEVICE void add(const Codec& codec, const uint8_t* payload, const Place& place, int octet) {
+        FC_UNROLL for (int row = 0; row < kRows<T>; row++) rows[row] += codec.bound(payload, place, octet + row);
+    }
+    FC_DEVICE void apply(float (&x)[kRows<T>][8]) const {
+        FC_UNROLL for (int row = 0; row < kRows<T>; row++) FC_UNROLL for (int i = 0; i < 8; i++) x[row][i] =
+            overflowed<T>(x[row][i], rows[row]);
+    }
+};
+
 // NaN comes in whole octets, since octets never straddle blocks.
 template <class T> FC_DEVICE void narrow(const float (&x)[kRows<T>][8], Octet<T> (&octets)[kRows<T>]) {
     bool is_any_nan = false;
@@ -170,6 +189,7 @@ template <class T> struct ExactTile {
     }
     template <class Visit> FC_DEVICE void with_blocks(Visit visit) const { visit(*this); }
     template <bool> FC_DEVICE void finish(float (&)[kRows<T>][8], uint32_t) const {}
+    FC_DEVICE float bound(const uint8_t*, int, int) const { return 0; }
 };
 
 }  // namespace flashcomm::FLASHCOMM_ISA

@@ -87,6 +87,11 @@ template <int kBits, class T> struct UniformTile {
     }
     template <class Visit> FC_DEVICE void with_blocks(Visit visit) const { visit(*this); }
     template <bool> FC_DEVICE void finish(Values&, uint32_t) const {}
+    template <class Offset>
+    FC_DEVICE float bound(const uint8_t* payload, const Place<Offset>& place, int octet) const {
+        if (place.octet + octet >= place.octets) return 0;
+        return Bf16Pair{((const uint16_t*)(payload + place.scales))[block_of(octet)], 0}.bound();
+    }
 
     template <class Offset>
     FC_DEVICE void zero_gaps(const Place<Offset>& place, Offset values, uint8_t* payload) const {
