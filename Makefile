@@ -79,16 +79,19 @@ test: $(READY)  ## Run the tests of a developer: no compiler, no sanitizer, minu
 test-slow: $(READY)  ## Run the other tests: compilers, sanitizers, stand-ins, restarts, soak, fuzz, mutations
 	$(PYTEST) -m slow --dist worksteal
 
-# The newest of everything that pip finds; constraints.txt does not hold there.
+# The newest of everything that pip finds; constraints.txt does not hold there. Tests of scripts need a checkout of
+# Megatron-LM, FLASHCOMM_MEGATRON_LM=DIR, and what its scripts require; without a checkout they are skipped.
 FRESH        := $(VENV)/newest
+SCRIPTS_NEED := psutil pyyaml regex six tensorboard transformers
 NEWEST_TESTS ?= $(addprefix tests/megatron/test_,seams.py mixtures.py gradients.py feedback.py model.py compiled_layers.py \
-                  patching.py training.py train_tiny.py transformer_engine.py scripts_training.py scripts_inference.py)
+                  patching.py training.py train_tiny.py transformer_engine.py counted_models.py batch_invariant.py \
+                  scripts_training.py scripts_inference.py scripts_structures.py)
 test-newest:  ## Run the tests of Megatron's room with the newest megatron-core; NEWEST=python3.13, NEWEST_TESTS=FILES
 	@$(NEWEST) -c 'import sys; sys.exit(sys.version_info < (3, 12))' || { \
 	  echo "flashcomm_megatron: $(NEWEST) is no Python 3.12 or newer: name one with make test-newest NEWEST=..." >&2; exit 1; }
 	@[ -x $(FRESH)/bin/python ] || $(NEWEST) -m venv $(FRESH)
 	FLASHCOMM_CUDA=0 $(FRESH)/bin/python -m pip install --disable-pip-version-check --quiet --upgrade \
-	  --editable '.[examples,test]' einops
+	  --editable '.[examples,test]' einops $(SCRIPTS_NEED)
 	@$(FRESH)/bin/python -c 'import megatron.core as m, torch; print("== megatron-core", m.__version__, "torch", torch.__version__)'
 	$(FRESH)/bin/python -m pytest -q -n $(WORKERS) --maxprocesses 4 --dist loadfile --durations 25 $(NEWEST_TESTS)
 

@@ -72,11 +72,12 @@ def pays() -> str:
     """Speed-ups: projected for GPUs by the planner, measured on CPUs in the link lab."""
     widths = (8, 6, 4)
     table = [["8 GPUs, first token of 8 prompts of 1024 tokens, llama-3-70b", "16-bit sums' share of the time",
-              *(f"{bits} bits" for bits in widths)]]  # fmt: skip
+              *(f"{bits} bits" for bits in widths), "training step of as many tokens, 8 bits"]]  # fmt: skip
     for gpu, link in (("L40", "PCIe 4, two sockets"), ("A100", "NVLink 3"), ("H100", "NVLink 4")):
         exact, *others = planned(gpu, widths)
         gains = [f"{row['ttft_speed_up']:.2f}x" for row in others]
-        table.append([f"{gpu}, {link}", f"{exact['communication']:.0%}", *gains])
+        training = f"{others[0]['training_speed_up']:.2f}x"
+        table.append([f"{gpu}, {link}", f"{exact['communication']:.0%}", *gains, training])
     rows, source = read("link_lab")
     work = ("first token", "training step")
     measured = [["2 hosts of one CPU core, model of 4 layers, hidden size 512", *(f"{each}, 4 bits" for each in work)]]

@@ -5,6 +5,9 @@
 The checkpoint is a Hugging Face directory; tensor parallelism is as wide as there are ranks. The same work is done at
 16 bits, Megatron's own exact sums, and then at the flag's width: what is compressed, what that saves and what it costs.
 ``--compare 16,8,4`` chooses the widths. Runs on GPUs over NCCL, without any over gloo, or as one process.
+
+You should see, for each width, the same beginning of the text, a perplexity within a percent or two of the exact one,
+and the bytes that a rank sent: about half of them at 8 bits.
 """
 
 from __future__ import annotations

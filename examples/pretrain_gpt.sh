@@ -8,6 +8,9 @@
 #   DATA=PREFIX   text made by Megatron's preprocess_data.py and the files VOCAB, MERGES; unset: Megatron's mock data
 #   OUT=FOLDER    checkpoints and TensorBoard, default runs/BITS              CPU=1    no GPUs: give a small model
 #   DRY_RUN=1     print the command and run nothing
+#
+# You should see, on rank 0, a line that begins with "flash-comm: 4-bit auto" at the first forward, losses that follow those
+# of BITS= within a percent, and at the end "flash-comm: compressed ... of ... collectives".
 set -euo pipefail
 
 CHECKOUT=${1:-${MEGATRON_LM:-}}

@@ -9,6 +9,9 @@
 #     -m flashcomm_megatron pretrain_gpt.py ... --flash-comm-bits 4
 #
 # Ranks find out by themselves which of them share a machine; --flash-comm-algorithm two-step ignores it.
+#
+# You should see one line of the first rank that begins with "flash-comm: 4-bit auto" at the first forward, and one at the
+# end that says how many bytes it sent. No line: the flag did not reach the script.
 #SBATCH --job-name=flash-comm
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1

@@ -14,12 +14,15 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from typing import Any, ClassVar
 
+from .codec.planes import WIDTHS
 from .codec.recipes import RECIPES, Legs
 
 TRANSPORTS = ("auto", "group", "shared-memory", "peer", "host")
 ALGORITHMS = ("auto", "one-step", "two-step", "hierarchical")
 FEEDBACK = ("auto", "off")
 LAYERS_A_BIT = 15  # a model's last sum takes a bit more for every so many layers: 1/30 bit a value of the whole model
+PREFIX = "flash_comm_"  # of an option's name in a namespace of arguments
+BITS = f"{WIDTHS[0]} to {WIDTHS[-1]}"
 EXACT = 16  # grad_bits that leave gradients to the original collectives
 TYPES = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,), "None": (type(None),)}  # a field's words
 
@@ -34,7 +37,7 @@ class Config:
 
     bits: int = field(
         metadata={
-            "help": "Bits per value, 2 to 8, of tensor-parallel sums and gathers on the wire. Switches compression on."
+            "help": f"Bits per value, {BITS}, of tensor-parallel sums and gathers on the wire. Switches compression on."
         }
     )
     recipe: str = _option("auto", "Number format and algorithm: auto (ours, the most accurate) or a published method.")
@@ -65,9 +68,9 @@ class Config:
     last_bits: int | None = _option(
         None,
         "Bits per value of a model's last sum, whose error no later sum can repay. Default: one more than the other "
-        "sums' for every 15 layers, at most 8. Only for recipe auto.",
+        f"sums' for every {LAYERS_A_BIT} layers, at most {WIDTHS[-1]}. Only for recipe auto.",
     )
-    grad_bits: int = _option(8, "Bits per value of gradients in backward, 2 to 8; 16 sends them uncompressed.")
+    grad_bits: int = _option(8, f"Bits per value of gradients in backward, {BITS}; {EXACT} sends them uncompressed.")
     experts: bool = _option(False, "Also compress the tokens of a mixture of experts (all-to-all dispatcher).")
     calibration: str | None = _option(None, "File of calibrated ranges, made by calibrate. Only for recipe outlier.")
     strict: bool = _option(False, "Fail instead of falling back to an uncompressed collective or a slower transport.")
@@ -80,7 +83,7 @@ class Config:
 
     def __post_init__(self) -> None:
         self._check_types()
-        _check(self.bits in range(2, 9), "bits", self.bits, "2 to 8")
+        _check(self.bits in WIDTHS, "bits", self.bits, BITS)
         _check(self.recipe in RECIPES, "recipe", self.recipe, ", ".join(RECIPES))
         widths = RECIPES[self.recipe].widths
         _check(self.bits in widths, "bits", self.bits, f"{_list(widths)} with recipe {self.recipe}")
@@ -140,7 +143,7 @@ class Config:
         """Bits of the last sum of a model of ``layers`` layers: more only where a recipe repays all other errors."""
         if not RECIPES[self.recipe].feedback:
             return self.bits
-        return self.last_bits or min(self.bits + layers // LAYERS_A_BIT, 8)
+        return self.last_bits or min(self.bits + layers // LAYERS_A_BIT, WIDTHS[-1])
 
     def legs_of(self, bits: int) -> Legs:
         """The codecs of both legs at another width."""
@@ -188,10 +191,35 @@ def current() -> Config | None:
     return _current
 
 
+_finished: tuple[Any, dict[str, Any]] | None = None  # a namespace, and its options when it was finished
+
+
+def finish(namespace: Any) -> None:
+    """Remember finished arguments: what they say now is in force, what they say later is not."""
+    global _finished
+    _finished = namespace, _options_of(namespace)
+
+
+def changed() -> str | None:
+    """Which option of finished arguments somebody changed since, without effect; None: nobody did."""
+    namespace, before = _finished or (None, {})
+    for name, said in _options_of(namespace).items() if namespace is not None else ():
+        if said != before.get(name):
+            return (
+                f"{name} was changed from {before.get(name)} to {said} after set_args, which does nothing. "
+                "Change it before, or call flashcomm_megatron.enable() on every rank."
+            )
+    return None
+
+
+def _options_of(namespace: Any) -> dict[str, Any]:
+    return {name: value for name, value in vars(namespace).items() if name.startswith(PREFIX)}
+
+
 # ---- environment variables, all of them ------------------------------------------------------------------------
 
 VARIABLES = {
-    "FLASH_COMM_BITS": "2 to 8 switches compression on where no command line and no call of enable() does.",
+    "FLASH_COMM_BITS": f"{BITS} switches compression on where no command line and no call of enable() does.",
     "FLASH_COMM_FEEDBACK": "auto or off: residual feedback for FLASH_COMM_BITS. Reinforcement learning needs off.",
     "FLASH_COMM_DISABLE": "1 keeps Megatron untouched, whatever flags and scripts ask for. Set it on every rank.",
     "FLASH_COMM_EXTENSION": "0 leaves the compiled extension out: the PyTorch codec gives the same bits, slower.",
@@ -224,5 +252,5 @@ def from_environment() -> dict[str, Any]:
     if not bits:
         return {}
     if not bits.isdigit():
-        raise ValueError(f"FLASH_COMM_BITS={bits} is no number: choose 2 to 8.")
+        raise ValueError(f"FLASH_COMM_BITS={bits} is no number: choose {BITS}.")
     return {"bits": int(bits)} | ({"feedback": feedback} if feedback else {})

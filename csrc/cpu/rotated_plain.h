@@ -139,7 +139,7 @@ FC_INLINE void add_errors(const Plain<kBlock>& f, int unit, const Coding& at, Wo
 template <int kBlock>
 void search(Plain<kBlock>& f, const Coding& at, int units, const Words (&signs)[kVectors], Words (&keys)[kVectors]) {
     const auto tried = [&at, &keys](int i, int n) {
-        return larger(keys[i] - apart(at.levels) * n, Words{} + kLeastKey);
+        return larger(keys[i] - key_stride(at.levels) * n, Words{} + kLeastKey);
     };
     for (int n = 0; n < kTried; n++)
         for (int i = 0; i < kVectors; i++) {

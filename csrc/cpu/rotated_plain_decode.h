@@ -45,9 +45,9 @@ FC_INLINE void load_codes(const Part<kBlock>& part, int unit, const Coding& at, 
         load_pieces(part.low + unit * kTracks * kBlock, bytes);
 #pragma GCC unroll 32
         for (int i = 0; i < kBlock / 16; i += 2) {
-            const auto apart = unzipped(Both<HalfWords>{(HalfWords)bytes[i], (HalfWords)bytes[i + 1]});
-            codes[2 * i] = (Shorts)(apart.first & 0xFF), codes[2 * i + 1] = (Shorts)(apart.first >> 8);
-            codes[2 * i + 2] = (Shorts)(apart.second & 0xFF), codes[2 * i + 3] = (Shorts)(apart.second >> 8);
+            const auto halves = unzipped(Both<HalfWords>{(HalfWords)bytes[i], (HalfWords)bytes[i + 1]});
+            codes[2 * i] = (Shorts)(halves.first & 0xFF), codes[2 * i + 1] = (Shorts)(halves.first >> 8);
+            codes[2 * i + 2] = (Shorts)(halves.second & 0xFF), codes[2 * i + 3] = (Shorts)(halves.second >> 8);
         }
         return;
     }
@@ -86,9 +86,9 @@ FC_INLINE void decode_one(const Part<kBlock>& part, int unit, const Coding& at, 
     for (int i = 0; i < kBlock / 8; i += 4) {
         Shorts c[] = {codes[i], codes[i + 1], codes[i + 2], codes[i + 3]};
         between<1>(c);
-        deal<2, Zip>(c);
-        dealt<1, Zip>(c);
-        dealt<2, Zip>(c);
+        transpose<2, Zip>(c);
+        transpose_and_pair<1, Zip>(c);
+        transpose_and_pair<2, Zip>(c);
         codes[i] = c[0] - zero, codes[i + 1] = c[2], codes[i + 2] = c[1], codes[i + 3] = c[3];
     }
     between<4>(codes);
@@ -125,8 +125,8 @@ template <int kBlock> FC_INLINE void rotate_sums(Vector (&sums)[kBlock / 4]) {
 #pragma GCC unroll 8
         for (int j = 0; j < 8; j++) s[j] = sums[i + j];
         between<1>(s);
-        dealt<1, Unzip>(s);
-        dealt<2, Unzip>(s);
+        transpose_and_pair<1, Unzip>(s);
+        transpose_and_pair<2, Unzip>(s);
 #pragma GCC unroll 8
         for (int j = 0; j < 8; j++) sums[i + j] = s[(j & 1) << 2 | j >> 1];
     }
@@ -159,6 +159,18 @@ void write_super_block(const Part<kBlock>* parts, int count, Coding at, Units un
     if (units.rest) __builtin_memcpy(out + units.whole * kTracks * kBlock, edge, units.rest * kBlock * sizeof(*out));
 }
 
+// Whether a sum of float16 may be so large that its error decides whether it overflows.
+template <int kBlock> bool may_overflow(const Part<kBlock>* parts, int count, const Coding& at) {
+    const float steps =
+        (float)(kBlock * (at.zero + 1)) + at.steps_off(at.levels) * kBlock;  // of a value, and by which it is off
+    for (int b = 0; b < kSuperBlock; b++) {
+        float size = 0;
+        for (int p = 0; p < count; p++) size += __builtin_fabsf(parts[p].steps[b]) * steps;
+        if (size >= kLarge) return true;
+    }
+    return false;
+}
+
 // Decodes a super-block and writes the sum of all payloads; false, and nothing done, if it is not plain.
 template <class T, int kBlock>
 bool decode_plain(const uint8_t* const* payloads, int count, const Coding& at, int64_t super_block, const Span& s,
@@ -166,6 +178,7 @@ bool decode_plain(const uint8_t* const* payloads, int count, const Coding& at, i
     if (s.values < s.blocks * kBlock) return false;
     for (int p = 0; p < count; p++)
         if (!load_part<kBlock>(payloads[p], at, super_block, s, parts[p])) return false;
+    if (kIsHalf<T> && count > 1 && may_overflow(parts, count, at)) return false;
     if (count == 1) write_super_block<T, kBlock, true>(parts, count, at, Units(s.blocks), limit, out + s.value);
     else write_super_block<T, kBlock, false>(parts, count, at, Units(s.blocks), limit, out + s.value);
     return true;

@@ -1,8 +1,8 @@
 // Blocks in registers on the CPU, one in every track: loads, Walsh-Hadamard butterflies, stores.
 //
-//     load_values    of kTracks blocks, track t those of block t: the even and the odd values of every octet apart, which
+//     load_values    of kTracks blocks, track t those of block t: the even and the odd values of every octet by themselves, which
 //                    is how 16-bit types widen without a shuffle
-//     rotate         strides 1, 2, 4 in an octet's two vectors, dealt anew before each; 8, 16, .. between octets
+//     rotate         strides 1, 2, 4 in an octet's two vectors, transposed before each; 8, 16, .. between octets
 //     store_quads    what comes out: vector k holds values 4k .. 4k + 3
 //
 // Every butterfly adds the same two numbers in the same order as the definition. Integers are exact in any order, and
@@ -114,13 +114,13 @@ template <class T, int kCount> FC_INLINE void store_quads(const Vector (&v)[kCou
 
 // ---- butterflies ---------------------------------------------------------------------------------------------------
 
-// Every two vectors kApart from each other, then twice as far.
-template <int kApart, class V, int kCount> FC_INLINE void between(V (&v)[kCount]) {
-    if constexpr (kApart < kCount) {
+// Every two vectors kStride from each other, then twice as far.
+template <int kStride, class V, int kCount> FC_INLINE void between(V (&v)[kCount]) {
+    if constexpr (kStride < kCount) {
 #pragma GCC unroll 32
         for (int i = 0; i < kCount; i++)
-            if (!(i & kApart)) pair(v[i], v[i + kApart]);
-        between<2 * kApart>(v);
+            if (!(i & kStride)) pair(v[i], v[i + kStride]);
+        between<2 * kStride>(v);
     }
 }
 
@@ -131,29 +131,29 @@ struct Zip {
     template <class V> FC_INLINE Both<V> operator()(Both<V> x) const { return zipped(x); }
 };
 
-// Transpose: the bit kApart of a vector's index changes places with that of a lane's.
-template <int kApart, class Deal, class V, int kCount> FC_INLINE void deal(V (&v)[kCount]) {
+// Transpose: the bit kStride of a vector's index changes places with that of a lane's.
+template <int kStride, class How, class V, int kCount> FC_INLINE void transpose(V (&v)[kCount]) {
 #pragma GCC unroll 32
     for (int i = 0; i < kCount; i++)
-        if (!(i & kApart)) {
-            const Both<V> both = Deal()(Both<V>{v[i], v[i + kApart]});
-            v[i] = both.first, v[i + kApart] = both.second;
+        if (!(i & kStride)) {
+            const Both<V> both = How()(Both<V>{v[i], v[i + kStride]});
+            v[i] = both.first, v[i + kStride] = both.second;
         }
 }
 
-template <int kApart, class Deal, class V, int kCount> FC_INLINE void dealt(V (&v)[kCount]) {
-    deal<kApart, Deal>(v);
+template <int kStride, class How, class V, int kCount> FC_INLINE void transpose_and_pair(V (&v)[kCount]) {
+    transpose<kStride, How>(v);
 #pragma GCC unroll 32
     for (int i = 0; i < kCount; i++)
-        if (!(i & kApart)) pair(v[i], v[i + kApart]);
+        if (!(i & kStride)) pair(v[i], v[i + kStride]);
 }
 
 // As load_values leaves them -> quads.
 template <int kCount> FC_INLINE void rotate(Vector (&v)[kCount]) {
 #pragma GCC unroll 32
     for (int i = 0; i < kCount; i += 2) pair(v[i], v[i + 1]);
-    dealt<1, Unzip>(v);
-    dealt<1, Unzip>(v);
+    transpose_and_pair<1, Unzip>(v);
+    transpose_and_pair<1, Unzip>(v);
     between<2>(v);
 }
 

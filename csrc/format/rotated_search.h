@@ -6,12 +6,12 @@
 
 namespace flashcomm::FLASHCOMM_ISA {
 
-constexpr int kSearched = 16, kTried = 3;  // blocks of more levels take the first
+constexpr int kTried = 3;  // blocks of more than kSearched levels take the first
 
-FC_INLINE uint32_t apart(int levels) { return levels < 8 ? 2 : 1; }  // keys between the steps tried
+FC_INLINE uint32_t key_stride(int levels) { return levels < 8 ? 2 : 1; }  // keys between the steps tried
 
 FC_INLINE uint32_t tried_key(uint32_t largest, int levels, int number) {
-    const uint32_t finer = apart(levels) * number;
+    const uint32_t finer = key_stride(levels) * number;
     return largest < kLeastKey + finer ? kLeastKey : largest - finer;
 }
 

@@ -32,6 +32,7 @@ PLANES: dict[int, tuple[int, ...]] = {
     2: (2,),
     1: (1,),
 }
+WIDTHS = range(2, 9)  # bits a user may ask for
 SECTION_ALIGNMENT = 16  # bytes; one vector load of a GPU thread
 BFLOAT16_MAX = torch.finfo(torch.bfloat16).max
 NAN_BITS = 0x7FC0  # the one NaN the formats write, as bfloat16
@@ -63,6 +64,11 @@ def from_blocks(blocks: Tensor, row: int) -> Tensor:
     """The way back: [blocks, block] -> [n]."""
     length = math.ceil(row / blocks.size(1)) * blocks.size(1)
     return blocks.reshape(-1, length)[:, :row].flatten()
+
+
+def of_block(numbers: Tensor, block: int) -> Tensor:
+    """One number for each block, [blocks] -> that of every value, [blocks, block]."""
+    return numbers[:, None].expand(-1, block)
 
 
 def in_octets(codes: Tensor, row: int) -> Tensor:

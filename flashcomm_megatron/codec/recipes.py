@@ -11,8 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from . import Codec, Microscaling, Rotated, Spike, Uncalibrated, Uniform
-
-ALL_WIDTHS = tuple(range(2, 9))
+from .planes import WIDTHS
 
 
 class Legs(NamedTuple):
@@ -72,9 +71,9 @@ def _outlier(bits: int, block: int) -> Legs:
 
 
 RECIPES: dict[str, Recipe] = {
-    "auto": Recipe(ALL_WIDTHS, 32, "auto", _auto, "ours: rotated blocks, residual feedback", feedback=True),
+    "auto": Recipe(tuple(WIDTHS), 32, "auto", _auto, "ours: rotated blocks, residual feedback", feedback=True),
     "flash-v1": Recipe((4, 6, 8), 128, "two-step", _flash_v1, "Flash Communication, arXiv 2412.04964"),
-    "flash-v2": Recipe(ALL_WIDTHS, 64, "two-step", _flash_v2, "FlashCommunication V2, arXiv 2508.03760"),
+    "flash-v2": Recipe(tuple(WIDTHS), 64, "two-step", _flash_v2, "FlashCommunication V2, arXiv 2508.03760"),
     "mx": _microscaling({4: "e2m1", 5: "e2m2", 6: "e2m3", 8: "e4m3"}, "floats with most mantissa"),
     "mx-wide": _microscaling({5: "e3m1", 6: "e3m2", 8: "e5m2"}, "floats with most exponent"),
     "mx-int": _microscaling({3: "int3", 4: "int4", 5: "int5", 6: "int6", 8: "int8"}, "integers"),

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from sysconfig import get_config_var
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -95,6 +96,27 @@ def _for_this_python(original: Callable[[], None]) -> Callable[[], None]:
     return compile_helpers
 
 
+def _as_asked(original: Callable[..., Any]) -> Callable[..., Any]:
+    def maybe_move_tensor_to_cpu(tensor: Any, as_numpy: bool = False, *args: Any, **options: Any) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    return maybe_move_tensor_to_cpu
+
+
+def _mesh(original: Any) -> Any:
+    """torch's DeviceMesh, of which Megatron calls ``from_group(group, "cuda")``."""
+    return SimpleNamespace(from_group=lambda group, kind: original.from_group(group, "cpu"))
+
+
+def _latent(original: Callable[..., None]) -> Callable[..., None]:
+    def __init__(self: Any, *args: Any, k_channels: Any = None, v_channels: Any = None, **options: Any) -> None:
+        original(self, *args, **options)
+        if v_channels is not None:
+            self.hidden_size_per_partition = v_channels * self.num_attention_heads_per_partition
+
+    return __init__
+
+
 def _dynamic(original: Any) -> Callable[..., None]:
     def refuse(self: Any, *args: Any, **options: Any) -> None:
         raise NeedsGPU("Dynamic batching needs flash-attention, which needs a GPU: use gpt_static_inference.py.")
@@ -110,6 +132,12 @@ MEGATRON = (
          "its Makefile asks python3-config, which a virtual environment lacks, what this Python calls an extension"),
     Seam(f"{CORE}.inference.contexts.dynamic_context", "DynamicInferenceContext.__init__", ("self",), _dynamic,
          "cannot be: says so; the static engine, which tries it first, then takes its own way"),
+    Seam(f"{CORE}.transformer.moe.token_dispatcher", "maybe_move_tensor_to_cpu", ("tensor",), _as_asked,
+         "turns token counts into numbers only on their way from a GPU; gloo takes no others"),
+    Seam(f"{CORE}.distributed.torch_fully_sharded_data_parallel", "DeviceMesh", (), _mesh,
+         'its device is the literal "cuda"'),
+    Seam(f"{CORE}.transformer.dot_product_attention", "DotProductAttention.__init__", ("self",), _latent,
+         "knows no values of another width than its keys, which latent attention has; only Transformer Engine's does"),
     *(Seam(module, "_is_cuda", ("tensor",), always(None), "insists that what a server broadcasts lies on a GPU")
       for module in (f"{CORE}.inference.communication_utils", "megatron.inference.text_generation.communication")),
 )  # fmt: skip

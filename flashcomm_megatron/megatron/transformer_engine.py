@@ -41,14 +41,14 @@ USER_BUFFERS = ("ub_overlap_ag_fprop", "ub_overlap_rs_fprop", "ub_overlap_ag_dgr
                 "ub_bulk_dgrad", "ub_bulk_wgrad")  # fmt: skip
 
 
-class _Visit(threading.local):
+class _Running(threading.local):
     """The layer forward that is running on this thread."""
 
     records_gradients = False  # asked outside of the autograd function, in which gradients look switched off
     was_asked = False  # whether one of the names below came by
 
 
-_visit = _Visit()
+_running = _Running()
 
 
 # ---- where we are -----------------------------------------------------------------------------------------------
@@ -62,11 +62,11 @@ def layer_forward(original: Function) -> Function:
         if here is not None and here.module is self:  # the inference layers call their parent's forward in training
             return original(self, x, *args, **kwargs)
         site = site_of(self)
-        _visit.was_asked, _visit.records_gradients = False, torch.is_grad_enabled()
+        _running.was_asked, _running.records_gradients = False, torch.is_grad_enabled()
         # Backward may gather by name what forward gathered in user buffers: such a layer is no site in either.
         with context.at(None if _overlaps(self) else site):
             output = original(self, x, *args, **kwargs)
-        if site is not None and not _visit.was_asked:
+        if site is not None and not _running.was_asked:
             _count_unseen(site, x, output[0])
         if site is not None and site.kind == "row":
             feedback.contributed(output)
@@ -167,7 +167,7 @@ def _send(
     site, name = context.site(), collective.__name__
     if site is None or group is None:
         return None
-    _visit.was_asked = True
+    _running.was_asked = True
     if quantizer is not None or type(x) is not Tensor:
         one_byte_each = torch.Size(x.size()).numel()
         messages.deferred("FP8", exact_bytes(name, one_byte_each, group.size()), site.config)
@@ -189,7 +189,7 @@ def _output(collective: Function, x: Tensor, world: int) -> dict[str, Tensor]:
 
 
 def _activation(collective: Function, kind: str, x: Tensor, group: Any) -> Function | None:
-    with torch.set_grad_enabled(_visit.records_gradients):
+    with torch.set_grad_enabled(_running.records_gradients):
         call = differentiable.planned(kind, collective.__name__, x, group)
     return None if call is None else partial(differentiable.send, call, x, context.site())
 

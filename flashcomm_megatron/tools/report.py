@@ -56,7 +56,7 @@ def report() -> Report:
             "transports": ", ".join(_transports()),
             "environment": ", ".join(f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ)
             or "no FLASH_COMM_* variable set",
-            "least bytes": _least(),
+            "minimum sizes": _least(),
             "state": _state(),
             "feedback": _feedback(),
             "last sums": messages.listed(counters.stats()["last_sums"]),

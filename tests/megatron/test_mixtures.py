@@ -30,6 +30,8 @@ WORLD = 4
 CONFIG = fc.Config(bits=4, min_bytes=0)
 EXACT = ("embedding", "decoder.final_layernorm", "output_layer")
 MOE = ("decoder.layers.1.mlp.router", "decoder.layers.1.mlp.experts")
+# Without a capacity Megatron-Core takes every token to have its experts.
+DROPPING = {"moe_token_dispatcher_type": "alltoall", "moe_expert_capacity_factor": 4.0}
 BESIDE = {
     "moe_shared_expert_intermediate_size": 32,
     "moe_shared_expert_overlap": True,
@@ -233,7 +235,7 @@ def unevenly() -> dict[tuple[int, bool], list[tuple[Tensor, int]]]:
         (0, False),
         (0, True),
     ):
-        chosen = EXPERTS | options | {"moe_token_dispatcher_type": "alltoall"} | (again if recompute else {})
+        chosen = EXPERTS | options | DROPPING | (again if recompute else {})
         model = mixtures.gpt(**chosen)
         router = model.decoder.layers[1].mlp.router
         route = router.forward

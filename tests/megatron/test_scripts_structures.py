@@ -1,8 +1,7 @@
 """The unmodified pretrain_gpt.py with every structure that runs without a GPU, exactly and with 8-bit sums.
 
 A script that runs without the flag runs with it, and its losses are nearly the same. Needs a checkout of Megatron-LM
-(see megatron_lm.py). Not here: latent attention needs Transformer Engine's attention, Mamba hybrids need mamba_ssm's
-kernels, Torch FSDP2 asks for a CUDA device, and gloo takes no token counts that are tensors (expert parallelism).
+(see megatron_lm.py). Not here: Mamba hybrids, which need mamba_ssm's kernels.
 """
 
 from __future__ import annotations
@@ -17,13 +16,19 @@ pytestmark = pytest.mark.slow
 EXPERTS = ["--sequence-parallel", "--disable-bias-linear", "--num-experts", "4", "--moe-router-topk", "2",
            "--moe-token-dispatcher-type"]  # fmt: skip
 SHARED = [*EXPERTS, "alltoall", "--moe-shared-expert-intermediate-size", "32"]
+LATENT = ["--multi-latent-attention", "--q-lora-rank", "24", "--kv-lora-rank", "16", "--qk-head-dim", "16",
+          "--qk-pos-emb-head-dim", "8", "--v-head-dim", "16", "--rotary-scaling-factor", "1", "--rope-type", "rope",
+          "--position-embedding-type", "rope"]  # fmt: skip
 # name: (options, what stays exact and is counted)
 STRUCTURES: dict[str, tuple[list[str], str | None]] = {
     "dense": ([], None),
     "experts, allgather": ([*EXPERTS, "allgather"], None),
     "experts, alltoall": ([*EXPERTS, "alltoall"], None),
+    "expert parallelism": ([*EXPERTS, "alltoall", "--expert-model-parallel-size", "2",
+                            "--expert-tensor-parallel-size", "1"], None),
     "shared experts": (SHARED, None),
     "shared experts with overlap": ([*SHARED, "--moe-shared-expert-overlap"], None),
+    "latent attention": (LATENT, "latent attention's last dimension"),
     "token prediction": (["--mtp-num-layers", "1", "--position-embedding-type", "rope"],
                          "token prediction's last dimension"),
 }  # fmt: skip

@@ -201,8 +201,8 @@ MUTATIONS = (
         "1 ranks agree: in the fused kernel, the second phase waits for the sums",
         "csrc/cuda",
         "one_round",
-        r"announce\( kGatherLeg \) ; if \( !await\( kGatherLeg \) \) return false ;",
-        "",
+        r"if \( !await\( leg\(\) \) \) return false ;",
+        "if (phase == 1 && !await(leg())) return false;",
         "tests/gpu/test_cuda_emulated.py -k kernels",
     ),
     Mutation(

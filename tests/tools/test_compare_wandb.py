@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from patience import patient
 
-from flashcomm_megatron.tools.compare import table, workspace
+from flashcomm_megatron.tools.compare import command, table, workspace
 from flashcomm_megatron.tools.compare.runs import CannotRead, Run, read
 
 OFFLINE = """
@@ -114,6 +114,29 @@ def test_without_wandb_the_sentence_names_the_extra(monkeypatch: pytest.MonkeyPa
     for source in (str(tmp_path), "team/project/abc"):
         with pytest.raises(CannotRead, match=r"pip install 'flashcomm_megatron\[wandb\]'"):
             read(source)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_file_of_json_lines_is_no_run_of_a_workspace(tmp_path: Path) -> None:
+    pytest.importorskip("wandb_workspaces", reason="wandb-workspaces is not installed")
+    (tmp_path / "run.jsonl").touch()
+    run = Run("run", str(tmp_path / "run.jsonl"), {}, [])
+    with pytest.raises(CannotRead, match="is no W&B run: name runs of the project"):
+        workspace.workspace("team/project", table.Comparison([run], None, None))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_command_saves_the_workspace_and_says_where(
+    offline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workspaces = pytest.importorskip("wandb_workspaces.workspaces", reason="wandb-workspaces is not installed")
+    saved: list[Any] = []
+    monkeypatch.setattr(workspaces.Workspace, "save", lambda view: saved.append(view) or SimpleNamespace(url="HERE"))
+    page = tmp_path / "compare.html"
+    assert command.main([str(offline), "--out", str(page), "--wandb", "team/project"]) == 0
+    assert page.exists() and "saved HERE" in capsys.readouterr().out
+    [view] = saved
+    assert [section.name.removeprefix("flash-comm: ") for section in view.sections][:3] == ["quality", "bytes", "time"]
 
 
 @pytest.mark.filterwarnings("ignore")

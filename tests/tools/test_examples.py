@@ -29,6 +29,15 @@ def torchrun(*words: str) -> str:
     return ran.stdout
 
 
+COPIED = ("generate.py", "pretrain_gpt.sh", "lora.py", "rl.py", "serve.sh", "slurm_two_nodes.sh", "notebook.ipynb")
+
+
+@pytest.mark.parametrize("name", COPIED)
+def test_examples_say_what_one_should_see_and_stand_in_the_first_page(name: str) -> None:
+    assert "You should see" in (EXAMPLES / name).read_text()
+    assert f"`examples/{name}`" in (ROOT / "docs" / "index.md").read_text()
+
+
 def test_rl_log_probabilities_are_equal_without_feedback_and_differ_with_it() -> None:
     found = dict(re.findall(r"feedback (\w+), step 1: .* difference (\S+)", torchrun("examples/rl.py", "--steps", "1")))
     assert float(found["off"]) == 0.0 and float(found["auto"]) > 0.0

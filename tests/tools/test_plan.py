@@ -200,6 +200,18 @@ def test_decoding_stays_exact_and_prefill_does_not() -> None:
     assert packed.ttft < exact.ttft
 
 
+def test_a_training_step_by_hand() -> None:
+    """Three times the products, and the sums twice: at the width asked for, and in backward at that of gradients."""
+    row = gpu("l40")
+    job = Job(row, link(row.link), model("llama-3-70b"), 8, 8, 1024)
+    four, eight = (on_gpu(Config(bits=bits, grad_bits=8), row) for bits in (4, 8))
+    forward, backward = (seconds(job.link, job.sums(1024), each) for each in (four, eight))
+    assert times(job, four).training == pytest.approx(3 * job.prefill_seconds + forward + backward)
+    assert times(job, None).training == pytest.approx(
+        3 * job.prefill_seconds + 2 * seconds(job.link, job.sums(1024), None)
+    )
+
+
 # ---- many nodes ------------------------------------------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ have to be in that project already: ``wandb sync FOLDER`` uploads an offline one
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from .headline import headline
@@ -69,5 +70,7 @@ def _sections(what: Comparison, wr: Any) -> list[tuple[str, list[Any]]]:
 
 
 def _id(run: Run) -> str:
-    """What W&B calls the run: the last part of its path, or of the name of its file."""
+    """What W&B calls the run: the last part of its path, or of the name of its file. CannotRead for other files."""
+    if Path(run.source).is_file() and not run.source.endswith(".wandb"):
+        raise CannotRead(f"--wandb: {run.source} is no W&B run: name runs of the project, or folders that you synced.")
     return run.source.rpartition("/")[2].removeprefix("run-").removesuffix(".wandb")

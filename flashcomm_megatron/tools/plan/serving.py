@@ -1,11 +1,14 @@
-"""Time to first token and tokens per second of a model under tensor parallelism, exact and compressed.
+"""Time to first token, tokens per second and a training step under tensor parallelism, exact and compressed.
 
-Prefill computes at the rate of large matrix products, decoding at the rate weights and cache are read from memory.
-Nothing else is counted (norms, sampling, scheduling, launches), so absolute times are lower bounds.
+Prefill computes at the rate of large matrix products, decoding at the rate weights and cache are read from memory. A
+training step is forward and backward of the same tokens: three times prefill's products, and its sums twice, in
+backward at the gradients' width. Nothing else is counted (norms, sampling, scheduling, launches; optimizer, data and
+pipeline parallelism), so absolute times are lower bounds.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 from .cost import BYTES, Collective, Compression, seconds
@@ -57,6 +60,7 @@ class Times(NamedTuple):
     ttft: float  # time to first token
     token: float  # one decoding step of the whole batch
     communication: float  # share of ttft
+    training: float  # forward and backward of the prompt's tokens
 
 
 def times(job: Job, compression: Compression | None) -> Times:
@@ -64,4 +68,14 @@ def times(job: Job, compression: Compression | None) -> Times:
     prompt, token = job.sums(job.seq), job.sums(1)
     ttft = job.prefill_seconds + seconds(job.link, prompt, compression)
     one = seconds(job.link, prompt._replace(times=1), compression)
-    return Times(one, ttft, job.decode_seconds + seconds(job.link, token, compression), 1 - job.prefill_seconds / ttft)
+    training = (
+        3 * job.prefill_seconds + (ttft - job.prefill_seconds) + seconds(job.link, prompt, _of_gradients(compression))
+    )
+    step = job.decode_seconds + seconds(job.link, token, compression)
+    return Times(one, ttft, step, 1 - job.prefill_seconds / ttft, training)
+
+
+def _of_gradients(compression: Compression | None) -> Compression | None:
+    if compression is None:
+        return None
+    return replace(compression, config=replace(compression.config, bits=compression.config.grad_bits))

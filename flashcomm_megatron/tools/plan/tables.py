@@ -93,6 +93,8 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "communication": ("communication", "{:.0%}".format),
     "tokens_per_second": ("tokens/s", "{:.0f}".format),
     "tokens_speed_up": ("speed-up", "{:.2f}".format),
+    "training_seconds": ("training step", time),
+    "training_speed_up": ("speed-up", "{:.2f}".format),
 }
 
 
@@ -120,6 +122,8 @@ def _row(job: Job, compression: Compression | None, found: Times, exact: Times) 
         "communication": found.communication,
         "tokens_per_second": job.batch / found.token,
         "tokens_speed_up": exact.token / found.token,
+        "training_seconds": found.training,
+        "training_speed_up": exact.training / found.training,
     }
 
 
