@@ -160,7 +160,7 @@ MUTATIONS = (
     Mutation(
         "9 nothing hangs: messages carry the configuration's digest",
         f"{PACKAGE}/collectives",
-        "plan",
+        "_title",
         r"\{agreement\.digest\( config \)\}",
         "",
         "tests/comm/test_faults.py -k else",
