@@ -89,7 +89,7 @@ struct RotatedLayout {
             }
     }
 
-    // Steps by which a block's coefficients are off in the mean, at most: Rotated.steps_off, in 64ths like there.
+    // Steps by which a block's coefficients are off in the mean, at most: codec/rotated_steps.py, in 64ths like there.
     static FC_INLINE float steps_off(int levels) {
         const int zero = levels / 2;
         float off = (float)zero * (levels <= kNearest ? 17.0f / 16 : 1.0f) - (float)(levels - 1 - zero);

@@ -111,17 +111,13 @@ from .planes import (
     split_planes,
     split_sections,
 )
+from .rotated_steps import KEY_SHIFT, LEAST_KEY, NEAREST, SEARCHED, best_keys, steps_off
 
 LEVELS = {half / 2: math.isqrt(2**half) for half in range(2 * WIDTHS[0], 2 * WIDTHS[-1] + 1)}  # as many as fit
 BLOCKS = (16, 32, 64, 128, 256, 512, 1024)
 SUPER_BLOCK = 32  # blocks that share a top
 GROUP = 4  # blocks whose numbers are interleaved in a residual
 NAN, CONSTANT, LAST = 127, 126, 125  # of the scale byte without its sign; LAST is the largest distance from the top
-KEY_SHIFT = 20  # a key counts float32 bit patterns in units of 2**20: eight steps an octave
-NEAREST = 32  # steps of at most this many levels are rounded to nearest, others up
-LEAST_KEY = (127 - 100) << 3  # 2**-100
-SEARCHED = 16  # up to so many levels steps are chosen by their squared error
-TRIED = 3  # steps to choose from
 HUGE = 2.0**100  # from here on butterflies could overflow: shrink first
 SHRINK = 2.0**-16
 
@@ -204,20 +200,8 @@ class Rotated(Codec):
         fitted, row = self.fitted(width or numel), rows_of(numel, width)[1]
         *_, scales, tops = split_sections(payload, self.section_bytes(numel, width))
         step, distance = fitted._steps(scales, tops, fitted._shape(row)[0])
-        bound = torch.where(distance == CONSTANT, 0.0, step * (fitted.block * self.steps_off))
+        bound = torch.where(distance == CONSTANT, 0.0, step * (fitted.block * steps_off(self.levels)))
         return from_blocks(of_block(bound, fitted.block), row)
-
-    @property
-    def steps_off(self) -> float:
-        """By how many steps a block's coefficients are off in the mean, at most, in 64ths, rounded up.
-
-        Half a step, or what the largest lies beyond the end that does not reach as far. A step found by the search has
-        a squared error no larger than the first one's, which is at most 1.25 or 1.5 times as long.
-        """
-        off = max(0.5, self.zero * (17 / 16 if self.levels <= NEAREST else 1.0) - (self.levels - 1 - self.zero))
-        if self.levels <= SEARCHED:  # which counts in eighths
-            off = (off + 1 / 16) * (1.5 if self.levels < 8 else 1.25) + 1 / 16
-        return (math.floor(64 * off) + 2) / 64
 
     # ---- the definition, for blocks that fit the rows ------------------------------------------------------------
 
@@ -279,7 +263,7 @@ class Rotated(Codec):
         keys = (needed.view(torch.int32) + (half if self.levels <= NEAREST else 2 * half - 1)) >> KEY_SHIFT
         keys = (keys + (shrink < 1).int() * (16 << 3)).clamp(min=LEAST_KEY)
         if self.levels <= SEARCHED:
-            keys = self._best_keys(keys, coefficients, torch.where(negative, -shrink, shrink) * self.block)
+            keys = best_keys(keys, coefficients, torch.where(negative, -shrink, shrink) * self.block, self.levels)
         counted = keys.masked_fill(~regular, LEAST_KEY).view(-1, blocks)
         counted = torch.nn.functional.pad(counted, (0, -blocks % SUPER_BLOCK), value=LEAST_KEY)
         tops = counted.view(-1, SUPER_BLOCK).amax(1)
@@ -287,25 +271,6 @@ class Rotated(Codec):
         distance = (top - keys).clamp(0, LAST)
         step = ((top - distance) << KEY_SHIFT).view(torch.float32)
         return distance | negative.int() * 0x80, tops, torch.where(negative, -step, step)
-
-    def _best_keys(self, largest: Tensor, coefficients: Tensor, unit: Tensor) -> Tensor:
-        """int32 [blocks]: of each block the key of least squared error among ``largest`` and those below it."""
-        stride = 2 if self.levels < 8 else 1
-        tried = [(largest - stride * n).clamp(min=LEAST_KEY) for n in range(TRIED)]
-        best, least = tried[0], self._squared_errors(tried[0], tried[-1], coefficients, unit)
-        for keys in tried[1:]:
-            errors = self._squared_errors(keys, tried[-1], coefficients, unit)
-            best, least = torch.where(errors < least, keys, best), torch.minimum(errors, least)
-        return best
-
-    def _squared_errors(self, keys: Tensor, finest: Tensor, coefficients: Tensor, unit: Tensor) -> Tensor:
-        """int64 [blocks]: what codes in the steps of ``keys`` are off, squared, in squares of 1/64 of the power of two
-        at or below the ``finest`` step. ``unit``: what a step of one is among the coefficients, with its sign."""
-        step = (keys << KEY_SHIFT).view(torch.float32)
-        fine = (coefficients * (1.0 / (step * unit) * 8)[:, None]).round().long()
-        codes = ((fine + 4) >> 3).clamp(-self.zero, self.levels - 1 - self.zero)
-        eighths = (8 + (keys & 7)) << ((keys >> 3) - (finest >> 3))
-        return (fine - 8 * codes).square().sum(1) * eighths.long().square()
 
     def _coefficients(self, payload: Tensor, sizes: Sequence[int], blocks: int) -> tuple[Tensor, Tensor]:
         """float32 coefficients [all blocks, block] of one payload; the magnitude of each block's step or constant."""
