@@ -111,7 +111,7 @@ template <class T, bool kResiduals, int kParts, bool kShared> struct RotatedBloc
 
     // A sum of such coefficients, or one alone, becomes values: all lanes of a warp.
     template <bool kAlone> FC_DEVICE void finish(Values& x, uint32_t shrunk) const {
-        butterflies(x, kAlone && adds_codes() ? 2 : 1);
+        butterflies<kAlone>(x);
         if (!shrunk && (!kAlone || T::kMax > 1e30f)) return;
         FC_UNROLL for (int row = 0; row < kRows<T>; row++) {
             const float grow = shrunk >> row & 1 ? kGrow : 1.0f;
@@ -133,10 +133,15 @@ private:
     template <class Offset> FC_DEVICE bool is_first(Offset octet) const {
         return (octet & ((1 << octet_shift) - 1)) == 0;
     }
-    // visit(first), visit(2 * first), ...: how far apart the lanes of a block are.
-    template <class Visit> FC_DEVICE void each_distance(Visit visit, int first = 1) const {
-        if constexpr (kShared)
-            for (int apart = first; apart < 1 << octet_shift >> kThreadShift; apart *= 2) visit(apart);
+    // visit(1), visit(2), ...: how far apart the lanes of a block are; or from `first` on, which is not known before.
+    template <class Visit> FC_DEVICE void each_distance(Visit visit) const {
+        if constexpr (kShared) {
+            visit(1);
+            each_distance(visit, 2);
+        }
+    }
+    template <class Visit> FC_DEVICE void each_distance(Visit visit, int first) const {
+        for (int apart = first; apart < 1 << octet_shift >> kThreadShift; apart *= 2) visit(apart);
     }
     FC_DEVICE uint32_t lanes_of_block(int lane) const {  // as votes() counts them
         const int shift = octet_shift - kThreadShift, first = lane & (kWarp - 1) & ~((1 << shift) - 1);
@@ -157,22 +162,23 @@ private:
         return subtracts ? levels - 1 : 2 * zero;
     }
 
-    FC_DEVICE void butterflies(Values& x, int first = 1) const {
+    // kDecoded: of one payload, as decode_from<true>() leaves it.
+    template <bool kDecoded> FC_DEVICE void butterflies(Values& x) const {
         FC_UNROLL for (int stride = 1; stride < 8; stride *= 2) FC_UNROLL for (int row = 0; row < kRows<T>; row++)
             FC_UNROLL for (int i = 0; i < 8; i++) if (!(i & stride)) butterfly(x[row][i], x[row][i + stride]);
         rows_apart<1>(x);
         if constexpr (kOctets == 4) rows_apart<2>(x);
         const int lane = thread();
-        each_distance(
-            [&](int apart) {
-                const float sign = lane & apart ? -1.0f : 1.0f;
-                FC_UNROLL for (int row = 0; row < kRows<T>; row++) {
-                    float theirs[8];
-                    exchange(x[row], apart, theirs);
-                    FC_UNROLL for (int i = 0; i < 8; i++) x[row][i] = fused_multiply_add(x[row][i], sign, theirs[i]);
-                }
-            },
-            first);
+        const auto meet = [&](int apart) {
+            const float sign = lane & apart ? -1.0f : 1.0f;
+            FC_UNROLL for (int row = 0; row < kRows<T>; row++) {
+                float theirs[8];
+                exchange(x[row], apart, theirs);
+                FC_UNROLL for (int i = 0; i < 8; i++) x[row][i] = fused_multiply_add(x[row][i], sign, theirs[i]);
+            }
+        };
+        if constexpr (kDecoded && kShared) each_distance(meet, adds_codes() ? 2 : 1);
+        else each_distance(meet);
     }
     static FC_DEVICE void butterfly(float& a, float& b) {
         const float sum = a + b, difference = a - b;
@@ -242,7 +248,7 @@ private:
     FC_DEVICE void rotate(const Octet<T> (&x)[kRows<T>], const Word* residual, int begin, int values, int octets,
                           float last, Values& c, Meta (&meta)[kParts]) const {
         fill(x, begin, values, octets, last, c);
-        butterflies(c);
+        butterflies<false>(c);
         if (kResiduals) add_residual(residual, begin, octets, c);
         measure(c, begin, meta);
         bool is_plain = true;

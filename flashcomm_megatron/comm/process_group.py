@@ -86,7 +86,9 @@ class ProcessGroup:
         """Send each rank its part of ``outbox`` and receive from each its part of ``inbox``."""
         group: Any = self._group()
         if outbox.device.type not in self.messages:
-            is_even = out_sizes.count(out_sizes[0]) == self.world  # then nobody's part differs: backends are quicker
+            # Then nobody's part of a sum differs, and backends are quicker without sizes. In an all-to-all a rank sends
+            # itself nothing; it may send nothing at all, and receive.
+            is_even = out_sizes[0] > 0 and out_sizes.count(out_sizes[0]) == self.world
             splits: Any = ([], []) if is_even else (list(in_sizes), list(out_sizes))
             posted: Transfer = group.alltoall_base(inbox, outbox, *splits, _options(AllToAllOptions))
             return posted
