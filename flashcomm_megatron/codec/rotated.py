@@ -119,8 +119,7 @@ NAN, CONSTANT, LAST = 127, 126, 125  # of the scale byte without its sign; LAST 
 KEY_SHIFT = 20  # a key counts float32 bit patterns in units of 2**20: eight steps an octave
 NEAREST = 32  # steps of at most this many levels are rounded to nearest, others up
 LEAST_KEY = (127 - 100) << 3  # 2**-100
-SEARCHED = 16  # up to so many levels steps are chosen by their squared error
-TRIED = 3  # steps to choose from
+SEARCHED, TRIED = 16, 3  # up to so many levels steps are chosen by their squared error, among so many
 HUGE = 2.0**100  # from here on butterflies could overflow: shrink first
 SHRINK = 2.0**-16
 
