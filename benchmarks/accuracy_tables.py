@@ -1,4 +1,4 @@
-"""Put the results of bench_accuracy.py and bench_smollm2.py into docs/accuracy.md.
+"""Put the results of bench_accuracy.py, bench_smollm2.py and bench_depth.py into docs/accuracy.md.
 
 Each table stands between its mark, ``<!-- recipes -->`` for example, and ``<!-- end -->``.
 
@@ -23,6 +23,7 @@ def main() -> None:
     page = PAGE.read_text()
     tables: dict[str, Callable[[list[Row]], list[list[str]]]] = {
         "smollm2": smollm2,
+        "massive": massive,
         "recipes": recipes,
         "feedback": feedback,
         "blocks": blocks,
@@ -63,6 +64,18 @@ def smollm2(rows: list[Row]) -> list[list[str]]:
                 f"{row['kl']:.5f}",
             ]
         )
+    return table
+
+
+def massive(rows: list[Row]) -> list[list[str]]:
+    """A massive activation under each recipe; the exact value stands in the head."""
+    exact, *others = rows
+    value = f"feature {exact['feature']} (exact: {exact['value']:,.0f})"
+    table = [["recipe", "bits", "feedback", value, "its error", "error of its row", "of the next row", "of other rows"]]
+    for row in others:
+        errors = [row[f"error of {which}"] for which in ("the feature", "its row", "the next row", "the other rows")]
+        named = [row["recipe"], str(row["bits"]), "on" if row["feedback"] else "off", f"{row['value']:,.0f}"]
+        table.append([*named, *(f"{each:.2%}" if each < 0.1 else f"{each:.0%}" for each in errors)])
     return table
 
 

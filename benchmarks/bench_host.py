@@ -2,7 +2,9 @@
 
 No GPU and no peer: torch's `fake` process group does nothing, the codec's native calls return at once, and tensors are
 tiny ones in main memory that take the way of those on GPUs (comm/process_group.py). What is left is Python and torch's
-dispatch: everything before the launches. Beside it, in the same run, torch.distributed's own all_reduce of the tensor.
+dispatch: everything before the launches. Gradients are off, as inside a layer's autograd function. Beside it, in the
+same run: the two collectives of the group alone, of the same lengths (torch's fake gather copies every part), and
+torch.distributed's own all_reduce of the tensor.
 
     python benchmarks/bench_host.py [--out FOLDER]
 """
@@ -29,7 +31,7 @@ from flashcomm_megatron.comm.process_group import ProcessGroup
 from flashcomm_megatron.config import Config
 
 BAR = 60.0  # microseconds of the processor at every number of ranks
-CALLS, ROUNDS = 500, 9
+CALLS, ROUNDS = 200, 40
 
 
 def on_fake_ranks(world: int, codec: Any) -> Callable[[], Any]:
@@ -50,8 +52,26 @@ def idle_codec() -> Any:
     return SimpleNamespace(**calls, info=lambda: {})
 
 
+def exchanges_alone() -> Callable[[], None]:
+    """The exchanges of the plan that was made last, with nothing around them."""
+    comm = Communicator.of(dist.group.WORLD)
+    (plan,) = comm.plans.values()
+    call, (piece,) = plan.call(), plan.pieces
+    outbox, inbox = (torch.empty(sum(piece.sizes), dtype=torch.uint8) for _ in range(2))
+    gathered = torch.empty(
+        comm.world * (piece.gather_size if plan.algorithm == "two-step" else piece.sizes[0]), dtype=torch.uint8
+    )
+
+    def both() -> None:
+        if plan.algorithm == "two-step":
+            plan.transport.exchange(outbox, piece.sizes, inbox, piece.incoming, call).wait()
+        plan.transport.gather(gathered, gathered.numel() // comm.world, call).wait()
+
+    return both
+
+
 def microseconds(*calls: Callable[[], Any]) -> list[float]:
-    """Processor time of one of each, the median of rounds taken in turn."""
+    """Processor time of one of each, the lower quartile of rounds taken in turn."""
     found: list[list[float]] = [[] for _ in calls]
     for _ in range(ROUNDS):
         for times, call in zip(found, calls, strict=True):
@@ -59,18 +79,20 @@ def microseconds(*calls: Callable[[], Any]) -> list[float]:
             for _ in range(CALLS):
                 call()
             times.append((time.process_time() - started) / CALLS * 1e6)
-    return [statistics.median(times) for times in found]
+    return [statistics.quantiles(times, n=4)[0] for times in found]
 
 
 def measure(world: int) -> dict[str, Any]:
     """One row."""
     ours, x = on_fake_ranks(world, idle_codec()), torch.ones(8 * world, 64, dtype=torch.bfloat16)
-    ours()
-    compressed, bare = microseconds(ours, lambda: dist.all_reduce(x))
+    with torch.no_grad():
+        ours()
+        compressed, alone, bare = microseconds(ours, exchanges_alone(), lambda: dist.all_reduce(x))
     dist.destroy_process_group()
     return {
         "world": world,
         "us": round(compressed, 1),
+        "collectives us": round(alone, 1),
         "all_reduce us": round(bare, 1),
         "ratio": round(compressed / bare, 2),
         "bar us": BAR,

@@ -20,6 +20,8 @@ from .codec.recipes import RECIPES, Legs
 TRANSPORTS = ("auto", "group", "shared-memory", "peer", "host")
 ALGORITHMS = ("auto", "one-step", "two-step", "hierarchical")
 FEEDBACK = ("auto", "off")
+LAYERS_A_BIT = 15  # a model's last sum takes a bit more for every so many layers: 1/30 bit a value of the whole model
+PREFIX = "flash_comm_"  # of an option's name in a namespace of arguments
 BITS = f"{WIDTHS[0]} to {WIDTHS[-1]}"
 EXACT = 16  # grad_bits that leave gradients to the original collectives
 TYPES = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,), "None": (type(None),)}  # a field's words
@@ -63,6 +65,11 @@ class Config:
     timeout: float | None = _option(
         None, "Seconds a rank waits for one that sends nothing. Default: the process group's timeout."
     )
+    last_bits: int | None = _option(
+        None,
+        "Bits per value of a model's last sum, whose error no later sum can repay. Default: one more than the other "
+        f"sums' for every {LAYERS_A_BIT} layers, at most {WIDTHS[-1]}. Only for recipe auto.",
+    )
     grad_bits: int = _option(8, f"Bits per value of gradients in backward, {BITS}; {EXACT} sends them uncompressed.")
     experts: bool = _option(False, "Also compress the tokens of a mixture of experts (all-to-all dispatcher).")
     calibration: str | None = _option(None, "File of calibrated ranges, made by calibrate. Only for recipe outlier.")
@@ -88,6 +95,7 @@ class Config:
         _check(self.transport in TRANSPORTS, "transport", self.transport, ", ".join(TRANSPORTS))
         _check(self.algorithm in ALGORITHMS, "algorithm", self.algorithm, ", ".join(ALGORITHMS))
         _check(self.feedback in FEEDBACK, "feedback", self.feedback, ", ".join(FEEDBACK))
+        self._check_last()
         self._check_gradients()
         self._check_calibration()
         try:
@@ -102,6 +110,12 @@ class Config:
             fits = any(type(found) in TYPES[word] for word in words)
             name = each.name.replace("_", "-")
             _check(fits, name, repr(found), f"{' or '.join(words)}, not {type(found).__name__}")
+
+    def _check_last(self) -> None:
+        row = RECIPES[self.recipe]
+        _check(self.last_bits is None or self.last_bits in row.widths, "last-bits", self.last_bits, _list(row.widths))
+        if self.last_bits is not None and not row.feedback:
+            raise ValueError(f"--flash-comm-last-bits {self.last_bits} does nothing with recipe {self.recipe}.")
 
     def _check_gradients(self) -> None:
         widths = (*RECIPES[self._gradient_recipe].widths, EXACT)
@@ -123,8 +137,18 @@ class Config:
     @property
     def legs(self) -> Legs:
         """The codecs of both legs. A calibrated recipe has another reduce leg at every site."""
+        return self.legs_of(self.bits)
+
+    def last_sum(self, layers: int) -> int:
+        """Bits of the last sum of a model of ``layers`` layers: more only where a recipe repays all other errors."""
+        if not RECIPES[self.recipe].feedback:
+            return self.bits
+        return self.last_bits or min(self.bits + layers // LAYERS_A_BIT, WIDTHS[-1])
+
+    def legs_of(self, bits: int) -> Legs:
+        """The codecs of both legs at another width."""
         row = RECIPES[self.recipe]
-        return row.legs(self.bits, self.block or row.block)
+        return row.legs(bits, self.block or row.block)
 
     @cached_property
     def gradient_legs(self) -> Legs | None:
@@ -165,6 +189,31 @@ def current() -> Config | None:
     if callable(_current):
         _current = _current()
     return _current
+
+
+_finished: tuple[Any, dict[str, Any]] | None = None  # a namespace, and its options when it was finished
+
+
+def finish(namespace: Any) -> None:
+    """Remember finished arguments: what they say now is in force, what they say later is not."""
+    global _finished
+    _finished = namespace, _options_of(namespace)
+
+
+def changed() -> str | None:
+    """Which option of finished arguments somebody changed since, without effect; None: nobody did."""
+    namespace, before = _finished or (None, {})
+    for name, said in _options_of(namespace).items() if namespace is not None else ():
+        if said != before.get(name):
+            return (
+                f"{name} was changed from {before.get(name)} to {said} after set_args, which does nothing. "
+                "Change it before, or call flashcomm_megatron.enable() on every rank."
+            )
+    return None
+
+
+def _options_of(namespace: Any) -> dict[str, Any]:
+    return {name: value for name, value in vars(namespace).items() if name.startswith(PREFIX)}
 
 
 # ---- environment variables, all of them ------------------------------------------------------------------------

@@ -32,7 +32,7 @@ struct alignas(64) Strip {
     uint8_t codes[kStrip];
     float sums[kStrip];
     uint32_t low_keys[kMaxBlocks], high_keys[kMaxBlocks], metadata[kMaxBlocks], strange[kMaxBlocks];
-    float minima[kMaxBlocks], inverses[kMaxBlocks], scales[kMaxBlocks];
+    float minima[kMaxBlocks], inverses[kMaxBlocks], scales[kMaxBlocks], sizes[kMaxBlocks];
 };
 
 template <int kValue> struct Int {
@@ -163,10 +163,10 @@ void unpack(const uint8_t* payload, const Layout& at, int64_t octet, int values,
     });
 }
 
-// Marks blocks that are strange in this payload, and keeps the marks of earlier ones.
+// Marks blocks that are strange in this payload, and keeps the marks of earlier ones. sizes: how large sums may be.
 template <class T>
 void load_metadata(const uint8_t* payload, const Layout& at, int64_t first, int blocks, float* __restrict minima,
-                   float* __restrict scales, uint32_t* __restrict strange) {
+                   float* __restrict scales, float* __restrict sizes, uint32_t* __restrict strange) {
     const Word16* scale_bits = (const Word16*)(payload + at.scales) + first;
     const Word16* minimum_bits = (const Word16*)(payload + at.minima) + first;
     const float levels = at.levels();
@@ -175,6 +175,10 @@ void load_metadata(const uint8_t* payload, const Layout& at, int64_t first, int 
         scales[b] = float_of(pair.scale << 16);
         minima[b] = float_of(pair.minimum << 16);
         strange[b] |= !pair.plain<T>(levels);
+        if constexpr (kIsHalf<T>) {
+            const float low = minima[b] < 0 ? -minima[b] : minima[b], span = scales[b] * (levels + 1);
+            sizes[b] += low + span;
+        }
     }
 }
 
@@ -231,6 +235,7 @@ template <class T, int kBlock>
 void decode_strip(const uint8_t* const* payloads, int count, const Layout& at, Place from, int blocks,
                   typename T::Word* out, Strip& s) {
     for (int b = 0; b < blocks; b++) s.strange[b] = 0;
+    for (int b = 0; kIsHalf<T> && b < blocks; b++) s.sizes[b] = 0;
     for (int p = 0; p < count; p++) {
         const bool is_last = p == count - 1;
         const auto add = p == 0    ? is_last ? accumulate<T, kBlock, true, true> : accumulate<T, kBlock, true, false>
@@ -238,9 +243,10 @@ void decode_strip(const uint8_t* const* payloads, int count, const Layout& at, P
                                    : accumulate<T, kBlock, false, false>;
         const uint8_t* codes = at.bits == 8 ? payloads[p] + 8 * from.octet : s.codes;
         unpack(payloads[p], at, from.octet, blocks * kBlock, s.codes);
-        load_metadata<T>(payloads[p], at, from.block, blocks, s.minima, s.scales, s.strange);
+        load_metadata<T>(payloads[p], at, from.block, blocks, s.minima, s.scales, s.sizes, s.strange);
         add(codes, s.minima, s.scales, blocks, s.sums, out + from.value);
     }
+    for (int b = 0; kIsHalf<T> && count > 1 && b < blocks; b++) s.strange[b] |= s.sizes[b] >= kLarge;
     if (!any(s.strange, blocks)) return;
     for (int b = 0; b < blocks; b++)
         for (int i = 0; s.strange[b] && i < kBlock / 8; i++)

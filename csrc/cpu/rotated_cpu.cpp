@@ -21,7 +21,7 @@ template <int kBlock> struct SuperBlock : Steps {
     alignas(64) float coefficients[kSuperBlock * kBlock];
     uint8_t codes[kSuperBlock * kBlock];
     Bytes<kBlock> bytes;
-    float sizes[kSuperBlock];
+    float sizes[kSuperBlock], bounds[kSuperBlock];
     uint32_t constants[kSuperBlock];
 };
 
@@ -175,11 +175,13 @@ template <bool kFirst, class SuperBlock>
 void add_super_block(const uint8_t* payload, const Coding& at, int64_t super_block, const Span& s, SuperBlock& f) {
     const uint8_t* scales = payload + at.scales + s.block;
     const uint32_t top = top_of(payload, at, super_block);
+    const float off = at.steps_off(at.levels) * (float)at.block;
     load_codes(payload, at, s, f);
     for (int b = 0; b < s.blocks; b++) {
         const int64_t start = b * at.block;
         const float size = add<kFirst>(f.codes + start, scales[b], top, at, f.shrinks[b], f.coefficients + start);
         f.sizes[b] = size > f.sizes[b] ? size : f.sizes[b];
+        f.bounds[b] = (kFirst ? 0.0f : f.bounds[b]) + (is_escape(scales[b]) ? 0.0f : size * off);
     }
 }
 
@@ -201,11 +203,12 @@ void sum_super_block(const uint8_t* const* payloads, int count, const Coding& at
 
 // One payload's values are limited to the finite range of the tensor's dtype.
 template <class T>
-void write(const float* __restrict sums, int count, float grow, float limit, typename T::Word* __restrict out) {
+void write(const float* __restrict sums, int count, float grow, float limit, float bound,
+           typename T::Word* __restrict out) {
     for (int i = 0; i < count; i++) {
         float x = sums[i] * grow;
         x = x < -limit ? -limit : x > limit ? limit : x;
-        out[i] = x == x ? (typename T::Word)T::narrow(x) : T::kNan;
+        out[i] = rounded_sum<T>(x, bound);
     }
 }
 
@@ -251,7 +254,8 @@ void decode_super_block(const uint8_t* const* payloads, int count, const Coding&
     sum_super_block(payloads, count, at, super_block, s, f);
     for (int b = 0; b < s.blocks; b++) {
         const int64_t start = b * at.block;
-        write<T>(f.coefficients + start, count_of(at, s, b), 1 / f.shrinks[b], limit, out + s.value + start);
+        const float bound = count == 1 ? 0 : f.bounds[b];
+        write<T>(f.coefficients + start, count_of(at, s, b), 1 / f.shrinks[b], limit, bound, out + s.value + start);
     }
 }
 

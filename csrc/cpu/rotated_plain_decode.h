@@ -159,6 +159,18 @@ void write_super_block(const Part<kBlock>* parts, int count, Coding at, Units un
     if (units.rest) __builtin_memcpy(out + units.whole * kTracks * kBlock, edge, units.rest * kBlock * sizeof(*out));
 }
 
+// Whether a sum of float16 may be so large that its error decides whether it overflows.
+template <int kBlock> bool may_overflow(const Part<kBlock>* parts, int count, const Coding& at) {
+    const float steps =
+        (float)(kBlock * (at.zero + 1)) + at.steps_off(at.levels) * kBlock;  // of a value, and by which it is off
+    for (int b = 0; b < kSuperBlock; b++) {
+        float size = 0;
+        for (int p = 0; p < count; p++) size += __builtin_fabsf(parts[p].steps[b]) * steps;
+        if (size >= kLarge) return true;
+    }
+    return false;
+}
+
 // Decodes a super-block and writes the sum of all payloads; false, and nothing done, if it is not plain.
 template <class T, int kBlock>
 bool decode_plain(const uint8_t* const* payloads, int count, const Coding& at, int64_t super_block, const Span& s,
@@ -166,6 +178,7 @@ bool decode_plain(const uint8_t* const* payloads, int count, const Coding& at, i
     if (s.values < s.blocks * kBlock) return false;
     for (int p = 0; p < count; p++)
         if (!load_part<kBlock>(payloads[p], at, super_block, s, parts[p])) return false;
+    if (kIsHalf<T> && count > 1 && may_overflow(parts, count, at)) return false;
     if (count == 1) write_super_block<T, kBlock, true>(parts, count, at, Units(s.blocks), limit, out + s.value);
     else write_super_block<T, kBlock, false>(parts, count, at, Units(s.blocks), limit, out + s.value);
     return true;

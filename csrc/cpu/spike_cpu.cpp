@@ -17,7 +17,7 @@ constexpr int kStripBlocks = 16;  // of shares of a multiple of 64 blocks
 // What a strip's blocks leave for the planes, or take from them.
 struct alignas(64) SpikeStrip {
     uint8_t codes[kStripBlocks * kLargestBlock], positions[2 * kStripBlocks];
-    float sums[kStripBlocks * kLargestBlock];
+    float sums[kStripBlocks * kLargestBlock], bounds[kStripBlocks];
 };
 
 void pack_all(int bits, int64_t octets, int64_t first, int values, const uint8_t* codes, uint8_t* section) {
@@ -174,10 +174,10 @@ float load_half(const uint8_t* section, int64_t index) {
     return float_of((uint32_t)half << 16);
 }
 
-// float32 values of block `index`; a constant and a NaN block are the same number everywhere.
+// float32 values of block `index`; a constant and a NaN block are the same number everywhere. Returns their error bound.
 template <int kBlock>
-void decode_block(const uint8_t* payload, const SpikeLayout& at, int64_t index, const uint8_t* __restrict codes,
-                  const uint8_t* positions, float* __restrict values) {
+float decode_block(const uint8_t* payload, const SpikeLayout& at, int64_t index, const uint8_t* __restrict codes,
+                   const uint8_t* positions, float* __restrict values) {
     const int block = kBlock ? kBlock : (int)at.block;
     const float minimum = load_half(payload + at.minima, index), maximum = load_half(payload + at.maxima, index);
     const uint32_t code = payload[at.spans + index];
@@ -185,7 +185,7 @@ void decode_block(const uint8_t* payload, const SpikeLayout& at, int64_t index, 
         const uint32_t constant = (bits_of(minimum) & 0xFFFF0000) | bits_of(maximum) >> 16;
         const float value = float_of(code == kConstantSpan ? constant : Float32::kNan);
         for (int i = 0; i < block; i++) values[i] = value;
-        return;
+        return 0;
     }
     const Frame frame = Frame::of(minimum, maximum);
     const float span = frame.span(code), step = span / (float)((1 << at.bits) - 1), grow = 1 / frame.prescale;
@@ -193,6 +193,7 @@ void decode_block(const uint8_t* payload, const SpikeLayout& at, int64_t index, 
     for (int i = 0; i < block; i++) values[i] = (low + (float)codes[i] * step) * grow;
     if (positions[1] < block) values[positions[1]] = maximum;
     if (positions[0] < block) values[positions[0]] = minimum;
+    return Frame::bound(minimum, maximum, step, grow);
 }
 
 // Limited to the finite range of the tensor's dtype; NaN stays.
@@ -204,8 +205,9 @@ template <bool kFirst> void add(const float* __restrict values, int count, float
     }
 }
 
-template <class T> void write(const float* __restrict sums, int count, typename T::Word* __restrict out) {
-    for (int i = 0; i < count; i++) out[i] = sums[i] == sums[i] ? (typename T::Word)T::narrow(sums[i]) : T::kNan;
+template <class T>
+void write(const float* __restrict sums, float bound, int count, typename T::Word* __restrict out) {
+    for (int i = 0; i < count; i++) out[i] = rounded_sum<T>(sums[i], bound);
 }
 
 template <class T, int kBlock>
@@ -224,13 +226,15 @@ void decode_strips(const uint8_t* const* payloads, int count, const SpikeLayout&
             const uint8_t* codes = strip.codes;
             for (int b = 0; b < blocks; b++) {
                 float* sums = strip.sums + b * block;
-                decode_block<kBlock>(payloads[p], at, first + b, codes, strip.positions + 2 * b, values);
+                const float bound =
+                    decode_block<kBlock>(payloads[p], at, first + b, codes, strip.positions + 2 * b, values);
+                strip.bounds[b] = !kIsHalf<T> || count == 1 ? 0 : p ? strip.bounds[b] + bound : bound;
                 p ? add<false>(values, block, T::kMax, sums) : add<true>(values, block, T::kMax, sums);
                 codes += (at.rows.values(first + b) + 7) / 8 * 8;
             }
         }
         for (int b = 0; b < blocks; b++)
-            write<T>(strip.sums + b * block, (int)at.rows.values(first + b),
+            write<T>(strip.sums + b * block, strip.bounds[b], (int)at.rows.values(first + b),
                      (typename T::Word*)out + at.rows.first_value(first + b));
     }
 }

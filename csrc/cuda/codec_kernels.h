@@ -73,10 +73,10 @@ template <class Tile, class T> struct TensorCodec {
 
     // `residual`, of the slice, if Tile::kKeepsResiduals: see rotated.h.
     FC_DEVICE void encode_tile(int t, const Octet<T> (&octets)[kRows<T>], uint8_t* payload, Word* residual) const {
-        uint8_t* scratch = shared_memory();
-        if constexpr (Tile::kKeepsResiduals)
-            codec.template encode_to<false>(octets, values(t), scratch, payload, place(t), residual + product(t, tile));
-        else codec.template encode_to<false>(octets, values(t), scratch, payload, place(t));
+        codec.with_blocks([&](const auto& blocks) {
+            blocks.template encode_to<false>(octets, values(t), shared_memory(), payload, place(t),
+                                             Tile::kKeepsResiduals ? residual + product(t, tile) : nullptr);
+        });
     }
     FC_DEVICE void zero_gaps(uint8_t* payload) const { codec.zero_gaps(whole, numel, payload); }
 
@@ -104,6 +104,9 @@ private:
                     huge |= blocks.template decode_from<false>(payloads.at[p] + offset, place, octet, shrunk, x);
             } while (shrunk != huge);
             blocks.template finish<false>(x, shrunk);
+            Bounds<T> bounds;
+            for (int p = 0; kIsHalf<T> && p < count; p++) bounds.add(blocks, payloads.at[p] + offset, place, octet);
+            bounds.apply(x);
         });
     }
 };

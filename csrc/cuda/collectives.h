@@ -29,6 +29,8 @@
 // Everything a call needs is in its argument or in device memory, so calls can be captured into CUDA graphs.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/protocol.h"
 #include "cuda/shape.h"
 #include "cuda/tile.h"
@@ -67,7 +69,7 @@ template <class Reduce, class Gather, class T> struct alignas(16) Worker {
     Call call;
     Reduce reduce;
     Gather gather;
-    int local, rank, block;
+    int local, rank, block, half, phase;  // half: of the inboxes, in this round
     Control* control;
     Round round, last;
     int64_t first;  // this block's first tile of the round, in every slice
@@ -104,7 +106,7 @@ template <class Reduce, class Gather, class T> struct alignas(16) Worker {
         while (more) {
             more = one_round() && round != last;
             sync();  // all have decoded and read `round`
-            if (thread() == 0) round++, first += (int64_t)call.shape.depth * call.shape.blocks;
+            if (thread() == 0) begin(round + 1), first += (int64_t)call.shape.depth * call.shape.blocks;
             sync();
         }
         end();
@@ -115,16 +117,17 @@ private:
         local = rank_here, rank = from.first + rank_here, block = block_here;
         reduce = Reduce(from.reduce), gather = Gather(from.gather);
         control = from.control[rank_here], first = block_here;
-        round = control->epoch + 1, last = control->epoch + from.shape.rounds;
+        last = control->epoch + from.shape.rounds;
+        begin(control->epoch + 1);
     }
+    FC_DEVICE void begin(Round next) { round = next, half = call.single_buffer ? 0 : parity(next), phase = 1; }
 
     FC_DEVICE const Word* x(int slice) const { return (const Word*)call.x[local] + call.shape.start(slice); }
     FC_DEVICE Word* out(int slice) const { return (Word*)call.out[local] + call.shape.start(slice); }
-    // The residual of a leg of a tile of a slice.
-    template <class Codec> FC_DEVICE Word* residual(const Codec& codec, Leg leg, int slice, int64_t t) const {
+    // The residual of a leg of a slice from value `at` on.
+    template <class Codec> FC_DEVICE Word* residual(const Codec& codec, Leg leg, int slice, int64_t at) const {
         if constexpr (Codec::kKeepsResiduals)
-            return (Word*)call.residuals[leg][local] + slice * codec.residual_numel(call.shape.slice) +
-                   t * call.shape.tile;
+            return (Word*)call.residuals[leg][local] + slice * codec.residual_numel(call.shape.slice) + at;
         else return nullptr;
     }
     FC_DEVICE int64_t tile(int d) const { return first + (int64_t)d * call.shape.blocks; }
@@ -133,108 +136,114 @@ private:
 
     // False: a flag did not come.
     FC_DEVICE bool one_round() {
-        if (reduces(call.kind)) {
-            // phase 1 (two-step, one-step, reduce-scatter): encode x, push the payloads, raise the flags
-            send(reduce, kReduceLeg);
-            announce(kReduceLeg);
-            // phase 2: wait for all ranks' payloads; decode them and sum. Two-step: encode the sum and push it
-            if (!await(kReduceLeg)) return false;
-            sum();
-        } else {
-            // phases 1 and 2 of all-gather: encode this rank's slice and push it
-            send(gather, kGatherLeg);
+        // phase 1: x is encoded and pushed; phase 2, unless it is all-gather: the sum of what came is, or is stored
+        while (phase <= (reduces(call.kind) ? 2 : 1)) {
+            send();
+            if (is_sum() && !gathers(call.kind)) return true;
+            // raise the flags, wait for all ranks' payloads
+            announce(leg());
+            if (!await(leg())) return false;
+            if (thread() == 0) phase++;
+            sync();
         }
-        if (!gathers(call.kind)) return true;
-        // phase 3 (two-step, all-gather): raise the flags, wait for all ranks' payloads, decode them into the output
-        announce(kGatherLeg);
-        if (!await(kGatherLeg)) return false;
+        // phase 3 (two-step, all-gather): decode them into the output
         decode();
         return true;
     }
 
-    // ---- phase 1: encode and push --------------------------------------------------------------------------------
+    FC_DEVICE bool is_sum() const { return phase == 2; }
+    FC_DEVICE Leg leg() const { return phase == 1 && reduces(call.kind) ? kReduceLeg : kGatherLeg; }
 
-    // Encodes this rank's part of x and pushes it: scattering, every rank's slice to that rank; sharing, all of it (in
-    // one-step) or its slice of what all-gather returns to every rank.
-    template <class Codec> FC_DEVICE void send(const Codec& codec, Leg leg) {
-        const bool scatter = scatters(call.kind);
+    // ---- phases 1 and 2: encode and push -------------------------------------------------------------------------
+
+    // Tiles of x, or of the sum of what all ranks sent. Scattering, every rank's slice goes to that rank; else all of
+    // it (in one-step) or this rank's slice to every rank. A sum that no leg carries on is stored.
+    FC_DEVICE void send() {
+        const bool scatter = !is_sum() && scatters(call.kind);
         for (int d = 0; d < call.shape.depth; d++)
             for (int distance = 1; distance <= (scatter ? call.world : 1); distance++) {
                 const int peer = (rank + distance) % call.world;  // no two ranks start with the same one
-                const int slice = scatter ? peer : 0;
-                const int64_t t = tile(d);
-                const int values = call.shape.values(call.shape.size(leg == kGatherLeg ? rank : slice), t);
+                const int slice = scatter ? peer : 0, owner = call.kind == kOneStep || scatter ? slice : rank;
+                const int64_t at = tile(d) * call.shape.tile;
+                const int values = call.shape.values(call.shape.size(owner), tile(d));
                 if (values == 0) continue;
-                encode(codec, x(slice) + t * call.shape.tile, values, residual(codec, leg, slice, t));
-                if (scatter) push(peer, leg, d, codec.bytes(values));
-                else push_all(leg, d, codec.bytes(values));
+                Octet<T> octets[kRows<T>];
+                if (is_sum()) sum(d, values, octets);
+                else load<T>(x(slice) + at, values, octets);
+                if (is_sum() && !gathers(call.kind)) {
+                    store<T>(out(0) + at, values, octets);
+                    continue;
+                }
+                const int bytes = encode(octets, values, slice, at);
+                if (scatter) push(peer, leg(), d, bytes);
+                else push_all(leg(), d, bytes);
             }
     }
 
-    template <class Codec> FC_DEVICE void encode(const Codec& codec, const Word* values, int count, Word* residual) {
-        Octet<T> octets[kRows<T>];
-        load<T>(values, count, octets);
-        encode(codec, octets, count, residual);
-    }
-    template <class Codec>
-    FC_DEVICE void encode(const Codec& codec, const Octet<T> (&octets)[kRows<T>], int count, Word* residual) {
-        if constexpr (Codec::kKeepsResiduals) codec.encode(octets, count, scratch(), payload(), residual);
-        else codec.encode(octets, count, scratch(), payload());
+    // Of a tile that starts at value `at` of a slice; returns the payload's bytes.
+    FC_DEVICE int encode(const Octet<T> (&octets)[kRows<T>], int values, int slice, int64_t at) {
+        int bytes = 0;
+        sync();  // what encoding needs may take the place of payloads that have been decoded
+        const auto with = [&](const auto& codec) {
+            codec.with_blocks([&](auto blocks) {
+                blocks.template encode_to<true>(octets, values, scratch(), payload(), blocks.own(values),
+                                                residual(codec, leg(), slice, at));
+            });
+            bytes = codec.bytes(values);
+        };
+        if constexpr (std::is_same_v<Reduce, Gather>) with(leg() == kReduceLeg ? reduce : gather);
+        else if (leg() == kReduceLeg) with(reduce);
+        else with(gather);
+        return bytes;
     }
 
-    // ---- phase 2: decode, sum, share ------------------------------------------------------------------------------
-
-    // Adds up what all ranks sent for this rank's slice; two-step shares the sum, others keep it.
-    FC_DEVICE void sum() {
-        const int slice = call.kind == kOneStep ? 0 : rank;
-        auto values = [&](int d) { return call.shape.values(call.shape.size(slice), tile(d)); };
-        for (int d = 0; d < call.shape.depth; d++) {
+    // What all ranks sent of a tile, in rank order, as values.
+    FC_DEVICE void sum(int d, int values, Octet<T> (&octets)[kRows<T>]) {
+        reduce.with_blocks([&](auto blocks) {
             float total[kRows<T>][8];
             uint32_t huge = 0, shrunk;  // a bit for each row
+            const int first = first_octet<T>(), octet = first < reduce.octets(values) ? first : 0;
+            Bounds<T> bounds;
             do {
                 shrunk = huge;
                 clear(total);
+                bounds = {};
                 receive<false>(
-                    reduce, kReduceLeg, d, [&](int) { return values(d); }, shrunk, total,
-                    [&](int, uint32_t more) { huge |= more; });
+                    blocks, kReduceLeg, d, [&](int) { return values; }, shrunk, total,
+                    [&](int source, uint32_t more) {
+                        huge |= more;
+                        bounds.add(blocks, incoming(d * call.world + source), blocks.own(values), octet);
+                    });
             } while (Reduce::kRotates && !sync_and(huge == shrunk));
-            if (values(d) == 0) continue;
-            Octet<T> octets[kRows<T>];
-            reduce.template finish<false>(total, shrunk);
+            blocks.template finish<false>(total, shrunk);
+            bounds.apply(total);
             narrow<T>(total, octets);
-            if (gathers(call.kind)) share_sum(octets, values(d), d);
-            else store<T>(out(0) + tile(d) * call.shape.tile, values(d), octets);
-        }
-    }
-
-    FC_DEVICE void share_sum(Octet<T> (&octets)[kRows<T>], int values, int d) {
+        });
         const int left = values - 8 * first_octet<T>();
         FC_UNROLL for (int row = 0; row < kRows<T>; row++) repeat_last<T>(octets[row], left - 8 * row);
-        sync();  // all have decoded: what encoding needs takes the place of payloads
-        encode(gather, octets, values, residual(gather, kGatherLeg, 0, tile(d)));
-        push_all(kGatherLeg, d, gather.bytes(values));
     }
 
     // ---- phase 3: decode -------------------------------------------------------------------------------------------
 
     FC_DEVICE void decode() {
-        for (int d = 0; d < call.shape.depth; d++) {
-            const int64_t t = tile(d);
-            auto values_of = [&](int source) { return call.shape.values(call.shape.size(source), t); };
-            float x[kRows<T>][8];
-            receive<true>(gather, kGatherLeg, d, values_of, 0, x, [&](int source, uint32_t huge) {
-                Octet<T> octets[kRows<T>];
-                gather.template finish<true>(x, huge);
-                narrow<T>(x, octets);
-                store<T>(out(source) + t * call.shape.tile, values_of(source), octets);
-            });
-        }
+        gather.with_blocks([&](auto blocks) {
+            for (int d = 0; d < call.shape.depth; d++) {
+                const int64_t t = tile(d);
+                auto values_of = [&](int source) { return call.shape.values(call.shape.size(source), t); };
+                float x[kRows<T>][8];
+                receive<true>(blocks, kGatherLeg, d, values_of, 0, x, [&](int source, uint32_t huge) {
+                    Octet<T> octets[kRows<T>];
+                    blocks.template finish<true>(x, huge);
+                    narrow<T>(x, octets);
+                    store<T>(out(source) + t * call.shape.tile, values_of(source), octets);
+                });
+            }
+        });
     }
 
     // ---- inboxes ---------------------------------------------------------------------------------------------
 
     FC_DEVICE uint8_t* slot(int owner, Leg leg, int source, int d) const {
-        const int half = call.single_buffer ? 0 : parity(round);
         const Inbox at{call.world, call.region};
         uint8_t* slots = owner == source ? call.own[local] + at.own_slots(half, leg)
                                          : call.inbox[owner] + at.slots(half, leg, source);
@@ -284,7 +293,7 @@ private:
             if ((Codec::kRotates ? kRows<T> * (lane & ~(kWarp - 1)) : octet) >= octets) continue;
             // A lane behind the end decodes something, for nobody.
             const int first = octet < octets ? octet : 0;
-            use(source, codec.template decode<kAlone>((const uint8_t*)to, values, first, shrunk, x));
+            use(source, codec.template decode_from<kAlone>((const uint8_t*)to, codec.own(values), first, shrunk, x));
         }
     }
 

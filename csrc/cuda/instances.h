@@ -26,13 +26,9 @@ template <class Visit> bool with_dtype(int dtype, Visit visit) {
     return false;
 }
 
+// The widths of uniform blocks that recipes have (codec/recipes.py); others are coded block by block (codec_part.cu).
 template <class Visit> bool with_bits(int bits, Visit visit) {
-    if (bits == 2) return visit(Bits<2>{}), true;
-    if (bits == 3) return visit(Bits<3>{}), true;
     if (bits == 4) return visit(Bits<4>{}), true;
-    if (bits == 5) return visit(Bits<5>{}), true;
-    if (bits == 6) return visit(Bits<6>{}), true;
-    if (bits == 7) return visit(Bits<7>{}), true;
     if (bits == 8) return visit(Bits<8>{}), true;
     return false;
 }

@@ -20,10 +20,10 @@ namespace flashcomm::FLASHCOMM_ISA {
 // The work on blocks of which a thread has kParts whole ones, or, kShared, several threads have one.
 template <class T, bool kResiduals, int kParts, bool kShared> struct RotatedBlocks : RotatedCodes {
     using Word = typename T::Word;
-    using Values = float[kRows<T>][8];  // of a thread
-    static constexpr int kLargestBlock = 8 * kWarp;
-    static constexpr int kOctets = kRows<T> / kParts, kPart = 8 * kOctets;  // of a part
-    static constexpr int kThreadShift = kRows<T> == 4 ? 2 : 1;              // 1 << kThreadShift octets are a thread's
+    using Values = float[kRows<T>][8];                                       // of a thread
+    static constexpr int kMaxBytes = kTileValues<T> * (256 + 16 + 1) / 256;  // 8 bits, blocks of 16
+    static constexpr int kOctets = kRows<T> / kParts, kPart = 8 * kOctets;   // of a part
+    static constexpr int kThreadShift = kRows<T> == 4 ? 2 : 1;               // 1 << kThreadShift octets are a thread's
     static constexpr uint32_t kShrunk = 256, kFiner = 512;
 
     struct Meta {          // of a block
@@ -37,7 +37,8 @@ template <class T, bool kResiduals, int kParts, bool kShared> struct RotatedBloc
 
     FC_INLINE explicit RotatedBlocks(const RotatedCodes& codes) : RotatedCodes(codes) {}
 
-    // Encodes a tile into the payload that `place` is of; kOwn: there is nothing else in it.
+    // Encodes a tile into the payload that `place` is of; kOwn: there is nothing else in it. `residual`, if kResiduals:
+    // is added to the coefficients, then replaced by the rounding error.
     template <bool kOwn, class Offset>
     FC_DEVICE void encode_to(const Octet<T> (&x)[kRows<T>], int values, uint8_t* scratch, uint8_t* payload,
                              const Place<Offset>& place, Word* residual) const {
@@ -76,6 +77,8 @@ template <class T, bool kResiduals, int kParts, bool kShared> struct RotatedBloc
                                    Values& x) const {
         Eight words[kRows<T>];
         load_codes<kRows<T>, Offset>(payload, place.octet + octet, place.groups, words);
+        int bias = kBias + zero;
+        if (kAlone && adds_codes()) bias = kBias + add_neighbours(words);
         uint32_t huge = 0, constants = 0;
         FC_UNROLL for (int part = 0; part < kParts; part++) {
             const Step step = step_at(payload, place, (octet + kOctets * part) >> octet_shift);
@@ -83,7 +86,7 @@ template <class T, bool kResiduals, int kParts, bool kShared> struct RotatedBloc
             huge |= is_huge ? of_part(part) : 0;
             constants |= (uint32_t)step.is_constant << part;
             const float factor = (shrunk & of_part(part)) || (kAlone && is_huge) ? kShrink : 1.0f;
-            const float each = step.each * factor, less = each * (float)-(kBias + zero);
+            const float each = step.each * factor, less = each * (float)-bias;
             FC_UNROLL for (int pair = 0; pair < kOctets / 2; pair++) {
                 const int row = kOctets * part + 2 * pair;
                 uint32_t number[16];
@@ -99,9 +102,16 @@ template <class T, bool kResiduals, int kParts, bool kShared> struct RotatedBloc
         return constants ? huge | add_constants<kAlone>(payload, place, octet, shrunk, constants, x) : huge;
     }
 
+    template <class Offset>
+    FC_DEVICE float bound(const uint8_t* payload, const Place<Offset>& place, int octet) const {
+        const Step step = step_at(payload, place, octet >> octet_shift);
+        const float off = RotatedLayout::steps_off(levels) * (float)block();
+        return step.is_constant ? 0 : float_of(bits_of(step.each) & 0x7FFFFFFF) * off;
+    }
+
     // A sum of such coefficients, or one alone, becomes values: all lanes of a warp.
     template <bool kAlone> FC_DEVICE void finish(Values& x, uint32_t shrunk) const {
-        butterflies(x);
+        butterflies<kAlone>(x);
         if (!shrunk && (!kAlone || T::kMax > 1e30f)) return;
         FC_UNROLL for (int row = 0; row < kRows<T>; row++) {
             const float grow = shrunk >> row & 1 ? kGrow : 1.0f;
@@ -123,11 +133,15 @@ private:
     template <class Offset> FC_DEVICE bool is_first(Offset octet) const {
         return (octet & ((1 << octet_shift) - 1)) == 0;
     }
-    // visit(1), visit(2), ...: how far apart the lanes of a block are.
+    // visit(1), visit(2), ...: how far apart the lanes of a block are; or from `first` on, which is not known before.
     template <class Visit> FC_DEVICE void each_distance(Visit visit) const {
-        if constexpr (!kShared) return;
-        visit(1);
-        for (int apart = 2; apart < 1 << octet_shift >> kThreadShift; apart *= 2) visit(apart);
+        if constexpr (kShared) {
+            visit(1);
+            each_distance(visit, 2);
+        }
+    }
+    template <class Visit> FC_DEVICE void each_distance(Visit visit, int first) const {
+        for (int apart = first; apart < 1 << octet_shift >> kThreadShift; apart *= 2) visit(apart);
     }
     FC_DEVICE uint32_t lanes_of_block(int lane) const {  // as votes() counts them
         const int shift = octet_shift - kThreadShift, first = lane & (kWarp - 1) & ~((1 << shift) - 1);
@@ -135,20 +149,36 @@ private:
     }
     // ---- rotation ------------------------------------------------------------------------------------------------
 
-    FC_DEVICE void butterflies(Values& x) const {
+    // The sums of one payload's coefficients are exact, in whatever order: neighbouring lanes add codes of whole bytes,
+    // four at a time, before they become numbers. Returns what has been added to a sum.
+    FC_DEVICE bool adds_codes() const { return kShared && !pair_shift && word_bits < 8; }
+    FC_DEVICE int add_neighbours(Eight (&words)[kRows<T>]) const {
+        const bool subtracts = thread() & 1;
+        const uint32_t flip = mask(subtracts) & 0x01010101u * (uint32_t)(levels - 1);  // levels - 1 - code
+        FC_UNROLL for (int row = 0; row < kRows<T>; row++) {
+            words[row].even = exchange(words[row].even, 1) + (words[row].even ^ flip);
+            words[row].odd = exchange(words[row].odd, 1) + (words[row].odd ^ flip);
+        }
+        return subtracts ? levels - 1 : 2 * zero;
+    }
+
+    // kDecoded: of one payload, as decode_from<true>() leaves it.
+    template <bool kDecoded> FC_DEVICE void butterflies(Values& x) const {
         FC_UNROLL for (int stride = 1; stride < 8; stride *= 2) FC_UNROLL for (int row = 0; row < kRows<T>; row++)
             FC_UNROLL for (int i = 0; i < 8; i++) if (!(i & stride)) butterfly(x[row][i], x[row][i + stride]);
         rows_apart<1>(x);
         if constexpr (kOctets == 4) rows_apart<2>(x);
         const int lane = thread();
-        each_distance([&](int apart) {
+        const auto meet = [&](int apart) {
             const float sign = lane & apart ? -1.0f : 1.0f;
             FC_UNROLL for (int row = 0; row < kRows<T>; row++) {
                 float theirs[8];
                 exchange(x[row], apart, theirs);
                 FC_UNROLL for (int i = 0; i < 8; i++) x[row][i] = fused_multiply_add(x[row][i], sign, theirs[i]);
             }
-        });
+        };
+        if constexpr (kDecoded && kShared) each_distance(meet, adds_codes() ? 2 : 1);
+        else each_distance(meet);
     }
     static FC_DEVICE void butterfly(float& a, float& b) {
         const float sum = a + b, difference = a - b;
@@ -218,7 +248,7 @@ private:
     FC_DEVICE void rotate(const Octet<T> (&x)[kRows<T>], const Word* residual, int begin, int values, int octets,
                           float last, Values& c, Meta (&meta)[kParts]) const {
         fill(x, begin, values, octets, last, c);
-        butterflies(c);
+        butterflies<false>(c);
         if (kResiduals) add_residual(residual, begin, octets, c);
         measure(c, begin, meta);
         bool is_plain = true;
@@ -353,7 +383,8 @@ private:
             const bool is_huge = (bits & 0x7FFFFFFF) >= bits_of(kHugeStep);
             huge |= is_huge ? of_part(part) : 0;
             const float factor = (shrunk & of_part(part)) || (kAlone && is_huge) ? kShrink : 1.0f;
-            const float value = at == first ? float_of(bits) * factor : 0.0f;
+            const bool has_first = at < first + (kAlone && adds_codes() ? 2 * kRows<T> : 1);
+            const float value = has_first ? float_of(bits) * factor : 0.0f;
             if (part) values[1] = value;
             else values[0] = value;
         }

@@ -10,6 +10,9 @@
 namespace flashcomm::FLASHCOMM_ISA {
 
 struct RotatedCodes {
+    static constexpr bool kRotates = true;
+    static constexpr int kMostAhead = 1;
+
     // Where the sections of a tile begin in a payload of `groups` eights of words: its own, or a whole tensor's.
     template <class Offset> struct Place {
         Offset groups, octet, scales, tops;  // octet: the tile's first
@@ -17,11 +20,11 @@ struct RotatedCodes {
 
     int levels, zero, word_bits, octet_shift;  // 1 << octet_shift octets are a block
     uint32_t inverse, minus_levels;            // 2**24 / levels, rounded up; -levels << 8
-    bool is_paired;
+    int pair_shift;                            // 1 where two codes are a word, else 0
 
     FC_INLINE explicit RotatedCodes(Setting with)
         : levels(RotatedLayout::levels_of(with.bits)), zero(levels / 2),
-          word_bits(with.bits & 1 ? with.bits : with.bits / 2), octet_shift(1), is_paired(with.bits & 1) {
+          word_bits(with.bits & 1 ? with.bits : with.bits / 2), octet_shift(1), pair_shift(with.bits & 1) {
         while (8 << octet_shift < with.block) octet_shift++;
         inverse = ((1u << 24) + levels - 1) / levels, minus_levels = 0u - ((uint32_t)levels << 8);
     }
@@ -35,7 +38,7 @@ struct RotatedCodes {
     template <class Offset> FC_INLINE Offset octets(Offset values) const { return blocks(values) << octet_shift; }
     // The payload of `values` values alone, and in it the tile that starts at an octet.
     template <class Offset> FC_INLINE Place<Offset> own(Offset values) const {
-        const Offset groups = octets(values) >> (int)is_paired, scales = plane_bytes(word_bits, groups);
+        const Offset groups = octets(values) >> pair_shift, scales = plane_bytes(word_bits, groups);
         return {groups, 0, scales, scales + padded16(blocks(values))};
     }
     FC_INLINE Place<int64_t> part(const Place<int64_t>& whole, int64_t octet, int64_t block) const {
@@ -65,7 +68,7 @@ struct RotatedCodes {
     template <int kOctets, class Offset>
     FC_DEVICE void store_codes(const uint32_t (&code)[8 * kOctets], Offset octet, bool all, uint8_t* payload,
                                Offset groups) const {
-        if (is_paired) {
+        if (pair_shift) {
             Eight lower[kOctets / 2], upper[kOctets / 2];
             FC_UNROLL for (int k = 0; k < kOctets / 2; k++) {
                 uint32_t number[8];
@@ -85,7 +88,7 @@ struct RotatedCodes {
     template <int kOctets, class Offset>
     FC_DEVICE void load_codes(const uint8_t* payload, Offset octet, Offset groups, Eight (&words)[kOctets]) const {
         FC_UNROLL for (int k = 0; k < kOctets; k++) words[k] = {0, 0};
-        if (!is_paired) return load_planes<kOctets, Offset>(word_bits, groups, octet, payload, words, words);
+        if (!pair_shift) return load_planes<kOctets, Offset>(word_bits, groups, octet, payload, words, words);
         Eight lower[kOctets / 2] = {}, upper[kOctets / 2] = {};
         load_planes<kOctets / 2, Offset>(word_bits, groups, octet / 2, payload, lower, upper);
         FC_UNROLL for (int k = 0; k < kOctets; k++) words[k] = k & 1 ? upper[k / 2] : lower[k / 2];
@@ -93,7 +96,7 @@ struct RotatedCodes {
 
     // The sixteen codes of two octets.
     FC_DEVICE void numbers_of(Eight first, Eight second, uint32_t (&number)[16]) const {
-        if (is_paired) return unpair(first, second, number);
+        if (pair_shift) return unpair(first, second, number);
         FC_UNROLL for (int i = 0; i < 16; i++) {
             const Eight from = i < 8 ? first : second;
             number[i] = byte_perm(i & 1 ? from.odd : from.even, kMagic, 0x7404 | i % 8 / 2 << 4);

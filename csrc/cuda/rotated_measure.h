@@ -23,7 +23,7 @@ FC_DEVICE void RotatedBlocks<T, kResiduals, kParts, kShared>::rotate_strange(con
             value = is_nan[part] ? 0.0f : value * (is_huge[part] ? kShrink : 1.0f);
         }
     }
-    butterflies(c);
+    butterflies<false>(c);
     if (kResiduals) {
         Values with;
         FC_UNROLL for (int i = 0; i < 8 * kRows<T>; i++) with[i / 8][i % 8] = c[i / 8][i % 8];

@@ -80,14 +80,10 @@ template <class T> struct SpikeTile {
         return place.positions + plane_bytes(position_bits, place.pairs);
     }
 
-    FC_DEVICE void encode(const Octet<T> (&x)[kRows<T>], int values, uint8_t* scratch, uint8_t* payload) const {
-        encode_to<true>(x, values, scratch, payload, own(values));
-    }
-
     // Encodes a tile into the payload that `place` is of; kOwn: there is nothing else in it.
     template <bool kOwn, class Offset>
     FC_DEVICE void encode_to(const Octet<T> (&x)[kRows<T>], int values, uint8_t* scratch, uint8_t* payload,
-                             const Place<Offset>& place) const {
+                             const Place<Offset>& place, Word*) const {
         const int lane = thread(), begin = first_octet<T>(), octets = this->octets(values),
                   blocks = this->blocks(values);
         Ends* ends = (Ends*)scratch;
@@ -110,11 +106,6 @@ template <class T> struct SpikeTile {
         sync();
     }
 
-    template <bool kAlone>
-    FC_DEVICE uint32_t decode(const uint8_t* payload, int values, int octet, uint32_t, float (&x)[kRows<T>][8]) const {
-        return decode_from<kAlone>(payload, own(values), octet, 0, x);
-    }
-
     // The octets from `octet` on, counted from where `place` is of in a payload.
     template <bool kAlone, class Offset>
     FC_DEVICE uint32_t decode_from(const uint8_t* payload, const Place<Offset>& place, int octet, uint32_t,
@@ -129,6 +120,17 @@ template <class T> struct SpikeTile {
     }
     template <class Visit> FC_DEVICE void with_blocks(Visit visit) const { visit(*this); }
     template <bool> FC_DEVICE void finish(float (&)[kRows<T>][8], uint32_t) const {}
+
+    template <class Offset>
+    FC_DEVICE float bound(const uint8_t* payload, const Place<Offset>& place, int octet) const {
+        const int index = block_of(octet);
+        if (place.octet + octet >= place.octets || payload[place.spans + index] == kConstantSpan) return 0;
+        const float minimum = float_of((uint32_t)((const uint16_t*)(payload + place.minima))[index] << 16);
+        const float maximum = float_of((uint32_t)((const uint16_t*)(payload + place.maxima))[index] << 16);
+        const Frame frame = Frame::of(minimum, maximum);
+        const float step = frame.span(payload[place.spans + index]) / (float)((1 << bits) - 1);
+        return Frame::bound(minimum, maximum, step, 1 / frame.prescale);
+    }
 
     // One octet, within the finite range of T.
     template <class Offset>

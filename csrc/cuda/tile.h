@@ -7,17 +7,22 @@
 //     Codec(Setting)                               width and block, as far as they are not in the type
 //     block(), unit()                              slices are multiples of one, tiles of the other
 //     octets(values), bytes(values)                that a payload holds; its length, a multiple of 16
-//     scratch_bytes(), encode(octets, values, scratch, payload)    all threads; a barrier, then writes, then a barrier
-//     encode(octets, values, scratch, payload, residual)           the same with a residual, where kKeepsResiduals
-//     residual_numel(values)                       numbers of the residual of a tensor
-//     decode<kAlone>(payload, values, octet, shrink, x)            eight numbers as float32; kAlone: not to be added
-//     encode_to(), decode_from()                   the same in a payload of more than this tile: see Place
-//     with_blocks(visit)                           visit(what decode_from() and finish() are called of): asks once
-//     finish<kAlone>(x, shrunk)                    Inverse transform of decoded coefficients. All lanes of a warp must
-//                                                  call it.
+//     scratch_bytes()                              that encoding needs
+//     residual_numel(values)                       numbers of the residual of a tensor, where kKeepsResiduals
+//     own(values)                                  Place: where a payload of these values alone has its sections
+//     with_blocks(visit)                           visit(the codec of such blocks): asked once, around all work on them
+//
+// and the codec of blocks has
+//
+//     encode_to<kOwn>(octets, values, scratch, payload, place, residual)    all threads; kOwn: the payload is this
+//                                                  tile's alone: a barrier, then writes, then a barrier
+//     decode_from<kAlone>(payload, place, octet, shrink, x)    whole warps: octets of a thread as float32; kAlone: not
+//                                                  to be added
+//     bound(payload, place, octet)                 by how much the values of an octet may be off (codec.h)
+//     finish<kAlone>(x, shrunk)                    whole warps: inverse transform of decoded coefficients
 //
 // Most codecs decode values; a rotated one (kRotates) decodes coefficients, and finish() transforms their sum back. Its
-// decode() returns whether this block's sum could overflow; the sum is then taken again, scaled down. kMostAhead: how
+// decode_from() returns whether this block's sum could overflow; the sum is then taken again, scaled down. kMostAhead: how
 // many 16-byte words of the next payload a thread prefetches, as registers allow without spilling on sm_100 and sm_120.
 //
 // The codecs are in uniform_tile.h, rotated_tile.h and spike_tile.h; ExactTile is here. What one value costs of them:
@@ -96,6 +101,24 @@ template <class T> FC_DEVICE void store(typename T::Word* out, int values, const
     }
 }
 
+// By how much sums of float16 may be off, an octet's each, which decides whether they overflow; nothing for other types.
+template <class T, bool = kIsHalf<T>> struct Bounds {
+    template <class Codec, class Place> FC_DEVICE void add(const Codec&, const uint8_t*, const Place&, int) {}
+    FC_DEVICE void apply(float (&)[kRows<T>][8]) const {}
+};
+template <class T> struct Bounds<T, true> {
+    float rows[kRows<T>] = {};
+
+    template <class Codec, class Place>
+    FC_DEVICE void add(const Codec& codec, const uint8_t* payload, const Place& place, int octet) {
+        FC_UNROLL for (int row = 0; row < kRows<T>; row++) rows[row] += codec.bound(payload, place, octet + row);
+    }
+    FC_DEVICE void apply(float (&x)[kRows<T>][8]) const {
+        FC_UNROLL for (int row = 0; row < kRows<T>; row++) FC_UNROLL for (int i = 0; i < 8; i++) x[row][i] =
+            overflowed<T>(x[row][i], rows[row]);
+    }
+};
+
 // NaN comes in whole octets, since octets never straddle blocks.
 template <class T> FC_DEVICE void narrow(const float (&x)[kRows<T>][8], Octet<T> (&octets)[kRows<T>]) {
     bool is_any_nan = false;
@@ -141,27 +164,32 @@ template <class T> struct ExactTile {
     FC_INLINE int unit() const { return 8; }
     FC_INLINE int scratch_bytes() const { return 0; }
     FC_INLINE int bytes(int values) const { return (values + 7) / 8 * (int)sizeof(Octet<T>); }
+    FC_INLINE int own(int values) const { return octets(values); }
 
-    FC_DEVICE void encode(const Octet<T> (&x)[kRows<T>], int values, uint8_t*, uint8_t* payload) const {
-        const int first = first_octet<T>();
+    template <bool>
+    FC_DEVICE void encode_to(const Octet<T> (&x)[kRows<T>], int, uint8_t*, uint8_t* payload, int octets,
+                             typename T::Word*) const {
         sync();
         FC_UNROLL for (int row = 0; row < kRows<T>; row++) {
-            const int octet = first + row;
-            if (8 * octet < values) ((Octet<T>*)payload)[octet] = x[row];
+            const int octet = first_octet<T>() + row;
+            if (octet < octets) ((Octet<T>*)payload)[octet] = x[row];
         }
         sync();
     }
     template <bool kAlone>
-    FC_DEVICE uint32_t decode(const uint8_t* payload, int values, int octet, uint32_t, float (&x)[kRows<T>][8]) const {
+    FC_DEVICE uint32_t decode_from(const uint8_t* payload, int octets, int octet, uint32_t,
+                                   float (&x)[kRows<T>][8]) const {
         FC_UNROLL for (int row = 0; row < kRows<T>; row++) {
-            if (octet + row >= octets(values)) continue;
+            if (octet + row >= octets) continue;
             float value[8];
             widen<T>(((const Octet<T>*)payload)[octet + row], value);
             put<kAlone>(value, x[row]);
         }
         return 0;
     }
+    template <class Visit> FC_DEVICE void with_blocks(Visit visit) const { visit(*this); }
     template <bool> FC_DEVICE void finish(float (&)[kRows<T>][8], uint32_t) const {}
+    FC_DEVICE float bound(const uint8_t*, int, int) const { return 0; }
 };
 
 }  // namespace flashcomm::FLASHCOMM_ISA

@@ -56,14 +56,10 @@ template <int kBits, class T> struct UniformTile {
     }
     FC_INLINE int bytes(int values) const { return values > 0 ? own(values).minima + padded16(2 * blocks(values)) : 0; }
 
-    FC_DEVICE void encode(const Octet<T> (&x)[kRows<T>], int values, uint8_t* scratch, uint8_t* payload) const {
-        encode_to<true>(x, values, scratch, payload, own(values));
-    }
-
     // Encodes a tile into the payload that `place` is of; kOwn: there is nothing else in it.
     template <bool kOwn, class Offset>
     FC_DEVICE void encode_to(const Octet<T> (&x)[kRows<T>], int values, uint8_t* scratch, uint8_t* payload,
-                             const Place<Offset>& place) const {
+                             const Place<Offset>& place, Word*) const {
         if (kOwn) {
             sync();
             if (thread() == kThreads - 1) zero_gaps(place, (Offset)values, payload);
@@ -71,11 +67,6 @@ template <int kBits, class T> struct UniformTile {
         if (lanes) encode_lanes(x, values, payload, place);
         else encode_blocks(x, values, scratch, payload, place);
         if (kOwn || !lanes) sync();
-    }
-
-    template <bool kAlone>
-    FC_DEVICE uint32_t decode(const uint8_t* payload, int values, int octet, uint32_t, Values& x) const {
-        return decode_from<kAlone>(payload, own(values), octet, 0, x);
     }
 
     // The octets from `octet` on, counted from where `place` is of in a payload.
@@ -96,6 +87,11 @@ template <int kBits, class T> struct UniformTile {
     }
     template <class Visit> FC_DEVICE void with_blocks(Visit visit) const { visit(*this); }
     template <bool> FC_DEVICE void finish(Values&, uint32_t) const {}
+    template <class Offset>
+    FC_DEVICE float bound(const uint8_t* payload, const Place<Offset>& place, int octet) const {
+        if (place.octet + octet >= place.octets) return 0;
+        return Bf16Pair{((const uint16_t*)(payload + place.scales))[block_of(octet)], 0}.bound();
+    }
 
     template <class Offset>
     FC_DEVICE void zero_gaps(const Place<Offset>& place, Offset values, uint8_t* payload) const {

@@ -81,6 +81,21 @@ struct Float16 {
     }
 };
 
+// A sum of float16 is Inf where the exact sum may be too large, since a loss scaler waits for it. bound: by how much the
+// sum may be off; 0 of one payload, which is finite.
+constexpr float kRounding = 33.0f / 64;  // of a step: a half, and what choosing the code in float32 costs at most
+constexpr float kLarge = 60000;          // sums of float16 below it need no second look
+template <class T> constexpr bool kIsHalf = T::kInfinity == Float16::kInfinity;
+template <class T> FC_INLINE float overflowed(float sum, float bound) {
+    const uint32_t bits = bits_of(sum), magnitude = bits & 0x7FFFFFFF;
+    if (!kIsHalf<T> || !(float_of(magnitude) + bound >= 65520.0f)) return sum;
+    return float_of((bits & 0x80000000) | Float32::kInfinity);
+}
+template <class T> FC_INLINE typename T::Word rounded_sum(float sum, float bound) {
+    sum = overflowed<T>(sum, bound);
+    return sum == sum ? (typename T::Word)T::narrow(sum) : T::kNan;
+}
+
 // float32 rounded toward zero to a bfloat16 number, and the bfloat16 number next farther from zero.
 FC_INLINE float high_half(float x) { return float_of(bits_of(x) & 0xFFFF0000); }
 FC_INLINE float next_up(float x) { return float_of(bits_of(x) + 0x10000); }
@@ -156,6 +171,9 @@ struct Bf16Pair {
         const float least = float_of(minimum << 16), most = least + levels * float_of(scale << 16);
         return (scale < kHuge) & (least >= -T::kMax) & (most <= T::kMax);
     }
+
+    // By how much a value may be off.
+    FC_INLINE float bound() const { return scale & 0x8000 ? 0.0f : float_of(scale << 16) * kRounding; }
 
     // What a code stands for, as float32 within the finite range of T.
     template <class T> FC_INLINE float value(uint32_t code) const {
@@ -278,9 +296,10 @@ template <class T>
 FC_BOTH void decode_octet(const uint8_t* const* payloads, int count, const Layout& at, int64_t octet,
                           typename T::Word* out, int64_t offset = 0) {
     const int64_t row = octet / at.rows.octets, first = octet % at.rows.octets * 8;
-    float sum[8] = {};
+    float sum[8] = {}, bound = 0;
     for (int p = 0; p < count; p++) {
         const Bf16Pair pair = at.load(payloads[p] + offset, row * at.rows.blocks + first / at.block);
+        if (count > 1) bound += pair.bound();
         uint8_t codes[8];
         at.load_codes(payloads[p] + offset, octet, codes);
         for (int i = 0; i < 8; i++) {
@@ -289,8 +308,7 @@ FC_BOTH void decode_octet(const uint8_t* const* payloads, int count, const Layou
         }
     }
     out += row * at.rows.width + first;
-    for (int i = 0; i < 8 && first + i < at.rows.width; i++)
-        out[i] = sum[i] == sum[i] ? (typename T::Word)T::narrow(sum[i]) : T::kNan;
+    for (int i = 0; i < 8 && first + i < at.rows.width; i++) out[i] = rounded_sum<T>(sum[i], bound);
 }
 
 }  // namespace flashcomm::FLASHCOMM_ISA

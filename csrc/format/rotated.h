@@ -21,6 +21,7 @@ namespace flashcomm::FLASHCOMM_ISA {
 constexpr int kSuperBlock = 32;                               // blocks that share a top
 constexpr int kNanBlock = 127, kConstant = 126, kLast = 125;  // of the scale byte without its sign
 constexpr int kKeyShift = 20;                                 // a key counts float32 bit patterns in units of 2**20
+constexpr int kSearched = 16;                     // up to so many levels the step is searched for (rotated_search.h)
 constexpr int kNearest = 32;                      // steps of at most this many levels round to nearest, others up
 constexpr uint32_t kLeastKey = (127 - 100) << 3;  // 2**-100
 constexpr int kGroup = 4;                         // blocks whose numbers lie together in a residual
@@ -86,6 +87,15 @@ struct RotatedLayout {
                 start += Layout::padded(words / 8 * width);
                 shift += width;
             }
+    }
+
+    // Steps by which a block's coefficients are off in the mean, at most: Rotated.steps_off, in 64ths like there.
+    static FC_INLINE float steps_off(int levels) {
+        const int zero = levels / 2;
+        float off = (float)zero * (levels <= kNearest ? 17.0f / 16 : 1.0f) - (float)(levels - 1 - zero);
+        off = off < 0.5f ? 0.5f : off;
+        if (levels <= kSearched) off = (off + 1.0f / 16) * (levels < 8 ? 1.5f : 1.25f) + 1.0f / 16;
+        return (float)((int)(64 * off) + 2) / 64;
     }
 
     // Bits of a constant's float32 that one code carries.

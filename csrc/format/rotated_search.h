@@ -6,7 +6,7 @@
 
 namespace flashcomm::FLASHCOMM_ISA {
 
-constexpr int kSearched = 16, kTried = 3;  // blocks of more levels take the first
+constexpr int kTried = 3;  // blocks of more than kSearched levels take the first
 
 FC_INLINE uint32_t key_stride(int levels) { return levels < 8 ? 2 : 1; }  // keys between the steps tried
 

@@ -72,6 +72,12 @@ struct Frame {
         return code ? float_of((uint32_t)(exponent - kOctaves) * (1u << 23) + (code << kSpanShift)) : 0.0f;
     }
 
+    // By how much a value may be off: half a step, and what rounding a spike to bfloat16 may take.
+    static FC_INLINE float bound(float minimum, float maximum, float step, float grow) {
+        const float low = float_of(bits_of(minimum) & 0x7FFFFFFF), high = float_of(bits_of(maximum) & 0x7FFFFFFF);
+        return step * kRounding * grow + (low > high ? low : high) * 0x1p-8f;
+    }
+
     // The smallest span that lets `low` be reached from the anchor and `high` from `low`.
     FC_INLINE uint32_t code(float low, float high) const {
         float needed = (high - low) * (float)(32.0 / 31);

@@ -31,10 +31,14 @@ import torch
 from torch import Tensor
 
 from . import native as compiled
+from .native import Received
 from .planes import padded
 
 logger = logging.getLogger("flashcomm_megatron")
 _warned: set[str] = set()
+
+OVERFLOW = 65520.0  # what rounds to Inf in float16
+ROUNDING = 33 / 64  # half a step, and what choosing the code in float32 costs at most
 
 
 class Slices(NamedTuple):
@@ -104,7 +108,23 @@ class Codec(ABC):
         """What :meth:`decode_sum` does, in torch."""
         if numel == 0:
             return torch.empty(0, dtype=dtype, device=payloads[0].device)
-        return summed((self.decode_ref(payload, numel, width) for payload in payloads), dtype)
+        parts = (self.decode_ref(payload, numel, width) for payload in payloads)
+        return summed(parts, dtype, self.bound_of_sum(payloads, numel, dtype, width))
+
+    def bounds_ref(self, payload: Tensor, numel: int, width: int | None = None) -> Tensor:
+        """float32 [numel]: by how much each decoded value may be off, at most; what a NaN has does not matter."""
+        raise ValueError(f"float16: {self} has no error bound, without which sums of float16 may hide an overflow.")
+
+    def bound_of_sum(
+        self, payloads: Sequence[Tensor], numel: int, dtype: torch.dtype, width: int | None
+    ) -> Tensor | None:
+        """By how much each value of a sum in float16 may be off; None where nothing depends on it."""
+        if dtype != torch.float16 or len(payloads) == 1:
+            return None
+        total = self.bounds_ref(payloads[0], numel, width)
+        for payload in payloads[1:]:
+            total = total + self.bounds_ref(payload, numel, width)
+        return total
 
     # ---- one tensor ------------------------------------------------------------------------------------------
 
@@ -124,9 +144,11 @@ class Codec(ABC):
         ``residual`` [residual_numel(x.numel(), width)], of the dtype of ``x`` and zeros at first: encode
         ``x + residual``; the residual is replaced by the new rounding error.
         """
-        numel = x.numel()
+        numel, size = x.numel(), self.wire_bytes(x.numel(), width)
         if out is None:
-            out = torch.empty(self.wire_bytes(numel, width), dtype=torch.uint8, device=x.device)
+            out = torch.empty(size, dtype=torch.uint8, device=x.device)
+        if out.numel() != size:
+            raise ValueError(f"encode: out has {out.numel()} bytes; the codec's payload has {size}.")
         if numel and not compiled.encode_slices(self, x, Slices(numel, width or numel, numel, 1), out, residual):
             _warn_fallback(self)
             out.copy_(self.encode_ref(x, width) if residual is None else self.encode_residual_ref(x, residual, width))
@@ -135,8 +157,8 @@ class Codec(ABC):
     def decode_sum(self, payloads: Sequence[Tensor], out: Tensor, width: int | None = None) -> Tensor:
         """Write the float32 sum, in the order given, of the decoded payloads into ``out`` (1-D, any float dtype).
 
-        With one payload this is plain decoding. Every part is limited to the finite range of ``out.dtype``;
-        the sum may overflow to Inf as an exact sum would.
+        With one payload this is plain decoding. Every part is limited to the finite range of ``out.dtype``; the sum
+        overflows to Inf as an exact sum would, in float16 wherever the exact sum may have (:func:`rounded`).
         """
         numel = out.numel()
         if numel and not compiled.reduce_slices(self, payloads, out, width or numel, None, None, None):
@@ -159,8 +181,6 @@ class Codec(ABC):
 
         ``out``: uint8, at least ``wire_bytes_of(slices)``. ``residuals``: those of all slices, one behind the other.
         """
-        size = self.wire_bytes_of(slices)
-        out = out if out.numel() == size else out[:size]
         if slices.numel == 0 or compiled.encode_slices(self, x, slices, out, residuals):
             return
         stride, first = self.wire_bytes(slices.length, slices.width), 0
@@ -172,7 +192,7 @@ class Codec(ABC):
 
     def reduce_slices(
         self,
-        payloads: Sequence[Tensor],
+        payloads: Sequence[Tensor] | Received,
         out: Tensor,
         gather: Codec | None = None,
         payload: Tensor | None = None,
@@ -186,14 +206,12 @@ class Codec(ABC):
         numel = out.numel()
         if numel == 0 or compiled.reduce_slices(self, payloads, out, width or numel, gather, payload, residual):
             return
-        self.decode_sum(payloads, out, width)
+        self.decode_sum(payloads.payloads() if isinstance(payloads, Received) else payloads, out, width)
         if gather is not None:
             gather.encode(out, payload, residual, width)
 
     def decode_slices(self, payloads: Tensor, slices: Slices, out: Tensor) -> None:
         """Decode payload r, at ``r * wire_bytes(slices.length, slices.width)``, into slice r of flat ``out``."""
-        size = self.wire_bytes_of(slices)
-        payloads = payloads if payloads.numel() == size else payloads[:size]
         if slices.numel == 0 or compiled.decode_slices(self, payloads, slices, out):
             return
         stride = self.wire_bytes(slices.length, slices.width)
@@ -219,13 +237,25 @@ def _residual_numel_of(codec: Codec, slices: Slices) -> int:
     return sum(codec.residual_numel(size, slices.width) for size in slices.sizes)
 
 
-def summed(parts: Iterable[Tensor], dtype: torch.dtype) -> Tensor:
-    """float32 sum, in order, of parts each limited to the finite range of ``dtype``; one NaN for all NaNs."""
+def summed(parts: Iterable[Tensor], dtype: torch.dtype, bound: Tensor | None = None) -> Tensor:
+    """Sum in float32, in order, of parts each limited to the finite range of ``dtype``, as :func:`rounded` to it."""
     limit, total = torch.finfo(dtype).max, None
     for part in parts:
         part = part.clamp(-limit, limit)
         total = part if total is None else total + part
     assert total is not None
+    return rounded(total, dtype, bound)
+
+
+def rounded(total: Tensor, dtype: torch.dtype, bound: Tensor | None) -> Tensor:
+    """``total`` as ``dtype``, one NaN for all NaNs. A sum of float16 is Inf where the exact sum may be too large.
+
+    A loss scaler waits for that Inf: what an exact sum shows as Inf or NaN must not come out finite because a value was
+    rounded down. ``bound``: by how much the sum may be off.
+    """
+    if bound is not None:
+        infinite = torch.copysign(torch.full_like(total, math.inf), total)
+        total = torch.where(total.abs() + bound >= OVERFLOW, infinite, total)
     return torch.where(total.isnan(), math.nan, total).to(dtype)
 
 

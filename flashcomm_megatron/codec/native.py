@@ -16,7 +16,7 @@ import os
 from collections.abc import Callable, Collection, Sequence
 from functools import lru_cache
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -88,15 +88,37 @@ def describe() -> str:
     return f"compiled codec ({found['isa']}; {'CUDA ' + found['cuda'] if found['cuda'] else found['without_cuda']})"
 
 
+class Received(NamedTuple):
+    """One payload of each rank, as an exchange left them: rank r's at ``r * size`` of ``inbox``.
+
+    This rank's own was never sent: it may still be at ``start`` of the ``outbox`` where it was encoded.
+    """
+
+    inbox: Tensor
+    size: int
+    world: int
+    rank: int = 0
+    outbox: Tensor | None = None
+    start: int = 0
+
+    def payloads(self) -> list[Tensor]:
+        """A view of each."""
+        found = list(self.inbox[: self.world * self.size].view(self.world, self.size).unbind())
+        if self.outbox is not None:
+            found[self.rank] = self.outbox[self.start : self.start + self.size]
+        return found
+
+
 def encode_slices(codec: Codec, x: Tensor, slices: Slices, out: Tensor, residuals: Tensor | None) -> bool:
     """Encode every slice of ``x``; see :meth:`Codec.encode_slices`. ValueError names what does not fit."""
     known, arguments, size = _known(codec, slices)
-    _check("encode: x", x, DTYPES, x.device, slices.numel)
-    _check("encode: out", out, BYTES, x.device, size)
+    if not _is_flat(x, slices.numel) or x.dtype not in DTYPES:
+        raise _misfit("encode: x", x, DTYPES, x.device, slices.numel)
+    if not _is_flat(out, size, or_more=True) or out.dtype is not torch.uint8 or out.device != x.device:
+        raise _misfit("encode: out", out, BYTES, x.device, size)
     address = 0
     if residuals is not None:
-        _check("encode: residual", residuals, (x.dtype,), x.device, codec.residual_numel_of(slices))
-        address = residuals.data_ptr()
+        address = _residual("encode: residual", residuals, x, codec.residual_numel_of(slices))
     function, last = _serving("encode_slices", x, slices.length, slices.width, known)
     if function is None:
         return False
@@ -107,8 +129,10 @@ def encode_slices(codec: Codec, x: Tensor, slices: Slices, out: Tensor, residual
 def decode_slices(codec: Codec, payloads: Tensor, slices: Slices, out: Tensor) -> bool:
     """Decode every slice of ``out``; see :meth:`Codec.decode_slices`. ValueError names what does not fit."""
     known, arguments, size = _known(codec, slices)
-    _check("decode: out", out, DTYPES, out.device, slices.numel)
-    _check("decode: payloads", payloads, BYTES, out.device, size)
+    if not _is_flat(out, slices.numel) or out.dtype not in DTYPES:
+        raise _misfit("decode: out", out, DTYPES, out.device, slices.numel)
+    if not _is_flat(payloads, size, or_more=True) or payloads.dtype is not torch.uint8 or payloads.device != out.device:
+        raise _misfit("decode: payloads", payloads, BYTES, out.device, size)
     function, last = _serving("decode_slices", out, slices.length, slices.width, known)
     if function is None:
         return False
@@ -118,7 +142,7 @@ def decode_slices(codec: Codec, payloads: Tensor, slices: Slices, out: Tensor) -
 
 def reduce_slices(
     codec: Codec,
-    payloads: Sequence[Tensor],
+    payloads: Sequence[Tensor] | Received,
     out: Tensor,
     width: int,
     gather: Codec | None,
@@ -126,26 +150,27 @@ def reduce_slices(
     residual: Tensor | None,
 ) -> bool:
     """Sum ``payloads`` and encode the sum; see :meth:`Codec.reduce_slices`. ValueError names what does not fit."""
-    numel, device = out.numel(), out.device
+    numel = out.numel()
     known, size = _known_one(codec, numel, width)
-    _check("decode_sum: out", out, DTYPES, device, numel)
-    if not payloads:
-        raise ValueError("decode_sum: no payloads found; give at least one.")
-    _check_payloads(payloads, device, size)
+    if not _is_flat(out, numel) or out.dtype not in DTYPES:
+        raise _misfit("decode_sum: out", out, DTYPES, out.device, numel)
+    if isinstance(payloads, Received):
+        addresses = _addresses_received(payloads, out.device, size)
+    else:
+        addresses = _addresses(payloads, out.device, size)
     second, target, address = None, 0, 0
     if gather is not None and payload is not None:
         second, gather_size = _known_one(gather, numel, width)
-        _check("reduce: payload", payload, BYTES, device, gather_size)
+        if not _is_flat(payload, gather_size) or payload.dtype is not torch.uint8 or payload.device != out.device:
+            raise _misfit("reduce: payload", payload, BYTES, out.device, gather_size)
         target = payload.data_ptr()
         if second is None:
             return False
         if residual is not None:
-            _check("reduce: residual", residual, (out.dtype,), device, gather.residual_numel(numel, width))
-            address = residual.data_ptr()
+            address = _residual("reduce: residual", residual, out, gather.residual_numel(numel, width))
     function, last = _serving("reduce_slices", out, numel, width, known, second)
     if function is None:
         return False
-    addresses = [each.data_ptr() for each in payloads]
     function(addresses, known, width, numel, out.data_ptr(), DTYPES[out.dtype], second, target, address, last)
     return True
 
@@ -164,24 +189,51 @@ def _known_one(codec: Codec, numel: int, width: int) -> tuple[Native | None, int
     return codec.fitted(width).native, codec.wire_bytes(numel, width)
 
 
-def _check(name: str, found: Tensor, dtypes: Collection[torch.dtype], device: torch.device, length: int) -> None:
-    """Refuse what an address cannot say."""
+def _is_flat(x: Tensor, numel: int, or_more: bool = False) -> bool:
+    """Whether ``x`` is contiguous, 1-D, and of ``numel`` elements."""
+    found = x.numel()
+    return (found == numel or (or_more and found > numel)) and x.dim() == 1 and x.is_contiguous()
+
+
+def _misfit(name: str, found: Tensor, dtypes: Collection[torch.dtype], device: torch.device, length: int) -> ValueError:
+    """The error of what an address cannot say."""
     if found.dtype not in dtypes:
-        raise ValueError(f"{name} is {found.dtype}; expected {' or '.join(map(str, dtypes))}.")
+        return ValueError(f"{name} is {found.dtype}; expected {' or '.join(map(str, dtypes))}.")
     if found.dim() != 1 or not found.is_contiguous():
-        raise ValueError(f"{name} has shape {tuple(found.shape)}, strides {found.stride()}; expected contiguous 1-D.")
+        return ValueError(f"{name} has shape {tuple(found.shape)}, strides {found.stride()}; expected contiguous 1-D.")
     if found.device != device:
-        raise ValueError(f"{name} is on {found.device}; expected {device}, where the other tensor is.")
-    if found.numel() != length:
-        what = "bytes; the codec's payload has" if dtypes is BYTES else "numbers; expected"
-        raise ValueError(f"{name} has {found.numel()} {what} {length}.")
+        return ValueError(f"{name} is on {found.device}; expected {device}, where the other tensor is.")
+    what = "bytes; the codec's payload has" if dtypes is BYTES else "numbers; expected"
+    return ValueError(f"{name} has {found.numel()} {what} {length}.")
 
 
-def _check_payloads(payloads: Sequence[Tensor], device: torch.device, length: int) -> None:
-    """The same of many, in one call."""
+def _residual(name: str, found: Tensor, x: Tensor, length: int) -> int:
+    """The address of the residual of ``x``."""
+    if not _is_flat(found, length) or found.dtype != x.dtype or found.device != x.device:
+        raise _misfit(name, found, (x.dtype,), x.device, length)
+    return found.data_ptr()
+
+
+def _addresses(payloads: Sequence[Tensor], device: torch.device, size: int) -> list[int]:
+    """Where payloads of ``size`` bytes begin."""
+    if not payloads:
+        raise ValueError("decode_sum: no payloads found; give at least one.")
     for each in payloads:
-        if each.numel() != length or each.dtype != torch.uint8 or each.device != device or not each.is_contiguous():
-            _check("decode_sum: payload", each, BYTES, device, length)
+        if not _is_flat(each, size) or each.dtype is not torch.uint8 or each.device != device:
+            raise _misfit("decode_sum: payload", each, BYTES, device, size)
+    return [each.data_ptr() for each in payloads]
+
+
+def _addresses_received(found: Received, device: torch.device, size: int) -> list[int]:
+    """The same of payloads that an exchange left in one tensor, without a view of each."""
+    inbox, outbox = found.inbox, found.outbox
+    if not _is_flat(inbox, size * found.world) or inbox.dtype is not torch.uint8 or inbox.device != device:
+        raise _misfit("decode_sum: payloads", inbox, BYTES, device, size * found.world)
+    first = inbox.data_ptr()
+    addresses = [first + place * size for place in range(found.world)]
+    if outbox is not None:
+        addresses[found.rank] = outbox.data_ptr() + found.start
+    return addresses
 
 
 def _serving(

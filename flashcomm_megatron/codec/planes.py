@@ -66,6 +66,11 @@ def from_blocks(blocks: Tensor, row: int) -> Tensor:
     return blocks.reshape(-1, length)[:, :row].flatten()
 
 
+def of_block(numbers: Tensor, block: int) -> Tensor:
+    """One number for each block, [blocks] -> that of every value, [blocks, block]."""
+    return numbers[:, None].expand(-1, block)
+
+
 def in_octets(codes: Tensor, row: int) -> Tensor:
     """Codes [n] with every row padded by zeros to whole octets."""
     return torch.nn.functional.pad(codes.view(-1, row), (0, -row % 8)).flatten()

@@ -34,6 +34,10 @@ class Raw(Codec):
         """float32 values [numel]."""
         return payload.view(self.dtype).float()
 
+    def bounds_ref(self, payload: Tensor, numel: int, width: int | None = None) -> Tensor:
+        """Zeros: nothing is lost."""
+        return torch.zeros(numel, device=payload.device)
+
     def encode(
         self, x: Tensor, out: Tensor | None = None, residual: Tensor | None = None, width: int | None = None
     ) -> Tensor:

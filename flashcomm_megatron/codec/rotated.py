@@ -95,7 +95,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .base import Codec
+from .base import Codec, rounded
 from .planes import (
     WIDTHS,
     from_blocks,
@@ -105,6 +105,7 @@ from .planes import (
     in_blocks,
     join_planes,
     join_sections,
+    of_block,
     plane_bytes,
     rows_of,
     split_planes,
@@ -191,7 +192,31 @@ class Rotated(Codec):
         if numel == 0:
             return torch.empty(0, dtype=dtype, device=payloads[0].device)
         sizes = self.section_bytes(numel, width)
-        return self.fitted(width or numel)._decode_sum(payloads, sizes, rows_of(numel, width)[1], dtype)
+        values = self.fitted(width or numel)._decode_sum(payloads, sizes, rows_of(numel, width)[1])
+        if len(payloads) == 1:
+            limit = torch.finfo(dtype).max
+            values = values.clamp(-limit, limit)
+        return rounded(values, dtype, self.bound_of_sum(payloads, numel, dtype, width))
+
+    def bounds_ref(self, payload: Tensor, numel: int, width: int | None = None) -> Tensor:
+        """float32 [numel]: what the errors of a block's coefficients sum to at most; zero for constants."""
+        fitted, row = self.fitted(width or numel), rows_of(numel, width)[1]
+        *_, scales, tops = split_sections(payload, self.section_bytes(numel, width))
+        step, distance = fitted._steps(scales, tops, fitted._shape(row)[0])
+        bound = torch.where(distance == CONSTANT, 0.0, step * (fitted.block * self.steps_off))
+        return from_blocks(of_block(bound, fitted.block), row)
+
+    @property
+    def steps_off(self) -> float:
+        """By how many steps a block's coefficients are off in the mean, at most, in 64ths, rounded up.
+
+        Half a step, or what the largest lies beyond the end that does not reach as far. A step found by the search has
+        a squared error no larger than the first one's, which is at most 1.25 or 1.5 times as long.
+        """
+        off = max(0.5, self.zero * (17 / 16 if self.levels <= NEAREST else 1.0) - (self.levels - 1 - self.zero))
+        if self.levels <= SEARCHED:  # which counts in eighths
+            off = (off + 1 / 16) * (1.5 if self.levels < 8 else 1.25) + 1 / 16
+        return (math.floor(64 * off) + 2) / 64
 
     # ---- the definition, for blocks that fit the rows ------------------------------------------------------------
 
@@ -231,19 +256,15 @@ class Rotated(Codec):
         scales = torch.where(finite, torch.where(constant, CONSTANT, scales), NAN)
         return join_sections([*self._split(codes.flatten()), scales.to(torch.uint8), half_words(tops)])
 
-    def _decode_sum(self, payloads: Sequence[Tensor], sizes: Sequence[int], row: int, dtype: torch.dtype) -> Tensor:
-        """Values of ``dtype`` [n] of payloads whose sections have these sizes."""
+    def _decode_sum(self, payloads: Sequence[Tensor], sizes: Sequence[int], row: int) -> Tensor:
+        """float32 values [n] of payloads whose sections have these sizes."""
         parts = [self._coefficients(payload, sizes, self._shape(row)[0]) for payload in payloads]
         largest = torch.stack([size for _, size in parts]).amax(0)
         shrink = torch.where(largest >= HUGE, SHRINK, 1.0)[:, None]
         total = parts[0][0] * shrink
         for coefficients, _ in parts[1:]:
             total = total + coefficients * shrink
-        values = butterflies(total) / shrink
-        if len(payloads) == 1:
-            limit = torch.finfo(dtype).max
-            values = values.clamp(-limit, limit)
-        return from_blocks(torch.where(values.isnan(), math.nan, values).to(dtype), row)
+        return from_blocks(butterflies(total) / shrink, row)
 
     def _scales(
         self, coefficients: Tensor, shrink: Tensor, regular: Tensor, blocks: int
@@ -289,12 +310,8 @@ class Rotated(Codec):
         """float32 coefficients [all blocks, block] of one payload; the magnitude of each block's step or constant."""
         *planes, scales, tops = split_sections(payload, sizes)
         codes = self._join(planes).view(-1, self.block).int()
-        scale = scales.int()
-        distance = scale & 0x7F
-        top = _of_each_block(from_half_words(tops), blocks)
-        step = ((top - distance.clamp(max=LAST)) << KEY_SHIFT).view(torch.float32)
-        step = torch.where(distance == NAN, math.nan, step)
-        coefficients = (codes - self.zero) * torch.where(scale > 0x7F, -step, step)[:, None] + 0.0  # never -0
+        step, distance = self._steps(scales, tops, blocks)
+        coefficients = (codes - self.zero) * torch.where(scales > 0x7F, -step, step)[:, None] + 0.0  # never -0
 
         value = self._constant_values(codes)
         constant = distance == CONSTANT
@@ -302,6 +319,13 @@ class Rotated(Codec):
         spike[:, 0] = value
         size = torch.where(constant, value.abs(), step)
         return torch.where(constant[:, None], spike, coefficients), size
+
+    @staticmethod
+    def _steps(scales: Tensor, tops: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
+        """Magnitude of every block's step, float32, NaN where its values are; and its distance from the top."""
+        distance, top = scales.int() & 0x7F, _of_each_block(from_half_words(tops), blocks)
+        step = ((top - distance.clamp(max=LAST)) << KEY_SHIFT).view(torch.float32)
+        return torch.where(distance == NAN, math.nan, step), distance
 
     # ---- codes and planes ----------------------------------------------------------------------------------
 

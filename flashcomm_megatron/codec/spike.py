@@ -63,7 +63,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Codec
+from .base import ROUNDING, Codec
 from .planes import (
     BFLOAT16_MAX,
     NAN_BITS,
@@ -80,6 +80,7 @@ from .planes import (
     in_octets,
     join_planes,
     join_sections,
+    of_block,
     plane_bytes,
     rows_of,
     split_planes,
@@ -195,6 +196,17 @@ class Spike(Codec):
         values = torch.where(minimum.isnan()[:, None], math.nan, values)
         constant = (words[0] << 16 | words[1]).view(torch.float32)
         return from_blocks(torch.where((spans == CONSTANT)[:, None], constant[:, None], values), row)
+
+    def bounds_ref(self, payload: Tensor, numel: int, width: int | None = None) -> Tensor:
+        """float32 [numel]: half a step, and what a spike's rounding to bfloat16 may take; zero for constants."""
+        row = rows_of(numel, width)[1]
+        sections = split_sections(payload, self.section_bytes(numel, width))
+        minima, maxima, spans = sections[len(plane_bytes(numel, self.bits)) :][:3]
+        minimum, maximum = (from_high_half(from_half_words(each)) for each in (minima, maxima))
+        prescale, _, exponent = _frame(minimum, maximum)
+        step = self._step(_spans(spans.int(), exponent))
+        bound = step * ROUNDING / prescale + torch.maximum(minimum.abs(), maximum.abs()) * 2.0**-8
+        return from_blocks(of_block(torch.where(spans == CONSTANT, 0.0, bound), self.block), row)
 
     def _step(self, span: Tensor) -> Tensor:
         """Distance of two codes' values; a scalar divisor is inverted on CUDA."""

@@ -62,7 +62,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Codec
+from .base import ROUNDING, Codec, rounded
 from .planes import (
     NAN_BITS,
     WIDTHS,
@@ -79,6 +79,7 @@ from .planes import (
     join_planes,
     join_sections,
     next_up,
+    of_block,
     plane_bytes,
     round_down,
     rows_of,
@@ -155,7 +156,13 @@ class Uniform(Codec):
         total = self._decode(payloads[0], numel, dtype, width)
         for payload in payloads[1:]:
             total = total + self._decode(payload, numel, dtype, width)
-        return torch.where(total.isnan(), math.nan, total).to(dtype)
+        return rounded(total, dtype, self.bound_of_sum(payloads, numel, dtype, width))
+
+    def bounds_ref(self, payload: Tensor, numel: int, width: int | None = None) -> Tensor:
+        """float32 [numel]: half a scale, zero where a constant is exact."""
+        row = rows_of(numel, width)[1]
+        scale = from_high_half(from_half_words(split_sections(payload, self.section_bytes(numel, width))[-2]))
+        return from_blocks(of_block(torch.where(scale.signbit(), 0.0, scale * ROUNDING), self.block), row)
 
     def _scale(self, minimum: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Per block: scale, power-of-two prescale, and the reciprocal of the prescaled scale."""

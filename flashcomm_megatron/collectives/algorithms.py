@@ -15,12 +15,13 @@ collective; on a thread or stream of its own an asynchronous one; N of them in t
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from contextlib import suppress
 
 import torch
 from torch import Tensor
 
+from ..codec.native import Received
 from ..comm.communicator import Call, Transfer
 from .plan import Piece, Plan
 
@@ -68,7 +69,7 @@ def _one_step(x: Tensor, piece: Piece, number: int, plan: Plan, call: Call, resi
     )
     plan.reduce.encode_slices(x, piece.slices, inbox[rank * size : (rank + 1) * size], residual)
     yield plan.transport.gather(inbox, size, call)
-    plan.reduce.reduce_slices(inbox.chunk(world), x, width=piece.slices.width)
+    plan.reduce.reduce_slices(Received(inbox, size, world), x, width=piece.slices.width)
 
 
 def two_step(x: Tensor, out: Tensor, plan: Plan, call: Call, residuals: Residuals | None = None) -> Steps:
@@ -152,13 +153,10 @@ def pipelined(
             under_way.append((legs, next(legs)))
 
 
-def _received(inbox: Tensor, outbox: Tensor, piece: Piece, plan: Plan) -> Sequence[Tensor]:
+def _received(inbox: Tensor, outbox: Tensor, piece: Piece, plan: Plan) -> Received:
     """The payloads of this rank's slice by rank; its own is still where it was encoded."""
-    rank, size = plan.comm.rank, piece.incoming[0]
-    payloads = list(inbox.chunk(plan.comm.world))
-    start = rank * piece.sizes[0]
-    payloads[rank] = outbox[start : start + size]
-    return payloads
+    rank = plan.comm.rank
+    return Received(inbox, piece.incoming[0], plan.comm.world, rank, outbox, rank * piece.sizes[0])
 
 
 def fused_residuals(x: Tensor, plan: Plan, residuals: Residuals | None) -> list[Tensor]:

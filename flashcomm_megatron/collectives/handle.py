@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -64,7 +64,7 @@ class Handle:
     def _run(self) -> None:
         started = time.perf_counter()
         try:
-            with profiled(self._plan), torch.no_grad() if torch.is_grad_enabled() else nullcontext():
+            with _around(self._plan):
                 for transfer in self._steps:
                     transfer.wait()
             counters.count_quantized(self._plan, time.perf_counter() - started)
@@ -113,6 +113,16 @@ class Launched:
         return self._result
 
 
+def _around(plan: Plan) -> AbstractContextManager[Any]:
+    """No gradients, and a range of the profiler; entering either costs microseconds, so only what is called for."""
+    if not torch.is_grad_enabled():
+        return profiled(plan)
+    around = ExitStack()
+    around.enter_context(torch.no_grad())
+    around.enter_context(profiled(plan))
+    return around
+
+
 def profiled(plan: Plan) -> AbstractContextManager[Any]:
     """A range of the profiler that is recording, if one is: torch.profiler, or Nsight through emit_nvtx.
 
@@ -120,10 +130,11 @@ def profiled(plan: Plan) -> AbstractContextManager[Any]:
     CPUs there is none: torch.profiler does not see their thread.
     """
     if not torch._C._autograd._profiler_enabled():
-        return nullcontext()
+        return _NOTHING
     return record_function(f"flash-comm {plan.label}: {plan.wire_bytes} of {plan.exact_bytes} bytes")
 
 
+_NOTHING: AbstractContextManager[Any] = nullcontext()
 _side_streams: dict[torch.device, Any] = {}
 
 

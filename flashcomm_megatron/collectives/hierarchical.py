@@ -64,7 +64,8 @@ def hierarchical(x: Tensor, out: Tensor, plan: Plan, call: Call, residuals: Resi
     yield intra_node.exchange(flat.view(torch.uint8), sizes, inbox, incoming, call)
     payloads = list(inbox.view(intra_node.world, sizes[intra_node.rank]).unbind())
     payloads[intra_node.rank] = mine.view(torch.uint8)
-    total = torch.empty(mine.numel(), dtype=torch.float32, device=x.device)
+    dtype = plan.dtype if plan.dtype == torch.float16 else torch.float32  # a sum of float16 overflows here already
+    total = torch.empty(mine.numel(), dtype=dtype, device=x.device)
     if plan.inter_node is not None:  # quantized all-reduce, where this rank has a slice
         exact.decode_sum(payloads, total)
         algorithm = one_step if plan.inter_node.algorithm == "one-step" else two_step

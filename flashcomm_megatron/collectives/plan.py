@@ -151,23 +151,14 @@ def plan(
     """
     if kind == "reduce_scatter" and (not shape or shape[0] % comm.world):
         raise ValueError(f"reduce_scatter: first dimension of {list(shape)} is not a multiple of {comm.world} ranks.")
-    numel, recipe = math.prod(shape), RECIPES[config.recipe]
-    is_gradient = legs is not None and legs != config.legs and legs == config.gradient_legs
-    case = Case(kind, name(dtype), config.grad_bits if is_gradient else config.bits, config.recipe)
-    transport = comm.transport_name(device, config)
-    if by_row:
-        row = dtype.itemsize * (shape[-1] if shape else 1)
-        minimum = 0 if row >= (config.min_bytes or 0) else NEVER
-    else:
-        minimum = minimum_size(case, topology_of(comm.world, comm.nodes, transport), transport, config)
-    deferred = _reason(kind, numel * dtype.itemsize, dtype, comm.world, minimum, by_row)
+    transport, exact = comm.transport_name(device, config), math.prod(shape) * dtype.itemsize
+    minimum = _minimum_of_row(shape, dtype, config) if by_row else _minimum(kind, dtype, transport, comm, config, legs)
+    deferred = _reason(kind, exact, dtype, comm.world, minimum, by_row)
+    recipe = RECIPES[config.recipe]
     if recipe.calibrated and legs is None and kind in ("all_reduce", "reduce_scatter"):
         deferred = "no calibrated site"
     legs = legs or config.legs
-    rows = ["*", *shape] if kind == "all_to_all" else list(shape)
-    title = " ".join(str(word) for word in (kind, rows, name(dtype), site_kind) if word)
-    check = zlib.crc32(f"{agreement.digest(config)} {title}".encode()) & 0xFFFF
-    title = f"{check:04x} {title}"[:TITLE]
+    check, title = _title(kind, shape, dtype, site_kind, config)
     made = Plan(
         deferred=deferred,
         kind=kind,
@@ -184,11 +175,36 @@ def plan(
         check=check,
         seconds=comm.seconds(config),
         minimum=minimum,
-        exact_bytes=exact_bytes(kind, numel * dtype.itemsize, comm.world),
+        exact_bytes=exact_bytes(kind, exact, comm.world),
     )
     if deferred or kind == "all_to_all":
         return made
     return _cut(made, shape, device, 0 if recipe.calibrated else PIECE.get(transport, 0))
+
+
+def _minimum(
+    kind: str, dtype: torch.dtype, transport: str, comm: Communicator | Simulated, config: Config, legs: Legs | None
+) -> int:
+    """Bytes of a tensor from which on compression pays."""
+    is_gradient = legs is not None and legs != config.legs and legs == config.gradient_legs
+    case = Case(kind, name(dtype), config.grad_bits if is_gradient else config.bits, config.recipe)
+    return minimum_size(case, topology_of(comm.world, comm.nodes, transport), transport, config)
+
+
+def _minimum_of_row(shape: Sequence[int], dtype: torch.dtype, config: Config) -> int:
+    """The same where a row decides: nothing, or never."""
+    row = dtype.itemsize * (shape[-1] if shape else 1)
+    return 0 if row >= (config.min_bytes or 0) else NEVER
+
+
+def _title(
+    kind: str, shape: Sequence[int], dtype: torch.dtype, site_kind: str | None, config: Config
+) -> tuple[int, str]:
+    """A checksum of configuration and call, and the call in words, which starts with it."""
+    rows = ["*", *shape] if kind == "all_to_all" else list(shape)
+    title = " ".join(str(word) for word in (kind, rows, name(dtype), site_kind) if word)
+    check = zlib.crc32(f"{agreement.digest(config)} {title}".encode()) & 0xFFFF
+    return check, f"{check:04x} {title}"[:TITLE]
 
 
 def message_codec(x: Tensor, plan: Plan) -> Codec:

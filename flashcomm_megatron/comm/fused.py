@@ -34,16 +34,25 @@ INBOXES: dict[str, type[PeerInboxes] | type[HostInboxes]] = {"peer": PeerInboxes
 CHAINS = {"auto": (), "peer": ("peer", "host"), "host": ("host",), "group": (), "shared-memory": ()}
 REGION_BYTES = 4 << 20  # of each (parity, leg, source): messages beyond take several rounds of one kernel
 
-FUSED = (0, 1, 2)  # formats of csrc/api.h that have fused kernels, for blocks whose units fit into a tile
+
+KNOWN: native.Native = (0, 8, 32)  # the trial's number format: 8-bit integers in blocks of 32, as csrc/api.h numbers it
 
 trial_seconds = 10.0  # how long a kernel waits for a peer while a workspace is tried out
+
+
+class Kernel(NamedTuple):
+    """What a fused kernel is told about a plan's only piece."""
+
+    reduce: Any  # the legs' formats, as the extension knows them
+    gather: Any
+    length: int  # values of a slice
 
 
 class Workspace:
     """Inboxes of all ranks of ``group`` on one device, ready to launch on."""
 
     def __init__(self, cuda: ModuleType, inboxes: Any, group: dist.ProcessGroup, device: int, blocks: int, region: int):
-        self._cuda, self._inboxes, self._seconds = cuda, inboxes, trial_seconds
+        self.cuda, self._inboxes, self._seconds = cuda, inboxes, trial_seconds
         self._ranks = dist.get_process_group_ranks(group)  # not the group: it would never be freed
         rank, world = group.rank(), group.size()
         self.device = device
@@ -52,10 +61,9 @@ class Workspace:
     def run(
         self,
         kind: str,
-        codecs: tuple[Any, Any],
+        kernel: Kernel,
         x: Tensor,
         out: Tensor,
-        length: int,
         residuals: Sequence[Tensor] = (),
         *,
         seconds: float,
@@ -63,18 +71,18 @@ class Workspace:
     ) -> Tensor:
         """Launch one collective of ``kind`` on the current stream and return ``out``.
 
-        ``x``, ``out``: contiguous, on this device. ``codecs``: of the reduce and the gather leg. ``length``: values of
-        a slice. ``residuals``: of both legs, added and replaced; or none. ``seconds``: how long the kernel waits for a
-        peer; then it fills ``out`` with NaN, and :meth:`raise_error` raises.
+        ``x``, ``out``: contiguous, on this device. ``residuals``: of both legs, added and replaced; or none.
+        ``seconds``: how long the kernel waits for a peer; then it fills ``out`` with NaN, and :meth:`raise_error`
+        raises, which callers ask before.
         """
-        self.raise_error()
         self._seconds = seconds
-        request = self._cuda.Request(
+        request = self.cuda.Request(
             kind=KINDS[kind],
-            **_legs(self._cuda, codecs),
+            reduce=kernel.reduce,
+            gather=kernel.gather,
             dtype=native.DTYPES[x.dtype],
             numel=max(x.numel(), out.numel()),
-            slice=length,
+            slice=kernel.length,
             x=[x.data_ptr()],
             out=[out.data_ptr()],
             residuals=[each.data_ptr() for each in residuals],
@@ -135,7 +143,7 @@ def serving(
     """
     if x.device.type != "cuda" or not CHAINS[transport]:
         return None
-    if group.size() not in WORLDS or len(plan.pieces) != 1 or not _has_kernel(*_cut(plan), x.dtype, with_residuals):
+    if group.size() not in WORLDS or len(plan.pieces) != 1 or not _kernel_of(plan, with_residuals):
         return None
     made = _of(group, x.device.index, transport)
     if made is not None and made.device != x.device.index:
@@ -163,25 +171,26 @@ def launch(
     made: Workspace, plan: Any, x: Tensor, out: Tensor, residuals: Sequence[Tensor] = (), **tests: Any
 ) -> Tensor:
     """Run a planned collective that :func:`serving` said ``made`` serves."""
-    codecs, slices = _cut(plan)
-    return made.run(plan.algorithm, codecs, x, out, slices.length, residuals, seconds=plan.seconds, **tests)
+    kernel = _kernel_of(plan, bool(residuals))
+    assert kernel is not None
+    return made.run(plan.algorithm, kernel, x, out, residuals, seconds=plan.seconds, **tests)
 
 
-def _cut(plan: Any) -> tuple[tuple[Any, Any], Any]:
-    """The codecs that serve the rows of a plan's only piece, and how it is cut."""
-    slices = plan.pieces[0].slices
-    return (plan.reduce.fitted(slices.width), plan.gather.fitted(slices.width)), slices
+def _kernel_of(plan: Any, with_residuals: bool) -> Kernel | None:
+    return _kernel(plan.reduce, plan.gather, plan.pieces[0].slices, plan.dtype, with_residuals)
 
 
 @lru_cache(4096)
-def _has_kernel(codecs: tuple[Any, Any], slices: Any, dtype: torch.dtype, with_residuals: bool) -> bool:
-    """Whether there is a fused kernel for these legs; it knows no rows: they must be whole blocks or super-blocks."""
-    cuda = native.cuda()
+def _kernel(reduce: Any, gather: Any, slices: Any, dtype: torch.dtype, with_residuals: bool) -> Kernel | None:
+    """The fused kernel for these legs, if there is one; it knows no rows: they must be whole blocks or super-blocks."""
+    cuda, codecs = native.cuda(), [codec.fitted(slices.width) for codec in (reduce, gather)]
     if cuda is None or not all(codec.native for codec in codecs):
-        return False
-    return cuda.has_collective(*_legs(cuda, codecs).values(), native.DTYPES[dtype], with_residuals) and all(
-        native.has_cuda_kernel(codec.native, dtype, slices.length, slices.width) for codec in codecs
-    )
+        return None
+    legs = [cuda.Leg(*codec.native) for codec in codecs]
+    fits = all(native.has_cuda_kernel(codec.native, dtype, slices.length, slices.width) for codec in codecs)
+    if not fits or not cuda.has_collective(*legs, native.DTYPES[dtype], with_residuals):
+        return None
+    return Kernel(legs[0], legs[1], slices.length)
 
 
 def prepare(group: dist.ProcessGroup, transport: str) -> Workspace | None:
@@ -287,13 +296,13 @@ def _blocks(places: Sequence[bytes]) -> int:
 
 def _trial(made: Workspace, group: dist.ProcessGroup) -> str:
     """Gather known numbers twice, once through each buffer; why they did not all arrive, or nothing."""
-    codec, device = _Known(), torch.device("cuda", made.device)
+    device, leg = torch.device("cuda", made.device), made.cuda.Leg(*KNOWN)
     try:
         for turn in range(2):
             parts = [_known(rank, turn, device) for rank in range(group.size())]
             out = torch.full((len(parts) * parts[0].numel(),), torch.nan, dtype=torch.bfloat16, device=device)
             mine = parts[group.rank()]
-            made.run("all_gather", (codec, codec), mine, out, mine.numel(), seconds=trial_seconds)
+            made.run("all_gather", Kernel(leg, leg, mine.numel()), mine, out, seconds=trial_seconds)
             torch.cuda.synchronize(made.device)
             made.raise_error()
             if not torch.equal(out, torch.cat(parts)):
@@ -303,19 +312,8 @@ def _trial(made: Workspace, group: dist.ProcessGroup) -> str:
     return ""
 
 
-class _Known(NamedTuple):
-    """The number format of the trial: 8-bit integers in blocks of 32, as csrc/api.h numbers it."""
-
-    native: native.Native = (0, 8, 32)
-
-
 def _known(rank: int, turn: int, device: torch.device) -> Tensor:
     """Integers from 0 to 255 that 8-bit blocks hold exactly, different for every rank and turn."""
     x = (torch.arange(1 << 18, device=device) * (2 * rank + 3) + 7 * turn) % 256
     x[::32], x[1::32] = 0, 255
     return x.bfloat16()
-
-
-def _legs(cuda: ModuleType, codecs: tuple[Any, Any]) -> dict[str, Any]:
-    reduce, gather = codecs
-    return {"reduce": cuda.Leg(*reduce.native), "gather": cuda.Leg(*gather.native)}

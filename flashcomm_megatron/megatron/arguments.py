@@ -27,14 +27,13 @@ from dataclasses import Field, fields
 from functools import partial
 from typing import Any
 
-from ..config import Config, check_environment, current, from_environment, is_disabled, set_current
+from ..config import PREFIX, Config, check_environment, current, finish, from_environment, is_disabled, set_current
 from ..observe import messages
 from . import installation, patching
 from .patching import Function, PatchError, Seam
 from .when_imported import when_imported
 
 logger = logging.getLogger(__name__)
-PREFIX = "flash_comm_"
 MEGATRON_ARGUMENTS = "megatron.training.arguments"
 
 
@@ -79,6 +78,7 @@ def enable_from(namespace: argparse.Namespace) -> None:
     found = current()
     for field in fields(Config) if found is not None and not is_disabled() else ():
         setattr(namespace, PREFIX + field.name, getattr(found, field.name))
+    finish(namespace)
 
 
 def enable_from_environment() -> None:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 from torch import nn
 
+from .. import collectives
 from ..codec.published import ranges
 from ..codec.published.outlier import from_ranges
 from ..codec.recipes import Legs
 from ..config import Config
-from .model import row_layers
+from .model import output_width, row_layers
 
 _legs: WeakKeyDictionary[nn.Module, tuple[Config, Legs]] = WeakKeyDictionary()
 
@@ -31,8 +31,9 @@ def legs(config: Config, layer: nn.Module, group: dist.ProcessGroup) -> Legs | N
 
 def _read(config: Config, path: str, layer: nn.Module, group: dist.ProcessGroup) -> None:
     """Note the codecs of every layer of the model that the file knows."""
+    collectives.agree(group, config)  # before a file is read, which may fail on this rank alone
     file, rows = ranges.load(path), row_layers(layer)
-    ranges.check(file, {name: _width(each) for name, each in rows.items()}, group.size())
+    ranges.check(file, {name: output_width(each) for name, each in rows.items()}, group.size())
     for name, (low, high) in file.layers.items():
         _legs[rows[name]] = config, config.legs._replace(reduce=from_ranges(low, high, group.rank()))
     missing = [name for name, each in rows.items() if each is layer and name not in file.layers]
@@ -40,9 +41,3 @@ def _read(config: Config, path: str, layer: nn.Module, group: dist.ProcessGroup)
         raise ValueError(
             f"--flash-comm-calibration {path} was made for another model: it has no layer {missing[0]}. {ranges.AGAIN}"
         )
-
-
-def _width(row: Any) -> int:
-    """Features of a row-parallel layer's output, by Megatron's name for them or Transformer Engine's."""
-    width: int = row.output_size if hasattr(row, "output_size") else row.out_features
-    return width

@@ -3,8 +3,9 @@
 A job that is believed compressed and is not is the worst outcome, and Megatron has several implementations of every
 layer. So the first forward that runs a row-parallel layer, of whatever kind, is watched through torch's module hooks.
 Before it one line is printed, on rank 0. After it every row-parallel layer that neither compressed nor deferred a sum
-is named: it communicates by names that we do not replace, whatever its class. Then the hooks are gone. A process that
-ends without such a forward is told so as well.
+is named: it communicates by names that we do not replace, whatever its class. Then the hooks are gone, until another
+model is built or, at most a hundred forwards, one that was built earlier runs: each is judged by its own first forward.
+A process that ends without such a forward is told so as well, and so is one whose arguments were changed too late.
 
 Under ``--flash-comm-strict`` both are errors, and so is every earlier one that the script caught: the process ends with
 an exit code other than 0 when the script returns, by SystemExit of any code, by an exception or a signal, and where it
@@ -20,26 +21,54 @@ import os
 import sys
 from collections import Counter
 from typing import Any
+from weakref import WeakSet
 
 import torch
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+    register_module_module_registration_hook,
+)
 
-from ..config import current, is_disabled
+from ..config import changed, current, is_disabled
 from ..observe import counters, messages
-from . import model
+from . import experts, model
 
 # In the class name of every implementation of the layer, or of its base; the last one runs it inside, as no module.
 ROW_PARALLEL = ("RowParallelLinear", "TEFusedMLP")
+PATIENCE = 100  # forwards that are watched for layers that were built and do not run
 
 
-class _FirstForward:
-    """Watches until one outermost module that ran row-parallel layers has returned."""
+class _Watch:
+    """Judges every row-parallel layer once, by the first forward of an outermost module that runs it.
+
+    torch's forward hooks are there as long as a layer that was built has not run; what is built, torch tells as well.
+    """
 
     def __init__(self, patched: str) -> None:
         self.patched = patched
         self.outermost: Any = None
+        self.has_judged = False
+        self.judged: WeakSet[torch.nn.Module] = WeakSet()
+        self.waiting: WeakSet[torch.nn.Module] = WeakSet()  # built, and not run yet
+        self.building = register_module_module_registration_hook(self.built)
+        self.hooks: list[Any] = []
+        self.resume()
+
+    def resume(self) -> None:
         enter, leave = map(torch.compiler.disable, (self.enter, self.leave))  # the first forward may be a compiled one
         self.hooks = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
+        self.left = PATIENCE
+
+    def rest(self) -> None:
+        while self.hooks:
+            self.hooks.pop().remove()
+
+    def built(self, module: torch.nn.Module, name: str, submodule: Any) -> None:
+        if submodule is not None and _sums(submodule) and submodule not in self.judged:
+            self.waiting.add(submodule)
+            if not self.hooks:
+                self.resume()
 
     def enter(self, module: torch.nn.Module, args: Any) -> None:
         if self.outermost is None:
@@ -47,7 +76,7 @@ class _FirstForward:
             self.outermost, self.before = module, counters.stats()
             self.running: list[tuple[Any, int]] = []  # row layers, and the collectives counted when they began
             self.silent: dict[torch.nn.Module, bool] = {}  # row layers: whether nothing was counted in any call
-        if _sums(module):
+        if module not in self.judged and _sums(module):
             self.running.append((module, counters.stats()["calls"]))
 
     def leave(self, module: torch.nn.Module, args: Any, output: Any) -> None:
@@ -57,15 +86,24 @@ class _FirstForward:
         if module is not self.outermost:
             return
         self.outermost = None
-        if self.silent and output is not None:  # None: the forward raised
-            stop()
+        if output is None:  # the forward raised
+            return
+        self.left -= self.has_judged
+        self.judged.update(self.silent)
+        self.waiting.difference_update(self.silent)
+        if (self.silent or self.has_judged) and (not self.waiting or self.left == 0):
+            self.rest()
+        if self.silent:
+            self.has_judged = True
             self.judge()
 
     def judge(self) -> None:
         """Warn of what this forward left uncompressed; raise where the configuration is strict."""
         silent = [module for module, is_silent in self.silent.items() if is_silent]
-        now = counters.stats()
+        now, otherwise = counters.stats(), changed()
         deferred = Counter(now["deferred"]) - Counter(self.before["deferred"])
+        if otherwise:
+            messages.complain(otherwise, fatal=True)
         if silent:
             kinds = Counter(type(module).__name__ for module in silent)
             messages.complain(
@@ -80,25 +118,26 @@ class _FirstForward:
             )
 
 
-_watch: _FirstForward | None = None
+_watch: _Watch | None = None
 _was_started = False
+_judged_by: int | None = None  # the process that ends with a verdict: a forked child takes over what its parent has
 
 
 def start(patched: str) -> None:
     """Watch the next forward. ``patched`` is the end of the line that is printed before it."""
-    global _watch, _was_started
+    global _watch, _was_started, _judged_by
     stop()
-    if multiprocessing.parent_process() is not None and not _was_started:  # a child, which may run no exit handlers
+    if multiprocessing.parent_process() is not None and _judged_by != os.getpid():  # it may run no exit handlers
         multiprocessing.util.Finalize(None, _at_exit, exitpriority=0)
-    _watch, _was_started = _FirstForward(patched), True
+    _watch, _was_started, _judged_by = _Watch(patched), True, os.getpid()
 
 
 def stop() -> None:
     """Watch no longer."""
     global _watch
     if _watch is not None:
-        for hook in _watch.hooks:
-            hook.remove()
+        _watch.rest()
+        _watch.building.remove()
     _watch = None
 
 
@@ -110,7 +149,10 @@ def close() -> None:
     atexit.unregister(_at_exit)
     if getattr(sys, "last_value", None) is not None:  # the script's own error ends the process
         return
-    if _watch is not None:
+    for what in () if is_disabled() else (changed(), experts.idle()):
+        if what:
+            messages.complain(what, fatal=True)
+    if _watch is not None and not _watch.has_judged:
         stop()
         messages.complain("no tensor-parallel layer ran, so nothing was compressed.", fatal=True)
     elif _was_started and current() is not None:

@@ -14,7 +14,8 @@ from torch import Tensor
 from .. import collectives
 from ..collectives.algorithms import Residuals
 from ..collectives.plan import Plan
-from . import calibrated, context, feedback, gradients, modes
+from ..observe import counters
+from . import calibrated, context, feedback, gradients, last_sum, modes
 
 
 class Planned(NamedTuple):
@@ -39,14 +40,19 @@ def planned(kind: str, collective: str, x: Tensor, group: Any, reason: str | Non
         return None
     if modes.forbids(site, collective, x, group, reason):
         return None
-    collectives.agree(group, site.config)  # before a file is read, which may fail on this rank alone
-    legs = calibrated.legs(site.config, site.module, group) if kind == "row" else None
+    row = kind == "row"
+    legs = calibrated.legs(site.config, site.module, group) if row else None
+    last = last_sum.bits(site.config, site.module) if row else None
+    if last is not None:
+        legs = site.config.legs_of(last)
     plan = collectives.decide(collective, x, group, site.config, site, legs, modes.is_batch_invariant(site.module))
     if plan.deferred:
         collectives.count_deferred(plan)
         return None
-    row = kind == "row"  # asked here: inside an autograd function gradients look switched off
-    return Planned(plan, feedback.residuals(site.module, x, group, site.config) if row else None)
+    if last is not None:
+        counters.count_last_sum(last)
+    # asked here: inside an autograd function gradients look switched off
+    return Planned(plan, feedback.residuals(site.module, x, group, plan) if row else None)
 
 
 def as_original_wants(kind: str, x: Tensor) -> Tensor:

@@ -75,11 +75,22 @@ def dispatcher_method(original: Function) -> Function:
     return method
 
 
+def idle() -> str | None:
+    """That tokens were to be compressed and none came; None: nothing is wrong."""
+    config = current()
+    if config is None or not config.experts or _Tokens.ran:
+        return None
+    return "--flash-comm-experts did nothing: no tokens went through the all-to-all of Megatron's dispatcher."
+
+
 class _Tokens(torch.autograd.Function):
     """Rows to the ranks whose experts want them; gradients travel back the same way."""
 
+    ran = False  # in this process
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any, outs: Splits, ins: Splits, config: Config, by_row: bool) -> Any:
+        _Tokens.ran = True
         ctx.group, ctx.outs, ctx.ins, ctx.config, ctx.by_row = group, outs, ins, config, by_row
         return all_to_all(x, group, config, output_splits=outs, input_splits=ins, by_row=by_row)
 

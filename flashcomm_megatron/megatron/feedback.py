@@ -40,8 +40,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..codec.recipes import RECIPES
 from ..collectives.algorithms import Residuals
+from ..collectives.plan import Plan
 from ..comm import votes
-from ..config import Config, current
+from ..config import current
 from ..observe import counters, messages
 from . import measure, modes
 from .patching import Function, untraced
@@ -89,15 +90,17 @@ _streams: Any = WeakTensorKeyDictionary()
 _adds_up: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # layer: what was measured
 
 
-def residuals(layer: nn.Module, x: Tensor, group: Any, config: Config) -> Residuals | None:
+def residuals(layer: nn.Module, x: Tensor, group: Any, plan: Plan) -> Residuals | None:
     """The residuals for the collective that sums ``layer``'s partial sum ``x``, or None where feedback is off."""
+    config = plan.config
     if not RECIPES[config.recipe].feedback or config.feedback == "off":
         return None
     reason = _reason(layer, x, group)
     counters.count_feedback(reason or ON)
     if reason or _here.visit is None:
         return None
-    stream, kind = _here.visit.stream, (x.shape, x.dtype, x.device, group, config)
+    blocks = tuple(leg.fitted(x.size(-1)).block for leg in (plan.reduce, plan.gather))  # of a last sum maybe others
+    stream, kind = _here.visit.stream, (x.shape, x.dtype, x.device, group, config, blocks)
     if stream.kind != kind:
         stream.residuals, stream.kind = Residuals(), kind
     return stream.residuals

@@ -27,7 +27,7 @@ _is_output: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 @untraced
 def name(layer: nn.Module) -> str:
     """``layer``'s name inside its model; its class where no other module holds it."""
-    return _joined([part for _, part in _way_up(layer)]) or type(layer).__name__
+    return _joined([part for _, part in way_up(layer)]) or type(layer).__name__
 
 
 @untraced
@@ -36,7 +36,7 @@ def row_layers(layer: nn.Module) -> dict[str, Any]:
 
     Without those of experts, which leave communication to their dispatcher.
     """
-    way = _way_up(layer)
+    way = way_up(layer)
     model = way[0][0] if way else layer
     return {_joined(path.split(".")): each for path, each in model.named_modules() if communicates_as_row(each)}
 
@@ -47,6 +47,12 @@ def communicates_as_row(module: Any) -> bool:
         return False
     is_expert = getattr(module, "is_expert", False) or getattr(module, "explicit_expert_comm", False)
     return not is_expert and getattr(module, "parallel_mode", "row") == "row"
+
+
+def output_width(row: Any) -> int:
+    """Features of a row-parallel layer's output, by Megatron's name for them or Transformer Engine's."""
+    width: int = row.output_size if hasattr(row, "output_size") else row.out_features
+    return width
 
 
 @untraced
@@ -63,7 +69,7 @@ def is_output_layer(module: Any, weight: Tensor | None) -> bool:
     return _is_output[module]
 
 
-def _way_up(layer: nn.Module) -> list[tuple[nn.Module, str]]:
+def way_up(layer: nn.Module) -> list[tuple[nn.Module, str]]:
     """Holders of ``layer`` and what each calls the next one, the model first."""
     if layer not in _holders:
         _note_all()

@@ -21,6 +21,7 @@ class Counters:
         self.quantized = 0
         self.deferred: Counter[str] = Counter()
         self.feedback: Counter[str] = Counter()
+        self.last_sums: Counter[str] = Counter()
         self.exact_bytes = 0
         self.wire_bytes = 0
         self.remote_bytes = 0
@@ -71,13 +72,20 @@ def count_feedback(state: str) -> None:
         _counters.feedback[state] += 1
 
 
+def count_last_sum(bits: int) -> None:
+    """One compressed sum that travelled in ``bits`` because it is the last one of its model."""
+    with _lock:
+        _counters.last_sums[f"{bits}-bit"] += 1
+
+
 def stats() -> dict[str, Any]:
     """Totals since the last reset: calls, quantized, {exact,wire,remote}_bytes, seconds, and by reason:
 
-    ``deferred`` collectives, and compressed sums with ``feedback`` ("on") and without.
+    ``deferred`` collectives, and compressed sums with ``feedback`` ("on") and without. ``last_sums``: how many sums had
+    a width of their own because they were the last ones of their models, by width.
     """
     with _lock:
-        return {**vars(_counters), "deferred": dict(_counters.deferred), "feedback": dict(_counters.feedback)}
+        return {name: dict(value) if isinstance(value, Counter) else value for name, value in vars(_counters).items()}
 
 
 def reset_stats() -> None:

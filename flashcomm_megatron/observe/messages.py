@@ -106,6 +106,14 @@ def complain(what: str, fatal: bool) -> None:
         logger.warning(message)
 
 
+def fails_at_the_end(what: str, config: Config) -> None:
+    """Warn on this rank of what was asked for and is not done; where ``config`` is strict, the exit code says so."""
+    global _failed
+    logger.warning(f"flash-comm: {what}")
+    if config.strict:
+        _failed = _failed or f"{what} (--flash-comm-strict)"
+
+
 def last_verdict() -> None:
     """RuntimeError once more if a strict configuration ever made an error of something: a script may have caught it."""
     if _failed is not None:

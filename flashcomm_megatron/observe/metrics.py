@@ -28,7 +28,7 @@ import torch
 from ..codec import native
 from ..config import Config, current
 from ..version import __version__
-from . import error_sampling
+from . import error_sampling, messages
 from .counters import stats
 
 logger = logging.getLogger("flashcomm_megatron")
@@ -150,7 +150,8 @@ def _append(config: Config, line: dict[str, Any]) -> None:
             file.write(("\n" * torn + rows).encode())
     except OSError as error:
         if first:
-            logger.warning("flash-comm: no metrics are written: %s. Give --flash-comm-metrics another path.", error)
+            what = f"no metrics are written: {error}. Give --flash-comm-metrics another path."
+            messages.fails_at_the_end(what, config)
     _described.add(str(path))
 
 

@@ -18,7 +18,7 @@ from ..collectives import minimum_size
 from ..config import VARIABLES, current, is_disabled
 from ..megatron import checkout, installation, patching, seams, training_log
 from ..megatron.arguments import SEAMS as DOORS
-from ..observe import counters
+from ..observe import counters, messages
 from ..version import __version__
 
 
@@ -59,6 +59,7 @@ def report() -> Report:
             "minimum sizes": _least(),
             "state": _state(),
             "feedback": _feedback(),
+            "last sums": messages.listed(counters.stats()["last_sums"]),
             "seams": rows,
         }
     )

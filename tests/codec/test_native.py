@@ -45,7 +45,7 @@ def test_the_extension_was_built() -> None:
         (torch.zeros(10, 10), payload(), r"x has shape \(10, 10\), strides \(10, 1\); expected contiguous 1-D"),
         (torch.zeros(200)[::2], payload(), r"x has shape .* strides \(2,\)"),
         (torch.zeros(100), payload().char(), "out is torch.int8; expected torch.uint8"),
-        (torch.zeros(100), payload(BYTES + 1), f"out has {BYTES + 1} bytes; the codec's payload has {BYTES}"),
+        (torch.zeros(100), payload(BYTES - 1), f"out has {BYTES - 1} bytes; the codec's payload has {BYTES}"),
         (torch.zeros(100), payload(2 * BYTES)[::2], r"out has shape .* strides \(2,\)"),
         (torch.zeros(100), payload().to("meta"), "out is on meta; expected cpu"),
     ],
@@ -53,6 +53,11 @@ def test_the_extension_was_built() -> None:
 def test_encode_refuses_wrong_tensors(x: Tensor, out: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=f"encode: {message}"):
         native_encode(CODEC, x, out)
+
+
+def test_a_payload_is_written_into_as_many_bytes() -> None:
+    with pytest.raises(ValueError, match=f"encode: out has {BYTES + 1} bytes; the codec's payload has {BYTES}"):
+        CODEC.encode(torch.zeros(100), payload(BYTES + 1))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,9 @@ from specification import planned
 from flashcomm_megatron.codec import native as extension
 from flashcomm_megatron.collectives import all_reduce, prepare
 from flashcomm_megatron.comm import fused, shared_memory, votes
+from flashcomm_megatron.comm.communicator import Call
 from flashcomm_megatron.comm.inboxes import HostInboxes
+from flashcomm_megatron.comm.process_group import ProcessGroup
 from flashcomm_megatron.config import Config
 
 
@@ -184,3 +186,20 @@ def _cpu_ignores_transport(rank: int, world: int) -> torch.Tensor:
 def test_on_the_cpu_every_transport_is_the_process_group():
     first, second = spawn(_cpu_ignores_transport, 2)
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("out_sizes", "in_sizes", "splits"),
+    [((32, 32), (32, 32), ([], [])), ((32, 16), (32, 32), ([32, 32], [32, 16])), ([0, 0], [0, 48], ([0, 48], [0, 0]))],
+    ids=["equal-slices", "short-slice", "all-to-all-that-only-receives"],
+)
+def test_sizes_are_left_out_where_all_ranks_leave_them_out(monkeypatch, out_sizes, in_sizes, splits):
+    """A backend may run another collective without sizes, so ranks must agree."""
+    found = []
+    ends = ProcessGroup.__new__(ProcessGroup)
+    ends.rank, ends.world = 0, 2
+    ends._group = lambda: SimpleNamespace(alltoall_base=lambda inbox, outbox, *rest: found.append(rest[:2]))
+    monkeypatch.setattr(ProcessGroup, "messages", ())
+    boxes = (torch.empty(sum(sizes), dtype=torch.uint8) for sizes in (out_sizes, in_sizes))
+    ends.exchange(next(boxes), out_sizes, next(boxes), in_sizes, Call(1, "", 0, 1.0))
+    assert found == [splits]

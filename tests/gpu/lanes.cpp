@@ -16,7 +16,10 @@ int main() {
         [&] {
             Octet<BFloat16> octets[kRows<BFloat16>];
             load<BFloat16>(x.data(), kLeastTile, octets);
-            codec.encode(octets, kLeastTile, shared_memory(), (uint8_t*)payload.data());
+            codec.with_blocks([&](const auto& blocks) {
+                blocks.template encode_to<true>(octets, kLeastTile, shared_memory(), (uint8_t*)payload.data(),
+                                                codec.own(kLeastTile), nullptr);
+            });
         },
         0, 1, kThreads);
     while (!block.ended()) block.step();

@@ -35,10 +35,7 @@ def known_architectures() -> list[str]:
 
 SOURCES = ["codec_part", "collective_part"]  # with the kernels of one part: csrc/cuda/instances.h
 PARTS = list(product(("BFloat16", "Float16", "Float32"), (1, 0)))
-# Bytes a thread: three texts of the work on rotated blocks in one fused kernel are more than 128 registers hold. To be
-# mended as the codec kernels were, by asking once around the whole sum (docs/log.md).
-SPILLED = {("collective_part", 0): 256}
-KERNELS = {("codec_part", 1): 24, ("codec_part", 0): 8, ("collective_part", 1): 8, ("collective_part", 0): 3}
+KERNELS = {("codec_part", 1): 9, ("codec_part", 0): 8, ("collective_part", 1): 3, ("collective_part", 0): 3}
 
 
 def compiled(root: Path, folder: Path, source: str, architecture: str, *flags: str) -> str:
@@ -65,8 +62,7 @@ def test_compiles_and_spills_nothing(root, tmp_path, source, dtype, uniform, arc
     report = compiled(root, tmp_path, source, architecture, *part)
     kernels = re.findall(r"entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill", report, re.DOTALL)
     assert len(kernels) >= KERNELS[source, uniform], "ptxas reports every kernel"
-    most = SPILLED.get((source, uniform), 0)
-    spilling = [name for name, stack, spilled in kernels if int(stack) > most or int(spilled) > most]
+    spilling = [name for name, stack, spilled in kernels if int(stack) or int(spilled)]
     assert not spilling, "a kernel spills registers or keeps an array in local memory"
 
 

@@ -73,7 +73,7 @@ def test_any_world_kind_and_numel_equals_the_specification(ranks):
             check(ranks, kind, numel, torch.bfloat16, codecs, seed)
 
 
-@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("ranks", [one_launch(3)], indirect=True)
 def test_any_width_dtype_and_block_equals_the_specification(ranks, bits):
     for dtype, block, kind in product(DTYPES, (8, 32, 40, 128, 1024), KINDS):
@@ -274,7 +274,7 @@ from test_cuda_collectives import *
 made = OneLaunch(2, 4)
 for kind in KINDS:
     check(made, kind, 9001, torch.bfloat16, BLOCK32)
-    check(made, kind, 130_001, torch.float32, (Uniform(7, 24), Uniform(7, 24)))
+    check(made, kind, 130_001, torch.float32, (Uniform(8, 24), Uniform(8, 24)))
 made.close()
 """
 

@@ -32,7 +32,6 @@ pytestmark = [
 ]
 FLASH, AUTO = (Uniform(4, 32), Uniform(4, 128)), (Rotated(4.5, 32), Rotated(5, 64))
 COUNTS = "benchmarks/results/sass_counts.json"
-OVER_THEIR_BARS = {"auto's gather leg, 5 bits, blocks of 64: decode"}
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import bench_sass  # noqa: E402
 
@@ -60,7 +59,7 @@ def test_strange_data(architecture, codec):
 def test_every_codec(dtype):
     run = Kernels("sm_90", dtype, ALL)
     codecs = [
-        Uniform(bits, block) for bits, block in ((2, 8), (3, 24), (4, 64), (5, 256), (6, 128), (7, 32), (8, 1000))
+        Uniform(bits, block) for bits, block in ((4, 8), (4, 24), (4, 64), (4, 256), (8, 128), (8, 32), (8, 1000))
     ]
     codecs += [Rotated(bits, block) for bits, block in ((2, 16), (3.5, 32), (5.5, 128), (6, 64), (7.5, 32))]
     codecs += [Spike(bits, block) for bits, block in ((2, 64), (5, 24), (8, 32))]
@@ -130,8 +129,7 @@ def test_an_access_out_of_bounds_is_found():
 def test_instructions_and_wavefronts_are_as_committed(root):
     """benchmarks/bench_sass.py wrote the counts; more than 3 % above them is a loss that somebody should see."""
     committed = json.loads((root / COUNTS).read_text())["counts"]["sm_90"]
-    over = {name for name, row in committed.items() if row["instructions"] > (bench_sass.bar(name) or 1000)}
-    assert over == OVER_THEIR_BARS, "a bar that is reached stays reached; one that is not is named"
+    assert not {name for name, row in committed.items() if row["instructions"] > (bench_sass.bar(name) or 1000)}
     for name, found in bench_sass.codec_counts("sm_90").items():
         assert found["instructions"] <= committed[name]["instructions"] * 1.03, name
         assert found["wavefronts"] <= max(committed[name]["wavefronts"] * 1.03, found["ideal_wavefronts"] * 1.1), name
@@ -150,14 +148,23 @@ def test_the_protocol_is_ordered_for_the_whole_system(legs):
     assert any(re.search(r"LD\S*\.64\.STRONG\.SYS", line) for line in lines)
 
 
-@pytest.mark.parametrize("architecture", ["sm_90", "sm_80"])
-def test_no_local_memory_and_no_bytes_through_shared_memory(architecture):
-    for name, program in Kernels(architecture, torch.bfloat16, FIRST).programs.items():
-        ops = {(instruction.op, instruction.modifiers) for instruction in program.values()}
-        assert not [op for op, _ in ops if op in ("LDL", "STL")], f"{name} spills"
-    run = Kernels("sm_90", torch.bfloat16, "-DLEGS=rotated")
-    x = [tensor("normal", 16384, torch.bfloat16, seed) for seed in range(2)]
+@pytest.mark.parametrize(
+    ("architecture", "what"),
+    [("sm_90", FIRST), ("sm_80", FIRST), ("sm_90", "-DLEGS=rotated"), ("sm_90", "-DLEGS=carrying")],
+)
+def test_no_local_memory(architecture, what):
+    for name, program in Kernels(architecture, torch.bfloat16, what).programs.items():
+        assert not {instruction.op for instruction in program.values()} & {"LDL", "STL"}, f"{name} spills"
+
+
+def test_widths_of_memory_accesses():
+    """Single bytes of shared memory are scales, one for a block or a thread; global memory moves in 16 bytes."""
+    run, world, numel = Kernels("sm_90", torch.bfloat16, "-DLEGS=rotated"), 2, 16384
+    x = [tensor("normal", numel, torch.bfloat16, seed) for seed in range(world)]
     run.collective("two-step", AUTO, [x])
-    widths = run.counts.shared_widths
-    few = sum(count for (_, size), count in widths.items() if size == 1)
-    assert few < 0.02 * sum(widths.values()), "bytes of one plane and of scales, nothing else"
+    written = world * (numel // AUTO[0].block + numel // world // AUTO[1].block)
+    read = world * 2 * numel // 32  # values of a thread; both legs
+    single = sum(count for (_, size), count in run.counts.shared_widths.items() if size == 1)
+    assert single < 1.1 * (written + read)
+    widths = run.counts.global_widths
+    assert sum(count for (_, size), count in widths.items() if size != 16) < 0.02 * sum(widths.values()), "flags"

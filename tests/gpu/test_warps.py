@@ -25,9 +25,9 @@ WRONG = "    if (is_finite(x, 0, begin, values)) share_largest(magnitude);\n    
 # there is a barrier all threads of a block, see the same.
 UNIFORM = {
     "the call, the shape and the codec are the same for all threads": {
-        "!gathers(call.kind)",
-        "gathers(call.kind)",
-        "reduces(call.kind)",
+        "phase <= (reduces(call.kind) ? 2 : 1)",
+        "is_sum()",
+        "is_sum() && !gathers(call.kind)",
         "count == 1",
         "p < count",
         "t < from.tiles",
@@ -38,9 +38,9 @@ UNIFORM = {
         "distance <= (scatter ? call.world : 1)",
         "source < call.world",
         "values == 0",
-        "values(d) == 0",
-        "!is_paired",
+        "!pair_shift",
         "levels <= kSearched",
+        "kAlone && adds_codes()",
         "(values & (block() - 1)) == 0",
         "kOwn",
         "kOwn || !lanes",
@@ -59,8 +59,7 @@ UNIFORM = {
     "constants": {"row < kRows<T>", "part < kParts", "i < 8", "stride < 8", "apart < kWarp"},
     "answers of a barrier or a vote, the same for all": {
         "more",
-        "!await(kGatherLeg)",
-        "!await(kReduceLeg)",
+        "!await(leg())",
         "Reduce::kRotates && !",
         "~votes(is_plain)",
     },
@@ -70,7 +69,7 @@ UNIFORM = {
     },
 }
 CONVERGENT = {"sync", "sync_and", "exchange", "votes"}  # device.h
-CODEC = {"encode", "encode_to", "finish"}  # of a codec's members, those that may exchange or wait (tile.h)
+CODEC = {"encode_to", "decode_from", "finish"}  # of a codec's members, those that may exchange or wait (tile.h)
 FROM_ELSEWHERE = {"collectives.h": CODEC, "codec_kernels.h": CODEC}
 
 
@@ -192,7 +191,7 @@ def run(folder: Path, right: bool) -> subprocess.CompletedProcess[str]:
     text = (CUDA / "rotated_measure.h").read_text()
     (folder / "cuda").mkdir()
     (folder / "cuda" / "rotated_measure.h").write_text(text if right else text.replace(RIGHT, WRONG))
-    flags = ["-std=c++17", "-O1", "-fno-omit-frame-pointer", "-ffp-contract=off"]
+    flags = ["-std=c++17", "-O1", "-fno-omit-frame-pointer", "-fno-thread-jumps", "-ffp-contract=off"]
     folders = [f"-I{each}" for each in (folder, ROOT / "csrc", ROOT / "tests" / "support")]
     sources = [ROOT / "tests" / "gpu" / "lanes.cpp", ROOT / "tests" / "support" / "stand_ins" / "cuda" / "fibers.cpp"]
     program = folder / "lanes"

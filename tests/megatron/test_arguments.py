@@ -29,6 +29,7 @@ def off(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No configuration before and after, and none from the environment."""
     clear_variables(monkeypatch)
     config.set_current(None)
+    monkeypatch.setattr(config, "_finished", None)
     yield
     config.set_current(None)
 
@@ -207,6 +208,28 @@ def test_finished_arguments_stay_as_they_are_with_flash_comm_off(installs: list[
     finished = argparse.Namespace(lr=0.1)
     arguments.enable_from(finished)
     assert vars(finished) == {"lr": 0.1} and installs == []
+
+
+def test_finished_arguments_that_are_changed_later_are_named(installs: list[str]) -> None:
+    finished = argparse.Namespace(flash_comm_bits=4)
+    arguments.enable_from(finished)
+    fc.enable(bits=6)  # the way to do it
+    assert config.changed() is None
+    finished.flash_comm_bits = 8
+    assert "flash_comm_bits was changed from 4 to 8 after set_args, which does nothing" in (config.changed() or "")
+
+
+@pytest.mark.parametrize("before", ["", "flash_comm_bits=4, flash_comm_strict=True"])
+def test_the_end_names_arguments_that_were_changed_late(stub: Path, before: str) -> None:
+    """Where nothing was on it is a sentence; where a strict configuration was, an error."""
+    source = (
+        EARLY + DUMP.split("print({")[0] + "from argparse import Namespace\nfrom megatron.training import global_vars\n"
+    )
+    ran = python(
+        f"{source}args = Namespace({before})\nglobal_vars.set_args(args)\nargs.flash_comm_bits = 8\n", path=stub
+    )
+    assert f"flash_comm_bits was changed from {4 if before else None} to 8" in ran.stderr
+    assert ran.returncode == bool(before)
 
 
 def test_a_finished_combination_that_no_recipe_knows_is_refused(installs: list[str]) -> None:

@@ -19,6 +19,7 @@ import flashcomm_megatron as fc
 pytestmark = pytest.mark.skipif(find_spec("megatron") is None, reason="megatron-core is not installed")
 
 WORLD, LENGTH, STEPS = 2, 2, 4  # alone, a prompt is below the minimum size of a tensor
+HIDDEN = (64, 80, 100)  # whole blocks, and ends of rows that are none
 RECIPES = ("auto", "flash-v1", "flash-v2", "mx")
 
 
@@ -34,15 +35,17 @@ def everything(rank: int, world: int) -> dict[str, Any]:
     model_parallel_cuda_manual_seed(1)
     import structures
 
-    model = structures.build("pre-norm", world)
-    for module in model.modules():
-        if hasattr(module, "config"):
-            module.config.batch_invariant_mode = True  # its own checks ask for kernels of a GPU
-    found: dict[str, Any] = {"exact": invariant(model)}
-    for recipe in RECIPES:
-        fc.reset_stats()
-        with fc.flashcomm(bits=4, recipe=recipe):
-            found[recipe] = {"same": invariant(model), "stats": fc.stats()}
+    found: dict[str, Any] = {}
+    for hidden in HIDDEN:
+        model = structures.build("pre-norm", world, hidden=hidden)
+        for module in model.modules():
+            if hasattr(module, "config"):
+                module.config.batch_invariant_mode = True  # its own checks ask for kernels of a GPU
+        found[f"exact {hidden}"] = invariant(model)
+        for recipe in RECIPES:
+            fc.reset_stats()
+            with fc.flashcomm(bits=4, recipe=recipe):
+                found[f"{recipe} {hidden}"] = {"same": invariant(model), "stats": fc.stats()}
     return found
 
 
@@ -81,9 +84,10 @@ def seen() -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_prompt_does_not_notice_the_others(seen: list[dict[str, Any]], recipe: str) -> None:
+@pytest.mark.parametrize("hidden", HIDDEN)
+def test_a_prompt_does_not_notice_the_others(seen: list[dict[str, Any]], recipe: str, hidden: int) -> None:
     for rank in seen:
-        exact, found = rank["exact"], rank[recipe]
+        exact, found = rank[f"exact {hidden}"], rank[f"{recipe} {hidden}"]
         assert exact["other prompts"], "a batch of the same shape has the same products"
         assert found["stats"]["quantized"] > 0 and not found["stats"]["deferred"]
         for name, same in found["same"].items():

@@ -20,7 +20,7 @@ from torch.nn.modules import module as hooks
 import flashcomm_megatron as fc
 from flashcomm_megatron import config
 from flashcomm_megatron.codec import native as extension
-from flashcomm_megatron.megatron import coverage
+from flashcomm_megatron.megatron import coverage, experts
 from flashcomm_megatron.observe import messages
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -156,13 +156,14 @@ def test_only_rank_0_speaks(
 
 def test_a_first_forward_that_quantized_nothing_is_loud(caplog: pytest.LogCaptureFixture) -> None:
     started()
-    forward(RowParallelLinear(defer), nn.Linear(1, 1), RowParallelLinear(defer))
+    layer = RowParallelLinear(defer)
+    forward(layer, nn.Linear(1, 1), RowParallelLinear(defer))
     assert warnings(caplog) == [
         "flash-comm is on (4-bit) but after the first forward no collective was quantized "
         "(deferred: 2 x below 16384 bytes)."
     ]
     assert any(record.levelno == logging.WARNING for record in caplog.records)
-    forward(RowParallelLinear(defer))
+    nn.Sequential(layer)(torch.zeros(1))
     assert len(warnings(caplog)) == 1  # the first forward only
 
 
@@ -227,6 +228,50 @@ def test_the_hooks_are_gone_after_the_first_forward() -> None:
     assert not hooks._global_forward_hooks and not hooks._global_forward_pre_hooks
 
 
+def test_a_model_built_after_the_first_forward_is_judged_by_its_own() -> None:
+    config.set_current(fc.Config(bits=4, strict=True))
+    started()
+    first = nn.Sequential(RowParallelLinear(quantize))
+    first(torch.zeros(1))
+    second = nn.Sequential(RowParallelLinear(quantize), TERowParallelLinear())
+    first(torch.zeros(1))  # says nothing of the second
+    with pytest.raises(RuntimeError, match="1 x TERowParallelLinear"):
+        second(torch.zeros(1))
+    assert not hooks._global_forward_hooks
+    coverage.stop()
+    assert not hooks._global_module_registration_hooks
+
+
+def test_a_model_built_before_anothers_first_forward_is_judged_by_its_own(caplog: pytest.LogCaptureFixture) -> None:
+    """Chunks of a virtual pipeline; a model and its reference."""
+    started()
+    first, second = nn.Sequential(RowParallelLinear(quantize)), nn.Sequential(TERowParallelLinear())
+    for _ in range(coverage.PATIENCE):
+        first(torch.zeros(1))
+    assert warnings(caplog) == [] and hooks._global_forward_hooks
+    second(torch.zeros(1))
+    assert "uses 1 x TERowParallelLinear" in caplog.text and not hooks._global_forward_hooks
+
+
+def test_arguments_that_were_changed_late_are_an_error_of_the_first_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    finished = SimpleNamespace(flash_comm_bits=4)
+    monkeypatch.setattr(config, "_finished", None)
+    config.finish(finished)
+    finished.flash_comm_recipe = "flash-v1"
+    config.set_current(fc.Config(bits=4, strict=True))
+    started()
+    with pytest.raises(RuntimeError, match="flash_comm_recipe was changed from None to flash-v1"):
+        forward(RowParallelLinear(quantize))
+
+
+def test_a_layer_that_never_runs_is_not_waited_for_forever(caplog: pytest.LogCaptureFixture) -> None:
+    started()
+    first, unused = nn.Sequential(RowParallelLinear(quantize)), nn.Sequential(TERowParallelLinear())
+    for _ in range(coverage.PATIENCE + 1):
+        first(torch.zeros(1))
+    assert not hooks._global_forward_hooks and warnings(caplog) == [] and len(unused) == 1
+
+
 def test_the_end_is_loud_if_no_layer_ever_ran(caplog: pytest.LogCaptureFixture) -> None:
     started()
     forward(nn.Linear(1, 1))
@@ -263,7 +308,10 @@ EXITS = {  # way out: the script's last lines, and its exit code
     "exit with words": ("sys.exit('words')", 1),
     "exit 3": ("sys.exit(3)", 1),
     "exception": ("raise ValueError", 1),
-    "ctrl-c": ("os.kill(os.getpid(), signal.SIGINT); time.sleep(9)", -signal.SIGINT),
+    "ctrl-c": (
+        "signal.signal(signal.SIGINT, signal.default_int_handler); os.kill(os.getpid(), signal.SIGINT); time.sleep(9)",
+        -signal.SIGINT,
+    ),
     "terminated": ("os.kill(os.getpid(), signal.SIGTERM); time.sleep(9)", -signal.SIGTERM),
     "terminated, exit 0": (
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)); os.kill(os.getpid(), signal.SIGTERM); time.sleep(9)",
@@ -308,7 +356,7 @@ def test_an_error_that_a_script_caught_counts_at_its_end_even_switched_off(tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize("method", ["fork", "fork of one that is on", "spawn", "forkserver"])
 def test_strict_fails_a_child_of_multiprocessing(tmp_path: Path, method: str) -> None:
     source = f"""{STRICT}
 import multiprocessing
@@ -316,15 +364,29 @@ def fails():
     start()
     raise ValueError("its own error")
 if __name__ == "__main__":
+    if {"is on" in method}:
+        start()
+        coverage.stop()
     for target in (start, fails):
-        child = multiprocessing.get_context("{method}").Process(target=target)
+        child = multiprocessing.get_context("{method.split()[0]}").Process(target=target)
         child.start()
         child.join()
         print(child.exitcode)
 """
     ran = run_script(tmp_path, source)
-    assert ran.stdout.split() == ["1", "1"] and ran.returncode == 0, ran.stderr
+    assert ran.stdout.split()[:2] == ["1", "1"] and ran.returncode == 0, ran.stderr
     assert ran.stderr.count("no tensor-parallel layer ran") >= 1 and "its own error" in ran.stderr
+
+
+def test_experts_tokens_that_were_asked_for_and_never_came_are_an_error_of_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(experts._Tokens, "ran", False)
+    config.set_current(fc.Config(bits=4, strict=True, experts=True))
+    started()
+    forward(RowParallelLinear(quantize))
+    with pytest.raises(RuntimeError, match="--flash-comm-experts did nothing"):
+        coverage.close()
 
 
 def test_what_a_script_does_at_its_exit_is_done_before_the_verdict(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import spawn
+from specification import planned
 from torch import Tensor, nn
 
 import flashcomm_megatron as fc
@@ -256,7 +257,8 @@ def test_what_cannot_be_measured_does_not_add_up() -> None:
 def test_only_recipes_that_ask_for_it() -> None:
     fc.reset_stats()
     layer = nn.Linear(2, 2).eval()
-    assert feedback.residuals(layer, torch.zeros(2), None, Config(bits=4, recipe="flash-v1")) is None
-    assert feedback.residuals(layer, torch.zeros(2), None, OFF) is None
+    for config in (Config(bits=4, recipe="flash-v1", min_bytes=0), OFF):
+        plan = planned("all_reduce", torch.zeros(2), 2, config)
+        assert feedback.residuals(layer, torch.zeros(2), None, plan) is None
     assert fc.stats()["feedback"] == {}
     set_current(None)

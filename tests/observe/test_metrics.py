@@ -20,6 +20,7 @@ import flashcomm_megatron as fc
 from flashcomm_megatron import config
 from flashcomm_megatron.megatron import patching, training_log
 from flashcomm_megatron.observe import error_sampling as sampling
+from flashcomm_megatron.observe import messages
 from flashcomm_megatron.observe.metrics import send
 
 CONFIG = fc.Config(bits=4, min_bytes=0)
@@ -255,6 +256,17 @@ def test_file_that_cannot_be_written_is_said_once(tmp_path: Path, caplog: pytest
     with caplog.at_level(logging.WARNING):
         assert fc.log_metrics(1) and fc.log_metrics(2)
     assert len(caplog.records) == 1 and "--flash-comm-metrics" in caplog.text
+
+
+def test_a_strict_run_whose_metrics_file_cannot_be_written_steps_on_and_fails_at_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(messages, "_failed", None)
+    (tmp_path / "taken").write_text("")
+    config.set_current(fc.Config(bits=4, strict=True, metrics=str(tmp_path / "taken" / "run.jsonl")))
+    assert fc.log_metrics(1)
+    with pytest.raises(RuntimeError, match="no metrics are written"):
+        messages.last_verdict()
 
 
 # ---- Megatron -------------------------------------------------------------------------------------------------------

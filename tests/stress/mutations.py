@@ -17,6 +17,7 @@ import ast
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,9 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "flashcomm_megatron"
 SOURCES = (".py", ".h", ".cpp", ".cu")
+
+# Tests failed; or died, because the extension cut payloads in another way than Python, which had measured them.
+NOTICED = (1, -signal.SIGABRT, -signal.SIGSEGV)
 
 
 class Mutation(NamedTuple):
@@ -156,7 +160,7 @@ MUTATIONS = (
     Mutation(
         "9 nothing hangs: messages carry the configuration's digest",
         f"{PACKAGE}/collectives",
-        "plan",
+        "_title",
         r"\{agreement\.digest\( config \)\}",
         "",
         "tests/comm/test_faults.py -k else",
@@ -197,8 +201,8 @@ MUTATIONS = (
         "1 ranks agree: in the fused kernel, the second phase waits for the sums",
         "csrc/cuda",
         "one_round",
-        r"announce\( kGatherLeg \) ; if \( !await\( kGatherLeg \) \) return false ;",
-        "",
+        r"if \( !await\( leg\(\) \) \) return false ;",
+        "if (phase == 1 && !await(leg())) return false;",
         "tests/gpu/test_cuda_emulated.py -k kernels",
     ),
     Mutation(
@@ -232,6 +236,14 @@ MUTATIONS = (
         r"if width is None or width >= numel :",
         "if True:",
         "tests/codec/test_rows.py",
+    ),
+    Mutation(
+        "12 a row stands alone: nor in any collective",
+        f"{PACKAGE}/codec",
+        "rows_of",
+        r"if width is None or width >= numel :",
+        "if True:",
+        "tests/collectives/test_rows_stand_alone.py",
     ),
 )
 
@@ -308,7 +320,9 @@ def survives(mutation: Mutation, folder: Path) -> str:
         ended = subprocess.run([*pytest, *words], cwd=folder, env=variables, capture_output=True, text=True)
     finally:
         path.write_text(original)
-    return "" if ended.returncode == 1 else f"{mutation.tests}: exit code {ended.returncode}\n{ended.stdout[-500:]}"
+    return (
+        "" if ended.returncode in NOTICED else f"{mutation.tests}: exit code {ended.returncode}\n{ended.stdout[-500:]}"
+    )
 
 
 def main(words: list[str]) -> int:

@@ -83,16 +83,13 @@ def draw(dice: random.Random, world: int) -> Drawn:
 
 
 def payload(call: Drawn, rank: int, world: int) -> Tensor:
-    """The tensor of ``rank``: stairs of small integers that begin anew in every rank's slice, or anything."""
+    """The tensor of ``rank``: stairs of small integers that begin anew in every row, or anything."""
     generator = torch.Generator().manual_seed(call.seed * 64 + rank)
-    numel = call.shape[0] * call.shape[1]
+    rows, width = call.shape
     if not call.is_exact:
-        return torch.randn(numel, generator=generator).to(call.dtype).view(call.shape)
-    slices = world if call.kind == "reduce_scatter" else 1
-    steps = -(-numel // slices // STAIR)
-    stairs = torch.randint(-60 // world * 4, 60 // world * 4, (slices, steps), generator=generator)
-    values = stairs.repeat_interleave(STAIR, dim=1)[:, : numel // slices]
-    return values.to(call.dtype).reshape(call.shape)
+        return torch.randn(rows, width, generator=generator).to(call.dtype)
+    stairs = torch.randint(-60 // world * 4, 60 // world * 4, (rows, -(-width // STAIR)), generator=generator)
+    return stairs.repeat_interleave(STAIR, dim=1)[:, :width].to(call.dtype)
 
 
 def wanted(call: Drawn, parts: list[Tensor], rank: int) -> Tensor:

@@ -79,6 +79,15 @@ def outlier(n: int, generator: torch.Generator) -> Tensor:
     return x
 
 
+def overflowing(n: int, generator: torch.Generator) -> Tensor:
+    """Of every 32 values one or all around half of what float16 holds: sums of two may be Inf, or hide it."""
+    x = 800 * torch.randn(n, generator=generator)
+    sizes = 16000 + 18000 * torch.rand(n // 32, generator=generator)
+    for number, (block, size) in enumerate(zip(x[: n // 32 * 32].view(-1, 32), sizes, strict=True)):
+        block[slice(number, number + 1) if number % 3 and number < 32 else slice(32)] += size
+    return x
+
+
 def patterns(n: int, generator: torch.Generator) -> Tensor:
     """Any bits at all, seen as float32."""
     return torch.randint(-(2**31), 2**31, (n,), generator=generator).to(torch.int32).view(torch.float32)
@@ -94,7 +103,7 @@ KINDS: dict[str, Callable[[int, torch.Generator], Tensor]] = {
     function.__name__: function
     for function in (
         normal, one_sided, constants, denormals, tiny, signed_zeros, huge, saturating, strange, outlier,
-        patterns, octaves,
+        overflowing,        patterns, octaves,
     )
 }  # fmt: skip
 

@@ -63,6 +63,7 @@ def library() -> Any:
         "-shared",
         "-ffp-contract=off",
         "-fno-omit-frame-pointer",
+        "-fno-thread-jumps",
         "-Wall",
         "-Wextra",
         "-Werror",

@@ -20,13 +20,22 @@ from typing import Any
 import torch
 from patience import Deadline
 
+# Imported once, not once per rank. What stands behind the first two is most of what importing Megatron takes.
+PRELOADED = [
+    "torch.distributed",
+    "flashcomm_megatron",
+    "torch._inductor.compile_fx",
+    "torch.distributed.tensor",
+    "wandb",
+]
+
 
 def spawn(
     fn: Callable[..., Any], world: int, *args: Any, seconds: float = 120.0, lost: Collection[int] = ()
 ) -> list[Any]:
     """Results of ``fn(rank, world, *args)`` for every rank, in rank order."""
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed", "flashcomm_megatron"])  # imported once, not once per rank
+    context.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory() as folder:
         deadline = Deadline(seconds)
         ranks = [

@@ -97,11 +97,11 @@ def _parts(spec: Any) -> Any:
     return spec.submodules if hasattr(spec, "submodules") else spec.keywords["submodules"]
 
 
-def build(name: str, world: int, sequence_parallel: bool = False, **options: Any) -> Any:
+def build(name: str, world: int, sequence_parallel: bool = False, hidden: int = HIDDEN, **options: Any) -> Any:
     """A model of six layers with one of the structures, in evaluation mode."""
     proj, fc2, factor = STRUCTURES[name]
     config = TransformerConfig(
-        num_layers=LAYERS, hidden_size=HIDDEN, num_attention_heads=4, tensor_model_parallel_size=world,
+        num_layers=LAYERS, hidden_size=hidden, num_attention_heads=4, tensor_model_parallel_size=world,
         sequence_parallel=sequence_parallel, use_cpu_initialization=True, hidden_dropout=0.0, attention_dropout=0.0,
         init_method_std=0.1, **options,
     )  # fmt: skip

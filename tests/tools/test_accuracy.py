@@ -125,6 +125,19 @@ def test_bits_are_those_of_the_payloads(model: Llama) -> None:
         assert ranks.bits_per_value == pytest.approx(8 * sum(per_leg) / len(per_leg) / numel)
 
 
+def test_the_last_sum_has_the_width_that_megatron_gives_it(model: Llama) -> None:
+    config = Config(bits=4, min_bytes=0, last_bits=8)
+    plain = Compressed(config, 4, {}, has_feedback=False)
+    ranks = Compressed(config, 4, {}, has_feedback=False, layers=LAYERS)
+    for each in (plain, ranks):
+        model(tokens(), 4, each)
+    assert config.last_sum(LAYERS) == 8
+    last = f"layers.{LAYERS - 1}.mlp.down_proj"
+    assert ranks.lost[last] < 0.03 * plain.lost[last]
+    assert all(ranks.lost[site] == plain.lost[site] for site in plain.lost if site != last)
+    assert ranks.bits_per_value > plain.bits_per_value + 3 / (2 * LAYERS)
+
+
 def test_payloads_of_any_length_are_counted() -> None:
     plan = planned("all_reduce", torch.empty(1000), 3, Config(bits=4, recipe="flash-v1", min_bytes=0))
     sizes = (384, 384, 232)  # thirds, rounded up to blocks

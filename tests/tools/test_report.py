@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from patience import patient
+from specification import planned
 
 import flashcomm_megatron as fc
 from flashcomm_megatron import config
@@ -44,7 +45,8 @@ def test_it_says_where_feedback_was_on(monkeypatch: pytest.MonkeyPatch) -> None:
     counters.reset_stats()
     assert fc.report()["feedback"] == "no sum so far"
     layer = torch.nn.Linear(2, 2).train()
-    assert feedback.residuals(layer, torch.zeros(1, 2), None, fc.Config(bits=4)) is None
+    plan = planned("all_reduce", torch.zeros(1, 2), 2, fc.Config(bits=4, min_bytes=0))
+    assert feedback.residuals(layer, torch.zeros(1, 2), None, plan) is None
     assert fc.stats()["feedback"] == {"training": 1}
     assert fc.report()["feedback"] == "1 x training"
     counters.reset_stats()

@@ -63,6 +63,7 @@ from ..planes import (
     in_octets,
     join_planes,
     join_sections,
+    of_block,
     plane_bytes,
     rows_of,
     split_planes,
@@ -165,6 +166,15 @@ class Microscaling(Codec):
         scale = scales.int()[:, None]
         values = _times_power_of_two(elements, scale - SCALE_BIAS)
         return from_blocks(torch.where(scale == NAN_SCALE, math.nan, values), row)
+
+    def bounds_ref(self, payload: Tensor, numel: int, width: int | None = None) -> Tensor:
+        """float32 [numel]: half the widest gap of the elements; more for the largest, to which values saturate."""
+        element = ELEMENTS[self.element]
+        beyond = 2.0 ** (element.emax + 1) - element.largest  # where the next scale begins
+        scale = split_sections(payload, self.section_bytes(numel, width))[-1].int() - SCALE_BIAS
+        unit = from_blocks(of_block(_power_of_two(scale), self.block), rows_of(numel, width)[1])
+        is_largest = self.decode_ref(payload, numel, width).abs() == element.largest * unit
+        return torch.where(is_largest, beyond, 2.0 ** (max(element.emin, element.emax) - element.mantissa - 1)) * unit
 
 
 @lru_cache

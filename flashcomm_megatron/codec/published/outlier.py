@@ -50,7 +50,7 @@ from typing import NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from ..base import Codec, summed
+from ..base import ROUNDING, Codec, summed
 from ..planes import (
     BFLOAT16_MAX,
     NAN_BITS,
@@ -120,7 +120,29 @@ class Outlier(Codec):
         if numel == 0:
             return torch.empty(0, dtype=dtype, device=payloads[0].device)
         parts = (self._decode_from(rank, payload, numel) for rank, payload in zip(ranks, payloads, strict=True))
-        return summed(parts, dtype)
+        return summed(parts, dtype, self.bound_of_sum(payloads, numel, dtype, width))
+
+    def bounds_ref(self, payload: Tensor, numel: int, width: int | None = None) -> Tensor:
+        """float32 [numel] of a payload that this rank encoded, as far as the calibrated range reaches."""
+        return self._bounds_from(self.rank, payload, numel)
+
+    def bound_of_sum(
+        self, payloads: Sequence[Tensor], numel: int, dtype: torch.dtype, width: int | None
+    ) -> Tensor | None:
+        """By how much each value of a sum in float16 may be off, each payload being that of its rank."""
+        if dtype != torch.float16 or len(payloads) == 1:
+            return None
+        total = self._bounds_from(0, payloads[0], numel)
+        for rank, payload in enumerate(payloads[1:], start=1):
+            total = total + self._bounds_from(rank, payload, numel)
+        return total
+
+    def _bounds_from(self, rank: int, payload: Tensor, numel: int) -> Tensor:
+        """Half a scale; of kept features what rounding to bfloat16 may take."""
+        kept = _tables(self, payload.device).kept
+        bounds = (self.scales.to(payload.device)[rank] * ROUNDING).repeat(numel // self.block, 1)
+        bounds[:, kept] = self._decode_from(rank, payload, numel).view_as(bounds)[:, kept].abs() * 2.0**-8
+        return bounds.flatten()
 
     def _decode_from(self, rank: int, payload: Tensor, numel: int) -> Tensor:
         """float32 values [numel] of a payload that ``rank`` encoded."""
@@ -149,6 +171,10 @@ class Uncalibrated(Codec):
         self._refuse()
 
     def decode_ref(self, payload: Tensor, numel: int, width: int | None = None) -> NoReturn:
+        """ValueError."""
+        self._refuse()
+
+    def bounds_ref(self, payload: Tensor, numel: int, width: int | None = None) -> NoReturn:
         """ValueError."""
         self._refuse()
 

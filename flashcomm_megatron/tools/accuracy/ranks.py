@@ -50,7 +50,7 @@ class Compressed:
     """Sums of ``world`` simulated ranks under ``config``.
 
     ``sites`` are the sites to compress, all if None. ``ranges`` serve recipes that are calibrated. ``codecs`` stand in
-    for the configuration's own (baselines.py).
+    for the configuration's own (baselines.py). ``layers``: of the model, whose last sum may have a width of its own.
     """
 
     def __init__(
@@ -61,9 +61,10 @@ class Compressed:
         has_feedback: bool = True,
         sites: Collection[str] | None = None,
         codecs: Legs | None = None,
+        layers: int = 0,
     ) -> None:
         self.config, self.world, self.ranges, self.sites = config, world, ranges, sites
-        self.codecs = codecs
+        self.codecs, self.last, self.last_bits = codecs, f"layers.{layers - 1}.mlp.", config.last_sum(layers)
         self.has_feedback = has_feedback and RECIPES[config.recipe].feedback
         self.lost: dict[str, float] = defaultdict(float)
         self.sent: dict[str, float] = defaultdict(float)
@@ -107,6 +108,8 @@ class Compressed:
                     self.config.legs._replace(reduce=from_ranges(low, high, each)) for each in range(self.world)
                 ]
             legs = self.legs[site][comm.rank]
+        elif legs is None and site.startswith(self.last):
+            legs = self.config.legs_of(self.last_bits)
         return plan("all_reduce", x.shape, x.dtype, x.device, comm, self.config, legs=legs)
 
 

@@ -137,7 +137,9 @@ class Bench:
 
     def _ranks(self, method: Method, sites: set[str] | None = None) -> Compressed:
         ranges = self._calibrated(method.world) if RECIPES[method.config.recipe].calibrated else {}
-        return Compressed(method.config, method.world, ranges, method.has_feedback, sites, method.legs)
+        return Compressed(
+            method.config, method.world, ranges, method.has_feedback, sites, method.legs, self.model.layers
+        )
 
     # ---- scores --------------------------------------------------------------------------------------------------
 

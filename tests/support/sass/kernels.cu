@@ -53,7 +53,7 @@ using Word = T::Word;
 #if CODECS == 1  // flash-v1 and auto alone
 UNIFORM(4)
 #else
-UNIFORM(2) UNIFORM(3) UNIFORM(4) UNIFORM(5) UNIFORM(6) UNIFORM(7) UNIFORM(8)
+UNIFORM(4) UNIFORM(8)
 ENCODE(carrying, Carrying<T>)
 ENCODE(spike, Spike<T>)
 DECODE(spike, Spike<T>)
@@ -66,6 +66,7 @@ DECODE(rotated, Rotated<T>)
 namespace legs {
 using uniform4 = UniformTile<4, T>;
 using rotated = RotatedTile<T>;
+using carrying = RotatedTile<T, true>;
 using spike = SpikeTile<T>;
 using exact = ExactTile<T>;
 }  // namespace legs

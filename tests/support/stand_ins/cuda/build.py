@@ -28,6 +28,7 @@ FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off
 FLAGS += [
     "-Werror",
     "-fno-omit-frame-pointer",
+    "-fno-thread-jumps",
     "-Dflashcomm=flashcomm_stand_in",
     "-DFLASHCOMM_ISA=emulated",
     f"-I{HERE}",

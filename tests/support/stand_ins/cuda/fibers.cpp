@@ -27,7 +27,8 @@ auto& idle = *new std::vector<std::unique_ptr<Fiber>>;  // of blocks that ended,
     std::abort();
 }
 
-// The return addresses of all calls that led here, folded into one number. Needs -fno-omit-frame-pointer.
+// The return addresses of all calls that led here, folded into one number. Needs -fno-omit-frame-pointer, and
+// -fno-thread-jumps: the compiler would make two copies of a barrier behind a condition it has seen before.
 size_t site() {
     size_t found = 0;
     const char* stack = current->stack.get();
