@@ -65,8 +65,8 @@ MUTATIONS = (
         "2 same input, same bits: sums run in rank order",
         f"{PACKAGE}/collectives",
         "_one_step",
-        r"\.chunk\(world\) , x ,",
-        ".chunk(world)[::-1], x,",
+        r"(Received\( inbox , size , world \)) , x ,",
+        r"\1.payloads()[::-1], x,",
         "tests/collectives/test_collectives.py -k specification",
     ),
     Mutation(
