@@ -167,4 +167,7 @@ def test_widths_of_memory_accesses():
     single = sum(count for (_, size), count in run.counts.shared_widths.items() if size == 1)
     assert single < 1.1 * (written + read)
     widths = run.counts.global_widths
-    assert sum(count for (_, size), count in widths.items() if size != 16) < 0.02 * sum(widths.values()), "flags"
+    other = sum(
+        count for (_, size), count in widths.items() if size != 16
+    )  # flags, and every thread looks for an error
+    assert other < 0.1 * sum(widths.values())
