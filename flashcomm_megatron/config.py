@@ -114,6 +114,9 @@ class Config:
     def _check_last(self) -> None:
         row = RECIPES[self.recipe]
         _check(self.last_bits is None or self.last_bits in row.widths, "last-bits", self.last_bits, _list(row.widths))
+        _check(
+            self.last_bits is None or self.last_bits >= self.bits, "last-bits", self.last_bits, f"{self.bits} or more"
+        )
         if self.last_bits is not None and not row.feedback:
             raise ValueError(f"--flash-comm-last-bits {self.last_bits} does nothing with recipe {self.recipe}.")
 

@@ -82,13 +82,15 @@ struct Float16 {
 };
 
 // A sum of float16 is Inf where the exact sum may be too large, since a loss scaler waits for it. bound: by how much the
-// sum may be off; 0 of one payload, which is finite.
+// sum may be off; 0 of one payload, which is finite. It is a worst case, so no more of it counts than kMostOff: sums that
+// are far from overflowing stay finite.
 constexpr float kRounding = 33.0f / 64;  // of a step: a half, and what choosing the code in float32 costs at most
+constexpr float kMostOff = 65520 / 6;    // sums below five sixths of what overflows are never Inf
 constexpr float kLarge = 60000;          // sums of float16 below it need no second look
 template <class T> constexpr bool kIsHalf = T::kInfinity == Float16::kInfinity;
 template <class T> FC_INLINE float overflowed(float sum, float bound) {
     const uint32_t bits = bits_of(sum), magnitude = bits & 0x7FFFFFFF;
-    if (!kIsHalf<T> || !(float_of(magnitude) + bound >= 65520.0f)) return sum;
+    if (!kIsHalf<T> || !(float_of(magnitude) + (bound < kMostOff ? bound : kMostOff) >= 65520.0f)) return sum;
     return float_of((bits & 0x80000000) | Float32::kInfinity);
 }
 template <class T> FC_INLINE typename T::Word rounded_sum(float sum, float bound) {

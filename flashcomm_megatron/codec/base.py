@@ -38,6 +38,7 @@ logger = logging.getLogger("flashcomm_megatron")
 _warned: set[str] = set()
 
 OVERFLOW = 65520.0  # what rounds to Inf in float16
+MOST_OFF = OVERFLOW / 6  # of an error bound that counts: sums below five sixths of OVERFLOW are never Inf
 ROUNDING = 33 / 64  # half a step, and what choosing the code in float32 costs at most
 
 
@@ -251,11 +252,12 @@ def rounded(total: Tensor, dtype: torch.dtype, bound: Tensor | None) -> Tensor:
     """``total`` as ``dtype``, one NaN for all NaNs. A sum of float16 is Inf where the exact sum may be too large.
 
     A loss scaler waits for that Inf: what an exact sum shows as Inf or NaN must not come out finite because a value was
-    rounded down. ``bound``: by how much the sum may be off.
+    rounded down. ``bound``: by how much the sum may be off, at worst; no more of it counts than ``MOST_OFF``, so that
+    sums which are far from overflowing stay finite.
     """
     if bound is not None:
         infinite = torch.copysign(torch.full_like(total, math.inf), total)
-        total = torch.where(total.abs() + bound >= OVERFLOW, infinite, total)
+        total = torch.where(total.abs() + bound.clamp(max=MOST_OFF) >= OVERFLOW, infinite, total)
     return torch.where(total.isnan(), math.nan, total).to(dtype)
 
 

@@ -44,7 +44,7 @@ from ..collectives.plan import Plan
 from ..comm import votes
 from ..config import current
 from ..observe import counters, messages
-from . import measure, modes
+from . import last_sum, measure, modes
 from .patching import Function, untraced
 
 ON = "on"
@@ -197,6 +197,7 @@ def contributed(output: Any) -> None:
 @untraced
 def _enter(layer: nn.Module, x: Any) -> _Visit | None:
     """Begin of a layer; None where there is no feedback in it."""
+    last_sum.entered(layer)
     config = current()
     if config is None or config.feedback == "off" or not RECIPES[config.recipe].feedback:
         return None

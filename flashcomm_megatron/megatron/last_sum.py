@@ -6,14 +6,15 @@ it is 40 % of the loss (docs/log.md). One site of a deep model costs little: wit
 value of the whole model takes at most 1/30 bit more, whatever the width. Models of fewer layers have none.
 
 The last sum is that of the last row-parallel layer in the transformer layer whose ``layer_number`` is the
-configuration's ``num_layers``; Megatron counts through all pipeline stages, so no other stage has one. All ranks of a
-tensor-parallel group hold the same layers, so they agree.
+configuration's ``num_layers``; Megatron counts through all pipeline stages, so no other stage has one. It is noted when
+that layer's forward begins, before its rows run. A row that ran elsewhere before, since layers share it, is an
+ordinary one. So the answer follows from the modules and the order in which they run, which all ranks have in common.
 """
 
 from __future__ import annotations
 
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 from torch import nn
 
@@ -21,29 +22,33 @@ from ..config import Config
 from . import model
 from .patching import untraced
 
-_depths: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
-
-
-def bits(config: Config, layer: nn.Module) -> int | None:
-    """Bits of the sum of a row-parallel layer if it is its model's last one and takes others than the rest, or None."""
-    if layer not in _depths:
-        _depths[layer] = _depth(layer)
-    found = config.last_sum(_depths[layer]) if _depths[layer] else config.bits
-    return found if found != config.bits else None
+_entered: WeakSet[nn.Module] = WeakSet()  # transformer layers
+_depths: WeakKeyDictionary[nn.Module, int] = (
+    WeakKeyDictionary()
+)  # row layers: layers of the model it is the last of, or 0
 
 
 @untraced
-def _depth(layer: nn.Module) -> int:
-    """Layers of the model whose last sum is ``layer``'s; 0 where another one follows, or nobody knows."""
-    for holder, _ in model.way_up(layer):
-        number, config = getattr(holder, "layer_number", None), getattr(holder, "config", None)
-        if number is not None:
-            is_last = number == getattr(config, "num_layers", None)
-            return int(number) if is_last and layer is _last_row(holder, config) else 0
-    return 0
+def bits(config: Config, row: nn.Module) -> int | None:
+    """Bits of the sum of a row-parallel layer if it is its model's last one and takes others than the rest, or None."""
+    depth = _depths.setdefault(row, 0)
+    found = config.last_sum(depth) if depth else config.bits
+    return found if found != config.bits else None
 
 
-def _last_row(holder: nn.Module, config: Any) -> Any:
+def entered(layer: nn.Module) -> None:
+    """Note that the forward of a transformer layer begins."""
+    if layer in _entered:
+        return
+    _entered.add(layer)
+    number, config = getattr(layer, "layer_number", None), getattr(layer, "config", None)
+    if number is not None and number == getattr(config, "num_layers", None):
+        row = _last_row(layer, getattr(config, "hidden_size", None))
+        if row is not None:
+            _depths.setdefault(row, int(number))
+
+
+def _last_row(layer: nn.Module, width: Any) -> nn.Module | None:
     """The row-parallel layer of a transformer layer that adds to the stream last; no low-rank adapter beside it."""
-    rows = [each for each in holder.modules() if model.communicates_as_row(each)]
-    return [each for each in rows if model.output_width(each) == config.hidden_size][-1]
+    rows = [each for each in layer.modules() if model.communicates_as_row(each) and model.output_width(each) == width]
+    return rows[-1] if rows else None

@@ -116,6 +116,15 @@ def test_a_massive_activation_stays_finite(recipe: str, bits: int, world: int) -
                 assert torch.stack(case.run(parts_of(case, 24821, False, seed), None)).isfinite().all()
 
 
+@pytest.mark.parametrize(("recipe", "bits"), FORMATS)
+def test_parts_that_cancel_stay_finite(recipe: str, bits: int) -> None:
+    """The bound of a sum adds up its parts', whatever their signs."""
+    case = fits(Case("reduce_scatter", recipe, bits, WIDTH, 8, ()))
+    size = 5000 * torch.rand(ROWS, 8, WIDTH, generator=torch.Generator().manual_seed(0))
+    parts = [(size * sign * (0.9 + 0.1 * rank / 8)).half() for rank, sign in enumerate((1, -1) * 4)]
+    assert torch.cat(case.run(parts, None)).isfinite().all()
+
+
 CODECS = [make(bits, block) for make in (Uniform, Spike) for bits in (2, 4, 7, 8) for block in (8, 32, 64, 128)]
 CODECS += [Rotated(bits / 2, block) for bits in range(4, 17) for block in (16, 32, 64, 128)]
 
