@@ -1,10 +1,11 @@
-"""What every test may use: the root, the folder of shared data, and deadlines that a busy machine moves."""
+"""What every test may use: the root, shared data, the extension, and deadlines that a busy machine moves."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from hypothesis import settings
@@ -39,3 +40,12 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no test data in {folder}; FLASHCOMM_TEST_DATA names another folder")
     return folder
+
+
+@pytest.fixture
+def native() -> Iterator[ModuleType]:
+    """The extension; its instruction set is put back afterwards."""
+    _C = pytest.importorskip("flashcomm_megatron._C")
+    before = _C.info()["isa"]
+    yield _C
+    _C.use_isa(before)

@@ -1,7 +1,7 @@
 // Bit planes on the CPU: eight codes, a byte each, to and from `width` bytes, for whole vectors at a time.
 //
-// A lane of 8 / kWidth codes becomes one byte of the plane: groups of bits, as far apart as a full lane lets them, move
-// next to their lower neighbours, twice as many at each step; the way back moves the upper half of every group up.
+// A lane of 8 / kWidth codes becomes one byte of the plane: groups of bits, spread over the whole lane, move next to
+// their lower neighbours, twice as many at each step; the way back moves the upper half of every group up.
 #pragma once
 
 #if defined(__SSE2__)

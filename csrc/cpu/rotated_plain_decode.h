@@ -67,7 +67,7 @@ FC_INLINE void load_codes(const Part<kBlock>& part, int unit, const Coding& at, 
     }
 }
 
-// kCount vectors of codes, the even and the odd lanes of each as numbers, kCount apart.
+// kCount vectors of codes, the even and the odd lanes of each as numbers, at a stride of kCount.
 template <int kCount> FC_INLINE void numbers(const Shorts* codes, Vector* v) {
 #pragma GCC unroll 32
     for (int i = 0; i < kCount; i++) {

@@ -42,10 +42,10 @@ FC_DEVICE int64_t block_count() { return gridDim.x; }
 FC_DEVICE void sync() { __syncthreads(); }
 FC_DEVICE bool sync_and(bool mine) { return __syncthreads_and(mine); }
 
-// All 32 lanes of a warp take part in these: what the lane `apart` away holds, and in whose lanes something is so.
-FC_DEVICE uint32_t exchange(uint32_t mine, int apart) { return __shfl_xor_sync(~0u, mine, apart); }
-FC_DEVICE void exchange(const float (&mine)[8], int apart, float (&theirs)[8]) {
-    FC_UNROLL for (int i = 0; i < 8; i++) theirs[i] = __shfl_xor_sync(~0u, mine[i], apart);
+// All 32 lanes of a warp take part in these: what the lane holds whose number differs by the bit `stride`, and in whose lanes something is so.
+FC_DEVICE uint32_t exchange(uint32_t mine, int stride) { return __shfl_xor_sync(~0u, mine, stride); }
+FC_DEVICE void exchange(const float (&mine)[8], int stride, float (&theirs)[8]) {
+    FC_UNROLL for (int i = 0; i < 8; i++) theirs[i] = __shfl_xor_sync(~0u, mine[i], stride);
 }
 FC_DEVICE uint32_t votes(bool mine) { return __ballot_sync(~0u, mine); }
 
@@ -123,8 +123,8 @@ int64_t block_index();
 int64_t block_count();
 void sync();
 bool sync_and(bool mine);
-uint32_t exchange(uint32_t mine, int apart);
-void exchange(const float (&mine)[8], int apart, float (&theirs)[8]);
+uint32_t exchange(uint32_t mine, int stride);
+void exchange(const float (&mine)[8], int stride, float (&theirs)[8]);
 uint32_t votes(bool mine);
 uint8_t* shared_memory();
 uint64_t load_relaxed(const uint64_t* word);
@@ -320,8 +320,8 @@ public:
     template <int kCount> FC_DEVICE void take(const Octet<T> (&octets)[kCount]) {
         FC_UNROLL for (int i = 0; i < kCount; i++) take(octets[i]);
     }
-    FC_DEVICE void exchange(int apart) {
-        take(flashcomm::FLASHCOMM_ISA::exchange(low_, apart), flashcomm::FLASHCOMM_ISA::exchange(high_, apart));
+    FC_DEVICE void exchange(int stride) {
+        take(flashcomm::FLASHCOMM_ISA::exchange(low_, stride), flashcomm::FLASHCOMM_ISA::exchange(high_, stride));
     }
     FC_DEVICE Keys<T> keys() const {
         if constexpr (kPaired) return {ordered<T>((Word)low_pair()), ordered<T>((Word)high_pair())};

@@ -133,15 +133,15 @@ private:
     template <class Offset> FC_DEVICE bool is_first(Offset octet) const {
         return (octet & ((1 << octet_shift) - 1)) == 0;
     }
-    // visit(1), visit(2), ...: how far apart the lanes of a block are; or from `first` on, which is not known before.
-    template <class Visit> FC_DEVICE void each_distance(Visit visit) const {
+    // visit(1), visit(2), ...: strides between the lanes of a block; or from `first` on, which is not known before.
+    template <class Visit> FC_DEVICE void each_stride(Visit visit) const {
         if constexpr (kShared) {
             visit(1);
-            each_distance(visit, 2);
+            each_stride(visit, 2);
         }
     }
-    template <class Visit> FC_DEVICE void each_distance(Visit visit, int first) const {
-        for (int apart = first; apart < 1 << octet_shift >> kThreadShift; apart *= 2) visit(apart);
+    template <class Visit> FC_DEVICE void each_stride(Visit visit, int first) const {
+        for (int stride = first; stride < 1 << octet_shift >> kThreadShift; stride *= 2) visit(stride);
     }
     FC_DEVICE uint32_t lanes_of_block(int lane) const {  // as votes() counts them
         const int shift = octet_shift - kThreadShift, first = lane & (kWarp - 1) & ~((1 << shift) - 1);
@@ -166,33 +166,33 @@ private:
     template <bool kDecoded> FC_DEVICE void butterflies(Values& x) const {
         FC_UNROLL for (int stride = 1; stride < 8; stride *= 2) FC_UNROLL for (int row = 0; row < kRows<T>; row++)
             FC_UNROLL for (int i = 0; i < 8; i++) if (!(i & stride)) butterfly(x[row][i], x[row][i + stride]);
-        rows_apart<1>(x);
-        if constexpr (kOctets == 4) rows_apart<2>(x);
+        pair_rows<1>(x);
+        if constexpr (kOctets == 4) pair_rows<2>(x);
         const int lane = thread();
-        const auto meet = [&](int apart) {
-            const float sign = lane & apart ? -1.0f : 1.0f;
+        const auto meet = [&](int stride) {
+            const float sign = lane & stride ? -1.0f : 1.0f;
             FC_UNROLL for (int row = 0; row < kRows<T>; row++) {
                 float theirs[8];
-                exchange(x[row], apart, theirs);
+                exchange(x[row], stride, theirs);
                 FC_UNROLL for (int i = 0; i < 8; i++) x[row][i] = fused_multiply_add(x[row][i], sign, theirs[i]);
             }
         };
-        if constexpr (kDecoded && kShared) each_distance(meet, adds_codes() ? 2 : 1);
-        else each_distance(meet);
+        if constexpr (kDecoded && kShared) each_stride(meet, adds_codes() ? 2 : 1);
+        else each_stride(meet);
     }
     static FC_DEVICE void butterfly(float& a, float& b) {
         const float sum = a + b, difference = a - b;
         a = sum, b = difference;
     }
-    template <int kApart> static FC_DEVICE void rows_apart(Values& x) {
-        FC_UNROLL for (int row = 0; row < kRows<T>; row++) FC_UNROLL for (int i = 0; i < 8; i++) if (!(row & kApart))
-            butterfly(x[row][i], x[row + kApart][i]);
+    template <int kStride> static FC_DEVICE void pair_rows(Values& x) {
+        FC_UNROLL for (int row = 0; row < kRows<T>; row++) FC_UNROLL for (int i = 0; i < 8; i++) if (!(row & kStride))
+            butterfly(x[row][i], x[row + kStride][i]);
     }
 
     // The largest of what the threads of a block have.
     FC_DEVICE void share_largest(uint32_t (&mine)[kParts]) const {
-        each_distance([&](int apart) {
-            const uint32_t theirs = exchange(mine[0], apart);
+        each_stride([&](int stride) {
+            const uint32_t theirs = exchange(mine[0], stride);
             mine[0] = theirs > mine[0] ? theirs : mine[0];
         });
     }
@@ -305,9 +305,9 @@ private:
 
     FC_DEVICE uint32_t largest_of_super_block(uint32_t top, uint32_t* words) const {
         const int shift = octet_shift - kThreadShift + 5;  // 1 << shift lanes have a super-block's blocks
-        FC_UNROLL for (int apart = 1; apart < kWarp; apart *= 2) {
-            if (apart >> shift) continue;
-            const uint32_t theirs = exchange(top, apart);
+        FC_UNROLL for (int stride = 1; stride < kWarp; stride *= 2) {
+            if (stride >> shift) continue;
+            const uint32_t theirs = exchange(top, stride);
             top = theirs > top ? theirs : top;
         }
         if (!kShared) return top;  // else a super-block has more lanes than a warp

@@ -75,7 +75,7 @@ FC_DEVICE void RotatedBlocks<T, kResiduals, kParts, kShared>::search(const Value
         const uint32_t best = best_key(first, levels, [&](uint32_t key) {
             const float eighths = eighths_of(key, unit);
             uint32_t errors = errors_of(c, part, eighths);
-            each_distance([&](int apart) { errors += exchange(errors, apart); });
+            each_stride([&](int stride) { errors += exchange(errors, stride); });
             return errors;
         });
         meta[part].kind += kFiner * (first - best);

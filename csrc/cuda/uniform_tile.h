@@ -113,7 +113,7 @@ private:
         Extremes<T> ends;
         if (is_whole) ends.take(x);
         else FC_UNROLL for (int row = 0; row < kRows<T>; row++) if (8 * (begin + row) < values) ends.take(x[row]);
-        for (int apart = 1; apart < lanes; apart *= 2) ends.exchange(apart);
+        for (int stride = 1; stride < lanes; stride *= 2) ends.exchange(stride);
         if (8 * begin >= values) return;
         Fit fit;
         Eight codes[kRows<T>];

@@ -12,7 +12,7 @@
 //                 minimum << 16 | (scale & 0x7fff) << 1 | (code & 1)
 //     value       minimum + code * scale, limited to the finite range of the output's dtype
 //
-// Three ideas meet here and stay apart: number types (Float32, Float16, BFloat16), metadata (Bf16Pair: what a block
+// Three ideas meet here, each by itself: number types (Float32, Float16, BFloat16), metadata (Bf16Pair: what a block
 // says about itself) and planes (Layout and the octets). Compile with -ffp-contract=off (nvcc: -fmad=false).
 #pragma once
 

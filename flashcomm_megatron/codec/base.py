@@ -122,10 +122,14 @@ class Codec(ABC):
         """By how much each value of a sum in float16 may be off; None where nothing depends on it."""
         if dtype != torch.float16 or len(payloads) == 1:
             return None
-        total = self.bounds_ref(payloads[0], numel, width)
-        for payload in payloads[1:]:
-            total = total + self.bounds_ref(payload, numel, width)
+        total = self.bounds_of(0, payloads[0], numel, width)
+        for rank, payload in enumerate(payloads[1:], start=1):
+            total = total + self.bounds_of(rank, payload, numel, width)
         return total
+
+    def bounds_of(self, rank: int, payload: Tensor, numel: int, width: int | None) -> Tensor:
+        """:meth:`bounds_ref` of a payload that ``rank`` encoded; where ranks encode alike, it does not matter which."""
+        return self.bounds_ref(payload, numel, width)
 
     # ---- one tensor ------------------------------------------------------------------------------------------
 

@@ -114,7 +114,7 @@ def encode_slices(codec: Codec, x: Tensor, slices: Slices, out: Tensor, residual
     known, arguments, size = _known(codec, slices)
     if not _is_flat(x, slices.numel) or x.dtype not in DTYPES:
         raise _misfit("encode: x", x, DTYPES, x.device, slices.numel)
-    if not _is_flat(out, size, or_more=True) or out.dtype is not torch.uint8 or out.device != x.device:
+    if not _is_payload(out, size, x.device, or_more=True):
         raise _misfit("encode: out", out, BYTES, x.device, size)
     address = 0
     if residuals is not None:
@@ -131,7 +131,7 @@ def decode_slices(codec: Codec, payloads: Tensor, slices: Slices, out: Tensor) -
     known, arguments, size = _known(codec, slices)
     if not _is_flat(out, slices.numel) or out.dtype not in DTYPES:
         raise _misfit("decode: out", out, DTYPES, out.device, slices.numel)
-    if not _is_flat(payloads, size, or_more=True) or payloads.dtype is not torch.uint8 or payloads.device != out.device:
+    if not _is_payload(payloads, size, out.device, or_more=True):
         raise _misfit("decode: payloads", payloads, BYTES, out.device, size)
     function, last = _serving("decode_slices", out, slices.length, slices.width, known)
     if function is None:
@@ -161,7 +161,7 @@ def reduce_slices(
     second, target, address = None, 0, 0
     if gather is not None and payload is not None:
         second, gather_size = _known_one(gather, numel, width)
-        if not _is_flat(payload, gather_size) or payload.dtype is not torch.uint8 or payload.device != out.device:
+        if not _is_payload(payload, gather_size, out.device):
             raise _misfit("reduce: payload", payload, BYTES, out.device, gather_size)
         target = payload.data_ptr()
         if second is None:
@@ -189,10 +189,16 @@ def _known_one(codec: Codec, numel: int, width: int) -> tuple[Native | None, int
     return codec.fitted(width).native, codec.wire_bytes(numel, width)
 
 
-def _is_flat(x: Tensor, numel: int, or_more: bool = False) -> bool:
+def _is_flat(x: Tensor, numel: int) -> bool:
     """Whether ``x`` is contiguous, 1-D, and of ``numel`` elements."""
+    return x.numel() == numel and x.dim() == 1 and x.is_contiguous()
+
+
+def _is_payload(x: Tensor, size: int, device: torch.device, or_more: bool = False) -> bool:
+    """Whether ``x`` is contiguous bytes on ``device``, ``size`` of them."""
     found = x.numel()
-    return (found == numel or (or_more and found > numel)) and x.dim() == 1 and x.is_contiguous()
+    is_long = found == size or (or_more and found > size)
+    return is_long and x.dtype is torch.uint8 and x.device == device and x.dim() == 1 and x.is_contiguous()
 
 
 def _misfit(name: str, found: Tensor, dtypes: Collection[torch.dtype], device: torch.device, length: int) -> ValueError:
@@ -219,7 +225,7 @@ def _addresses(payloads: Sequence[Tensor], device: torch.device, size: int) -> l
     if not payloads:
         raise ValueError("decode_sum: no payloads found; give at least one.")
     for each in payloads:
-        if not _is_flat(each, size) or each.dtype is not torch.uint8 or each.device != device:
+        if not _is_payload(each, size, device):
             raise _misfit("decode_sum: payload", each, BYTES, device, size)
     return [each.data_ptr() for each in payloads]
 
@@ -227,11 +233,13 @@ def _addresses(payloads: Sequence[Tensor], device: torch.device, size: int) -> l
 def _addresses_received(found: Received, device: torch.device, size: int) -> list[int]:
     """The same of payloads that an exchange left in one tensor, without a view of each."""
     inbox, outbox = found.inbox, found.outbox
-    if not _is_flat(inbox, size * found.world) or inbox.dtype is not torch.uint8 or inbox.device != device:
+    if not _is_payload(inbox, size * found.world, device):
         raise _misfit("decode_sum: payloads", inbox, BYTES, device, size * found.world)
     first = inbox.data_ptr()
     addresses = [first + place * size for place in range(found.world)]
     if outbox is not None:
+        if not _is_payload(outbox, found.start + size, device, or_more=True):
+            raise _misfit("decode_sum: own payload", outbox, BYTES, device, found.start + size)
         addresses[found.rank] = outbox.data_ptr() + found.start
     return addresses
 

@@ -33,8 +33,6 @@ INBOXES: dict[str, type[PeerInboxes] | type[HostInboxes]] = {"peer": PeerInboxes
 # What is tried in turn before the process group. auto: nothing, until the kernels have passed make gpu-check.
 CHAINS = {"auto": (), "peer": ("peer", "host"), "host": ("host",), "group": (), "shared-memory": ()}
 REGION_BYTES = 4 << 20  # of each (parity, leg, source): messages beyond take several rounds of one kernel
-
-
 KNOWN: native.Native = (0, 8, 32)  # the trial's number format: 8-bit integers in blocks of 32, as csrc/api.h numbers it
 
 trial_seconds = 10.0  # how long a kernel waits for a peer while a workspace is tried out

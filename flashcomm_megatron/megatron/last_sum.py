@@ -23,9 +23,7 @@ from . import model
 from .patching import untraced
 
 _entered: WeakSet[nn.Module] = WeakSet()  # transformer layers
-_depths: WeakKeyDictionary[nn.Module, int] = (
-    WeakKeyDictionary()
-)  # row layers: layers of the model it is the last of, or 0
+_depths: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # row layers: layers of a model whose last it is, or 0
 
 
 @untraced

@@ -27,7 +27,7 @@ _is_output: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 @untraced
 def name(layer: nn.Module) -> str:
     """``layer``'s name inside its model; its class where no other module holds it."""
-    return _joined([part for _, part in way_up(layer)]) or type(layer).__name__
+    return _joined([part for _, part in _way_up(layer)]) or type(layer).__name__
 
 
 @untraced
@@ -36,7 +36,7 @@ def row_layers(layer: nn.Module) -> dict[str, Any]:
 
     Without those of experts, which leave communication to their dispatcher.
     """
-    way = way_up(layer)
+    way = _way_up(layer)
     model = way[0][0] if way else layer
     return {_joined(path.split(".")): each for path, each in model.named_modules() if communicates_as_row(each)}
 
@@ -69,7 +69,7 @@ def is_output_layer(module: Any, weight: Tensor | None) -> bool:
     return _is_output[module]
 
 
-def way_up(layer: nn.Module) -> list[tuple[nn.Module, str]]:
+def _way_up(layer: nn.Module) -> list[tuple[nn.Module, str]]:
     """Holders of ``layer`` and what each calls the next one, the model first."""
     if layer not in _holders:
         _note_all()

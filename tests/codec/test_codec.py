@@ -7,7 +7,6 @@ docstring; the second compares compiled code with them, bit for bit, on data tha
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
@@ -26,15 +25,6 @@ LENGTHS = (0, 1, 7, 8, 9, 31, 33, 129, 1000)
 LONG = 4501  # two strips and a tail of the compiled codec
 
 needs_extension = pytest.mark.skipif(not compiled.available(), reason=f"no compiled codec: {compiled.reason()}")
-
-
-@pytest.fixture
-def native() -> Iterator[ModuleType]:
-    """The extension; its instruction set is put back afterwards."""
-    _C = pytest.importorskip("flashcomm_megatron._C")
-    before = _C.info()["isa"]
-    yield _C
-    _C.use_isa(before)
 
 
 def roundtrip(codec: Uniform, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:

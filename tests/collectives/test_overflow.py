@@ -6,7 +6,6 @@ rotated outlier has coefficients of one magnitude, which are clamped together, s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from types import ModuleType
 from unittest import mock
 
@@ -26,15 +25,6 @@ from flashcomm_megatron.collectives import plan
 from flashcomm_megatron.collectives.algorithms import Residuals
 
 OVERFLOW, WIDTH, ROWS = 65520, 96, 3
-
-
-@pytest.fixture
-def native() -> Iterator[ModuleType]:
-    """The extension; its instruction set is put back afterwards."""
-    _C = pytest.importorskip("flashcomm_megatron._C")
-    before = _C.info()["isa"]
-    yield _C
-    _C.use_isa(before)
 
 
 def shares(world: int, generator: torch.Generator) -> Tensor:

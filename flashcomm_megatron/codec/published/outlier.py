@@ -124,20 +124,9 @@ class Outlier(Codec):
 
     def bounds_ref(self, payload: Tensor, numel: int, width: int | None = None) -> Tensor:
         """float32 [numel] of a payload that this rank encoded, as far as the calibrated range reaches."""
-        return self._bounds_from(self.rank, payload, numel)
+        return self.bounds_of(self.rank, payload, numel, width)
 
-    def bound_of_sum(
-        self, payloads: Sequence[Tensor], numel: int, dtype: torch.dtype, width: int | None
-    ) -> Tensor | None:
-        """By how much each value of a sum in float16 may be off, each payload being that of its rank."""
-        if dtype != torch.float16 or len(payloads) == 1:
-            return None
-        total = self._bounds_from(0, payloads[0], numel)
-        for rank, payload in enumerate(payloads[1:], start=1):
-            total = total + self._bounds_from(rank, payload, numel)
-        return total
-
-    def _bounds_from(self, rank: int, payload: Tensor, numel: int) -> Tensor:
+    def bounds_of(self, rank: int, payload: Tensor, numel: int, width: int | None) -> Tensor:
         """Half a scale; of kept features what rounding to bfloat16 may take."""
         kept = _tables(self, payload.device).kept
         bounds = (self.scales.to(payload.device)[rank] * ROUNDING).repeat(numel // self.block, 1)

@@ -170,16 +170,16 @@ bool sync_and(bool mine) {
 }
 // Each lane shows its words and waits once: a lane is never more than one exchange ahead, so two places are enough.
 static const Fiber& other(int lane) { return *current->block->fibers[current->thread / kWarp * kWarp + lane]; }
-void exchange(const float (&mine)[8], int apart, float (&theirs)[8]) {
+void exchange(const float (&mine)[8], int stride, float (&theirs)[8]) {
     current->site = site();
     const int turn = current->turn ^= 1;
     std::memcpy(current->shown[turn], mine, sizeof mine);
     pause(Fiber::kWarp);
-    std::memcpy(theirs, other((current->thread ^ apart) % kWarp).shown[turn], sizeof mine);
+    std::memcpy(theirs, other((current->thread ^ stride) % kWarp).shown[turn], sizeof mine);
 }
-uint32_t exchange(uint32_t mine, int apart) {
+uint32_t exchange(uint32_t mine, int stride) {
     float shown[8] = {float_of(mine)}, theirs[8];
-    exchange(shown, apart, theirs);
+    exchange(shown, stride, theirs);
     return bits_of(theirs[0]);
 }
 uint32_t votes(bool mine) {
