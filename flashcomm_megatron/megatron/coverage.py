@@ -4,7 +4,7 @@ A job that is believed compressed and is not is the worst outcome, and Megatron 
 layer. So the first forward that runs a row-parallel layer, of whatever kind, is watched through torch's module hooks.
 Before it one line is printed, on rank 0. After it every row-parallel layer that neither compressed nor deferred a sum
 is named: it communicates by names that we do not replace, whatever its class. Then the hooks are gone, until another
-model is built or, at most a hundred forwards, one that was built earlier runs: each is judged by its own first forward.
+model is built or met (model.py): each is judged by its own first forward, also one that was built before, or copied.
 A process that ends without such a forward is told so as well, and so is one whose arguments were changed too late.
 
 Under ``--flash-comm-strict`` both are errors, and so is every earlier one that the script caught: the process ends with
@@ -20,6 +20,7 @@ import multiprocessing.util
 import os
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 from weakref import WeakSet
 
@@ -34,15 +35,15 @@ from ..config import changed, current, is_disabled
 from ..observe import counters, messages
 from . import experts, model
 
-# In the class name of every implementation of the layer, or of its base; the last one runs it inside, as no module.
-ROW_PARALLEL = ("RowParallelLinear", "TEFusedMLP")
-PATIENCE = 100  # forwards that are watched for layers that were built and do not run
+FUSED = "TEFusedMLP"  # runs its row-parallel layer inside, as no module
+PATIENCE = 100  # forwards that are watched for layers that are there and do not run
 
 
 class _Watch:
     """Judges every row-parallel layer once, by the first forward of an outermost module that runs it.
 
-    torch's forward hooks are there as long as a layer that was built has not run; what is built, torch tells as well.
+    torch's forward hooks are there as long as a layer that was built or met has not run; what is built, torch tells as
+    well. A model that is met while there are no hooks is under way: what is judged are the parts that still run.
     """
 
     def __init__(self, patched: str) -> None:
@@ -50,25 +51,41 @@ class _Watch:
         self.outermost: Any = None
         self.has_judged = False
         self.judged: WeakSet[torch.nn.Module] = WeakSet()
-        self.waiting: WeakSet[torch.nn.Module] = WeakSet()  # built, and not run yet
+        self.waiting: WeakSet[torch.nn.Module] = WeakSet()  # built or met, and not run yet
         self.building = register_module_module_registration_hook(self.built)
         self.hooks: list[Any] = []
+        model.watch(self.met)
         self.resume()
 
     def resume(self) -> None:
         enter, leave = map(torch.compiler.disable, (self.enter, self.leave))  # the first forward may be a compiled one
         self.hooks = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
-        self.left = PATIENCE
+        self.is_whole, self.left = True, PATIENCE
 
     def rest(self) -> None:
         while self.hooks:
             self.hooks.pop().remove()
 
+    def stop(self) -> None:
+        self.rest()
+        self.building.remove()
+        model.watch(None)
+
     def built(self, module: torch.nn.Module, name: str, submodule: Any) -> None:
-        if submodule is not None and _sums(submodule) and submodule not in self.judged:
-            self.waiting.add(submodule)
-            if not self.hooks:
-                self.resume()
+        self.expect([submodule])
+
+    def met(self, root: torch.nn.Module) -> None:
+        was_watched = bool(self.hooks)
+        self.expect(root.modules())
+        self.is_whole = self.is_whole and was_watched
+        experts.met(root)
+
+    def expect(self, modules: Iterable[Any]) -> None:
+        new = [module for module in modules if _sums(module) and module not in self.judged]
+        self.waiting.update(new)
+        if new and not self.hooks:
+            self.resume()
+        self.left = PATIENCE if new else self.left
 
     def enter(self, module: torch.nn.Module, args: Any) -> None:
         if self.outermost is None:
@@ -88,7 +105,7 @@ class _Watch:
         self.outermost = None
         if output is None:  # the forward raised
             return
-        self.left -= self.has_judged
+        self.left = PATIENCE if self.silent else self.left - self.has_judged
         self.judged.update(self.silent)
         self.waiting.difference_update(self.silent)
         if (self.silent or self.has_judged) and (not self.waiting or self.left == 0):
@@ -111,7 +128,7 @@ class _Watch:
                 f"(first: {model.name(silent[0])}). Add --transformer-impl local, or expect these sums to stay exact.",
                 fatal=True,
             )
-        elif now["quantized"] == self.before["quantized"]:
+        elif self.is_whole and now["quantized"] == self.before["quantized"]:
             messages.complain(
                 f"after the first forward no collective was quantized (deferred: {messages.listed(deferred)}).",
                 fatal=True,
@@ -136,8 +153,7 @@ def stop() -> None:
     """Watch no longer."""
     global _watch
     if _watch is not None:
-        _watch.rest()
-        _watch.building.remove()
+        _watch.stop()
     _watch = None
 
 
@@ -193,10 +209,8 @@ atexit.register(_at_exit)  # at the import: before those of the script are regis
 
 def _sums(module: Any) -> bool:
     """Whether a module is a row-parallel layer, of whatever make, that has to sum by itself."""
-    kinds = [kind.__name__ for kind in type(module).__mro__]
-    if not any(name in kind for name in ROW_PARALLEL for kind in kinds):
+    if not model.communicates_as_row(module) and not model.is_kind(module, FUSED):
         return False
     group = getattr(module, "tp_group", None)
     alone = group is not None and hasattr(group, "size") and group.size() == 1
-    is_expert = getattr(module, "is_expert", False) or getattr(module, "explicit_expert_comm", False)
-    return not alone and not is_expert and getattr(module, "parallel_mode", "row") == "row"
+    return not alone

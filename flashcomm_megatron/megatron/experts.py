@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..collectives.alltoall import all_to_all
 from ..config import Config, current
@@ -75,10 +75,22 @@ def dispatcher_method(original: Function) -> Function:
     return method
 
 
+_held: set[str] = set()  # of this rank's models: "a mixture"; "elsewhere": in a stage of their own, maybe another one's
+
+
+def met(model: nn.Module) -> None:
+    """Note whether a model that runs has mixtures of experts, here or, as its configuration says, in other stages."""
+    for module in model.modules():
+        if any(kind.__name__ == "MoELayer" for kind in type(module).__mro__):
+            _held.add("a mixture")
+        if getattr(getattr(module, "config", None), "num_moe_experts", None):
+            _held.add("elsewhere")
+
+
 def idle() -> str | None:
-    """That tokens were to be compressed and none came; None: nothing is wrong."""
+    """That tokens were to be compressed and none came; None: nothing is wrong, or no layer of this stage has any."""
     config = current()
-    if config is None or not config.experts or _Tokens.ran:
+    if config is None or not config.experts or _Tokens.ran or _held == {"elsewhere"}:
         return None
     return "--flash-comm-experts did nothing: no tokens went through the all-to-all of Megatron's dispatcher."
 

@@ -1,15 +1,18 @@
 """Where a layer stands in its model: its name, the row-parallel layers beside it, whether it is the output layer.
 
-Megatron's layers do not know their names. The first time one is asked for, every module that is alive is noted with
-the module that holds it; from then on a name is a walk upwards. It ends at the outermost of Megatron's modules, or of
-all modules where none is Megatron's. Wrappers call their only child ``module`` (DistributedDataParallel,
-Float16Module) or ``_orig_mod`` (torch.compile); those parts of a name are dropped, so a wrapped model is the same
-model. torch.compile, which breaks its graph at a layer's forward, must not look into any of this.
+Megatron's layers do not know their names. The first time one is asked for, while its model runs, the modules that the
+running functions know by a name of their own are noted, the outermost first, with all that they hold; from then on a
+name is a walk upwards. It ends at the outermost of Megatron's modules, or of all modules where none is Megatron's.
+Wrappers call their only child ``module`` (DistributedDataParallel, Float16Module) or ``_orig_mod`` (torch.compile);
+those parts of a name are dropped, so a wrapped model is the same model. So a new model is met in its first forward,
+whoever built it when, copies included. torch.compile, which breaks its graph at a layer's forward, must not look into
+any of this.
 """
 
 from __future__ import annotations
 
-import gc
+import sys
+from collections.abc import Callable
 from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
@@ -18,10 +21,20 @@ from torch import Tensor, nn
 from .patching import untraced
 
 WRAPPERS = ("module", "_orig_mod")
-ROW_PARALLEL = ("RowParallelLinear", "TERowParallelLinear")
+ROW_PARALLEL = "RowParallelLinear"  # in the class name of every implementation of the layer, or of its base
+MAKERS = ("megatron", "transformer_engine")  # packages; others have classes of that name that never meet us
 
 _holders: WeakKeyDictionary[nn.Module, tuple[ReferenceType[nn.Module], str]] = WeakKeyDictionary()
 _is_output: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_tell: Callable[[nn.Module], None] | None = None
+
+
+def watch(tell: Callable[[nn.Module], None] | None) -> None:
+    """Have ``tell`` called with every model that is met from now on, until this is called with None."""
+    global _tell
+    _tell = tell
+    _holders.clear()
+    _is_output.clear()
 
 
 @untraced
@@ -43,10 +56,15 @@ def row_layers(layer: nn.Module) -> dict[str, Any]:
 
 def communicates_as_row(module: Any) -> bool:
     """Whether a module is Megatron's row-parallel layer or Transformer Engine's, and sums by itself."""
-    if not any(kind.__name__ in ROW_PARALLEL for kind in type(module).__mro__):
+    if not is_kind(module, ROW_PARALLEL):
         return False
     is_expert = getattr(module, "is_expert", False) or getattr(module, "explicit_expert_comm", False)
     return not is_expert and getattr(module, "parallel_mode", "row") == "row"
+
+
+def is_kind(module: Any, word: str) -> bool:
+    """Whether ``word`` is in the name of a module's class, or of one that it inherits from, of Megatron's making."""
+    return any(word in kind.__name__ and kind.__module__.split(".")[0] in MAKERS for kind in type(module).__mro__)
 
 
 def output_width(row: Any) -> int:
@@ -72,7 +90,7 @@ def is_output_layer(module: Any, weight: Tensor | None) -> bool:
 def _way_up(layer: nn.Module) -> list[tuple[nn.Module, str]]:
     """Holders of ``layer`` and what each calls the next one, the model first."""
     if layer not in _holders:
-        _note_all()
+        _note_running()
     way: list[tuple[nn.Module, str]] = []
     while layer in _holders and len(way) < 100:
         holder, part = _holders[layer]
@@ -85,13 +103,25 @@ def _way_up(layer: nn.Module) -> list[tuple[nn.Module, str]]:
     return way[megatrons[0] :] if megatrons else way
 
 
-def _note_all() -> None:
-    """Note who holds whom, for every module that the garbage collector knows."""
-    for module in gc.get_objects():
-        if issubclass(type(module), nn.Module):
-            for part, child in vars(module).get("_modules", {}).items():
-                if child is not None and (child not in _holders or _holders[child][0]() is None):
-                    _holders[child] = ref(module), part
+def _note_running() -> None:
+    """Note who holds whom in the modules that functions running on this thread know."""
+    found, frame = [], sys._getframe()
+    while frame is not None:
+        known = list(frame.f_locals.values())
+        found += [value for value in known if issubclass(type(value), nn.Module) and hasattr(value, "_modules")]
+        frame = frame.f_back  # type: ignore[assignment]
+    for root in dict.fromkeys(reversed(found)):
+        if root not in _holders:
+            _note(root)
+            if _tell is not None:
+                _tell(root)
+
+
+def _note(root: nn.Module) -> None:
+    for module in root.modules():
+        for part, child in module._modules.items():
+            if child is not None and (child not in _holders or _holders[child][0]() is None):
+                _holders[child] = ref(module), part
 
 
 def _is_megatrons(module: nn.Module) -> bool:

@@ -67,9 +67,7 @@ def unexpected(what: str, config: Config) -> None:
     """Say once that something is not done as asked for; RuntimeError where ``config`` is strict."""
     if config.strict:
         raise _error(f"flash-comm is on ({config.bits}-bit) but {what}")
-    if what not in _said:
-        _said.add(what)
-        complain(what, fatal=False)
+    complain(what, fatal=False)
 
 
 def fell_back(what: str, ranks: Sequence[int], reason: str) -> None:
@@ -97,12 +95,13 @@ def warn(line: str) -> None:
 
 
 def complain(what: str, fatal: bool) -> None:
-    """Warn on rank 0; raise RuntimeError on every rank if ``fatal`` and the configuration is strict."""
+    """Warn on rank 0, once; raise RuntimeError on every rank if ``fatal`` and the configuration is strict."""
     config: Config | None = current()
     message = f"flash-comm is on ({config.bits}-bit) but {what}" if config else f"flash-comm: {what}"
     if fatal and config is not None and config.strict:
         raise _error(message)
-    if _rank() == 0:
+    if _rank() == 0 and message not in _said:
+        _said.add(message)
         logger.warning(message)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import signal
@@ -20,15 +21,18 @@ from torch.nn.modules import module as hooks
 import flashcomm_megatron as fc
 from flashcomm_megatron import config
 from flashcomm_megatron.codec import native as extension
-from flashcomm_megatron.megatron import coverage, experts
+from flashcomm_megatron.megatron import coverage, experts, model
 from flashcomm_megatron.observe import messages
 
 ROOT = Path(__file__).resolve().parents[2]
+MEGATRONS = "megatron.core.tensor_parallel.layers"  # what the classes below claim as their module
 PATCHED = "8 names patched in megatron-core 0.16.1"
 
 
 class RowParallelLinear(nn.Module):
     """Stands for Megatron's own layer; ``collective`` is what it does to the counters."""
+
+    __module__ = MEGATRONS
 
     def __init__(self, collective: Callable[[], None]) -> None:
         super().__init__()
@@ -42,6 +46,8 @@ class RowParallelLinear(nn.Module):
 class TERowParallelLinear(nn.Module):
     """Stands for Transformer Engine's layer, which communicates out of our sight."""
 
+    __module__ = MEGATRONS
+
     def forward(self, x: Tensor) -> Tensor:
         return x
 
@@ -52,6 +58,8 @@ class InferenceRowParallelLinear(TERowParallelLinear):
 
 class TEFusedMLP(nn.Module):
     """Stands for Megatron's fused feed-forward, which runs its row-parallel layer inside, as no module."""
+
+    __module__ = MEGATRONS
 
     def forward(self, x: Tensor) -> Tensor:
         return x
@@ -253,6 +261,72 @@ def test_a_model_built_before_anothers_first_forward_is_judged_by_its_own(caplog
     assert "uses 1 x TERowParallelLinear" in caplog.text and not hooks._global_forward_hooks
 
 
+class ColumnParallelLinear(nn.Module):
+    """Stands for Megatron's own layer, whose forward is ours: it asks whether it is the output layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        model.is_output_layer(self, None)
+        return x
+
+
+def test_a_model_that_nobody_told_of_is_judged_by_its_own_first_forward(caplog: pytest.LogCaptureFixture) -> None:
+    """The second of two that were built before; a copy; each part from the first layer on that is ours."""
+
+    def build(*middle: nn.Module) -> nn.Module:
+        rows = RowParallelLinear(quantize), *middle
+        return nn.Sequential(ColumnParallelLinear(), nn.Sequential(*rows), RowParallelLinear(defer))
+
+    models = [build(), build(TERowParallelLinear())]  # no function knows the second by name while the first runs
+    models.append(copy.deepcopy(models[1]))
+    coverage.start(PATCHED)
+    models[0](torch.zeros(1))
+    assert not hooks._global_forward_hooks
+    for judged in models[1:]:
+        caplog.clear()
+        messages._said.clear()
+        judged(torch.zeros(1))
+        assert warnings(caplog) == [
+            "flash-comm is on (4-bit) but the model uses 1 x TERowParallelLinear, whose communication is not patched "
+            "(first: 1.1). Add --transformer-impl local, or expect these sums to stay exact."
+        ]
+        assert not hooks._global_forward_hooks
+    judged(torch.zeros(1))
+    assert len(warnings(caplog)) == 1
+
+
+def test_a_class_of_that_name_that_is_not_megatrons_is_not_judged(caplog: pytest.LogCaptureFixture) -> None:
+    foreign = type("RowParallelLinear", (nn.Identity,), {"__module__": "vllm.model_executor.layers.linear"})
+    coverage.start(PATCHED)
+    forward(foreign(), RowParallelLinear(quantize))
+    assert warnings(caplog) == []
+
+
+def test_what_is_built_later_has_all_the_patience(caplog: pytest.LogCaptureFixture) -> None:
+    coverage.start(PATCHED)
+    first, unused = nn.Sequential(RowParallelLinear(quantize)), nn.Sequential(RowParallelLinear(quantize))
+    for _ in range(coverage.PATIENCE):
+        first(torch.zeros(1))
+    second = nn.Sequential(TERowParallelLinear())
+    for _ in range(coverage.PATIENCE - 1):
+        first(torch.zeros(1))
+    second(torch.zeros(1))
+    assert "uses 1 x TERowParallelLinear" in caplog.text and len(unused) == 1
+
+
+def test_arguments_that_were_changed_are_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    finished = SimpleNamespace(flash_comm_bits=4)
+    monkeypatch.setattr(config, "_finished", None)
+    config.finish(finished)
+    finished.flash_comm_recipe = "flash-v1"
+    coverage.start(PATCHED)
+    forward(RowParallelLinear(quantize))
+    forward(RowParallelLinear(quantize))
+    coverage.close()
+    assert len(warnings(caplog)) == 1 and "flash_comm_recipe was changed" in caplog.text
+
+
 def test_arguments_that_were_changed_late_are_an_error_of_the_first_forward(monkeypatch: pytest.MonkeyPatch) -> None:
     finished = SimpleNamespace(flash_comm_bits=4)
     monkeypatch.setattr(config, "_finished", None)
@@ -378,13 +452,27 @@ if __name__ == "__main__":
     assert ran.stderr.count("no tensor-parallel layer ran") >= 1 and "its own error" in ran.stderr
 
 
+class MoELayer(ColumnParallelLinear):
+    """Stands for a mixture of experts."""
+
+
+@pytest.mark.parametrize(
+    ("layers", "experts_of_model", "fails"),
+    [((), None, True), ((), 8, False), ((MoELayer(),), 8, True)],
+    ids=["a model without experts", "a stage without its model's experts", "experts that were not reached"],
+)
 def test_experts_tokens_that_were_asked_for_and_never_came_are_an_error_of_the_end(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, layers: tuple[nn.Module, ...], experts_of_model: int | None, fails: bool
 ) -> None:
     monkeypatch.setattr(experts._Tokens, "ran", False)
+    monkeypatch.setattr(experts, "_held", set())
     config.set_current(fc.Config(bits=4, strict=True, experts=True))
     started()
-    forward(RowParallelLinear(quantize))
+    stage = nn.Sequential(ColumnParallelLinear(), RowParallelLinear(quantize), *layers)
+    stage.config = SimpleNamespace(num_moe_experts=experts_of_model)  # type: ignore[assignment]
+    stage(torch.zeros(1))
+    if not fails:
+        return coverage.close()
     with pytest.raises(RuntimeError, match="--flash-comm-experts did nothing"):
         coverage.close()
 

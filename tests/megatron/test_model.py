@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import warnings
 from typing import Any
 
@@ -50,6 +52,23 @@ def test_the_output_layer_is_known_by_its_place() -> None:
     whole = MegatronModule(module=Holder(output_layer=output, other=other))
     assert model.is_output_layer(output, None) and not model.is_output_layer(other, None)
     assert model.is_output_layer(other, torch.ones(1)) and whole is not None
+
+
+class Unmarked(MegatronModule):
+    """A model whose output layer, as it runs, is asked what it is."""
+
+    def forward(self, x: Tensor) -> bool:
+        return bool(model.is_output_layer(self.output_layer, None))
+
+
+def test_the_output_layer_is_known_where_the_garbage_collector_knows_nothing() -> None:
+    models = [Unmarked(output_layer=nn.Linear(1, 1))]
+    models.append(copy.deepcopy(models[0]))
+    gc.freeze()
+    try:
+        assert [each(torch.ones(1)) for each in models] == [True, True]
+    finally:
+        gc.unfreeze()
 
 
 # ---- on two ranks ---------------------------------------------------------------------------------------------------
