@@ -186,9 +186,18 @@ def _minimum(
     kind: str, dtype: torch.dtype, transport: str, comm: Communicator | Simulated, config: Config, legs: Legs | None
 ) -> int:
     """Bytes of a tensor from which on compression pays."""
-    is_gradient = legs is not None and legs != config.legs and legs == config.gradient_legs
-    case = Case(kind, name(dtype), config.grad_bits if is_gradient else config.bits, config.recipe)
+    case = Case(kind, name(dtype), _bits(config, legs), config.recipe)
     return minimum_size(case, topology_of(comm.world, comm.nodes, transport), transport, config)
+
+
+def _bits(config: Config, legs: Legs | None) -> int:
+    """The width of a call's codecs: that of sums, of gradients, or of a model's last sum."""
+    if legs is None or legs == config.legs:
+        return config.bits
+    if legs == config.gradient_legs:
+        return config.grad_bits
+    widths = RECIPES[config.recipe].widths
+    return next((bits for bits in widths if legs == config.legs_of(bits)), config.bits)  # none: of a calibrated site
 
 
 def _minimum_of_row(shape: Sequence[int], dtype: torch.dtype, config: Config) -> int:

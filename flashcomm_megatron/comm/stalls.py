@@ -4,7 +4,8 @@ Where one rank compresses what another one defers, the first waits for messages 
 torch.distributed, which knows nothing of ours. So a communicator keeps its last calls, compressed and deferred. One
 thread of the process looks at every communicator now and then. Where no call was made since it looked last, it writes
 the calls into the process group's store and compares them with what the other ranks wrote: two different calls of one
-number never meet. It says so, and ends the waiting of this rank; the others lose their connections.
+number never meet. It says so, and ends the waiting of this rank; the others lose their connections. So it does where
+another rank wrote that its configuration is strict and an error has ended its part (observe/messages.py).
 
 A call costs one entry in a list. A group that stands still costs a few messages to the store.
 """
@@ -21,12 +22,15 @@ from weakref import WeakSet
 
 import torch.distributed as dist
 
+from ..observe import messages
+
 if TYPE_CHECKING:
     from .communicator import Communicator
 
 PATIENCE = 5.0  # seconds from one look to the next
 LOOKS = 3  # at what the other ranks wrote, since the last call
 KEPT = 64  # calls of a group
+FAILED = "failed"  # beside the numbers of calls
 
 _watched: WeakSet[Communicator] = WeakSet()
 _lock = threading.Lock()
@@ -74,15 +78,20 @@ def look(comm: Communicator) -> None:
     elif calls.count and calls.looks < LOOKS and not comm.has_failed:
         calls.looks += 1
         mine, store = calls.by_number(), _store(comm)
-        store.set(_key(comm.rank), json.dumps(mine))
+        store.set(_key(comm.rank), json.dumps(mine | {FAILED: messages.verdict()}))
         for rank in range(comm.world):
             has_written = rank != comm.rank and store.check([_key(rank)])  # get() would wait for who never does
             theirs = json.loads(store.get(_key(rank))) if has_written else mine
             number = next((each for each in mine if theirs.get(each, mine[each]) != mine[each]), None)
             if number is not None:
-                comm.stop(_difference({comm.ranks[comm.rank]: mine[number], comm.ranks[rank]: theirs[number]}))
-                calls.looks = LOOKS
-                return
+                reason = _difference({comm.ranks[comm.rank]: mine[number], comm.ranks[rank]: theirs[number]})
+            elif theirs.get(FAILED) and str(calls.count) not in theirs:
+                reason = f"rank {comm.ranks[rank]} has given up before this call: {theirs[FAILED]}"
+            else:
+                continue
+            comm.stop(reason)
+            calls.looks = LOOKS
+            return
 
 
 def _difference(calls: dict[int, str]) -> str:

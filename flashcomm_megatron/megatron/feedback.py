@@ -57,6 +57,7 @@ class _Stream:
     def __init__(self) -> None:
         self.residuals = Residuals()
         self.kind: Any = None  # shape, dtype, device, group and configuration
+        self.blocks: dict[str, int] = {}  # by leg; those of a last sum may be others
         self.sample: Tensor | None = None  # of the tensor it travels with, while layers are measured
 
 
@@ -99,10 +100,14 @@ def residuals(layer: nn.Module, x: Tensor, group: Any, plan: Plan) -> Residuals 
     counters.count_feedback(reason or ON)
     if reason or _here.visit is None:
         return None
-    blocks = tuple(leg.fitted(x.size(-1)).block for leg in (plan.reduce, plan.gather))  # of a last sum maybe others
-    stream, kind = _here.visit.stream, (x.shape, x.dtype, x.device, group, config, blocks)
+    stream, kind = _here.visit.stream, (x.shape, x.dtype, x.device, group, config)
     if stream.kind != kind:
         stream.residuals, stream.kind = Residuals(), kind
+    blocks = {"reduce": plan.reduce.fitted(x.size(-1)).block, "gather": plan.gather.fitted(x.size(-1)).block}
+    if blocks != stream.blocks:  # a leg whose blocks are as before goes on
+        kept = stream.residuals.kept
+        stream.residuals.kept = {key: kept[key] for key in kept if stream.blocks[key[1]] == blocks[key[1]]}
+        stream.blocks = blocks
     return stream.residuals
 
 

@@ -113,6 +113,11 @@ def fails_at_the_end(what: str, config: Config) -> None:
         _failed = _failed or f"{what} (--flash-comm-strict)"
 
 
+def verdict() -> str | None:
+    """The first complaint that a strict configuration made an error, caught or not; None: there was none."""
+    return _failed
+
+
 def last_verdict() -> None:
     """RuntimeError once more if a strict configuration ever made an error of something: a script may have caught it."""
     if _failed is not None:

@@ -57,6 +57,17 @@ def test_a_measured_file_decides_for_its_cases_and_its_number_of_ranks(tmp_path:
     assert minimum(place(2), config=asked) == 7, "what the user says comes first"
 
 
+def test_the_width_that_is_used_decides(tmp_path: Path) -> None:
+    """Gradients have one of their own, and so has a model's last sum, also where gradients have the same."""
+    path = tmp_path / "tuned.json"
+    minimum_size.write(path, place(2), {CASE._replace(bits=bits): bits << 10 for bits in (4, 6, 8)})
+    x = torch.empty(1, dtype=torch.bfloat16)
+    for grad_bits in (8, 6):
+        config = Config(bits=4, grad_bits=grad_bits, thresholds=str(path))
+        found = {bits: planned("all_reduce", x, 2, config, over="cpu", legs=config.legs_of(bits)) for bits in (4, 6, 8)}
+        assert {bits: each.minimum for bits, each in found.items()} == {bits: bits << 10 for bits in found}
+
+
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 from ranks import spawn
+from specification import planned
 from torch import Tensor
 
 import flashcomm_megatron as fc
 from flashcomm_megatron.config import Config
-from flashcomm_megatron.megatron import last_sum, model
+from flashcomm_megatron.megatron import feedback, last_sum, model
 
 WORLD, LAST = 2, "decoder.layers.5.mlp.linear_fc2"
 needs_megatron = pytest.mark.skipif(find_spec("megatron") is None, reason="megatron-core is not installed")
@@ -178,3 +179,17 @@ def test_ranks_agree(seen: list[dict[str, Any]]) -> None:
     for case, first in seen[0]["runs"].items():
         if not case[2]:
             assert torch.equal(first["stream"], seen[1]["runs"][case]["stream"])
+
+
+def test_at_widths_where_its_blocks_are_others_the_reduce_leg_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At 1184 values a row the gather leg has blocks of 64 at 5 bits and of 32 at 7."""
+    config, layer, x = Config(bits=4, min_bytes=0), torch.nn.Linear(1, 1).eval(), torch.randn(8, 1184)
+    visit = feedback._Visit(layer, x, None)
+    monkeypatch.setattr(feedback._here, "visit", visit, raising=False)
+    monkeypatch.setitem(feedback._adds_up, layer, True)
+    with torch.no_grad():
+        before = feedback.residuals(layer, x, None, planned("all_reduce", x, 3, config))
+        assert before is not None
+        before.kept = {(0, "reduce"): torch.ones(1), (0, "gather"): torch.ones(1)}
+        after = feedback.residuals(layer, x, None, planned("all_reduce", x, 3, config, legs=config.legs_of(6)))
+    assert after is not None and list(after.kept) == [(0, "reduce")]

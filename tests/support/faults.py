@@ -121,6 +121,17 @@ def never_calls(here: Here) -> None:
         here.all_reduce()
 
 
+def fails_alone(here: Here) -> None:
+    """The victim's script catches what strict raised, and its process lives on."""
+    if not here.is_victim:
+        here.all_reduce()
+        return
+    with contextlib.suppress(RuntimeError):
+        messages.unexpected("its options were changed", replace(here.config, strict=True))
+    time.sleep(WAIT / 2)
+    messages._failed = None
+
+
 def stopped(here: Here) -> None:
     """The victim asks for nothing: rank 0 stops it and lets it go on once it heard."""
     victim = here.processes[VICTIM]
@@ -183,6 +194,7 @@ OTHER_CALL = "rank 1 is in another call (#2/"
 NO_MESSAGE = "no message passed between this rank and rank 1"
 NOTHING = f"rank 1 neither sent nor took anything for {WAIT:g} s"
 MADE = "rank 1 made "
+GIVEN_UP = "rank 1 has given up before this call: flash-comm is on (4-bit) but its options were changed"
 DEFERRED = "float32, deferred (below 1048576 bytes) while rank 1 made "
 ENDED = "the process of rank {victim} has ended"
 NO_MESSAGE_OF = "no message passed between this rank and rank {victim}"
@@ -199,6 +211,7 @@ LIVES = (
     Fault("compresses what others defer", compresses_what_others_defer, (DEFERRED,) * 2),
     Fault("has FLASH_COMM_DISABLE set", switched_off, ("is flash-comm on at every rank?",) * 2, is_first_call=True),
     Fault("never calls", never_calls, (NOTHING, NO_MESSAGE)),
+    Fault("fails alone with --flash-comm-strict", fails_alone, (GIVEN_UP,) * 2),
     Fault("is stopped (SIGSTOP)", stopped, (NOTHING, NO_MESSAGE)),
 )
 ENDS = (
