@@ -72,13 +72,13 @@ class _Watch:
         model.watch(None)
 
     def built(self, module: torch.nn.Module, name: str, submodule: Any) -> None:
+        model.hold(module, name, submodule)
         self.expect([submodule])
 
-    def met(self, root: torch.nn.Module) -> None:
+    def met(self, modules: Iterable[torch.nn.Module]) -> None:
         was_watched = bool(self.hooks)
-        self.expect(root.modules())
+        self.expect(modules)
         self.is_whole = self.is_whole and was_watched
-        experts.met(root)
 
     def expect(self, modules: Iterable[Any]) -> None:
         new = [module for module in modules if _sums(module) and module not in self.judged]
@@ -112,6 +112,7 @@ class _Watch:
             self.rest()
         if self.silent:
             self.has_judged = True
+            experts.met(module)
             self.judge()
 
     def judge(self) -> None:

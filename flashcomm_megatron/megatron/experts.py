@@ -79,7 +79,7 @@ _held: set[str] = set()  # of this rank's models: "a mixture"; "elsewhere": in a
 
 
 def met(model: nn.Module) -> None:
-    """Note whether a model that runs has mixtures of experts, here or, as its configuration says, in other stages."""
+    """Note whether a model that ran has mixtures of experts, here or, as its configuration says, in other stages."""
     for module in model.modules():
         if any(kind.__name__ == "MoELayer" for kind in type(module).__mro__):
             _held.add("a mixture")

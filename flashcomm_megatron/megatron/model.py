@@ -1,18 +1,17 @@
 """Where a layer stands in its model: its name, the row-parallel layers beside it, whether it is the output layer.
 
-Megatron's layers do not know their names. The first time one is asked for, while its model runs, the modules that the
-running functions know by a name of their own are noted, the outermost first, with all that they hold; from then on a
-name is a walk upwards. It ends at the outermost of Megatron's modules, or of all modules where none is Megatron's.
-Wrappers call their only child ``module`` (DistributedDataParallel, Float16Module) or ``_orig_mod`` (torch.compile);
-those parts of a name are dropped, so a wrapped model is the same model. So a new model is met in its first forward,
-whoever built it when, copies included. torch.compile, which breaks its graph at a layer's forward, must not look into
-any of this.
+Megatron's layers do not know their names. Torch tells of every module that is built who holds it, as long as a model is
+watched (coverage.py); of one that was built before, or copied, the garbage collector knows, when a name in it is first
+asked for. A name is a walk upwards. It ends at the outermost of Megatron's modules, or of all modules where none is
+Megatron's. Wrappers call their only child ``module`` (DistributedDataParallel, Float16Module) or ``_orig_mod``
+(torch.compile); those parts of a name are dropped, so a wrapped model is the same model. torch.compile, which breaks
+its graph at a layer's forward, must not look into any of this.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterable
 from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
@@ -26,15 +25,19 @@ MAKERS = ("megatron", "transformer_engine")  # packages; others have classes of 
 
 _holders: WeakKeyDictionary[nn.Module, tuple[ReferenceType[nn.Module], str]] = WeakKeyDictionary()
 _is_output: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
-_tell: Callable[[nn.Module], None] | None = None
+_tell: Callable[[Iterable[nn.Module]], None] | None = None
 
 
-def watch(tell: Callable[[nn.Module], None] | None) -> None:
-    """Have ``tell`` called with every model that is met from now on, until this is called with None."""
+def watch(tell: Callable[[Iterable[nn.Module]], None] | None) -> None:
+    """Have ``tell`` called with modules that were not built in our sight, when they are met; until called with None."""
     global _tell
     _tell = tell
-    _holders.clear()
-    _is_output.clear()
+
+
+def hold(holder: nn.Module, part: str, child: nn.Module | None) -> None:
+    """Note that ``holder`` calls ``child`` ``part``. A child of several keeps the first that is alive."""
+    if child is not None and (child not in _holders or _holders[child][0]() is None):
+        _holders[child] = ref(holder), part
 
 
 @untraced
@@ -90,7 +93,7 @@ def is_output_layer(module: Any, weight: Tensor | None) -> bool:
 def _way_up(layer: nn.Module) -> list[tuple[nn.Module, str]]:
     """Holders of ``layer`` and what each calls the next one, the model first."""
     if layer not in _holders:
-        _note_running()
+        _note_all()
     way: list[tuple[nn.Module, str]] = []
     while layer in _holders and len(way) < 100:
         holder, part = _holders[layer]
@@ -103,25 +106,15 @@ def _way_up(layer: nn.Module) -> list[tuple[nn.Module, str]]:
     return way[megatrons[0] :] if megatrons else way
 
 
-def _note_running() -> None:
-    """Note who holds whom in the modules that functions running on this thread know."""
-    found, frame = [], sys._getframe()
-    while frame is not None:
-        known = list(frame.f_locals.values())
-        found += [value for value in known if issubclass(type(value), nn.Module) and hasattr(value, "_modules")]
-        frame = frame.f_back  # type: ignore[assignment]
-    for root in dict.fromkeys(reversed(found)):
-        if root not in _holders:
-            _note(root)
-            if _tell is not None:
-                _tell(root)
-
-
-def _note(root: nn.Module) -> None:
-    for module in root.modules():
+def _note_all() -> None:
+    """Note who holds whom, for every module that the garbage collector knows."""
+    alive = [each for each in gc.get_objects() if issubclass(type(each), nn.Module) and "_modules" in vars(each)]
+    new = [module for module in alive if module not in _holders]
+    for module in alive:
         for part, child in module._modules.items():
-            if child is not None and (child not in _holders or _holders[child][0]() is None):
-                _holders[child] = ref(module), part
+            hold(module, part, child)
+    if _tell is not None:
+        _tell(new)
 
 
 def _is_megatrons(module: nn.Module) -> bool:

@@ -276,12 +276,10 @@ def test_a_model_that_nobody_told_of_is_judged_by_its_own_first_forward(caplog: 
         rows = RowParallelLinear(quantize), *middle
         return nn.Sequential(ColumnParallelLinear(), nn.Sequential(*rows), RowParallelLinear(defer))
 
-    models = [build(), build(TERowParallelLinear())]  # no function knows the second by name while the first runs
-    models.append(copy.deepcopy(models[1]))
+    first, second = build(), build(TERowParallelLinear())
     coverage.start(PATCHED)
-    models[0](torch.zeros(1))
-    assert not hooks._global_forward_hooks
-    for judged in models[1:]:
+    first(torch.zeros(1))
+    for judged in (second, copy.deepcopy(second)):
         caplog.clear()
         messages._said.clear()
         judged(torch.zeros(1))
