@@ -49,6 +49,7 @@ def everything(rank: int, world: int) -> dict[str, Any]:
         seen[name] = one_structure(structures.build(kind, world, bool(parallel)))
     model = structures.build("pre-norm", world)
     seen |= {"in turns": in_turns(model), "memory": memory(model), "modes": modes(model), "policies": policies(model)}
+    seen["run again"] = run_again(model)
     return seen | {"token prediction": token_prediction(structures.build("pre-norm", world, mtp_num_layers=2))}
 
 
@@ -179,6 +180,30 @@ def test_off_with_a_reason(seen: list[dict[str, Any]]) -> None:
             "gradients": {"gradients are recorded": 12},
             "alone": {"outside of a transformer layer": 1},
         }
+
+
+def run_again(model: Any) -> dict[str, Any]:
+    """Layers whose first forward, in a checkpoint, records no gradients though they are wanted: counts, same bits."""
+    from megatron.core.tensor_parallel import checkpoint
+
+    def layers(x: Tensor) -> Tensor:
+        for layer in model.decoder.layers:
+            x, _ = layer(hidden_states=x, attention_mask=None)
+        passed.append(x.detach())
+        return x
+
+    passed: list[Tensor] = []
+    x = model.embedding(tokens(), tokens() % 64)
+    with fc.flashcomm(AUTO):
+        stream(model, tokens())  # measures
+        fc.reset_stats()
+        checkpoint(layers, False, x).sum().backward()
+    return {"counted": fc.stats()["feedback"], "same": torch.equal(*passed)}
+
+
+def test_layers_that_are_run_again_do_the_same_again(seen: list[dict[str, Any]]) -> None:
+    for rank in seen:
+        assert rank["run again"] == {"counted": {"gradients are recorded": 24}, "same": True}
 
 
 def policies(model: Any) -> dict[str, Any]:
