@@ -134,8 +134,8 @@ def last_dimensions() -> list[dict[str, int]]:
 
 def test_gathers_along_the_last_dimension(seen: list[dict[str, Any]]) -> None:
     for latent, predicting, column in (each["last dimensions"] for each in seen):
-        # In each of two layers: the latents of queries and of keys and values, and the position key.
-        assert latent == {"latent attention's last dimension": 4, "latent attention's position key": 2}
+        # In each of two layers: the latents of queries, and those of keys and values.
+        assert latent == {"latent attention's last dimension": 4}
         assert predicting == {"token prediction's last dimension": 1}
         assert column == {"gathered output of a column layer": 1}
 

@@ -261,7 +261,8 @@ def feedback() -> dict[str, int]:
 
     layer = linear("TERowParallelLinear", sequence_parallel=False).eval()
     options = {"init_method": torch.nn.init.normal_, "bias": False, "skip_bias_add": False, "config": layer.config}
-    plain = TELinear(INNER, HIDDEN, parallel_mode="row", skip_weight_param_allocation=False, **options).eval()
+    options |= {"skip_weight_param_allocation": False, "tp_group": layer.tp_group}
+    plain = TELinear(INNER, HIDDEN, parallel_mode="row", **options).eval()
     fc.reset_stats()
     with fc.flashcomm(CONFIG):
         for each in (layer, plain):
