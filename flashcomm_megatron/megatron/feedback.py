@@ -23,8 +23,9 @@ turns, depths of multi-token prediction, and streams that are mixed between laye
 tensor is freed, behind the last layer, so are they.
 
 Feedback is off, and counted with its reason: in training (dropout scales the output, recomputation runs a layer twice),
-where gradients are recorded, outside of a transformer layer, inside a mixture of experts, in the forward that
-measures, and while a CUDA graph is captured, whose replays would not see the residuals of the layers around it.
+where gradients are recorded or will be when a layer is run again, outside of a transformer layer, inside a mixture of
+experts, in the forward that measures, and while a CUDA graph is captured, whose replays would not see the residuals of
+the layers around it.
 ``--flash-comm-feedback off`` turns it off everywhere.
 """
 
@@ -67,6 +68,8 @@ class _Visit:
     def __init__(self, layer: nn.Module, x: Tensor, outer: _Visit | None) -> None:
         found: _Stream | None = _streams.pop(x, None) if len(_streams) else None
         self.layer, self.x, self.outer, self.stream = layer, x, outer, found or _Stream()
+        # In a checkpoint, an autograd function, gradients are off the first time and on when it is run again.
+        self.is_run_again = not torch._C._is_fwd_grad_enabled() and not torch.is_inference_mode_enabled()
         self.is_in_mixture = False
         self.rows: list[Tensor] | None = None  # while measuring: samples of what was contributed
         self.missed = False  # whether something was contributed before measuring began
@@ -133,6 +136,8 @@ def _reason(layer: nn.Module, x: Tensor, group: Any) -> str | None:
         return modes.BATCH_INVARIANT
     if visit is None:
         return "outside of a transformer layer"
+    if visit.is_run_again:
+        return "gradients are recorded"
     if visit.is_in_mixture:
         return "inside a mixture of experts"
     if x.is_cuda and torch.cuda.is_current_stream_capturing():

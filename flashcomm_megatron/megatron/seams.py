@@ -63,6 +63,8 @@ ALWAYS = (
     Seam(f"{TRANSFORMER}.moe.moe_layer", "MoELayer.forward", ("self", "hidden_states"), feedback.mixture_forward,
          "a mixture is one contribution to the residual stream, whatever runs inside",
          is_layer=True),
+    Seam("megatron.core.utils", "_kernel_make_viewless_tensor", ("inp", "requires_grad"), lambda original: original,
+         "not compiled: torch 2.14's inductor fails on it in a graph of its own, which a break at a layer gives it"),
 )  # fmt: skip
 
 SHARED_EXPERTS = (

@@ -46,7 +46,7 @@ def everything(rank: int, world: int) -> dict[str, Any]:
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=world)
     model_parallel_cuda_manual_seed(1)
     return {"sparse attention": step(sparse_attention()), "replaced": step(replaced()), "padded": padded(),
-            "fused shared experts": fused_shared_experts()}  # fmt: skip
+            "fused shared experts": fused_shared_experts(), "last dimensions": last_dimensions()}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +109,35 @@ def test_sparse_attention(seen: list[dict[str, Any]]) -> None:
             "0.self_attention.linear_proj", "0.mlp.linear_fc2", "1.self_attention.linear_proj", "1.mlp.linear_fc2",
         ]  # fmt: skip
         assert rank["finite"]
+
+
+# ---- gathers along the last dimension -------------------------------------------------------------------------------
+
+
+def last_dimensions() -> list[dict[str, int]]:
+    """What Megatron's own latent attention, token prediction and a column layer that gathers its output deferred."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+    from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+    from megatron.core.transformer.transformer_config import MLATransformerConfig
+
+    config = MLATransformerConfig(**mixtures.BASE, **LATENT)
+    latent = step(gpt(config, get_gpt_decoder_block_spec(config, use_transformer_engine=False)))
+    predicting = step(mixtures.token_prediction())
+    column = ColumnParallelLinear(64, 64, config=config, init_method=nn.init.ones_, gather_output=True, bias=False,
+                                  skip_bias_add=False)  # fmt: skip
+    column.sequence_parallel = False
+    fc.reset_stats()
+    with fc.flashcomm(CONFIG):
+        column(torch.ones(8, 1, 64))
+    return [latent["deferred"], predicting["deferred"], fc.stats()["deferred"]]
+
+
+def test_gathers_along_the_last_dimension(seen: list[dict[str, Any]]) -> None:
+    for latent, predicting, column in (each["last dimensions"] for each in seen):
+        # In each of two layers: the latents of queries, and those of keys and values.
+        assert latent == {"latent attention's last dimension": 4}
+        assert predicting == {"token prediction's last dimension": 1}
+        assert column == {"gathered output of a column layer": 1}
 
 
 # ---- heterogeneous blocks -------------------------------------------------------------------------------------------

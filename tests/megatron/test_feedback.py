@@ -49,6 +49,7 @@ def everything(rank: int, world: int) -> dict[str, Any]:
         seen[name] = one_structure(structures.build(kind, world, bool(parallel)))
     model = structures.build("pre-norm", world)
     seen |= {"in turns": in_turns(model), "memory": memory(model), "modes": modes(model), "policies": policies(model)}
+    seen |= {"run again": run_again(model), "changed between": changed_between(model)}
     return seen | {"token prediction": token_prediction(structures.build("pre-norm", world, mtp_num_layers=2))}
 
 
@@ -179,6 +180,46 @@ def test_off_with_a_reason(seen: list[dict[str, Any]]) -> None:
             "gradients": {"gradients are recorded": 12},
             "alone": {"outside of a transformer layer": 1},
         }
+
+
+def changed_between(model: Any) -> dict[str, int]:
+    """What is counted where somebody halves the stream, in its place, between two layers."""
+    hook = model.decoder.layers[2].register_forward_hook(lambda layer, args, output: (output[0].mul_(0.5), output[1]))
+    with fc.flashcomm(AUTO):
+        stream(model, tokens())  # measures
+        fc.reset_stats()
+        stream(model, tokens())
+    hook.remove()
+    return fc.stats()["feedback"]
+
+
+def test_a_stream_that_is_changed_between_layers_is_noticed(seen: list[dict[str, Any]]) -> None:
+    for rank in seen:
+        assert rank["changed between"] == {"on": 10, "TransformerLayer does not add its sums unchanged": 2}
+
+
+def run_again(model: Any) -> dict[str, Any]:
+    """Layers whose first forward, in a checkpoint, records no gradients though they are wanted: counts, same bits."""
+    from megatron.core.tensor_parallel import checkpoint
+
+    def layers(x: Tensor) -> Tensor:
+        for layer in model.decoder.layers:
+            x, _ = layer(hidden_states=x, attention_mask=None)
+        passed.append(x.detach())
+        return x
+
+    passed: list[Tensor] = []
+    x = model.embedding(tokens(), tokens() % 64)
+    with fc.flashcomm(AUTO):
+        stream(model, tokens())  # measures
+        fc.reset_stats()
+        checkpoint(layers, False, x).sum().backward()
+    return {"counted": fc.stats()["feedback"], "same": torch.equal(*passed)}
+
+
+def test_layers_that_are_run_again_do_the_same_again(seen: list[dict[str, Any]]) -> None:
+    for rank in seen:
+        assert rank["run again"] == {"counted": {"gradients are recorded": 24}, "same": True}
 
 
 def policies(model: Any) -> dict[str, Any]:

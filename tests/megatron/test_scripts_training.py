@@ -115,28 +115,6 @@ def test_a_script_without_tensor_parallel_layers_is_warned(tmp_path: Path, stric
     assert ran.returncode == strict and "Traceback" not in ran.stderr
 
 
-FROM_YAML = """
-import json, sys
-from megatron.training.arguments import parse_args
-from megatron.training.global_vars import get_args, set_args
-from flashcomm_megatron.config import current
-path = sys.argv.pop()
-plain = {name: value for name, value in vars(parse_args()).items() if isinstance(value, str | int | float | None)}
-json.dump(plain | {"flash_comm_bits": 6, "flash_comm_feedback": "off"}, open(path, "w"))
-print(current())
-sys.argv += ["--yaml-cfg", path]
-set_args(parse_args())
-print(current().bits, current().feedback, get_args().flash_comm_recipe, get_args().yaml_cfg == path)
-"""
-
-
-def test_a_yaml_file_switches_on(tmp_path: Path) -> None:
-    """Read by Megatron itself: it replaces what was parsed, so its options come in where arguments are handed on."""
-    (tmp_path / "small.py").write_text(FROM_YAML)
-    ran = alone(str(tmp_path / "small.py"), str(tmp_path / "run.yaml"))
-    assert ran.returncode == 0 and "None\n" in ran.stdout and "6 off auto True" in ran.stdout, ran.stderr[-3000:]
-
-
 def test_what_needs_a_gpu_is_one_sentence() -> None:
     ran = alone("pretrain_gpt.py", *TRAIN, "--transformer-impl", "transformer_engine")
     assert ran.returncode == 2 and "Traceback" not in ran.stderr

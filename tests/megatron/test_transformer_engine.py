@@ -256,19 +256,25 @@ def test_other_layers_are_no_sites(seen: list[dict[str, Any]]) -> None:
 
 
 def feedback() -> dict[str, int]:
-    """Why a row layer by itself has no feedback, where gradients are recorded and where not."""
+    """Why a row layer by itself has no feedback, where gradients are recorded and where not; of two classes."""
+    from megatron.core.extensions.transformer_engine import TELinear
+
     layer = linear("TERowParallelLinear", sequence_parallel=False).eval()
+    options = {"init_method": torch.nn.init.normal_, "bias": False, "skip_bias_add": False, "config": layer.config}
+    options |= {"skip_weight_param_allocation": False, "tp_group": layer.tp_group}
+    plain = TELinear(INNER, HIDDEN, parallel_mode="row", **options).eval()
     fc.reset_stats()
     with fc.flashcomm(CONFIG):
-        layer(normal(ROWS, 1, INNER // WORLD, seed=1))
-        with torch.no_grad():
-            layer(normal(ROWS, 1, INNER // WORLD, seed=1))
+        for each in (layer, plain):
+            each(normal(ROWS, 1, INNER // WORLD, seed=1))
+            with torch.no_grad():
+                each(normal(ROWS, 1, INNER // WORLD, seed=1))
     return fc.stats()["feedback"]
 
 
 def test_feedback_knows_whether_gradients_are_recorded(seen: list[dict[str, Any]]) -> None:
     for rank in seen:
-        assert rank["row feedback"] == {"gradients are recorded": 1, "outside of a transformer layer": 1}
+        assert rank["row feedback"] == {"gradients are recorded": 2, "outside of a transformer layer": 2}
 
 
 # ---- models ---------------------------------------------------------------------------------------------------------

@@ -229,6 +229,22 @@ MUTATIONS = (
         "return None",
         "tests/collectives/test_collectives.py -k deferred",
     ),
+    Mutation(
+        "11 feedback only where it was measured right",
+        f"{PACKAGE}/megatron",
+        "_leave",
+        r"not votes\.failure\( .* if visit\.adds_up\( output \) .* , visit\.group \)",
+        "True",
+        "tests/megatron/test_feedback.py",
+    ),
+    Mutation(
+        "8 never in the way: torch.compile",
+        f"{PACKAGE}/megatron",
+        "_bind",
+        r"replacement = outside\( replacement \)",
+        "pass",
+        "tests/megatron/test_compiled_layers.py",
+    ),
     Mutation(  # a format without compiled form: that would write payloads of other lengths
         "12 a row stands alone: no block spans two rows",
         f"{PACKAGE}/codec",

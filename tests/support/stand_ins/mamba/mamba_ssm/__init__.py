@@ -1,1 +1,1 @@
-"""A stand-in for mamba_ssm: shapes of its kernels, none of their meaning."""
+"""A stand-in for mamba_ssm: what its kernels compute, in torch, for training."""
