@@ -26,7 +26,7 @@ from ..config import Config, current
 from ..observe import counters, error_sampling, messages
 from . import agreement, algorithms, compile
 from .algorithms import Residuals
-from .handle import Handle, Launched, profiled
+from .handle import Handle, Launched, finish, profiled
 from .hierarchical import hierarchical
 from .plan import Plan, Site, decide
 
@@ -156,8 +156,7 @@ def run(
     if x.is_cuda and _launch_fused(plan, x, out, residuals):
         return Launched(out, None) if async_op else out
     steps = ALGORITHMS[plan.algorithm](x, out, plan, plan.call(), residuals)
-    handle = Handle(steps, out, plan, site)
-    return handle.start(x) if async_op else handle.finish()
+    return Handle(steps, out, plan, site).start(x) if async_op else finish(steps, out, plan, site)
 
 
 def agree(group: dist.ProcessGroup, config: Config) -> None:

@@ -27,7 +27,7 @@ class Subgroup:
 
     def __init__(self, comm: Communicator | Simulated, transport: Transport, ranks: Sequence[int]) -> None:
         self.rank, self.world = ranks.index(comm.rank), len(ranks)
-        self.nodes = tuple(comm.nodes[rank] for rank in ranks)
+        self.nodes, self.buffers = tuple(comm.nodes[rank] for rank in ranks), comm.buffers
         self._whole, self._ranks, self._transport = comm.world, ranks, transport
 
     def exchange(
@@ -36,10 +36,9 @@ class Subgroup:
         """Send each of the ranks its part of ``outbox`` and receive from each its part of ``inbox``."""
         return self._transport.exchange(outbox, self._spread(out_sizes), inbox, self._spread(in_sizes), call)
 
-    def gather(self, inbox: Tensor, size: int, call: Call) -> Transfer:
-        """Send the ranks the ``size`` bytes at this rank's place in ``inbox``, and receive theirs."""
-        own = inbox[self.rank * size : (self.rank + 1) * size]
-        sizes = [size] * self.world
+    def gather(self, inbox: Tensor, own: Tensor, call: Call) -> Transfer:
+        """Send the ranks ``own``, this rank's place in ``inbox``, and receive theirs."""
+        sizes = [own.numel()] * self.world
         return self.exchange(own.repeat(self.world), sizes, inbox, sizes, call)
 
     def _spread(self, sizes: Sequence[int]) -> list[int]:

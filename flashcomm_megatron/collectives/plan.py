@@ -26,6 +26,7 @@ from ..codec import Codec, Raw
 from ..codec.base import Slices
 from ..codec.recipes import RECIPES, Legs
 from ..comm import fused
+from ..comm.buffers import Lengths
 from ..comm.communicator import Call, Communicator, Transport
 from ..comm.simulated import Simulated
 from ..config import Config
@@ -66,8 +67,8 @@ class Piece(NamedTuple):
     incoming: tuple[int, ...]  # payloads of this rank's slice, from each rank
     start: int  # this rank's slice of the piece
     end: int
-    own_size: int  # its payload on the gather leg
-    gather_size: int  # the longest slice's: all ranks send as much
+    gather_size: int  # payload of the longest slice on the gather leg: all ranks send as much
+    lengths: Lengths  # of what is sent and received
 
 
 class Plan(NamedTuple):
@@ -305,9 +306,17 @@ def _piece(plan: Plan, first: int, slices: Slices) -> Piece:
     else:
         sizes = tuple(plan.reduce.wire_bytes(each, width) for each in slices.sizes)
     start, length = min(rank * slices.length, slices.numel), slices.size(rank)
-    gather = plan.gather.wire_bytes(length, width), plan.gather.wire_bytes(slices.length, width)
-    incoming = (sizes[rank],) * world
-    return Piece(first, first + slices.numel, slices, sizes, incoming, start, start + length, *gather)
+    gather, incoming = plan.gather.wire_bytes(slices.length, width), (sizes[rank],) * world
+    lengths = _lengths(plan, sizes, sizes[0] if plan.algorithm == "one-step" else gather)
+    return Piece(first, first + slices.numel, slices, sizes, incoming, start, start + length, gather, lengths)
+
+
+def _lengths(plan: Plan, sizes: Sequence[int], gather: int) -> Lengths:
+    """Bytes of the boxes of a piece, of which ranks send ``sizes`` on the reduce leg, if there is one."""
+    rank, world = plan.comm.rank, plan.comm.world
+    exchanged = (0, 0) if plan.algorithm in ("one-step", "all_gather") else (sum(sizes), world * sizes[rank])
+    gather *= plan.algorithm != "reduce_scatter"
+    return Lengths(*exchanged, world * gather, gather, rank * gather)
 
 
 def _sent(plan: Plan, piece: Piece) -> int:

@@ -3,7 +3,7 @@
 A collective knows two ways to send. In both, this rank's own bytes stay where they are:
 
     exchange(outbox, out_sizes, inbox, in_sizes, call)   every rank its own message: reduce leg, all-to-all
-    gather(inbox, size, call)                            one message to all: gather leg; it lies at inbox[rank * size:]
+    gather(inbox, own, call)                             one message to all: gather leg; own is a view of inbox
 
 Buffers are contiguous uint8 tensors in which the ranks' parts lie one behind the other. Both return a transfer, whose
 ``wait()`` returns when everything has arrived; the buffers must stay untouched until then. Three things offer them:
@@ -26,6 +26,7 @@ from torch import Tensor
 from ..config import Config
 from ..observe import messages
 from . import shared_memory, stalls, votes
+from .buffers import Buffers
 from .process_group import ProcessGroup
 from .progress import Progress
 from .shared_memory import SharedMemory
@@ -65,7 +66,7 @@ class Transport(Protocol):
         self, outbox: Tensor, out_sizes: Sequence[int], inbox: Tensor, in_sizes: Sequence[int], call: Call
     ) -> Transfer: ...
 
-    def gather(self, inbox: Tensor, size: int, call: Call) -> Transfer: ...
+    def gather(self, inbox: Tensor, own: Tensor, call: Call) -> Transfer: ...
 
 
 class Communicator:
@@ -79,6 +80,7 @@ class Communicator:
         self.agreed: list[Config] = []  # configurations that all ranks hold; the last one is in force
         self.plans: dict[Hashable, Any] = {}  # decisions about calls, which the collectives remember here
         self.progress = Progress()
+        self.buffers = Buffers()
         self._group = weakref.ref(group)  # not the group: it would never be freed
         self._nodes: tuple[int, ...] | None = None
         self._over_group = ProcessGroup(group)
@@ -175,6 +177,7 @@ class Communicator:
         self.progress.drain()
         self._shared = None
         self.plans.clear()
+        self.buffers = Buffers()
 
 
 _communicators: WeakKeyDictionary[dist.ProcessGroup, Communicator] = WeakKeyDictionary()

@@ -198,7 +198,7 @@ def test_sizes_are_left_out_where_all_ranks_leave_them_out(monkeypatch, out_size
     found = []
     ends = ProcessGroup.__new__(ProcessGroup)
     ends.rank, ends.world = 0, 2
-    ends._group = lambda: SimpleNamespace(alltoall_base=lambda inbox, outbox, *rest: found.append(rest[:2]))
+    ends._backends = {"cpu": SimpleNamespace(alltoall_base=lambda inbox, outbox, *rest: found.append(rest[:2]))}
     monkeypatch.setattr(ProcessGroup, "messages", ())
     boxes = (torch.empty(sum(sizes), dtype=torch.uint8) for sizes in (out_sizes, in_sizes))
     ends.exchange(next(boxes), out_sizes, next(boxes), in_sizes, Call(1, "", 0, 1.0))
