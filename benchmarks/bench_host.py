@@ -12,7 +12,6 @@ again and again with warm caches (torch's fake gather copies every part); torch.
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -82,7 +81,7 @@ def without_exchanges(call: Callable[[], Any]) -> Callable[[], None]:
 
 
 def microseconds(*calls: Callable[[], Any]) -> list[float]:
-    """Processor time of one of each, the lower quartile of rounds taken in turn."""
+    """Processor time of one of each, the least of rounds taken in turn: what else runs only adds to it."""
     found: list[list[float]] = [[] for _ in calls]
     for _ in range(ROUNDS):
         for times, call in zip(found, calls, strict=True):
@@ -90,7 +89,7 @@ def microseconds(*calls: Callable[[], Any]) -> list[float]:
             for _ in range(CALLS):
                 call()
             times.append((time.process_time() - started) / CALLS * 1e6)
-    return [statistics.quantiles(times, n=4)[0] for times in found]
+    return [min(times) for times in found]
 
 
 def measure(world: int) -> dict[str, Any]:

@@ -135,7 +135,9 @@ def pipelined(
     """Run ``algorithm`` on every piece of ``x``, all at once.
 
     All pieces are started first, so that the link is busy from the first piece's encoding to the last one's decoding;
-    then each goes on in turn, as its messages arrive.
+    then each goes on in turn, as its messages arrive. On GPUs that needs no stream of ours: NCCL's asynchronous
+    collectives run on a stream of its own, which waits for what the current one holds when they are started, and the
+    current one waits for a piece's messages only when its turn has come. So piece 2 is encoded while piece 1 travels.
     """
     if len(plan.pieces) == 1:
         return (yield from algorithm(x, plan.pieces[0], 0, plan, call, residuals))

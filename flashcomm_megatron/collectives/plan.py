@@ -36,8 +36,13 @@ from .minimum_size import NEVER, Case, minimum_size, topology_of
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # Values of a piece whose messages go to one peer. Over a process group a few milliseconds at 1 Gbit/s; through shared
-# memory only what exceeds the cache is cut. On GPUs a tensor is one piece: more launches cost more than overlap gains.
+# memory only what exceeds the cache is cut.
 PIECE = {"shared memory": 2048 * 1024, "cpu": 1024 * 1024}
+
+# On GPUs n pieces hide all but 1/n of the codec's work behind NCCL, or NCCL behind it, and cost n - 1 times the launches
+# of one: n is best where n * n times the launches take as long as the codec. So n is the root of the tensor's bytes in
+# units of what a codec does during the launches: 80 MiB, with which no GPU and link of the planner's loses by pieces.
+GPU_UNIT, LAUNCHES = 80 << 20, 60e-6  # bytes; seconds of three kernels and two of NCCL's, the host's share included
 PLANS = 4096  # kept for a group
 TITLE = 47  # characters of a call's title; a frame in shared memory holds as many (csrc/cpu/streams.h)
 
@@ -180,7 +185,7 @@ def plan(
     )
     if deferred or kind == "all_to_all":
         return made
-    return _cut(made, shape, device, 0 if recipe.calibrated else PIECE.get(transport, 0))
+    return _cut(made, shape, device, 0 if recipe.calibrated else _piece_values(made, transport, exact))
 
 
 def _minimum(
@@ -286,7 +291,7 @@ def _cut(plan: Plan, shape: Sequence[int], device: torch.device, piece: int) -> 
         slices = [(0, Slices(numel * comm.world, width, numel, comm.world))]
     else:
         step, alignment = piece * (comm.world if plan.algorithm == "two-step" else 1), width if numel > width else unit
-        step = max(step // alignment, 1) * alignment if step else numel
+        step = math.ceil(step / alignment) * alignment if step else numel
         parts, slices = comm.world if plan.algorithm == "two-step" else 1, []
         for first in range(0, numel, step):
             slices.append((first, cut(min(step, numel - first), width, parts, unit)))
@@ -294,6 +299,20 @@ def _cut(plan: Plan, shape: Sequence[int], device: torch.device, piece: int) -> 
     sent = sum(_sent(plan, piece) for piece in pieces)
     far = sum(node != comm.nodes[comm.rank] for node in comm.nodes)
     return plan._replace(pieces=pieces, wire_bytes=sent, remote_bytes=sent * far // max(comm.world - 1, 1))
+
+
+def _piece_values(plan: Plan, transport: str, nbytes: int) -> int:
+    """Values of a piece whose messages go to one peer, of a tensor of ``nbytes``; 0: it is one piece."""
+    if transport != "cuda":
+        return PIECE.get(transport, 0)
+    slices = plan.comm.world if plan.algorithm == "two-step" else 1
+    pieces = 1 if fused.CHAINS[plan.config.transport] else gpu_pieces(nbytes)  # one kernel overlaps by itself
+    return math.ceil(nbytes // plan.dtype.itemsize / (pieces * slices)) if pieces > 1 else 0
+
+
+def gpu_pieces(nbytes: int) -> int:
+    """How many pieces of a tensor of ``nbytes`` pay on GPUs over a process group."""
+    return max(math.isqrt(nbytes // GPU_UNIT), 1)
 
 
 def _piece(plan: Plan, first: int, slices: Slices) -> Piece:
@@ -341,8 +360,8 @@ def _cut_hierarchical(plan: Plan, numel: int, width: int, unit: int, device: tor
     if not mine:
         return plan._replace(intra_node=intra_node, wire_bytes=within)
     flat = _flat(len(peers))
-    piece = PIECE.get(plan.comm.transport_name(device, plan.config), 0)
     inter_node = plan._replace(comm=subgroup, transport=subgroup, algorithm=flat)
-    inter_node = _cut(inter_node, shape, device, piece)
+    transport = comm.transport_name(device, plan.config)
+    inter_node = _cut(inter_node, shape, device, _piece_values(inter_node, transport, mine * plan.dtype.itemsize))
     sent = inter_node.wire_bytes
     return plan._replace(intra_node=intra_node, inter_node=inter_node, wire_bytes=within + sent, remote_bytes=sent)
