@@ -27,7 +27,7 @@ from ..observe import counters, error_sampling, messages
 from . import agreement, algorithms, compile
 from .algorithms import Residuals
 from .handle import Handle, Launched, finish, profiled
-from .hierarchical import hierarchical
+from .hierarchical import hierarchical, over_sockets
 from .plan import Plan, Site, decide
 
 __all__ = ["agree", "all_gather", "all_reduce", "count_deferred", "decide", "prepare", "reduce_scatter", "run", "stats"]
@@ -36,6 +36,7 @@ ALGORITHMS = {
     "one-step": algorithms.one_step,
     "two-step": algorithms.two_step,
     "hierarchical": hierarchical,
+    "sockets": over_sockets,
     "reduce_scatter": algorithms.reduce_scatter,
     "all_gather": algorithms.all_gather,
 }

@@ -48,6 +48,12 @@ class Residuals:
         """Those of this rank's slice of the sum."""
         return self._of(number, "gather", plan.gather.residual_numel(piece.end - piece.start, piece.slices.width), x)
 
+    def of_sockets(self, x: Tensor, piece: Piece, plan: Plan) -> list[Tensor]:
+        """Those of the three roundings of a sum over sockets (hierarchical.py)."""
+        numel, width = piece.end - piece.start, piece.slices.width
+        across = self._of(0, "across", plan.reduce.residual_numel(numel, width), x)
+        return [self.of_reduce(x, piece, 0, plan), across, self.of_gather(x, piece, 0, plan)]
+
     def _of(self, piece: int, leg: str, numel: int, like: Tensor) -> Tensor:
         found = self.kept.get((piece, leg))
         if found is None:
@@ -92,7 +98,7 @@ def _two_step(x: Tensor, piece: Piece, number: int, plan: Plan, call: Call, resi
     yield plan.transport.exchange(boxes.outbox, piece.sizes, boxes.inbox, piece.incoming, call)
 
     residual = None if residuals is None else residuals.of_gather(x, piece, number, plan)
-    received, mine = _received(boxes, piece, plan), (piece.start, piece.end)
+    received, mine = payloads_received(boxes, piece, plan), (piece.start, piece.end)
     plan.reduce.reduce_slices(received, x, plan.gather, boxes.own, residual, slices.width, mine)
     yield plan.transport.gather(boxes.gathered, boxes.own, call)
     plan.gather.decode_slices(boxes.gathered, slices, x)
@@ -109,7 +115,7 @@ def reduce_scatter(x: Tensor, out: Tensor, plan: Plan, call: Call, residuals: Re
     residual = None if residuals is None else residuals.of_reduce(x, piece, 0, plan)
     plan.reduce.encode_slices(x, piece.slices, boxes.outbox, residual)
     yield plan.transport.exchange(boxes.outbox, piece.sizes, boxes.inbox, piece.incoming, call)
-    plan.reduce.reduce_slices(_received(boxes, piece, plan), out, width=piece.slices.width)
+    plan.reduce.reduce_slices(payloads_received(boxes, piece, plan), out, width=piece.slices.width)
     plan.comm.buffers.give_back(boxes)
     return out
 
@@ -153,7 +159,7 @@ def pipelined(
             under_way.append((legs, next(legs)))
 
 
-def _received(boxes: Boxes, piece: Piece, plan: Plan) -> Received:
+def payloads_received(boxes: Boxes, piece: Piece, plan: Plan) -> Received:
     """The payloads of this rank's slice by rank; its own is still where it was encoded."""
     rank = plan.comm.rank
     return Received(boxes.inbox, piece.incoming[0], plan.comm.world, rank, boxes.outbox, rank * piece.sizes[0])

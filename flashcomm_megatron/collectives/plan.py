@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -39,10 +39,15 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # memory only what exceeds the cache is cut.
 PIECE = {"shared memory": 2048 * 1024, "cpu": 1024 * 1024}
 
-# On GPUs n pieces hide all but 1/n of the codec's work behind NCCL, or NCCL behind it, and cost n - 1 times the launches
+# On GPUs n pieces hide all but 1/n of the codec's work behind NCCL or the reverse, and cost n - 1 times the launches
 # of one: n is best where n * n times the launches take as long as the codec. So n is the root of the tensor's bytes in
-# units of what a codec does during the launches: 80 MiB, with which no GPU and link of the planner's loses by pieces.
-GPU_UNIT, LAUNCHES = 80 << 20, 60e-6  # bytes; seconds of three kernels and two of NCCL's, the host's share included
+# units of what a codec does during them: 80 MiB, with which no GPU and link of the planner's loses by pieces.
+GPU_UNIT, LAUNCHES = 80 << 20, 60e-6  # bytes; seconds of three kernels and two of NCCL's, with the host's share
+
+# From how many bytes on a sum over two sockets of PCIe goes in three stages: one exchange more, a third of the bytes on
+# the link between them, by the planner's rates (docs/log.md).
+SOCKETS_BYTES = 4 << 20
+
 PLANS = 4096  # kept for a group
 TITLE = 47  # characters of a call's title; a frame in shared memory holds as many (csrc/cpu/streams.h)
 
@@ -100,6 +105,8 @@ class Plan(NamedTuple):
     pieces: tuple[Piece, ...] = ()
     intra_node: Slices | None = None  # hierarchical: slices of this rank's machine
     inter_node: Plan | None = None  # hierarchical: of the sum over machines
+    within: Plan | None = None  # sockets: of the sum in this rank's socket
+    across: Transport | None = None  # sockets: to the rank of the other one that holds the same slice
 
     def call(self) -> Call:
         """The next call of this plan."""
@@ -171,7 +178,7 @@ def plan(
         comm=comm,
         transport=comm.transport(device, config),
         config=config,
-        algorithm=_algorithm(kind, comm.nodes, config) if kind == "all_reduce" else kind,
+        algorithm=_algorithm(comm, transport, exact, config) if kind == "all_reduce" else kind,
         reduce=legs.reduce,
         gather=legs.gather,
         dtype=dtype,
@@ -185,7 +192,7 @@ def plan(
     )
     if deferred or kind == "all_to_all":
         return made
-    return _cut(made, shape, device, 0 if recipe.calibrated else _piece_values(made, transport, exact))
+    return cut_plan(made, shape, device, 0 if recipe.calibrated else piece_values(made, transport, exact))
 
 
 def _minimum(
@@ -246,25 +253,29 @@ def name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _algorithm(kind: str, nodes: Sequence[int], config: Config) -> str:
+def _algorithm(comm: Communicator | Simulated, transport: str, nbytes: int, config: Config) -> str:
     """Of an all-reduce. Hierarchical where several machines hold equally many ranks, more than one."""
     asked = config.algorithm if config.algorithm != "auto" else RECIPES[config.recipe].algorithm
-    fits = _is_even(nodes)
+    fits = _is_even(comm.nodes)
     if asked == "hierarchical" or (asked == "auto" and fits):
-        return "hierarchical" if fits else _flat(len(nodes))
-    return _flat(len(nodes)) if asked == "auto" else asked
+        return "hierarchical" if fits else flat(comm.world)
+    if asked != "auto":
+        return asked
+    over_group = transport == "cuda" and not fused.CHAINS[config.transport]
+    has_two = len(set(comm.sockets)) == 2 and _is_even(comm.sockets)
+    return "sockets" if over_group and has_two and nbytes >= SOCKETS_BYTES else flat(comm.world)
 
 
 def _is_even(nodes: Sequence[int]) -> bool:
-    """Whether several machines hold equally many ranks, more than one, and come in the same order in every slice, lest
-    a row's sum depend on the slice it is in."""
+    """Whether several machines, or sockets, hold equally many ranks, more than one, and come in the same order in every
+    slice, lest a row's sum depend on the slice it is in."""
     machines = [[rank for rank, each in enumerate(nodes) if each == node] for node in dict.fromkeys(nodes)]
     sizes = {len(ranks) for ranks in machines}
     in_order = all(list(ranks) == sorted(ranks) for ranks in zip(*machines, strict=False))
     return len(machines) > 1 and len(sizes) == 1 and sizes != {1} and in_order
 
 
-def _flat(world: int) -> str:
+def flat(world: int) -> str:
     return "one-step" if world <= ONE_STEP_WORLD else "two-step"
 
 
@@ -278,13 +289,16 @@ def cut(numel: int, width: int, world: int, unit: int) -> Slices:
     return Slices(numel, width, min(length, numel), world)
 
 
-def _cut(plan: Plan, shape: Sequence[int], device: torch.device, piece: int) -> Plan:
+def cut_plan(plan: Plan, shape: Sequence[int], device: torch.device, piece: int) -> Plan:
     """``plan`` with its pieces and bytes."""
     comm, numel = plan.comm, math.prod(shape)
     width = shape[-1] if len(shape) > 1 else numel
     unit = math.lcm(plan.reduce.unit, plan.gather.unit)
-    if plan.algorithm == "hierarchical":
-        return _cut_hierarchical(plan, numel, width, unit, device)
+    if plan.algorithm in ("hierarchical", "sockets"):
+        from .hierarchical import cut_machines, cut_sockets
+
+        cut_stages = cut_machines if plan.algorithm == "hierarchical" else cut_sockets
+        return cut_stages(plan, numel, width, unit, device)
     if plan.kind == "reduce_scatter":
         slices = [(0, Slices(numel, min(width, numel // comm.world), numel // comm.world, comm.world))]
     elif plan.kind == "all_gather":
@@ -301,7 +315,7 @@ def _cut(plan: Plan, shape: Sequence[int], device: torch.device, piece: int) -> 
     return plan._replace(pieces=pieces, wire_bytes=sent, remote_bytes=sent * far // max(comm.world - 1, 1))
 
 
-def _piece_values(plan: Plan, transport: str, nbytes: int) -> int:
+def piece_values(plan: Plan, transport: str, nbytes: int) -> int:
     """Values of a piece whose messages go to one peer, of a tensor of ``nbytes``; 0: it is one piece."""
     if transport != "cuda":
         return PIECE.get(transport, 0)
@@ -343,25 +357,3 @@ def _sent(plan: Plan, piece: Piece) -> int:
     peers, reduce = plan.comm.world - 1, sum(piece.sizes) - piece.sizes[plan.comm.rank]
     gather = peers * piece.gather_size
     return {"two-step": reduce + gather, "all_gather": gather}.get(plan.algorithm, reduce)
-
-
-def _cut_hierarchical(plan: Plan, numel: int, width: int, unit: int, device: torch.device) -> Plan:
-    from .hierarchical import Subgroup
-
-    comm, nodes = plan.comm, plan.comm.nodes
-    node_ranks = [rank for rank, node in enumerate(nodes) if node == nodes[comm.rank]]
-    place = node_ranks.index(comm.rank)
-    peers = sorted([rank for rank, each in enumerate(nodes) if each == node][place] for node in set(nodes))
-    intra_node = cut(numel, width, len(node_ranks), unit)
-    mine = intra_node.size(place)
-    shape = (mine // width, width) if mine > width else (mine,)
-    subgroup: Any = Subgroup(comm, plan.transport, peers)
-    within = (intra_node.numel - mine + (len(node_ranks) - 1) * mine) * plan.dtype.itemsize
-    if not mine:
-        return plan._replace(intra_node=intra_node, wire_bytes=within)
-    flat = _flat(len(peers))
-    inter_node = plan._replace(comm=subgroup, transport=subgroup, algorithm=flat)
-    transport = comm.transport_name(device, plan.config)
-    inter_node = _cut(inter_node, shape, device, _piece_values(inter_node, transport, mine * plan.dtype.itemsize))
-    sent = inter_node.wire_bytes
-    return plan._replace(intra_node=intra_node, inter_node=inter_node, wire_bytes=within + sent, remote_bytes=sent)

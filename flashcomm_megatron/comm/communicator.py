@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..config import Config
 from ..observe import messages
-from . import shared_memory, stalls, votes
+from . import shared_memory, sockets, stalls, votes
 from .buffers import Buffers
 from .process_group import ProcessGroup
 from .progress import Progress
@@ -83,6 +83,7 @@ class Communicator:
         self.buffers = Buffers()
         self._group = weakref.ref(group)  # not the group: it would never be freed
         self._nodes: tuple[int, ...] | None = None
+        self._sockets = (0,) * self.world
         self._over_group = ProcessGroup(group)
         self._shared: SharedMemory | None = None
         weakref.finalize(self, self.progress.close)
@@ -109,12 +110,20 @@ class Communicator:
     def nodes(self) -> tuple[int, ...]:
         """The number of every rank's machine, counted in the order of the ranks. The first use is collective."""
         if self._nodes is None:
-            machines = [b"this one"]
+            places = [b"this one\n"]
             if self.world > 1:
-                machines = votes.gather(shared_memory.machine().encode(), self.group)
-            numbers = {machine: number for number, machine in enumerate(dict.fromkeys(machines))}
-            self._nodes = tuple(numbers[machine] for machine in machines)
+                places = votes.gather(f"{shared_memory.machine()}\n{sockets.socket()}".encode(), self.group)
+            machines, found = zip(*(place.split(b"\n") for place in places), strict=True)
+            self._nodes = _numbered(machines)
+            is_known = len(set(machines)) == 1 and all(found)
+            self._sockets = _numbered(found) if is_known else (0,) * self.world
         return self._nodes
+
+    @property
+    def sockets(self) -> tuple[int, ...]:
+        """The same of the sockets of their GPUs, on one machine where only PCIe joins these; else all are one."""
+        _ = self.nodes
+        return self._sockets
 
     def transport_name(self, device: torch.device, config: Config) -> str:
         """What joins the ranks for tensors on ``device``: "shared memory", else the device's kind."""
@@ -181,3 +190,9 @@ class Communicator:
 
 
 _communicators: WeakKeyDictionary[dist.ProcessGroup, Communicator] = WeakKeyDictionary()
+
+
+def _numbered(names: Sequence[bytes]) -> tuple[int, ...]:
+    """Each name's number, counted in the order in which they come."""
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    return tuple(numbers[name] for name in names)
