@@ -201,7 +201,9 @@ def _minimum(
     """Bytes of a tensor from which on compression pays."""
     is_gradient = legs is not None and legs != config.legs and legs == config.gradient_legs
     case = Case(kind, name(dtype), config.grad_bits if is_gradient else config.bits, config.recipe)
-    return minimum_size(case, topology_of(comm.world, comm.nodes, transport), transport, config)
+    over_nvlink = transport == "cuda" and comm.has_nvlink and not fused.CHAINS[config.transport]
+    topology = topology_of(comm.world, comm.nodes, transport)
+    return minimum_size(case, topology, "nvlink" if over_nvlink else transport, config)
 
 
 def _minimum_of_row(shape: Sequence[int], dtype: torch.dtype, config: Config) -> int:

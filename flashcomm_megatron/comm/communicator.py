@@ -83,7 +83,7 @@ class Communicator:
         self.buffers = Buffers()
         self._group = weakref.ref(group)  # not the group: it would never be freed
         self._nodes: tuple[int, ...] | None = None
-        self._sockets = (0,) * self.world
+        self._sockets, self._has_nvlink = (0,) * self.world, False
         self._over_group = ProcessGroup(group)
         self._shared: SharedMemory | None = None
         weakref.finalize(self, self.progress.close)
@@ -115,8 +115,9 @@ class Communicator:
                 places = votes.gather(f"{shared_memory.machine()}\n{sockets.socket()}".encode(), self.group)
             machines, found = zip(*(place.split(b"\n") for place in places), strict=True)
             self._nodes = _numbered(machines)
-            is_known = len(set(machines)) == 1 and all(found)
-            self._sockets = _numbered(found) if is_known else (0,) * self.world
+            is_one = len(set(machines)) == 1
+            self._sockets = _numbered(found) if is_one and all(found) else (0,) * self.world
+            self._has_nvlink = is_one and sockets.NVLINK.encode() in found
         return self._nodes
 
     @property
@@ -124,6 +125,12 @@ class Communicator:
         """The same of the sockets of their GPUs, on one machine where only PCIe joins these; else all are one."""
         _ = self.nodes
         return self._sockets
+
+    @property
+    def has_nvlink(self) -> bool:
+        """Whether NVLink joins the ranks' GPUs, all on one machine."""
+        _ = self.nodes
+        return self._has_nvlink
 
     def transport_name(self, device: torch.device, config: Config) -> str:
         """What joins the ranks for tensors on ``device``: "shared memory", else the device's kind."""

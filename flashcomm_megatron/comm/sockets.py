@@ -1,8 +1,9 @@
-"""On which processor socket this rank's GPU is, where GPUs have no faster way to each other than PCIe.
+"""What joins this rank's GPU to others: NVLink, or PCIe, and then on which processor socket it is.
 
 Linux says which NUMA node a PCI device is next to, and of which package that node's processors are; one package may be
 several nodes. NVIDIA's driver says whether NVLink is in use. Where any of them says nothing, neither do we, and sums
-travel as if all GPUs were equally near. Ranks tell each other what they found (communicator.py), so all decide alike.
+travel as over PCIe from GPUs that are equally near. Ranks tell each other what they found (communicator.py), so all
+decide alike.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from typing import Any
 import torch
 
 SYSTEM = Path("/sys")
-NVLINKS = 18  # of a GPU, at most
+NVLINK, NVLINKS = "NVLink", 18  # of a GPU, at most
 
 
 def socket() -> str:
-    """The socket of the current GPU; empty if it is not known, or if NVLink joins it to others."""
+    """``NVLINK`` if that joins the current GPU to others, else its socket; empty if it is not known."""
     if not torch.cuda.is_available() or torch.version.hip:
         return ""
     found: Any = torch.cuda.get_device_properties(torch.cuda.current_device())
@@ -26,7 +27,8 @@ def socket() -> str:
         bus = f"{found.pci_domain_id:04x}:{found.pci_bus_id:02x}:{found.pci_device_id:02x}.0"
     except AttributeError:  # torch before 2.8
         return ""
-    return "" if has_nvlink(bus) else package(bus)
+    joined = has_nvlink(bus)
+    return NVLINK if joined else "" if joined is None else package(bus)
 
 
 def package(bus: str) -> str:
@@ -39,14 +41,14 @@ def package(bus: str) -> str:
         return ""
 
 
-def has_nvlink(bus: str) -> bool:
-    """Whether a link of the GPU at ``bus`` is up; taken to be so if the driver's library cannot be asked."""
+def has_nvlink(bus: str) -> bool | None:
+    """Whether a link of the GPU at ``bus`` is up; None if the driver's library cannot be asked."""
     handle, is_up = ctypes.c_void_p(), ctypes.c_uint()
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
         if nvml.nvmlInit_v2() or nvml.nvmlDeviceGetHandleByPciBusId_v2(bus.encode(), ctypes.byref(handle)):
-            return True
+            return None
         links = range(NVLINKS)  # asking for a link that there is not ends with an error code
         return any(not nvml.nvmlDeviceGetNvLinkState(handle, n, ctypes.byref(is_up)) and is_up.value for n in links)
     except (OSError, AttributeError):
-        return True
+        return None

@@ -16,14 +16,15 @@ from torch import Tensor
 
 from flashcomm_megatron.codec.base import Slices
 from flashcomm_megatron.collectives import ALGORITHMS, algorithms, plan
+from flashcomm_megatron.collectives.minimum_size import DEFAULTS
 from flashcomm_megatron.comm import simulated, sockets
 from flashcomm_megatron.comm.communicator import Communicator
 from flashcomm_megatron.comm.simulated import Simulated
 from flashcomm_megatron.config import Config
 from flashcomm_megatron.tools.plan import cost
-from flashcomm_megatron.tools.plan.hardware import LINKS
+from flashcomm_megatron.tools.plan.hardware import GPUS, LINKS, Gpu
 
-CONFIG = Config(bits=4, min_bytes=0)
+CONFIG, META = Config(bits=4, min_bytes=0), torch.device("meta")
 LAYOUTS = [(0, 0, 1, 1), (0, 1, 0, 1), (0, 0, 0, 1, 1, 1), (0, 0, 0, 0, 1, 1, 1, 1)]
 
 
@@ -65,7 +66,7 @@ def defined(parts: list[Tensor], places: tuple[int, ...], slices: Slices) -> Ten
     return out.view(parts[0].shape)
 
 
-@pytest.mark.parametrize("shape", [(37, 576), (8, 64), (9000,)])
+@pytest.mark.parametrize("shape", [(37, 576), (8, 64), (16000,)])
 @pytest.mark.parametrize("places", LAYOUTS)
 def test_the_sum_is_that_of_the_sockets_sums_and_ranks_agree(places: tuple[int, ...], shape: tuple[int, ...]) -> None:
     parts = [part(rank, shape) for rank in range(len(places))]
@@ -158,8 +159,8 @@ def test_the_package_beside_a_device_is_found_and_not_guessed(tmp_path: Path, mo
     assert [sockets.package(f"0000:{bus}:00.0") for bus in ("c1", "01", "02")] == ["1", "", ""]
 
 
-@pytest.mark.parametrize(("up", "expected"), [((), False), ((3,), True), (None, True)])
-def test_nvlink_is_asked_of_the_driver(up: Any, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("up", "expected"), [((), False), ((3,), True), (None, None)])
+def test_nvlink_is_asked_of_the_driver(up: Any, expected: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
     def state(handle: Any, number: int, is_up: Any) -> int:
         is_up._obj.value = number in up
         return 0 if number < 4 else 2  # a link that there is not
@@ -177,13 +178,55 @@ def test_without_a_gpu_nothing_is_said() -> None:
     assert sockets.socket() == ""
 
 
-def reported(rank: int, world: int, places: list[str]) -> tuple[int, ...]:
+def reported(rank: int, world: int, places: list[str]) -> tuple[bool, tuple[int, ...]]:
     sockets.socket = lambda: places[rank]
-    return Communicator.of(dist.group.WORLD).sockets
+    comm = Communicator.of(dist.group.WORLD)
+    return comm.has_nvlink, comm.sockets
 
 
 @pytest.mark.parametrize(
-    ("places", "expected"), [(["1", "1", "0", "0"], (0, 0, 1, 1)), (["0", "", "1", "1"], (0,) * 4)]
+    ("places", "expected"),
+    [
+        (["1", "1", "0", "0"], (False, (0, 0, 1, 1))),
+        (["0", "", "1", "1"], (False, (0,) * 4)),
+        ([sockets.NVLINK] * 4, (True, (0,) * 4)),
+    ],
 )
-def test_all_ranks_decide_by_what_all_report(places: list[str], expected: tuple[int, ...]) -> None:
+def test_all_ranks_decide_by_what_all_report(places: list[str], expected: Any) -> None:
     assert spawn(reported, 4, places) == [expected] * 4
+
+
+# ---- from which size on -------------------------------------------------------------------------------------------
+
+
+def deferred(nbytes: int, has_nvlink: bool, transport: str = "auto") -> str | None:
+    comm, config = Simulated(0, 8, kind="cuda"), Config(bits=4, transport=transport)
+    comm.has_nvlink = has_nvlink
+    return plan.plan("all_reduce", (nbytes // 8192, 4096), torch.bfloat16, META, comm, config).deferred
+
+
+def test_over_nvlink_only_what_is_large_is_compressed_unless_one_kernel_does_it() -> None:
+    mib = 1 << 20
+    assert deferred(mib, False) is None and deferred(mib // 2, False) == f"below {mib} bytes"
+    assert deferred(255 * mib, True) == f"below {256 * mib} bytes" and deferred(256 * mib, True) is None
+    assert deferred(mib, True, transport="peer") is None
+
+
+def gains(gpu: Gpu, nbytes: int, world: int) -> float:
+    """Seconds, by the planner's cost and what launches take over NCCL."""
+    codec, link = cost.on_gpu(Config(bits=4, min_bytes=0), gpu), LINKS[gpu.link]
+    collective, pieces = cost.Collective("all_reduce", nbytes // 2, world), plan.gpu_pieces(nbytes)
+    wire, coding = cost.sent_bytes(collective, codec) / link.send_rate(world), cost.codec_seconds(collective, codec)
+    ours = link.latency + pieces * plan.LAUNCHES + max(wire, coding) + min(wire, coding) / pieces
+    return cost.seconds(link, collective, None) - ours
+
+
+@pytest.mark.parametrize("world", [2, 4, 8])
+@pytest.mark.parametrize("name", GPUS)
+def test_minimum_sizes_of_gpus_are_the_planners(name: str, world: int) -> None:
+    """On PCIe compression pays from the minimum size on; over NVLink nowhere from a sixteenth of it down."""
+    gpu = GPUS[name]
+    if gpu.link.startswith("pcie"):
+        assert all(gains(gpu, DEFAULTS["cuda"] << more, world) > 0 for more in range(8))
+    elif gpu.link.startswith("nvlink"):
+        assert all(gains(gpu, DEFAULTS["nvlink"] >> more, world) < 0 for more in range(4, 10))
