@@ -27,7 +27,6 @@ from ..comm.communicator import Call, Transfer
 from .plan import Piece, Plan
 
 Steps = Generator[Transfer, None, Tensor]  # returns the collective's result
-PieceSteps = Generator[Transfer, None, None]  # of one piece
 
 
 class Residuals:
@@ -71,11 +70,10 @@ class Residuals:
 
 def one_step(x: Tensor, out: Tensor, plan: Plan, call: Call, residuals: Residuals | None = None) -> Steps:
     """All-reduce of ``x`` in place."""
-    yield from pipelined(_one_step, x, plan, call, residuals)
-    return x
+    return pipelined(_one_step, x, plan, call, residuals)
 
 
-def _one_step(x: Tensor, piece: Piece, number: int, plan: Plan, call: Call, residuals: Residuals | None) -> PieceSteps:
+def _one_step(x: Tensor, piece: Piece, number: int, plan: Plan, call: Call, residuals: Residuals | None) -> Steps:
     boxes = plan.comm.buffers.take(piece.lengths, x.device)
     residual = None if residuals is None else residuals.of_reduce(x, piece, number, plan)
     plan.reduce.encode_slices(x, piece.slices, boxes.own, residual)
@@ -83,15 +81,15 @@ def _one_step(x: Tensor, piece: Piece, number: int, plan: Plan, call: Call, resi
     received = Received(boxes.gathered, piece.sizes[0], plan.comm.world)
     plan.reduce.reduce_slices(received, x, width=piece.slices.width)
     plan.comm.buffers.give_back(boxes)
+    return x
 
 
 def two_step(x: Tensor, out: Tensor, plan: Plan, call: Call, residuals: Residuals | None = None) -> Steps:
     """All-reduce of ``x`` in place."""
-    yield from pipelined(_two_step, x, plan, call, residuals)
-    return x
+    return pipelined(_two_step, x, plan, call, residuals)
 
 
-def _two_step(x: Tensor, piece: Piece, number: int, plan: Plan, call: Call, residuals: Residuals | None) -> PieceSteps:
+def _two_step(x: Tensor, piece: Piece, number: int, plan: Plan, call: Call, residuals: Residuals | None) -> Steps:
     boxes, slices = plan.comm.buffers.take(piece.lengths, x.device), piece.slices
     residual = None if residuals is None else residuals.of_reduce(x, piece, number, plan)
     plan.reduce.encode_slices(x, slices, boxes.outbox, residual)
@@ -103,6 +101,7 @@ def _two_step(x: Tensor, piece: Piece, number: int, plan: Plan, call: Call, resi
     yield plan.transport.gather(boxes.gathered, boxes.own, call)
     plan.gather.decode_slices(boxes.gathered, slices, x)
     plan.comm.buffers.give_back(boxes)
+    return x
 
 
 # ---- halves -----------------------------------------------------------------------------------------------------
@@ -135,28 +134,32 @@ def all_gather(x: Tensor, out: Tensor, plan: Plan, call: Call, residuals: Residu
 # ---- pieces -----------------------------------------------------------------------------------------------------
 
 
-def pipelined(
-    algorithm: Callable[..., PieceSteps], x: Tensor, plan: Plan, call: Call, residuals: Residuals | None
-) -> PieceSteps:
-    """Run ``algorithm`` on every piece of ``x``, all at once.
-
-    All pieces are started first, so that the link is busy from the first piece's encoding to the last one's decoding;
-    then each goes on in turn, as its messages arrive. On GPUs that needs no stream of ours: NCCL's asynchronous
-    collectives run on a stream of its own, which waits for what the current one holds when they are started, and the
-    current one waits for a piece's messages only when its turn has come. So piece 2 is encoded while piece 1 travels.
-    """
+def pipelined(algorithm: Callable[..., Steps], x: Tensor, plan: Plan, call: Call, residuals: Residuals | None) -> Steps:
+    """Run ``algorithm`` on every piece of ``x``, all at once; its result is ``x``."""
     if len(plan.pieces) == 1:
-        return (yield from algorithm(x, plan.pieces[0], 0, plan, call, residuals))
-    under_way: deque[tuple[PieceSteps, Transfer]] = deque()
-    x = x.view(-1)
+        return algorithm(x, plan.pieces[0], 0, plan, call, residuals)
+    return _in_turns(algorithm, x, plan, call, residuals)
+
+
+def _in_turns(algorithm: Callable[..., Steps], x: Tensor, plan: Plan, call: Call, residuals: Residuals | None) -> Steps:
+    """All pieces are started first, so that the link is busy from the first one's encoding to the last one's decoding;
+    then each goes on in turn, as its messages arrive.
+
+    On GPUs that needs no stream of ours: NCCL's asynchronous collectives run on a stream of its own, which waits for
+    what the current one holds when they are started, and the current one waits for a piece's messages only when its
+    turn has come. So piece 2 is encoded while piece 1 travels.
+    """
+    under_way: deque[tuple[Steps, Transfer]] = deque()
+    flat = x.view(-1)
     for number, piece in enumerate(plan.pieces):
-        legs = algorithm(x[piece.first : piece.last], piece, number, plan, call, residuals)
+        legs = algorithm(flat[piece.first : piece.last], piece, number, plan, call, residuals)
         under_way.append((legs, next(legs)))
     while under_way:
         legs, transfer = under_way.popleft()
         yield transfer
         with suppress(StopIteration):
             under_way.append((legs, next(legs)))
+    return x
 
 
 def payloads_received(boxes: Boxes, piece: Piece, plan: Plan) -> Received:

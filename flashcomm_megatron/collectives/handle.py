@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -34,11 +34,22 @@ def finish(steps: Steps, result: Tensor, plan: Plan, site: Site | None = None) -
 
 
 def _run(steps: Steps, plan: Plan) -> None:
+    """Run a collective. Entering a context costs microseconds, so only those that are called for are entered."""
     started = time.perf_counter()
-    with _around(plan):
-        for transfer in steps:
-            transfer.wait()
+    if torch.is_grad_enabled():
+        with torch.no_grad(), profiled(plan):
+            _wait_for_each(steps)
+    elif torch._C._autograd._profiler_enabled():
+        with profiled(plan):
+            _wait_for_each(steps)
+    else:
+        _wait_for_each(steps)
     counters.count_quantized(plan, time.perf_counter() - started)
+
+
+def _wait_for_each(steps: Steps) -> None:
+    for transfer in steps:
+        transfer.wait()
 
 
 class Handle:
@@ -121,16 +132,6 @@ def _with_layer_name(error: BaseException, site: Site | None) -> BaseException:
     named = RuntimeError(f"{error} (This rank was in {site.name}.)")
     named.__cause__ = error
     return named
-
-
-def _around(plan: Plan) -> AbstractContextManager[Any]:
-    """No gradients, and a range of the profiler; entering either costs microseconds, so only what is called for."""
-    if not torch.is_grad_enabled():
-        return profiled(plan)
-    around = ExitStack()
-    around.enter_context(torch.no_grad())
-    around.enter_context(profiled(plan))
-    return around
 
 
 def profiled(plan: Plan) -> AbstractContextManager[Any]:

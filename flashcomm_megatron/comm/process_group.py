@@ -105,14 +105,15 @@ class ProcessGroup:
 
     def _backend(self, x: Tensor) -> Any:
         """What moves tensors like ``x``: the group without torch's dispatcher, which takes as long as the launch."""
-        found = self._backends.get(x.device.type)
+        kind = x.device.type
+        found = self._backends.get(kind)
         if found is None:
             group: Any = self._group()
             try:
                 found = group._get_backend(x.device)
             except RuntimeError:  # a group written in Python is its own backend
                 found = group
-            self._backends[x.device.type] = found
+            self._backends[kind] = found
         return found
 
     def stop(self, reason: str) -> None:
