@@ -48,6 +48,10 @@ GPU_UNIT, LAUNCHES = 80 << 20, 60e-6  # bytes; seconds of three kernels and two 
 # the link between them, by the planner's rates (docs/log.md).
 SOCKETS_BYTES = 4 << 20
 
+# Torch's codec takes longer on a GPU than it saves, so a missing compiler makes nobody slower. Whoever sets a minimum
+# size decides for himself.
+NO_KERNELS = "no CUDA kernels in the extension of some rank: install the CUDA wheel, or nvcc and then pip install -e ."
+
 PLANS = 4096  # kept for a group
 TITLE = 47  # characters of a call's title; a frame in shared memory holds as many (csrc/cpu/streams.h)
 
@@ -167,6 +171,8 @@ def plan(
     transport, exact = comm.transport_name(device, config), math.prod(shape) * dtype.itemsize
     minimum = _minimum_of_row(shape, dtype, config) if by_row else _minimum(kind, dtype, transport, comm, config, legs)
     deferred = _reason(kind, exact, dtype, comm.world, minimum, by_row)
+    if not deferred and transport == "cuda" and config.min_bytes is None and not comm.has_kernels:
+        deferred = NO_KERNELS
     recipe = RECIPES[config.recipe]
     if recipe.calibrated and legs is None and kind in ("all_reduce", "reduce_scatter"):
         deferred = "no calibrated site"

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Hashable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
@@ -23,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..codec import native
 from ..config import Config
 from ..observe import messages
 from . import shared_memory, sockets, stalls, votes
@@ -83,7 +85,7 @@ class Communicator:
         self.buffers = Buffers()
         self._group = weakref.ref(group)  # not the group: it would never be freed
         self._nodes: tuple[int, ...] | None = None
-        self._sockets, self._has_nvlink = (0,) * self.world, False
+        self._sockets, self._has_nvlink, self._has_kernels = (0,) * self.world, False, True
         self._over_group = ProcessGroup(group)
         self._shared: SharedMemory | None = None
         weakref.finalize(self, self.progress.close)
@@ -110,10 +112,10 @@ class Communicator:
     def nodes(self) -> tuple[int, ...]:
         """The number of every rank's machine, counted in the order of the ranks. The first use is collective."""
         if self._nodes is None:
-            places = [b"this one\n"]
-            if self.world > 1:
-                places = votes.gather(f"{shared_memory.machine()}\n{sockets.socket()}".encode(), self.group)
-            machines, found = zip(*(place.split(b"\n") for place in places), strict=True)
+            mine = f"{shared_memory.machine()}\n{sockets.socket()}\n{'kernels' if native.cuda() else ''}".encode()
+            places = votes.gather(mine, self.group) if self.world > 1 else [mine]
+            machines, found, kernels = zip(*(place.split(b"\n") for place in places), strict=True)
+            self._has_kernels = all(kernels)
             self._nodes = _numbered(machines)
             is_one = len(set(machines)) == 1
             self._sockets = _numbered(found) if is_one and all(found) else (0,) * self.world
@@ -125,6 +127,12 @@ class Communicator:
         """The same of the sockets of their GPUs, on one machine where only PCIe joins these; else all are one."""
         _ = self.nodes
         return self._sockets
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether the extension has CUDA kernels on every rank."""
+        _ = self.nodes
+        return self._has_kernels
 
     @property
     def has_nvlink(self) -> bool:
@@ -170,11 +178,11 @@ class Communicator:
         """How long a rank waits for another one: ``config.timeout``, else what the process group was made with."""
         if config.timeout is not None:
             return config.timeout
-        try:
-            found: timedelta = self.group._get_backend(torch.device("cpu")).options._timeout
-        except (RuntimeError, AttributeError):
-            return DEFAULT_SECONDS
-        return found.total_seconds()
+        for kind in ("cpu", "cuda"):
+            with suppress(RuntimeError, AttributeError):  # a group of the other kind alone; a backend without options
+                found: timedelta = self.group._get_backend(torch.device(kind)).options._timeout
+                return found.total_seconds()
+        return DEFAULT_SECONDS
 
     @property
     def has_failed(self) -> bool:

@@ -68,7 +68,7 @@ class Simulated:
         self, rank: int, world: int, nodes: Sequence[int] = (), kind: str | None = None, mailbox: Mailbox | None = None
     ) -> None:
         self.rank, self.world, self.nodes = rank, world, tuple(nodes) or (0,) * world
-        self.sockets, self.has_nvlink = (0,) * world, False
+        self.sockets, self.has_nvlink, self.has_kernels = (0,) * world, False, True
         self.number, self.progress, self.buffers = 0, Progress(), Buffers()
         self._kind, self._mailbox = kind, mailbox
 
