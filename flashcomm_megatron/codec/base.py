@@ -154,6 +154,7 @@ class Codec(ABC):
         ``residual`` [residual_numel(x.numel(), width)], of the dtype of ``x`` and zeros at first: encode
         ``x + residual``; the residual is replaced by the new rounding error.
         """
+        _refuse_shapes("encode: x", x)
         numel, size = x.numel(), self.wire_bytes(x.numel(), width)
         if out is None:
             out = torch.empty(size, dtype=torch.uint8, device=x.device)
@@ -170,6 +171,7 @@ class Codec(ABC):
         With one payload this is plain decoding. Every part is limited to the finite range of ``out.dtype``; the sum
         overflows to Inf as an exact sum would, in float16 wherever the exact sum may have (:func:`rounded`).
         """
+        _refuse_shapes("decode_sum: out", out)
         numel = out.numel()
         if numel and not compiled.reduce_slices(self, payloads, out, width or numel, None, None, None):
             _warn_fallback(self)
@@ -232,6 +234,12 @@ class Codec(ABC):
         for number, part in enumerate(slices.of(out.view(-1))):
             payload = payloads[number * stride :][: self.wire_bytes(part.numel(), slices.width)]
             self.decode_sum([payload], part, slices.width)
+
+
+def _refuse_shapes(name: str, x: Tensor) -> None:
+    """ValueError for a tensor of several dimensions, whose rows nobody has named."""
+    if x.dim() != 1:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, strides {x.stride()}; expected contiguous 1-D.")
 
 
 @lru_cache(4096)
