@@ -3,8 +3,8 @@
 No GPU and no peer: torch's `fake` process group does nothing, the codec's native calls return at once, and tensors are
 tiny ones in main memory that take the way of those on GPUs (comm/process_group.py). What is left is Python and torch's
 dispatch: everything before the launches. Gradients are off, as inside a layer's autograd function. Beside it, in the
-same run: the two collectives of the group alone, of the same lengths (torch's fake gather copies every part), and
-torch.distributed's own all_reduce of the tensor.
+same run: the same over a backend whose collectives return at once; the two collectives alone, of the same lengths,
+again and again with warm caches (torch's fake gather copies every part); torch.distributed's all_reduce of the tensor.
 
     python benchmarks/bench_host.py [--out FOLDER]
 """
@@ -12,7 +12,6 @@ torch.distributed's own all_reduce of the tensor.
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +30,7 @@ from flashcomm_megatron.comm.process_group import ProcessGroup
 from flashcomm_megatron.config import Config
 
 BAR = 60.0  # microseconds of the processor at every number of ranks
-CALLS, ROUNDS = 200, 40
+CALLS, ROUNDS = 100, 80
 
 
 def on_fake_ranks(world: int, codec: Any) -> Callable[[], Any]:
@@ -57,21 +56,32 @@ def exchanges_alone() -> Callable[[], None]:
     comm = Communicator.of(dist.group.WORLD)
     (plan,) = comm.plans.values()
     call, (piece,) = plan.call(), plan.pieces
-    outbox, inbox = (torch.empty(sum(piece.sizes), dtype=torch.uint8) for _ in range(2))
-    gathered = torch.empty(
-        comm.world * (piece.gather_size if plan.algorithm == "two-step" else piece.sizes[0]), dtype=torch.uint8
-    )
+    boxes = comm.buffers.take(piece.lengths, torch.device("cpu"))
 
     def both() -> None:
         if plan.algorithm == "two-step":
-            plan.transport.exchange(outbox, piece.sizes, inbox, piece.incoming, call).wait()
-        plan.transport.gather(gathered, gathered.numel() // comm.world, call).wait()
+            plan.transport.exchange(boxes.outbox, piece.sizes, boxes.inbox, piece.incoming, call).wait()
+        plan.transport.gather(boxes.gathered, boxes.own, call).wait()
 
     return both
 
 
+def without_exchanges(call: Callable[[], Any]) -> Callable[[], None]:
+    """``call`` over a backend that does nothing at all."""
+    arrived = SimpleNamespace(wait=lambda: None)
+    nothing = {"cpu": SimpleNamespace(alltoall_base=lambda *_: arrived, _allgather_base=lambda *_: arrived)}
+    ends = Communicator.of(dist.group.WORLD)._over_group
+
+    def alone() -> None:
+        ends._backends, backends = nothing, ends._backends
+        call()
+        ends._backends = backends
+
+    return alone
+
+
 def microseconds(*calls: Callable[[], Any]) -> list[float]:
-    """Processor time of one of each, the lower quartile of rounds taken in turn."""
+    """Processor time of one of each, the least of rounds taken in turn: what else runs only adds to it."""
     found: list[list[float]] = [[] for _ in calls]
     for _ in range(ROUNDS):
         for times, call in zip(found, calls, strict=True):
@@ -79,7 +89,7 @@ def microseconds(*calls: Callable[[], Any]) -> list[float]:
             for _ in range(CALLS):
                 call()
             times.append((time.process_time() - started) / CALLS * 1e6)
-    return [statistics.quantiles(times, n=4)[0] for times in found]
+    return [min(times) for times in found]
 
 
 def measure(world: int) -> dict[str, Any]:
@@ -87,14 +97,16 @@ def measure(world: int) -> dict[str, Any]:
     ours, x = on_fake_ranks(world, idle_codec()), torch.ones(8 * world, 64, dtype=torch.bfloat16)
     with torch.no_grad():
         ours()
-        compressed, alone, bare = microseconds(ours, exchanges_alone(), lambda: dist.all_reduce(x))
+        bare = exchanges_alone(), lambda: dist.all_reduce(x)
+        compressed, own, alone, exact = microseconds(ours, without_exchanges(ours), *bare)
     dist.destroy_process_group()
     return {
         "world": world,
         "us": round(compressed, 1),
-        "collectives us": round(alone, 1),
-        "all_reduce us": round(bare, 1),
-        "ratio": round(compressed / bare, 2),
+        "without collectives us": round(own, 1),
+        "collectives alone us": round(alone, 1),
+        "all_reduce us": round(exact, 1),
+        "ratio": round(compressed / exact, 2),
         "bar us": BAR,
     }
 

@@ -24,7 +24,7 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -70,6 +70,11 @@ class Codec(ABC):
     keeps_residuals: ClassVar[bool] = False  # whether encode() can add what the last encoding lost (rotated.py)
     super_block: ClassVar[int] = 1  # blocks that share the top of their scales (rotated.py)
     block: int  # values that share a scale
+
+    @cached_property
+    def layouts(self) -> dict[tuple[int, ...], compiled.Layout]:
+        """Slices that the compiled extension was asked about, and how it knows them (native.py)."""
+        return {}
 
     @property
     def native(self) -> tuple[int, int, int] | None:
@@ -149,6 +154,7 @@ class Codec(ABC):
         ``residual`` [residual_numel(x.numel(), width)], of the dtype of ``x`` and zeros at first: encode
         ``x + residual``; the residual is replaced by the new rounding error.
         """
+        _refuse_shapes("encode: x", x)
         numel, size = x.numel(), self.wire_bytes(x.numel(), width)
         if out is None:
             out = torch.empty(size, dtype=torch.uint8, device=x.device)
@@ -165,6 +171,7 @@ class Codec(ABC):
         With one payload this is plain decoding. Every part is limited to the finite range of ``out.dtype``; the sum
         overflows to Inf as an exact sum would, in float16 wherever the exact sum may have (:func:`rounded`).
         """
+        _refuse_shapes("decode_sum: out", out)
         numel = out.numel()
         if numel and not compiled.reduce_slices(self, payloads, out, width or numel, None, None, None):
             _warn_fallback(self)
@@ -173,23 +180,23 @@ class Codec(ABC):
 
     # ---- all slices of a tensor --------------------------------------------------------------------------------
 
-    def wire_bytes_of(self, slices: Slices) -> int:
+    def wire_bytes_of(self, slices: tuple[int, ...]) -> int:
         """Bytes of all payloads: each but the last takes ``wire_bytes(slices.length, slices.width)``."""
-        return _wire_bytes_of(self, slices)
+        return _wire_bytes_of(self, Slices(*slices))
 
     def residual_numel_of(self, slices: Slices) -> int:
         """Numbers of the residuals of all slices."""
         return _residual_numel_of(self, slices)
 
     def encode_slices(self, x: Tensor, slices: Slices, out: Tensor, residuals: Tensor | None = None) -> None:
-        """Encode every slice of flat ``x``: payload r lies at ``r * wire_bytes(slices.length, slices.width)``.
+        """Encode every slice of ``x``: payload r lies at ``r * wire_bytes(slices.length, slices.width)``.
 
         ``out``: uint8, at least ``wire_bytes_of(slices)``. ``residuals``: those of all slices, one behind the other.
         """
         if slices.numel == 0 or compiled.encode_slices(self, x, slices, out, residuals):
             return
         stride, first = self.wire_bytes(slices.length, slices.width), 0
-        for number, part in enumerate(slices.of(x)):
+        for number, part in enumerate(slices.of(x.view(-1))):
             payload = out[number * stride :][: self.wire_bytes(part.numel(), slices.width)]
             end = first if residuals is None else first + self.residual_numel(part.numel(), slices.width)
             self.encode(part, payload, None if residuals is None else residuals[first:end], slices.width)
@@ -203,26 +210,36 @@ class Codec(ABC):
         payload: Tensor | None = None,
         residual: Tensor | None = None,
         width: int | None = None,
+        part: tuple[int, int] | None = None,
     ) -> None:
-        """Write the float32 sum, in the order given, of one payload of each rank into flat ``out``.
+        """Write the float32 sum, in the order given, of one payload of each rank into ``out``.
 
         With ``gather`` the sum, as ``out`` holds it, is encoded by that codec into ``payload``, with its ``residual``.
+        ``part``: only into these values of ``out``, from the first to before the second.
         """
-        numel = out.numel()
-        if numel == 0 or compiled.reduce_slices(self, payloads, out, width or numel, gather, payload, residual):
+        first, end = part or (0, out.numel())
+        numel = end - first
+        if numel == 0 or compiled.reduce_slices(self, payloads, out, width or numel, gather, payload, residual, part):
             return
-        self.decode_sum(payloads.payloads() if isinstance(payloads, Received) else payloads, out, width)
-        if gather is not None:
-            gather.encode(out, payload, residual, width)
+        mine = out.view(-1)[first:end]
+        self.decode_sum(payloads.payloads() if isinstance(payloads, Received) else payloads, mine, width)
+        if gather is not None and payload is not None:
+            gather.encode(mine, payload[: gather.wire_bytes(numel, width)], residual, width)
 
     def decode_slices(self, payloads: Tensor, slices: Slices, out: Tensor) -> None:
-        """Decode payload r, at ``r * wire_bytes(slices.length, slices.width)``, into slice r of flat ``out``."""
+        """Decode payload r, at ``r * wire_bytes(slices.length, slices.width)``, into slice r of ``out``."""
         if slices.numel == 0 or compiled.decode_slices(self, payloads, slices, out):
             return
         stride = self.wire_bytes(slices.length, slices.width)
-        for number, part in enumerate(slices.of(out)):
+        for number, part in enumerate(slices.of(out.view(-1))):
             payload = payloads[number * stride :][: self.wire_bytes(part.numel(), slices.width)]
             self.decode_sum([payload], part, slices.width)
+
+
+def _refuse_shapes(name: str, x: Tensor) -> None:
+    """ValueError for a tensor of several dimensions, whose rows nobody has named."""
+    if x.dim() != 1:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, strides {x.stride()}; expected contiguous 1-D.")
 
 
 @lru_cache(4096)

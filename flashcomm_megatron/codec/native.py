@@ -111,32 +111,32 @@ class Received(NamedTuple):
 
 def encode_slices(codec: Codec, x: Tensor, slices: Slices, out: Tensor, residuals: Tensor | None) -> bool:
     """Encode every slice of ``x``; see :meth:`Codec.encode_slices`. ValueError names what does not fit."""
-    known, arguments, size = _known(codec, slices)
-    if not _is_flat(x, slices.numel) or x.dtype not in DTYPES:
+    layout = codec.layouts.get(slices) or _layout(codec, slices)
+    if x.numel() != slices.numel or x.dtype not in DTYPES or not x.is_contiguous():
         raise _misfit("encode: x", x, DTYPES, x.device, slices.numel)
-    if not _is_payload(out, size, x.device, or_more=True):
-        raise _misfit("encode: out", out, BYTES, x.device, size)
+    if not _is_payload(out, layout.size, x.device):
+        raise _misfit("encode: out", out, BYTES, x.device, layout.size)
     address = 0
     if residuals is not None:
         address = _residual("encode: residual", residuals, x, codec.residual_numel_of(slices))
-    function, last = _serving("encode_slices", x, slices.length, slices.width, known)
+    function, last = _serving("encode_slices", x, layout)
     if function is None:
         return False
-    function(x.data_ptr(), address, DTYPES[x.dtype], *arguments, out.data_ptr(), last)
+    function(x.data_ptr(), address, DTYPES[x.dtype], *layout.arguments, out.data_ptr(), last)
     return True
 
 
 def decode_slices(codec: Codec, payloads: Tensor, slices: Slices, out: Tensor) -> bool:
     """Decode every slice of ``out``; see :meth:`Codec.decode_slices`. ValueError names what does not fit."""
-    known, arguments, size = _known(codec, slices)
-    if not _is_flat(out, slices.numel) or out.dtype not in DTYPES:
+    layout = codec.layouts.get(slices) or _layout(codec, slices)
+    if out.numel() != slices.numel or out.dtype not in DTYPES or not out.is_contiguous():
         raise _misfit("decode: out", out, DTYPES, out.device, slices.numel)
-    if not _is_payload(payloads, size, out.device, or_more=True):
-        raise _misfit("decode: payloads", payloads, BYTES, out.device, size)
-    function, last = _serving("decode_slices", out, slices.length, slices.width, known)
+    if not _is_payload(payloads, layout.size, out.device):
+        raise _misfit("decode: payloads", payloads, BYTES, out.device, layout.size)
+    function, last = _serving("decode_slices", out, layout)
     if function is None:
         return False
-    function(payloads.data_ptr(), *arguments, out.data_ptr(), DTYPES[out.dtype], last)
+    function(payloads.data_ptr(), *layout.arguments, out.data_ptr(), DTYPES[out.dtype], last)
     return True
 
 
@@ -148,65 +148,65 @@ def reduce_slices(
     gather: Codec | None,
     payload: Tensor | None,
     residual: Tensor | None,
+    part: tuple[int, int] | None = None,
 ) -> bool:
     """Sum ``payloads`` and encode the sum; see :meth:`Codec.reduce_slices`. ValueError names what does not fit."""
-    numel = out.numel()
-    known, size = _known_one(codec, numel, width)
-    if not _is_flat(out, numel) or out.dtype not in DTYPES:
-        raise _misfit("decode_sum: out", out, DTYPES, out.device, numel)
+    first, end = part or (0, out.numel())
+    numel, dtype = end - first, out.dtype
+    whole = numel, width, numel, 1
+    layout = codec.layouts.get(whole) or _layout(codec, whole)
+    if not 0 <= first <= end <= out.numel() or dtype not in DTYPES or not out.is_contiguous():
+        raise _misfit("decode_sum: out", out, DTYPES, out.device, end)
     if isinstance(payloads, Received):
-        addresses = _addresses_received(payloads, out.device, size)
+        addresses = _addresses_received(payloads, out, layout.size)
     else:
-        addresses = _addresses(payloads, out.device, size)
+        addresses = _addresses(payloads, out, layout.size)
     second, target, address = None, 0, 0
     if gather is not None and payload is not None:
-        second, gather_size = _known_one(gather, numel, width)
-        if not _is_payload(payload, gather_size, out.device):
-            raise _misfit("reduce: payload", payload, BYTES, out.device, gather_size)
+        second = gather.layouts.get(whole) or _layout(gather, whole)
+        if not _is_payload(payload, second.size, out.device):
+            raise _misfit("reduce: payload", payload, BYTES, out.device, second.size)
         target = payload.data_ptr()
-        if second is None:
-            return False
         if residual is not None:
             address = _residual("reduce: residual", residual, out, gather.residual_numel(numel, width))
-    function, last = _serving("reduce_slices", out, numel, width, known, second)
+    function, last = _serving("reduce_slices", out, layout, second)
     if function is None:
         return False
-    function(addresses, known, width, numel, out.data_ptr(), DTYPES[out.dtype], second, target, address, last)
+    native, address_of_out = layout.arguments[0], out.data_ptr() + first * out.itemsize
+    further = (second and second.arguments[0], target, address, last)
+    function(addresses, native, width, numel, address_of_out, DTYPES[dtype], *further)
     return True
 
 
-@lru_cache(4096)
-def _known(codec: Codec, slices: Slices) -> tuple[Native | None, tuple[Any, ...], int]:
-    """How the extension knows ``codec`` for these slices, the arguments that say so, and bytes of all payloads."""
+class Layout(NamedTuple):
+    """Slices of a tensor as the extension knows them, of one codec."""
+
+    arguments: tuple[Any, ...]  # codec or None, width, numel, length, world, stride
+    size: int  # bytes of all payloads
+
+
+def _layout(codec: Codec, slices: tuple[int, ...]) -> Layout:
+    """How the extension knows ``slices`` (numel, width, length, world); looked up where it was asked for before."""
     numel, width, length, world = slices
-    known = codec.fitted(width).native
-    return known, (known, width, numel, length, world, codec.wire_bytes(length, width)), codec.wire_bytes_of(slices)
+    native, stride = codec.fitted(width).native, codec.wire_bytes(length, width)
+    found = Layout((native, width, numel, length, world, stride), codec.wire_bytes_of(slices))
+    if len(codec.layouts) >= 4096:
+        codec.layouts.clear()
+    codec.layouts[slices] = found
+    return found
 
 
-@lru_cache(4096)
-def _known_one(codec: Codec, numel: int, width: int) -> tuple[Native | None, int]:
-    """How the extension knows ``codec`` for one payload of ``numel`` values, and its bytes."""
-    return codec.fitted(width).native, codec.wire_bytes(numel, width)
-
-
-def _is_flat(x: Tensor, numel: int) -> bool:
-    """Whether ``x`` is contiguous, 1-D, and of ``numel`` elements."""
-    return x.numel() == numel and x.dim() == 1 and x.is_contiguous()
-
-
-def _is_payload(x: Tensor, size: int, device: torch.device, or_more: bool = False) -> bool:
-    """Whether ``x`` is contiguous bytes on ``device``, ``size`` of them."""
-    found = x.numel()
-    is_long = found == size or (or_more and found > size)
-    return is_long and x.dtype is torch.uint8 and x.device == device and x.dim() == 1 and x.is_contiguous()
+def _is_payload(x: Tensor, size: int, device: torch.device) -> bool:
+    """Whether ``x`` is contiguous bytes on ``device``, at least ``size`` of them."""
+    return x.numel() >= size and x.dtype is torch.uint8 and x.device == device and x.is_contiguous()
 
 
 def _misfit(name: str, found: Tensor, dtypes: Collection[torch.dtype], device: torch.device, length: int) -> ValueError:
     """The error of what an address cannot say."""
     if found.dtype not in dtypes:
         return ValueError(f"{name} is {found.dtype}; expected {' or '.join(map(str, dtypes))}.")
-    if found.dim() != 1 or not found.is_contiguous():
-        return ValueError(f"{name} has shape {tuple(found.shape)}, strides {found.stride()}; expected contiguous 1-D.")
+    if not found.is_contiguous():
+        return ValueError(f"{name} has shape {tuple(found.shape)}, strides {found.stride()}; expected contiguous.")
     if found.device != device:
         return ValueError(f"{name} is on {found.device}; expected {device}, where the other tensor is.")
     what = "bytes; the codec's payload has" if dtypes is BYTES else "numbers; expected"
@@ -215,48 +215,48 @@ def _misfit(name: str, found: Tensor, dtypes: Collection[torch.dtype], device: t
 
 def _residual(name: str, found: Tensor, x: Tensor, length: int) -> int:
     """The address of the residual of ``x``."""
-    if not _is_flat(found, length) or found.dtype != x.dtype or found.device != x.device:
+    fits = found.numel() == length and found.is_contiguous()
+    if not fits or found.dtype != x.dtype or found.device != x.device:
         raise _misfit(name, found, (x.dtype,), x.device, length)
     return found.data_ptr()
 
 
-def _addresses(payloads: Sequence[Tensor], device: torch.device, size: int) -> list[int]:
+def _addresses(payloads: Sequence[Tensor], out: Tensor, size: int) -> list[int]:
     """Where payloads of ``size`` bytes begin."""
     if not payloads:
         raise ValueError("decode_sum: no payloads found; give at least one.")
     for each in payloads:
-        if not _is_payload(each, size, device):
-            raise _misfit("decode_sum: payload", each, BYTES, device, size)
+        if each.numel() != size or not _is_payload(each, size, out.device):
+            raise _misfit("decode_sum: payload", each, BYTES, out.device, size)
     return [each.data_ptr() for each in payloads]
 
 
-def _addresses_received(found: Received, device: torch.device, size: int) -> list[int]:
+def _addresses_received(found: Received, out: Tensor, size: int) -> list[int]:
     """The same of payloads that an exchange left in one tensor, without a view of each."""
-    inbox, outbox = found.inbox, found.outbox
-    if not _is_payload(inbox, size * found.world, device):
-        raise _misfit("decode_sum: payloads", inbox, BYTES, device, size * found.world)
+    inbox, _, world, rank, outbox, start = found
+    if not _is_payload(inbox, size * world, out.device):
+        raise _misfit("decode_sum: payloads", inbox, BYTES, out.device, size * world)
     first = inbox.data_ptr()
-    addresses = [first + place * size for place in range(found.world)]
+    addresses = list(range(first, first + size * world, size))
     if outbox is not None:
-        if not _is_payload(outbox, found.start + size, device, or_more=True):
-            raise _misfit("decode_sum: own payload", outbox, BYTES, device, found.start + size)
-        addresses[found.rank] = outbox.data_ptr() + found.start
+        if not _is_payload(outbox, start + size, out.device):
+            raise _misfit("decode_sum: own payload", outbox, BYTES, out.device, start + size)
+        addresses[rank] = outbox.data_ptr() + start
     return addresses
 
 
 def _serving(
-    name: str, x: Tensor, numel: int, width: int, codec: Native | None, second: Native | None = None
+    name: str, x: Tensor, layout: Layout, second: Layout | None = None
 ) -> tuple[Callable[..., None] | None, int]:
     """The compiled function for the device of ``x``, or None, and its last argument: threads, or a CUDA stream."""
-    if _extension is None or codec is None:
+    codec, width, _, length = layout.arguments[:4]
+    codecs = (codec,) if second is None else (codec, second.arguments[0])
+    if _extension is None or None in codecs:
         return None, 0
     if x.is_cpu:
         return getattr(_extension, name), torch.get_num_threads()
-    if not x.is_cuda:
+    if not x.is_cuda or not all(has_cuda_kernel(each, x.dtype, length, width) for each in codecs):
         return None, 0
-    for each in (codec, second):
-        if each is not None and not has_cuda_kernel(each, x.dtype, numel, width):
-            return None, 0
     function = getattr(_extension, name + "_cuda")
     if x.device.index == torch.cuda.current_device():
         return function, torch.cuda.current_stream().cuda_stream

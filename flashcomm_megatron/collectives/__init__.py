@@ -26,8 +26,8 @@ from ..config import Config, current
 from ..observe import counters, error_sampling, messages
 from . import agreement, algorithms, compile
 from .algorithms import Residuals
-from .handle import Handle, Launched, profiled
-from .hierarchical import hierarchical
+from .handle import Handle, Launched, finish, profiled
+from .hierarchical import hierarchical, over_sockets
 from .plan import Plan, Site, decide
 
 __all__ = ["agree", "all_gather", "all_reduce", "count_deferred", "decide", "prepare", "reduce_scatter", "run", "stats"]
@@ -36,6 +36,7 @@ ALGORITHMS = {
     "one-step": algorithms.one_step,
     "two-step": algorithms.two_step,
     "hierarchical": hierarchical,
+    "sockets": over_sockets,
     "reduce_scatter": algorithms.reduce_scatter,
     "all_gather": algorithms.all_gather,
 }
@@ -156,8 +157,7 @@ def run(
     if x.is_cuda and _launch_fused(plan, x, out, residuals):
         return Launched(out, None) if async_op else out
     steps = ALGORITHMS[plan.algorithm](x, out, plan, plan.call(), residuals)
-    handle = Handle(steps, out, plan, site)
-    return handle.start(x) if async_op else handle.finish()
+    return Handle(steps, out, plan, site).start(x) if async_op else finish(steps, out, plan, site)
 
 
 def agree(group: dist.ProcessGroup, config: Config) -> None:

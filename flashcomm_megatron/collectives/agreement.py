@@ -76,6 +76,6 @@ def _gather(comm: Communicator, config: Config, before: Config | None) -> list[s
     call = Call(0, LATER if before else FIRST, 0, comm.seconds(before or config))
     text = _describe(config).encode()[:TEXT_BYTES].ljust(TEXT_BYTES, b"\0")
     inbox = torch.zeros(comm.world, TEXT_BYTES, dtype=torch.uint8, device=device)
-    inbox[comm.rank] = torch.tensor(list(text), dtype=torch.uint8, device=device)
-    comm.transport_if_open(device, before or config).gather(inbox.view(-1), TEXT_BYTES, call).wait()
+    own = inbox[comm.rank].copy_(torch.tensor(list(text), dtype=torch.uint8))
+    comm.transport_if_open(device, before or config).gather(inbox.view(-1), own, call).wait()
     return [bytes(each.tolist()).rstrip(b"\0").decode(errors="replace") for each in inbox]

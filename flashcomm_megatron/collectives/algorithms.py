@@ -18,15 +18,15 @@ from collections import deque
 from collections.abc import Callable, Generator
 from contextlib import suppress
 
-import torch
 from torch import Tensor
 
+from ..codec.base import Slices
 from ..codec.native import Received
+from ..comm.buffers import Boxes
 from ..comm.communicator import Call, Transfer
 from .plan import Piece, Plan
 
 Steps = Generator[Transfer, None, Tensor]  # returns the collective's result
-PieceSteps = Generator[Transfer, None, None]  # of one piece
 
 
 class Residuals:
@@ -39,8 +39,21 @@ class Residuals:
     def __init__(self) -> None:
         self.kept: dict[tuple[int, str], Tensor] = {}  # by piece and leg
 
-    def of(self, piece: int, leg: str, numel: int, like: Tensor) -> Tensor:
-        """The ``numel`` numbers of one leg ("reduce" or "gather") of a piece; zeros at first."""
+    def of_reduce(self, x: Tensor, piece: Piece, number: int, plan: Plan) -> Tensor:
+        """Those of all slices of piece ``number``, which is ``x``; zeros at first."""
+        return self._of(number, "reduce", plan.reduce.residual_numel_of(piece.slices), x)
+
+    def of_gather(self, x: Tensor, piece: Piece, number: int, plan: Plan) -> Tensor:
+        """Those of this rank's slice of the sum."""
+        return self._of(number, "gather", plan.gather.residual_numel(piece.end - piece.start, piece.slices.width), x)
+
+    def of_sockets(self, x: Tensor, piece: Piece, plan: Plan) -> list[Tensor]:
+        """Those of the three roundings of a sum over sockets (hierarchical.py)."""
+        numel, width = piece.end - piece.start, piece.slices.width
+        across = self._of(0, "across", plan.reduce.residual_numel(numel, width), x)
+        return [self.of_reduce(x, piece, 0, plan), across, self.of_gather(x, piece, 0, plan)]
+
+    def _of(self, piece: int, leg: str, numel: int, like: Tensor) -> Tensor:
         found = self.kept.get((piece, leg))
         if found is None:
             found = self.kept[piece, leg] = like.new_zeros(numel)
@@ -57,47 +70,38 @@ class Residuals:
 
 def one_step(x: Tensor, out: Tensor, plan: Plan, call: Call, residuals: Residuals | None = None) -> Steps:
     """All-reduce of ``x`` in place."""
-    yield from pipelined(_one_step, x.view(-1), plan, call, residuals)
+    return pipelined(_one_step, x, plan, call, residuals)
+
+
+def _one_step(x: Tensor, piece: Piece, number: int, plan: Plan, call: Call, residuals: Residuals | None) -> Steps:
+    boxes = plan.comm.buffers.take(piece.lengths, x.device)
+    residual = None if residuals is None else residuals.of_reduce(x, piece, number, plan)
+    plan.reduce.encode_slices(x, piece.slices, boxes.own, residual)
+    yield plan.transport.gather(boxes.gathered, boxes.own, call)
+    received = Received(boxes.gathered, piece.sizes[0], plan.comm.world)
+    plan.reduce.reduce_slices(received, x, width=piece.slices.width)
+    plan.comm.buffers.give_back(boxes)
     return x
-
-
-def _one_step(x: Tensor, piece: Piece, number: int, plan: Plan, call: Call, residuals: Residuals | None) -> PieceSteps:
-    rank, world, size = plan.comm.rank, plan.comm.world, piece.sizes[0]
-    inbox = torch.empty(world * size, dtype=torch.uint8, device=x.device)
-    residual = (
-        None if residuals is None else residuals.of(number, "reduce", plan.reduce.residual_numel_of(piece.slices), x)
-    )
-    plan.reduce.encode_slices(x, piece.slices, inbox[rank * size : (rank + 1) * size], residual)
-    yield plan.transport.gather(inbox, size, call)
-    plan.reduce.reduce_slices(Received(inbox, size, world), x, width=piece.slices.width)
 
 
 def two_step(x: Tensor, out: Tensor, plan: Plan, call: Call, residuals: Residuals | None = None) -> Steps:
     """All-reduce of ``x`` in place."""
-    yield from pipelined(_two_step, x.view(-1), plan, call, residuals)
+    return pipelined(_two_step, x, plan, call, residuals)
+
+
+def _two_step(x: Tensor, piece: Piece, number: int, plan: Plan, call: Call, residuals: Residuals | None) -> Steps:
+    boxes, slices = plan.comm.buffers.take(piece.lengths, x.device), piece.slices
+    residual = None if residuals is None else residuals.of_reduce(x, piece, number, plan)
+    plan.reduce.encode_slices(x, slices, boxes.outbox, residual)
+    yield plan.transport.exchange(boxes.outbox, piece.sizes, boxes.inbox, piece.incoming, call)
+
+    residual = None if residuals is None else residuals.of_gather(x, piece, number, plan)
+    received, mine = payloads_received(boxes, piece, plan), (piece.start, piece.end)
+    plan.reduce.reduce_slices(received, x, plan.gather, boxes.own, residual, slices.width, mine)
+    yield plan.transport.gather(boxes.gathered, boxes.own, call)
+    plan.gather.decode_slices(boxes.gathered, slices, x)
+    plan.comm.buffers.give_back(boxes)
     return x
-
-
-def _two_step(x: Tensor, piece: Piece, number: int, plan: Plan, call: Call, residuals: Residuals | None) -> PieceSteps:
-    rank, world, slices = plan.comm.rank, plan.comm.world, piece.slices
-    residual = None if residuals is None else residuals.of(number, "reduce", plan.reduce.residual_numel_of(slices), x)
-    outbox = torch.empty(sum(piece.sizes), dtype=torch.uint8, device=x.device)
-    plan.reduce.encode_slices(x, slices, outbox, residual)
-    inbox = outbox.new_empty(world * piece.sizes[rank])
-    yield plan.transport.exchange(outbox, piece.sizes, inbox, piece.incoming, call)
-    payloads, size = _received(inbox, outbox, piece, plan), piece.gather_size
-
-    gathered = outbox.new_empty(world * size)
-    mine = x[piece.start : piece.end]
-    own = gathered[rank * size : rank * size + piece.own_size]
-    residual = (
-        None
-        if residuals is None
-        else residuals.of(number, "gather", plan.gather.residual_numel(mine.numel(), slices.width), x)
-    )
-    plan.reduce.reduce_slices(payloads, mine, plan.gather, own, residual, slices.width)
-    yield plan.transport.gather(gathered, size, call)
-    plan.gather.decode_slices(gathered, slices, x)
 
 
 # ---- halves -----------------------------------------------------------------------------------------------------
@@ -105,58 +109,63 @@ def _two_step(x: Tensor, piece: Piece, number: int, plan: Plan, call: Call, resi
 
 def reduce_scatter(x: Tensor, out: Tensor, plan: Plan, call: Call, residuals: Residuals | None = None) -> Steps:
     """Sum of every rank's ``x``, this rank's slice of it in ``out``."""
-    (piece,), flat = plan.pieces, x.view(-1)
-    residual = (
-        None if residuals is None else residuals.of(0, "reduce", plan.reduce.residual_numel_of(piece.slices), flat)
-    )
-    outbox = torch.empty(sum(piece.sizes), dtype=torch.uint8, device=x.device)
-    plan.reduce.encode_slices(flat, piece.slices, outbox, residual)
-    inbox = torch.empty_like(outbox)
-    yield plan.transport.exchange(outbox, piece.sizes, inbox, piece.incoming, call)
-    plan.reduce.reduce_slices(_received(inbox, outbox, piece, plan), out.view(-1), width=piece.slices.width)
+    (piece,) = plan.pieces
+    boxes = plan.comm.buffers.take(piece.lengths, x.device)
+    residual = None if residuals is None else residuals.of_reduce(x, piece, 0, plan)
+    plan.reduce.encode_slices(x, piece.slices, boxes.outbox, residual)
+    yield plan.transport.exchange(boxes.outbox, piece.sizes, boxes.inbox, piece.incoming, call)
+    plan.reduce.reduce_slices(payloads_received(boxes, piece, plan), out, width=piece.slices.width)
+    plan.comm.buffers.give_back(boxes)
     return out
 
 
 def all_gather(x: Tensor, out: Tensor, plan: Plan, call: Call, residuals: Residuals | None = None) -> Steps:
     """Every rank's ``x`` in rank order, in ``out``."""
-    (piece,), flat = plan.pieces, x.view(-1)
-    rank, size, whole = plan.comm.rank, piece.gather_size, piece.slices
-    inbox = torch.empty(plan.comm.world * size, dtype=torch.uint8, device=x.device)
-    mine = whole._replace(numel=whole.length, world=1)
-    plan.gather.encode_slices(flat, mine, inbox[rank * size : (rank + 1) * size])
-    yield plan.transport.gather(inbox, size, call)
-    plan.gather.decode_slices(inbox, whole, out.view(-1))
+    (piece,) = plan.pieces
+    boxes, whole = plan.comm.buffers.take(piece.lengths, x.device), piece.slices
+    mine = Slices(whole.length, whole.width, whole.length, 1)
+    plan.gather.encode_slices(x, mine, boxes.own)
+    yield plan.transport.gather(boxes.gathered, boxes.own, call)
+    plan.gather.decode_slices(boxes.gathered, whole, out)
+    plan.comm.buffers.give_back(boxes)
     return out
 
 
 # ---- pieces -----------------------------------------------------------------------------------------------------
 
 
-def pipelined(
-    algorithm: Callable[..., PieceSteps], x: Tensor, plan: Plan, call: Call, residuals: Residuals | None
-) -> PieceSteps:
-    """Run ``algorithm`` on every piece of flat ``x``, all at once.
-
-    All pieces are started first, so that the link is busy from the first piece's encoding to the last one's decoding;
-    then each goes on in turn, as its messages arrive.
-    """
+def pipelined(algorithm: Callable[..., Steps], x: Tensor, plan: Plan, call: Call, residuals: Residuals | None) -> Steps:
+    """Run ``algorithm`` on every piece of ``x``, all at once; its result is ``x``."""
     if len(plan.pieces) == 1:
-        return (yield from algorithm(x, plan.pieces[0], 0, plan, call, residuals))
-    under_way: deque[tuple[PieceSteps, Transfer]] = deque()
+        return algorithm(x, plan.pieces[0], 0, plan, call, residuals)
+    return _in_turns(algorithm, x, plan, call, residuals)
+
+
+def _in_turns(algorithm: Callable[..., Steps], x: Tensor, plan: Plan, call: Call, residuals: Residuals | None) -> Steps:
+    """All pieces are started first, so that the link is busy from the first one's encoding to the last one's decoding;
+    then each goes on in turn, as its messages arrive.
+
+    On GPUs that needs no stream of ours: NCCL's asynchronous collectives run on a stream of its own, which waits for
+    what the current one holds when they are started, and the current one waits for a piece's messages only when its
+    turn has come. So piece 2 is encoded while piece 1 travels.
+    """
+    under_way: deque[tuple[Steps, Transfer]] = deque()
+    flat = x.view(-1)
     for number, piece in enumerate(plan.pieces):
-        legs = algorithm(x[piece.first : piece.last], piece, number, plan, call, residuals)
+        legs = algorithm(flat[piece.first : piece.last], piece, number, plan, call, residuals)
         under_way.append((legs, next(legs)))
     while under_way:
         legs, transfer = under_way.popleft()
         yield transfer
         with suppress(StopIteration):
             under_way.append((legs, next(legs)))
+    return x
 
 
-def _received(inbox: Tensor, outbox: Tensor, piece: Piece, plan: Plan) -> Received:
+def payloads_received(boxes: Boxes, piece: Piece, plan: Plan) -> Received:
     """The payloads of this rank's slice by rank; its own is still where it was encoded."""
     rank = plan.comm.rank
-    return Received(inbox, piece.incoming[0], plan.comm.world, rank, outbox, rank * piece.sizes[0])
+    return Received(boxes.inbox, piece.incoming[0], plan.comm.world, rank, boxes.outbox, rank * piece.sizes[0])
 
 
 def fused_residuals(x: Tensor, plan: Plan, residuals: Residuals | None) -> list[Tensor]:
@@ -166,9 +175,7 @@ def fused_residuals(x: Tensor, plan: Plan, residuals: Residuals | None) -> list[
     """
     if residuals is None:
         return []
-    (piece,), flat = plan.pieces, x.view(-1)
-    found = [residuals.of(0, "reduce", plan.reduce.residual_numel_of(piece.slices), flat), flat[:0]]
-    if plan.algorithm == "two-step":
-        numel = plan.gather.residual_numel(piece.end - piece.start, piece.slices.width)
-        found[1] = residuals.of(0, "gather", numel, flat)
-    return found
+    (piece,) = plan.pieces
+    has_gather = plan.algorithm == "two-step"
+    gather = residuals.of_gather(x, piece, 0, plan) if has_gather else x.new_empty(0)
+    return [residuals.of_reduce(x, piece, 0, plan), gather]

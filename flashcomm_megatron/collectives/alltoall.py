@@ -20,7 +20,7 @@ from ..comm.communicator import Call
 from ..config import Config
 from . import count_deferred, resolve
 from .algorithms import Steps
-from .handle import Handle, Launched
+from .handle import Handle, Launched, finish
 from .plan import Plan, decide, message_codec
 
 
@@ -62,8 +62,8 @@ def all_to_all(
         for each in (outgoing, incoming)
     )
     plan = plan._replace(wire_bytes=sum(sizes[0]))
-    handle = Handle(_steps(out, outgoing, incoming, sizes, plan, plan.call()), out, plan, None)
-    return handle.start() if async_op else handle.finish()
+    steps = _steps(out, outgoing, incoming, sizes, plan, plan.call())
+    return Handle(steps, out, plan).start() if async_op else finish(steps, out, plan)
 
 
 def _size(part: Tensor, plan: Plan, width: int | None) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -21,22 +21,45 @@ from .algorithms import Steps
 from .plan import Plan, Site
 
 
+def finish(steps: Steps, result: Tensor, plan: Plan, site: Site | None = None) -> Tensor:
+    """Run a collective now, behind those begun before, and return its result."""
+    progress = plan.comm.progress
+    if progress.open:
+        progress.drain()
+    try:
+        _run(steps, plan)
+    except RuntimeError as error:
+        raise _with_layer_name(error, site)  # noqa: B904  (it has its cause)
+    return result
+
+
+def _run(steps: Steps, plan: Plan) -> None:
+    """Run a collective. Entering a context costs microseconds, so only those that are called for are entered."""
+    started = time.perf_counter()
+    if torch.is_grad_enabled():
+        with torch.no_grad(), profiled(plan):
+            _wait_for_each(steps)
+    elif torch._C._autograd._profiler_enabled():
+        with profiled(plan):
+            _wait_for_each(steps)
+    else:
+        _wait_for_each(steps)
+    counters.count_quantized(plan, time.perf_counter() - started)
+
+
+def _wait_for_each(steps: Steps) -> None:
+    for transfer in steps:
+        transfer.wait()
+
+
 class Handle:
     """A started collective. ``wait()`` returns its result; waiting twice is allowed."""
 
-    def __init__(self, steps: Steps, result: Tensor, plan: Plan, site: Site | None) -> None:
+    def __init__(self, steps: Steps, result: Tensor, plan: Plan, site: Site | None = None) -> None:
         self._steps, self._result, self._plan, self._site = steps, result, plan, site
         self._is_done = False
         self._error: BaseException | None = None
         self._event: Any = None  # on a GPU: when the result is there
-
-    def finish(self) -> Tensor:
-        """Run the collective now, behind those begun before, and return its result."""
-        progress = self._plan.comm.progress
-        if progress.open:
-            progress.drain()
-        self._run()
-        return self.wait()
 
     def start(self, *inputs: Tensor) -> Handle:
         """Begin the collective, which also reads ``inputs``, and return at once."""
@@ -56,18 +79,16 @@ class Handle:
         if not self._is_done:
             self._plan.comm.progress.wait_for(lambda: self._is_done)
         if self._error is not None:
-            raise self._with_layer_name(self._error)
+            self._error = _with_layer_name(self._error, self._site)
+            self._site = None
+            raise self._error
         if self._event is not None:
             torch.cuda.current_stream(self._result.device).wait_event(self._event)
         return self._result
 
     def _run(self) -> None:
-        started = time.perf_counter()
         try:
-            with _around(self._plan):
-                for transfer in self._steps:
-                    transfer.wait()
-            counters.count_quantized(self._plan, time.perf_counter() - started)
+            _run(self._steps, self._plan)
         except BaseException as error:
             self._error = error
         self._is_done = True
@@ -90,15 +111,6 @@ class Handle:
         for tensor in (self._result, *inputs):
             tensor.record_stream(side)
 
-    def _with_layer_name(self, error: BaseException) -> BaseException:
-        """The error with the layer's name, where there is one."""
-        if self._site is None or not isinstance(error, RuntimeError) or not str(error).startswith("flash-comm: #"):
-            return error
-        named = RuntimeError(f"{error} (This rank was in {self._site.name}.)")
-        named.__cause__ = error
-        self._error, self._site = named, None
-        return named
-
 
 class Launched:
     """Handle of a collective that was left to torch.distributed, or that one kernel does."""
@@ -113,14 +125,13 @@ class Launched:
         return self._result
 
 
-def _around(plan: Plan) -> AbstractContextManager[Any]:
-    """No gradients, and a range of the profiler; entering either costs microseconds, so only what is called for."""
-    if not torch.is_grad_enabled():
-        return profiled(plan)
-    around = ExitStack()
-    around.enter_context(torch.no_grad())
-    around.enter_context(profiled(plan))
-    return around
+def _with_layer_name(error: BaseException, site: Site | None) -> BaseException:
+    """The error with the layer's name, where there is one."""
+    if site is None or not isinstance(error, RuntimeError) or not str(error).startswith("flash-comm: #"):
+        return error
+    named = RuntimeError(f"{error} (This rank was in {site.name}.)")
+    named.__cause__ = error
+    return named
 
 
 def profiled(plan: Plan) -> AbstractContextManager[Any]:

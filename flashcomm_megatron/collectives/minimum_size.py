@@ -24,9 +24,10 @@ from ..version import __version__
 NEVER = 2**62  # bytes: no size measured was worth it
 
 # By transport. CPUs of one machine: benchmarks/bench_collectives.py; CPUs over the process group:
-# benchmarks/link_lab.py. GPUs: not measured by us; the smallest size at which published kernels of this kind win on
-# fp16 (AMD QuickReduce's table, 1 to 16 MiB by number of ranks).
-DEFAULTS = {"shared memory": 1024, "cpu": 256 * 1024, "cuda": 1024 * 1024}
+# benchmarks/link_lab.py. GPUs: not measured by us; by the planner's cost with three launches and two of NCCL's calls
+# (docs/log.md) 4 bits pay on PCIe from 1 MiB on for every world, on NVLink from 32 to 512 MiB on. A fused kernel needs
+# one launch, so there it is what published kernels of this kind reach on either (AMD QuickReduce: 1 to 16 MiB).
+DEFAULTS = {"shared memory": 1024, "cpu": 256 * 1024, "cuda": 1024 * 1024, "nvlink": 256 * 1024 * 1024}
 MINIMUM_OF_COLLECTIVE = {
     "all_gather": 32 * 1024
 }  # of a rank's share: torch.distributed's own is quick while it is small
@@ -41,12 +42,12 @@ class Case(NamedTuple):
     recipe: str
 
 
-def minimum_size(case: Case, topology: str, transport: str, config: Config) -> int:
-    """Smallest tensor, in bytes, that is compressed between the ranks of ``topology`` over ``transport``."""
+def minimum_size(case: Case, topology: str, joined_by: str, config: Config) -> int:
+    """Smallest tensor, in bytes, that is compressed between the ranks of ``topology``: a transport, or "nvlink"."""
     if config.min_bytes is not None:
         return config.min_bytes
     tables = read(config.thresholds) if config.thresholds else {}
-    default = DEFAULTS.get(transport, DEFAULTS["cuda"])  # unknown devices are GPUs
+    default = DEFAULTS.get(joined_by, DEFAULTS["cuda"])  # unknown devices are GPUs
     return tables.get(topology, {}).get(case, max(default, MINIMUM_OF_COLLECTIVE.get(case.collective, 0)))
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,7 @@ from ..codec import Codec, Raw
 from ..codec.base import Slices
 from ..codec.recipes import RECIPES, Legs
 from ..comm import fused
+from ..comm.buffers import Lengths
 from ..comm.communicator import Call, Communicator, Transport
 from ..comm.simulated import Simulated
 from ..config import Config
@@ -35,8 +36,22 @@ from .minimum_size import NEVER, Case, minimum_size, topology_of
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # Values of a piece whose messages go to one peer. Over a process group a few milliseconds at 1 Gbit/s; through shared
-# memory only what exceeds the cache is cut. On GPUs a tensor is one piece: more launches cost more than overlap gains.
+# memory only what exceeds the cache is cut.
 PIECE = {"shared memory": 2048 * 1024, "cpu": 1024 * 1024}
+
+# On GPUs n pieces hide all but 1/n of the codec's work behind NCCL or the reverse, and cost n - 1 times the launches
+# of one: n is best where n * n times the launches take as long as the codec. So n is the root of the tensor's bytes in
+# units of what a codec does during them: 80 MiB, with which no GPU and link of the planner's loses by pieces.
+GPU_UNIT, LAUNCHES = 80 << 20, 60e-6  # bytes; seconds of three kernels and two of NCCL's, with the host's share
+
+# From how many bytes on a sum over two sockets of PCIe goes in three stages: one exchange more, a third of the bytes on
+# the link between them, by the planner's rates (docs/log.md).
+SOCKETS_BYTES = 4 << 20
+
+# Torch's codec takes longer on a GPU than it saves, so a missing compiler makes nobody slower. Whoever sets a minimum
+# size decides for himself.
+NO_KERNELS = "no CUDA kernels in the extension of some rank: install the CUDA wheel, or nvcc and then pip install -e ."
+
 PLANS = 4096  # kept for a group
 TITLE = 47  # characters of a call's title; a frame in shared memory holds as many (csrc/cpu/streams.h)
 
@@ -66,8 +81,8 @@ class Piece(NamedTuple):
     incoming: tuple[int, ...]  # payloads of this rank's slice, from each rank
     start: int  # this rank's slice of the piece
     end: int
-    own_size: int  # its payload on the gather leg
-    gather_size: int  # the longest slice's: all ranks send as much
+    gather_size: int  # payload of the longest slice on the gather leg: all ranks send as much
+    lengths: Lengths  # of what is sent and received
 
 
 class Plan(NamedTuple):
@@ -94,6 +109,8 @@ class Plan(NamedTuple):
     pieces: tuple[Piece, ...] = ()
     intra_node: Slices | None = None  # hierarchical: slices of this rank's machine
     inter_node: Plan | None = None  # hierarchical: of the sum over machines
+    within: Plan | None = None  # sockets: of the sum in this rank's socket
+    across: Transport | None = None  # sockets: to the rank of the other one that holds the same slice
 
     def call(self) -> Call:
         """The next call of this plan."""
@@ -154,6 +171,8 @@ def plan(
     transport, exact = comm.transport_name(device, config), math.prod(shape) * dtype.itemsize
     minimum = _minimum_of_row(shape, dtype, config) if by_row else _minimum(kind, dtype, transport, comm, config, legs)
     deferred = _reason(kind, exact, dtype, comm.world, minimum, by_row)
+    if not deferred and transport == "cuda" and config.min_bytes is None and not comm.has_kernels:
+        deferred = NO_KERNELS
     recipe = RECIPES[config.recipe]
     if recipe.calibrated and legs is None and kind in ("all_reduce", "reduce_scatter"):
         deferred = "no calibrated site"
@@ -165,7 +184,7 @@ def plan(
         comm=comm,
         transport=comm.transport(device, config),
         config=config,
-        algorithm=_algorithm(kind, comm.nodes, config) if kind == "all_reduce" else kind,
+        algorithm=_algorithm(comm, transport, exact, config) if kind == "all_reduce" else kind,
         reduce=legs.reduce,
         gather=legs.gather,
         dtype=dtype,
@@ -179,7 +198,7 @@ def plan(
     )
     if deferred or kind == "all_to_all":
         return made
-    return _cut(made, shape, device, 0 if recipe.calibrated else PIECE.get(transport, 0))
+    return cut_plan(made, shape, device, 0 if recipe.calibrated else piece_values(made, transport, exact))
 
 
 def _minimum(
@@ -187,7 +206,9 @@ def _minimum(
 ) -> int:
     """Bytes of a tensor from which on compression pays."""
     case = Case(kind, name(dtype), _bits(config, legs), config.recipe)
-    return minimum_size(case, topology_of(comm.world, comm.nodes, transport), transport, config)
+    over_nvlink = transport == "cuda" and comm.has_nvlink and not fused.CHAINS[config.transport]
+    topology = topology_of(comm.world, comm.nodes, transport)
+    return minimum_size(case, topology, "nvlink" if over_nvlink else transport, config)
 
 
 def _bits(config: Config, legs: Legs | None) -> int:
@@ -249,25 +270,29 @@ def name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _algorithm(kind: str, nodes: Sequence[int], config: Config) -> str:
+def _algorithm(comm: Communicator | Simulated, transport: str, nbytes: int, config: Config) -> str:
     """Of an all-reduce. Hierarchical where several machines hold equally many ranks, more than one."""
     asked = config.algorithm if config.algorithm != "auto" else RECIPES[config.recipe].algorithm
-    fits = _is_even(nodes)
+    fits = _is_even(comm.nodes)
     if asked == "hierarchical" or (asked == "auto" and fits):
-        return "hierarchical" if fits else _flat(len(nodes))
-    return _flat(len(nodes)) if asked == "auto" else asked
+        return "hierarchical" if fits else flat(comm.world)
+    if asked != "auto":
+        return asked
+    over_group = transport == "cuda" and not fused.CHAINS[config.transport]
+    has_two = len(set(comm.sockets)) == 2 and _is_even(comm.sockets)
+    return "sockets" if over_group and has_two and nbytes >= SOCKETS_BYTES else flat(comm.world)
 
 
 def _is_even(nodes: Sequence[int]) -> bool:
-    """Whether several machines hold equally many ranks, more than one, and come in the same order in every slice, lest
-    a row's sum depend on the slice it is in."""
+    """Whether several machines, or sockets, hold equally many ranks, more than one, and come in the same order in every
+    slice, lest a row's sum depend on the slice it is in."""
     machines = [[rank for rank, each in enumerate(nodes) if each == node] for node in dict.fromkeys(nodes)]
     sizes = {len(ranks) for ranks in machines}
     in_order = all(list(ranks) == sorted(ranks) for ranks in zip(*machines, strict=False))
     return len(machines) > 1 and len(sizes) == 1 and sizes != {1} and in_order
 
 
-def _flat(world: int) -> str:
+def flat(world: int) -> str:
     return "one-step" if world <= ONE_STEP_WORLD else "two-step"
 
 
@@ -281,20 +306,23 @@ def cut(numel: int, width: int, world: int, unit: int) -> Slices:
     return Slices(numel, width, min(length, numel), world)
 
 
-def _cut(plan: Plan, shape: Sequence[int], device: torch.device, piece: int) -> Plan:
+def cut_plan(plan: Plan, shape: Sequence[int], device: torch.device, piece: int) -> Plan:
     """``plan`` with its pieces and bytes."""
     comm, numel = plan.comm, math.prod(shape)
     width = shape[-1] if len(shape) > 1 else numel
     unit = math.lcm(plan.reduce.unit, plan.gather.unit)
-    if plan.algorithm == "hierarchical":
-        return _cut_hierarchical(plan, numel, width, unit, device)
+    if plan.algorithm in ("hierarchical", "sockets"):
+        from .hierarchical import cut_machines, cut_sockets
+
+        cut_stages = cut_machines if plan.algorithm == "hierarchical" else cut_sockets
+        return cut_stages(plan, numel, width, unit, device)
     if plan.kind == "reduce_scatter":
         slices = [(0, Slices(numel, min(width, numel // comm.world), numel // comm.world, comm.world))]
     elif plan.kind == "all_gather":
         slices = [(0, Slices(numel * comm.world, width, numel, comm.world))]
     else:
         step, alignment = piece * (comm.world if plan.algorithm == "two-step" else 1), width if numel > width else unit
-        step = max(step // alignment, 1) * alignment if step else numel
+        step = math.ceil(step / alignment) * alignment if step else numel
         parts, slices = comm.world if plan.algorithm == "two-step" else 1, []
         for first in range(0, numel, step):
             slices.append((first, cut(min(step, numel - first), width, parts, unit)))
@@ -302,6 +330,20 @@ def _cut(plan: Plan, shape: Sequence[int], device: torch.device, piece: int) -> 
     sent = sum(_sent(plan, piece) for piece in pieces)
     far = sum(node != comm.nodes[comm.rank] for node in comm.nodes)
     return plan._replace(pieces=pieces, wire_bytes=sent, remote_bytes=sent * far // max(comm.world - 1, 1))
+
+
+def piece_values(plan: Plan, transport: str, nbytes: int) -> int:
+    """Values of a piece whose messages go to one peer, of a tensor of ``nbytes``; 0: it is one piece."""
+    if transport != "cuda":
+        return PIECE.get(transport, 0)
+    slices = plan.comm.world if plan.algorithm == "two-step" else 1
+    pieces = 1 if fused.CHAINS[plan.config.transport] else gpu_pieces(nbytes)  # one kernel overlaps by itself
+    return math.ceil(nbytes // plan.dtype.itemsize / (pieces * slices)) if pieces > 1 else 0
+
+
+def gpu_pieces(nbytes: int) -> int:
+    """How many pieces of a tensor of ``nbytes`` pay on GPUs over a process group."""
+    return max(math.isqrt(nbytes // GPU_UNIT), 1)
 
 
 def _piece(plan: Plan, first: int, slices: Slices) -> Piece:
@@ -314,9 +356,17 @@ def _piece(plan: Plan, first: int, slices: Slices) -> Piece:
     else:
         sizes = tuple(plan.reduce.wire_bytes(each, width) for each in slices.sizes)
     start, length = min(rank * slices.length, slices.numel), slices.size(rank)
-    gather = plan.gather.wire_bytes(length, width), plan.gather.wire_bytes(slices.length, width)
-    incoming = (sizes[rank],) * world
-    return Piece(first, first + slices.numel, slices, sizes, incoming, start, start + length, *gather)
+    gather, incoming = plan.gather.wire_bytes(slices.length, width), (sizes[rank],) * world
+    lengths = _lengths(plan, sizes, sizes[0] if plan.algorithm == "one-step" else gather)
+    return Piece(first, first + slices.numel, slices, sizes, incoming, start, start + length, gather, lengths)
+
+
+def _lengths(plan: Plan, sizes: Sequence[int], gather: int) -> Lengths:
+    """Bytes of the boxes of a piece, of which ranks send ``sizes`` on the reduce leg, if there is one."""
+    rank, world = plan.comm.rank, plan.comm.world
+    exchanged = (0, 0) if plan.algorithm in ("one-step", "all_gather") else (sum(sizes), world * sizes[rank])
+    gather *= plan.algorithm != "reduce_scatter"
+    return Lengths(*exchanged, world * gather, gather, rank * gather)
 
 
 def _sent(plan: Plan, piece: Piece) -> int:
@@ -324,25 +374,3 @@ def _sent(plan: Plan, piece: Piece) -> int:
     peers, reduce = plan.comm.world - 1, sum(piece.sizes) - piece.sizes[plan.comm.rank]
     gather = peers * piece.gather_size
     return {"two-step": reduce + gather, "all_gather": gather}.get(plan.algorithm, reduce)
-
-
-def _cut_hierarchical(plan: Plan, numel: int, width: int, unit: int, device: torch.device) -> Plan:
-    from .hierarchical import Subgroup
-
-    comm, nodes = plan.comm, plan.comm.nodes
-    node_ranks = [rank for rank, node in enumerate(nodes) if node == nodes[comm.rank]]
-    place = node_ranks.index(comm.rank)
-    peers = sorted([rank for rank, each in enumerate(nodes) if each == node][place] for node in set(nodes))
-    intra_node = cut(numel, width, len(node_ranks), unit)
-    mine = intra_node.size(place)
-    shape = (mine // width, width) if mine > width else (mine,)
-    subgroup: Any = Subgroup(comm, plan.transport, peers)
-    within = (intra_node.numel - mine + (len(node_ranks) - 1) * mine) * plan.dtype.itemsize
-    if not mine:
-        return plan._replace(intra_node=intra_node, wire_bytes=within)
-    flat = _flat(len(peers))
-    piece = PIECE.get(plan.comm.transport_name(device, plan.config), 0)
-    inter_node = plan._replace(comm=subgroup, transport=subgroup, algorithm=flat)
-    inter_node = _cut(inter_node, shape, device, piece)
-    sent = inter_node.wire_bytes
-    return plan._replace(intra_node=intra_node, inter_node=inter_node, wire_bytes=within + sent, remote_bytes=sent)

@@ -3,7 +3,7 @@
 A collective knows two ways to send. In both, this rank's own bytes stay where they are:
 
     exchange(outbox, out_sizes, inbox, in_sizes, call)   every rank its own message: reduce leg, all-to-all
-    gather(inbox, size, call)                            one message to all: gather leg; it lies at inbox[rank * size:]
+    gather(inbox, own, call)                             one message to all: gather leg; own is a view of inbox
 
 Buffers are contiguous uint8 tensors in which the ranks' parts lie one behind the other. Both return a transfer, whose
 ``wait()`` returns when everything has arrived; the buffers must stay untouched until then. Three things offer them:
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Hashable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
@@ -23,9 +24,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..codec import native
 from ..config import Config
 from ..observe import messages
-from . import shared_memory, stalls, votes
+from . import shared_memory, sockets, stalls, votes
+from .buffers import Buffers
 from .process_group import ProcessGroup
 from .progress import Progress
 from .shared_memory import SharedMemory
@@ -65,7 +68,7 @@ class Transport(Protocol):
         self, outbox: Tensor, out_sizes: Sequence[int], inbox: Tensor, in_sizes: Sequence[int], call: Call
     ) -> Transfer: ...
 
-    def gather(self, inbox: Tensor, size: int, call: Call) -> Transfer: ...
+    def gather(self, inbox: Tensor, own: Tensor, call: Call) -> Transfer: ...
 
 
 class Communicator:
@@ -79,8 +82,10 @@ class Communicator:
         self.agreed: list[Config] = []  # configurations that all ranks hold; the last one is in force
         self.plans: dict[Hashable, Any] = {}  # decisions about calls, which the collectives remember here
         self.progress = Progress()
+        self.buffers = Buffers()
         self._group = weakref.ref(group)  # not the group: it would never be freed
         self._nodes: tuple[int, ...] | None = None
+        self._sockets, self._has_nvlink, self._has_kernels = (0,) * self.world, False, True
         self._over_group = ProcessGroup(group)
         self._shared: SharedMemory | None = None
         weakref.finalize(self, self.progress.close)
@@ -107,12 +112,33 @@ class Communicator:
     def nodes(self) -> tuple[int, ...]:
         """The number of every rank's machine, counted in the order of the ranks. The first use is collective."""
         if self._nodes is None:
-            machines = [b"this one"]
-            if self.world > 1:
-                machines = votes.gather(shared_memory.machine().encode(), self.group)
-            numbers = {machine: number for number, machine in enumerate(dict.fromkeys(machines))}
-            self._nodes = tuple(numbers[machine] for machine in machines)
+            mine = f"{shared_memory.machine()}\n{sockets.socket()}\n{'kernels' if native.cuda() else ''}".encode()
+            places = votes.gather(mine, self.group) if self.world > 1 else [mine]
+            machines, found, kernels = zip(*(place.split(b"\n") for place in places), strict=True)
+            self._has_kernels = all(kernels)
+            self._nodes = _numbered(machines)
+            is_one = len(set(machines)) == 1
+            self._sockets = _numbered(found) if is_one and all(found) else (0,) * self.world
+            self._has_nvlink = is_one and sockets.NVLINK.encode() in found
         return self._nodes
+
+    @property
+    def sockets(self) -> tuple[int, ...]:
+        """The same of the sockets of their GPUs, on one machine where only PCIe joins these; else all are one."""
+        _ = self.nodes
+        return self._sockets
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether the extension has CUDA kernels on every rank."""
+        _ = self.nodes
+        return self._has_kernels
+
+    @property
+    def has_nvlink(self) -> bool:
+        """Whether NVLink joins the ranks' GPUs, all on one machine."""
+        _ = self.nodes
+        return self._has_nvlink
 
     def transport_name(self, device: torch.device, config: Config) -> str:
         """What joins the ranks for tensors on ``device``: "shared memory", else the device's kind."""
@@ -152,11 +178,11 @@ class Communicator:
         """How long a rank waits for another one: ``config.timeout``, else what the process group was made with."""
         if config.timeout is not None:
             return config.timeout
-        try:
-            found: timedelta = self.group._get_backend(torch.device("cpu")).options._timeout
-        except (RuntimeError, AttributeError):
-            return DEFAULT_SECONDS
-        return found.total_seconds()
+        for kind in ("cpu", "cuda"):
+            with suppress(RuntimeError, AttributeError):  # a group of the other kind alone; a backend without options
+                found: timedelta = self.group._get_backend(torch.device(kind)).options._timeout
+                return found.total_seconds()
+        return DEFAULT_SECONDS
 
     @property
     def has_failed(self) -> bool:
@@ -175,6 +201,13 @@ class Communicator:
         self.progress.drain()
         self._shared = None
         self.plans.clear()
+        self.buffers = Buffers()
 
 
 _communicators: WeakKeyDictionary[dist.ProcessGroup, Communicator] = WeakKeyDictionary()
+
+
+def _numbered(names: Sequence[bytes]) -> tuple[int, ...]:
+    """Each name's number, counted in the order in which they come."""
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    return tuple(numbers[name] for name in names)

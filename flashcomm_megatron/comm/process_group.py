@@ -1,9 +1,10 @@
 """Messages over a torch process group: NCCL, gloo, or whatever backend the group has.
 
 On GPUs each exchange is one collective of the backend, all_to_all_single or all_gather_into_tensor: it knows the
-machine's topology, so that a payload crosses a switch once and not once for each peer, and it can be captured. It is
-asked of the group itself: what torch.distributed's functions check and log takes as long again. In main memory they are
-messages from rank to rank, receives posted first: over gloo that is faster than its collectives.
+machine's topology, so that a payload crosses a switch once and not once for each peer, and it can be captured. The
+backend itself is asked: what torch.distributed's functions check and log takes as long again, and so does torch's
+dispatcher. In main memory they are messages from rank to rank, receives posted first: over gloo that is faster than its
+collectives.
 """
 
 from __future__ import annotations
@@ -78,31 +79,41 @@ class ProcessGroup:
         self.ranks = dist.get_process_group_ranks(group)
         self.has_failed, self.stopped = False, ""  # whether a wait ended with an error; why no message will arrive
         self._group = weakref.ref(group)
+        self._backends: dict[str, Any] = {}  # by kind of device
         self._under_way: deque[Messages] = deque()  # also of who was interrupted: their peers still expect them
 
     def exchange(
         self, outbox: Tensor, out_sizes: Sequence[int], inbox: Tensor, in_sizes: Sequence[int], call: Call
     ) -> Transfer:
         """Send each rank its part of ``outbox`` and receive from each its part of ``inbox``."""
-        group: Any = self._group()
-        if outbox.device.type not in self.messages:
-            # Then nobody's part of a sum differs, and backends are quicker without sizes. In an all-to-all a rank sends
-            # itself nothing; it may send nothing at all, and receive.
-            is_even = out_sizes[0] > 0 and out_sizes.count(out_sizes[0]) == self.world
-            splits: Any = ([], []) if is_even else (list(in_sizes), list(out_sizes))
-            posted: Transfer = group.alltoall_base(inbox, outbox, *splits, _options(AllToAllOptions))
-            return posted
-        sends, receives = torch.split(outbox, list(out_sizes)), torch.split(inbox, list(in_sizes))
-        return self._post(sends, receives, outbox, inbox, call)
+        if outbox.device.type in self.messages:
+            sends, receives = torch.split(outbox, list(out_sizes)), torch.split(inbox, list(in_sizes))
+            return self._post(sends, receives, outbox, inbox, call)
+        # Nobody's part of a sum differs, and backends are quicker without sizes. In an all-to-all a rank sends itself
+        # nothing; it may send nothing at all, and receive.
+        is_even = out_sizes[0] > 0 and out_sizes.count(out_sizes[0]) == self.world
+        splits: Any = ([], []) if is_even else (list(in_sizes), list(out_sizes))
+        posted: Transfer = self._backend(outbox).alltoall_base(inbox, outbox, *splits, _options(AllToAllOptions))
+        return posted
 
-    def gather(self, inbox: Tensor, size: int, call: Call) -> Transfer:
-        """Send every rank the ``size`` bytes at this rank's place in ``inbox``, and receive theirs."""
-        own = inbox[self.rank * size : (self.rank + 1) * size]
-        group: Any = self._group()
-        if inbox.device.type not in self.messages:
-            posted: Transfer = group._allgather_base(inbox, own, _options(AllgatherOptions))
-            return posted
-        return self._post([own] * self.world, inbox.view(self.world, size).unbind(), inbox, inbox, call)
+    def gather(self, inbox: Tensor, own: Tensor, call: Call) -> Transfer:
+        """Send every rank ``own``, this rank's place in ``inbox``, and receive theirs."""
+        if inbox.device.type in self.messages:
+            return self._post([own] * self.world, inbox.view(self.world, own.numel()).unbind(), inbox, inbox, call)
+        posted: Transfer = self._backend(inbox)._allgather_base(inbox, own, _options(AllgatherOptions))
+        return posted
+
+    def _backend(self, x: Tensor) -> Any:
+        """What moves tensors like ``x``: the group without torch's dispatcher, which takes as long as the launch."""
+        kind = x.device.type
+        found = self._backends.get(kind)
+        if found is None:
+            group: Any = self._group()
+            try:
+                found = self._backends[kind] = group._get_backend(x.device)
+            except RuntimeError:  # a group written in Python is its own backend, and not to be kept alive here
+                return group
+        return found
 
     def stop(self, reason: str) -> None:
         """End every wait in main memory, on any thread and with any rank, with an error that says ``reason``.

@@ -111,9 +111,10 @@ class SharedMemory:
         self._keep(handle, (outbox, inbox))
         return Posted(self, handle, call, in_sizes)
 
-    def gather(self, inbox: Tensor, size: int, call: Call) -> Posted:
-        """Send every rank the ``size`` bytes at this rank's place in ``inbox``, and receive theirs."""
+    def gather(self, inbox: Tensor, own: Tensor, call: Call) -> Posted:
+        """Send every rank ``own``, this rank's place in ``inbox``, and receive theirs."""
         self._refuse_children(call)
+        size = own.numel()
         handle = self.native.gather(self.rank, inbox.data_ptr(), size, self.world, call.number, call.title)
         self._keep(handle, (inbox,))
         return Posted(self, handle, call, [size] * self.world)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..config import Config
+from .buffers import Buffers
 from .communicator import Call
 from .progress import Progress
 
@@ -67,7 +68,8 @@ class Simulated:
         self, rank: int, world: int, nodes: Sequence[int] = (), kind: str | None = None, mailbox: Mailbox | None = None
     ) -> None:
         self.rank, self.world, self.nodes = rank, world, tuple(nodes) or (0,) * world
-        self.number, self.progress = 0, Progress()
+        self.sockets, self.has_nvlink, self.has_kernels = (0,) * world, False, True
+        self.number, self.progress, self.buffers = 0, Progress(), Buffers()
         self._kind, self._mailbox = kind, mailbox
 
     def transport_name(self, device: torch.device, config: Config) -> str:
@@ -90,11 +92,10 @@ class Simulated:
         assert self._mailbox is not None, "made without a mailbox: for plans alone"
         return self._mailbox.post(self.rank, torch.split(outbox, list(out_sizes)), torch.split(inbox, list(in_sizes)))
 
-    def gather(self, inbox: Tensor, size: int, call: Call) -> Posted:
-        """Send every rank the ``size`` bytes at this rank's place in ``inbox``, and receive theirs."""
+    def gather(self, inbox: Tensor, own: Tensor, call: Call) -> Posted:
+        """Send every rank ``own``, this rank's place in ``inbox``, and receive theirs."""
         assert self._mailbox is not None, "made without a mailbox: for plans alone"
-        parts = torch.split(inbox, size)
-        return self._mailbox.post(self.rank, [parts[self.rank]] * self.world, parts)
+        return self._mailbox.post(self.rank, [own] * self.world, torch.split(inbox, own.numel()))
 
 
 Start = Callable[[Simulated], Generator[Any, None, Tensor]]

@@ -67,15 +67,12 @@ def measure(x: Tensor, codec: Codec) -> Tensor:
     """float64 [squared error, squared value, blocks not finite] of a flat ``x`` through ``codec``, on its device."""
     exact = x.float()
     found = codec.decode_sum([codec.encode(x)], torch.empty_like(exact))
-    finite = _by_block(found, codec.block).isfinite().all(dim=1, keepdim=True)
-    error = torch.where(finite, _by_block(exact - found, codec.block), 0.0)
-    value = torch.where(finite, _by_block(exact, codec.block), 0.0)
-    return torch.stack([error.double().square().sum(), value.double().square().sum(), (~finite).sum().double()])
-
-
-def _by_block(x: Tensor, block: int) -> Tensor:
-    """[n] as [blocks, block], the last one filled up with zeros."""
-    return torch.nn.functional.pad(x, (0, -x.numel() % block)).view(-1, block)
+    both = torch.stack([exact - found, exact]).double()
+    if both.size(1) % codec.block:  # filled up with zeros
+        both = torch.nn.functional.pad(both, (0, -both.size(1) % codec.block))
+    sums = both.square_().view(2, -1, codec.block).sum(2)
+    finite = sums[0].isfinite()  # a block that holds NaN or Inf decodes to NaN
+    return torch.cat([torch.where(finite, sums, 0.0).sum(1), (~finite).sum().double().view(1)])
 
 
 def _window(x: Tensor, turn: int, block: int) -> Tensor:

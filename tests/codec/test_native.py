@@ -42,7 +42,7 @@ def test_the_extension_was_built() -> None:
     [
         (torch.zeros(100, dtype=torch.float64), payload(), "x is torch.float64; expected torch.float32 or"),
         (torch.zeros(100, dtype=torch.int32), payload(), "x is torch.int32"),
-        (torch.zeros(10, 10), payload(), r"x has shape \(10, 10\), strides \(10, 1\); expected contiguous 1-D"),
+        (torch.zeros(10, 10).T, payload(), r"x has shape \(10, 10\), strides \(1, 10\); expected contiguous"),
         (torch.zeros(200)[::2], payload(), r"x has shape .* strides \(2,\)"),
         (torch.zeros(100), payload().char(), "out is torch.int8; expected torch.uint8"),
         (torch.zeros(100), payload(BYTES - 1), f"out has {BYTES - 1} bytes; the codec's payload has {BYTES}"),
@@ -55,6 +55,13 @@ def test_encode_refuses_wrong_tensors(x: Tensor, out: Tensor, message: str) -> N
         native_encode(CODEC, x, out)
 
 
+def test_rows_that_nobody_has_named_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"encode: x has shape \(10, 10\), strides \(10, 1\); expected contiguous 1-D"):
+        CODEC.encode(torch.zeros(10, 10))
+    with pytest.raises(ValueError, match=r"decode_sum: out has shape \(10, 10\)"):
+        CODEC.decode_sum([payload()], torch.zeros(10, 10))
+
+
 def test_a_payload_is_written_into_as_many_bytes() -> None:
     with pytest.raises(ValueError, match=f"encode: out has {BYTES + 1} bytes; the codec's payload has {BYTES}"):
         CODEC.encode(torch.zeros(100), payload(BYTES + 1))
@@ -65,7 +72,7 @@ def test_a_payload_is_written_into_as_many_bytes() -> None:
     [
         ([], torch.zeros(100), "no payloads found; give at least one"),
         ([payload()], torch.zeros(100, dtype=torch.complex64), "out is torch.complex64"),
-        ([payload()], torch.zeros(10, 10), r"out has shape \(10, 10\)"),
+        ([payload()], torch.zeros(10, 10).T, r"out has shape \(10, 10\)"),
         ([payload()], torch.zeros(200)[::2], r"out has shape .* strides \(2,\)"),
         ([payload(), payload(BYTES - 16)], torch.zeros(100), f"payload has {BYTES - 16} bytes"),
         ([payload(), payload().int()], torch.zeros(100), "payload is torch.int32; expected torch.uint8"),

@@ -13,11 +13,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import spawn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import flashcomm_megatron
 from flashcomm_megatron import collectives
 from flashcomm_megatron.codec import native as extension
 from flashcomm_megatron.comm import fused
+from flashcomm_megatron.comm.communicator import Communicator
 from flashcomm_megatron.comm.process_group import ProcessGroup
 from flashcomm_megatron.config import Config
 from flashcomm_megatron.megatron import context, layers
@@ -135,6 +137,39 @@ def test_an_all_reduce_over_nccl_is_three_launches_and_two_collectives_at_most(w
     (found,) = spawn(launched, 1, world)
     one_step = {"launches": 2, "asked for gather": 1}
     assert found == (one_step if world == 2 else {"launches": 3, "asked for exchange": 1, "asked for gather": 1})
+
+
+class Made(TorchDispatchMode):
+    """Notes what torch is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(function.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+def made_tensors(rank: int, world: int, ranks: int) -> list[str]:
+    """What torch makes in a call that was made before: tensors and views cost more than encoding what is small."""
+    dist.destroy_process_group()
+    sys.path.insert(0, str(Path(PACKAGE).parent / "benchmarks"))
+    import bench_host
+
+    call = bench_host.on_fake_ranks(ranks, bench_host.idle_codec())
+    arrived = SimpleNamespace(wait=lambda: None)
+    backend = SimpleNamespace(alltoall_base=lambda *_: arrived, _allgather_base=lambda *_: arrived)
+    Communicator.of(dist.group.WORLD)._over_group._backends["cpu"] = backend
+    call()
+    with torch.no_grad(), Made() as noting:
+        call()
+    return noting.names
+
+
+@pytest.mark.parametrize("world", [2, 8])
+def test_no_tensor_is_made_in_a_call_that_was_made_before(world: int) -> None:
+    assert spawn(made_tensors, 1, world) == [[]]
 
 
 class OnGPU(torch.Tensor):

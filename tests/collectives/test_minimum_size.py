@@ -7,15 +7,23 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from patience import patient
+from ranks import spawn
 from specification import planned
 
-from flashcomm_megatron.collectives import minimum_size
+from flashcomm_megatron import collectives
+from flashcomm_megatron.codec import native
+from flashcomm_megatron.collectives import minimum_size, plan
 from flashcomm_megatron.collectives.minimum_size import Case
+from flashcomm_megatron.comm.communicator import Communicator
+from flashcomm_megatron.comm.simulated import Simulated
 from flashcomm_megatron.config import Config
+from flashcomm_megatron.observe import messages
 from flashcomm_megatron.tools import tune as tuning
 from flashcomm_megatron.tools.tune import Timing
 
@@ -125,3 +133,32 @@ def test_bench_alone_says_what_it_needs() -> None:
     command = [sys.executable, "-m", "flashcomm_megatron", "bench"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "torchrun" in done.stderr
+
+
+# ---- a GPU machine without a compiler -----------------------------------------------------------------------------
+
+
+def planned_on_gpus(has_kernels: bool, **options: Any) -> plan.Plan:
+    comm = Simulated(0, 8, kind="cuda")
+    comm.has_kernels = has_kernels
+    return plan.plan("all_reduce", (4096, 4096), torch.bfloat16, torch.device("meta"), comm, Config(bits=4, **options))
+
+
+def test_without_cuda_kernels_everything_stays_exact_and_strict_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's codec takes longer there than it saves."""
+    monkeypatch.setattr(messages, "_failed", None)
+    made = planned_on_gpus(has_kernels=False)
+    assert made.deferred is not None and "CUDA wheel" in made.deferred and planned_on_gpus(True).deferred is None
+    assert planned_on_gpus(has_kernels=False, min_bytes=0).deferred is None, "asked for"
+    with pytest.raises(RuntimeError, match="no CUDA kernels in the extension of some rank: install"):
+        collectives.count_deferred(planned_on_gpus(has_kernels=False, strict=True))
+
+
+def kernels_of(rank: int, world: int, having: list[int]) -> bool:
+    native.cuda = lambda: object() if rank in having else None
+    return Communicator.of(dist.group.WORLD).has_kernels
+
+
+@pytest.mark.parametrize(("having", "expected"), [([0, 1], True), ([1], False)])
+def test_kernels_serve_where_every_rank_has_them(having: list[int], expected: bool) -> None:
+    assert spawn(kernels_of, 2, having) == [expected] * 2

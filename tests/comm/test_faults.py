@@ -12,7 +12,7 @@ from ranks import spawn
 from specification import planned
 
 from flashcomm_megatron.codec import native as extension
-from flashcomm_megatron.collectives.handle import Handle
+from flashcomm_megatron.collectives.handle import finish
 from flashcomm_megatron.comm import shared_memory
 from flashcomm_megatron.comm.progress import Progress
 from flashcomm_megatron.config import Config
@@ -65,7 +65,7 @@ class Model(torch.nn.Module):
         x, config = torch.ones(8), Config(bits=4, min_bytes=0)
         plan = planned("all_reduce", x, 2, config)
         plan = plan._replace(comm=SimpleNamespace(progress=Progress()))
-        Handle(steps(), x, plan, where.Site("row", self.first, config) if inside else None).finish()
+        finish(steps(), x, plan, where.Site("row", self.first, config) if inside else None)
 
 
 def test_an_error_inside_a_layer_names_it() -> None:

@@ -66,7 +66,7 @@ def exchanges(rank: int, world: int) -> None:
                 assert torch.equal(receives[source], payload(source, rank, sizes[source * world + rank]))
     gathered = torch.zeros(world * LARGE, dtype=torch.uint8)
     gathered[rank * LARGE : (rank + 1) * LARGE] = payload(rank, 0, LARGE)
-    ends.gather(gathered, LARGE, CALL).wait()
+    ends.gather(gathered, gathered[rank * LARGE : (rank + 1) * LARGE], CALL).wait()
     assert torch.equal(gathered, torch.cat([payload(source, 0, LARGE) for source in range(world)]))
 
 
@@ -133,7 +133,7 @@ def killed(rank: int, world: int, when: str) -> str | None:
     collectives.all_reduce(x, None, config)
     processes = torch.zeros(world, 8, dtype=torch.uint8)
     processes[rank] = torch.tensor([os.getpid()]).view(torch.uint8)
-    opened().gather(processes.view(-1), 8, CALL).wait()  # read also if the sender is gone by then
+    opened().gather(processes.view(-1), processes[rank], CALL).wait()  # read also if the sender is gone by then
     nothing = torch.empty(0, dtype=torch.uint8)
     if rank == 1:
         if when == "inside":

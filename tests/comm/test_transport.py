@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from itertools import product
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from specification import planned
 from flashcomm_megatron.codec import native as extension
 from flashcomm_megatron.collectives import all_reduce, prepare
 from flashcomm_megatron.comm import fused, shared_memory, votes
-from flashcomm_megatron.comm.communicator import Call
+from flashcomm_megatron.comm.communicator import Call, Communicator
 from flashcomm_megatron.comm.inboxes import HostInboxes
 from flashcomm_megatron.comm.process_group import ProcessGroup
 from flashcomm_megatron.config import Config
@@ -198,8 +199,23 @@ def test_sizes_are_left_out_where_all_ranks_leave_them_out(monkeypatch, out_size
     found = []
     ends = ProcessGroup.__new__(ProcessGroup)
     ends.rank, ends.world = 0, 2
-    ends._group = lambda: SimpleNamespace(alltoall_base=lambda inbox, outbox, *rest: found.append(rest[:2]))
+    ends._backends = {"cpu": SimpleNamespace(alltoall_base=lambda inbox, outbox, *rest: found.append(rest[:2]))}
     monkeypatch.setattr(ProcessGroup, "messages", ())
     boxes = (torch.empty(sum(sizes), dtype=torch.uint8) for sizes in (out_sizes, in_sizes))
     ends.exchange(next(boxes), out_sizes, next(boxes), in_sizes, Call(1, "", 0, 1.0))
     assert found == [splits]
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_a_rank_waits_as_long_as_its_group_does_whatever_backend_that_has(kind: str) -> None:
+    """A group of NCCL alone has no backend for CPUs."""
+
+    def backend(device: torch.device) -> SimpleNamespace:
+        if device.type != kind:
+            raise RuntimeError(f"No backend type associated with device type {device.type}")
+        return SimpleNamespace(options=SimpleNamespace(_timeout=timedelta(seconds=77)))
+
+    comm = Communicator.__new__(Communicator)
+    group = SimpleNamespace(_get_backend=backend)
+    comm._group = lambda: group  # type: ignore[assignment, return-value]
+    assert comm.seconds(Config(bits=4)) == 77.0 and comm.seconds(Config(bits=4, timeout=5.0)) == 5.0

@@ -46,7 +46,7 @@ PART = {
     "kernels": [
         f"{CODEC}::test_codec_kernels_equal_the_definition[Uniform(bits=3, block=1000)]",
         f"{CODEC}::test_codec_kernels_equal_the_definition[Rotated(bits=4.5, block=32)]",
-        f"{CODEC}::test_codec_kernels_equal_the_definition[Rotated(bits=8, block=256)]",
+        f"{CODEC}::test_codec_kernels_equal_the_definition[Rotated(bits=8.0, block=256)]",
         f"{CODEC}::test_codec_kernels_equal_the_definition[Spike(bits=4, block=64)]",
         f"{CODEC}::test_codec_kernels_with_residuals_equal_the_definition[Rotated(bits=5, block=64)]",
         f"{CODEC}::test_what_a_codec_must_survive[{next(iter(KINDS))}]",

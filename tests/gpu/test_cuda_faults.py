@@ -24,6 +24,7 @@ from flashcomm_megatron.codec import Uniform
 from flashcomm_megatron.collectives import all_gather, all_reduce, prepare, reduce_scatter
 from flashcomm_megatron.collectives.algorithms import Residuals
 from flashcomm_megatron.comm import fused, votes
+from flashcomm_megatron.comm.communicator import Communicator
 from flashcomm_megatron.config import Config
 
 MODULE = os.environ.get("FLASHCOMM_CUDA_STAND_IN")
@@ -211,6 +212,7 @@ def _over_the_group(rank: int, world: int) -> None:
     """Gloo in the place of NCCL: it moves what the stand-in's tensors hold."""
     device, group = use_device(rank), dist.group.WORLD
     votes.device = lambda group: device
+    Communicator.of(group)._over_group._backends["cuda"] = group  # torch's dispatcher knows what they are
     for seed, recipe in enumerate(("auto", "flash-v1", "flash-v2")):
         for algorithm in ("one-step", "two-step"):
             config = Config(bits=4, recipe=recipe, min_bytes=0, algorithm=algorithm)
