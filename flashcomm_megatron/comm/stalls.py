@@ -5,7 +5,7 @@ torch.distributed, which knows nothing of ours. So a communicator keeps its last
 thread of the process looks at every communicator now and then. Where no call was made since it looked last, it writes
 the calls into the process group's store and compares them with what the other ranks wrote: two different calls of one
 number never meet. It says so, and ends the waiting of this rank; the others lose their connections. So it does where
-another rank wrote that its configuration is strict and an error has ended its part (observe/messages.py).
+another rank alone had an error of a strict configuration (observe/messages.py) and did not make the call.
 
 A call costs one entry in a list. A group that stands still costs a few messages to the store.
 """
@@ -85,7 +85,7 @@ def look(comm: Communicator) -> None:
             number = next((each for each in mine if theirs.get(each, mine[each]) != mine[each]), None)
             if number is not None:
                 reason = _difference({comm.ranks[comm.rank]: mine[number], comm.ranks[rank]: theirs[number]})
-            elif theirs.get(FAILED) and str(calls.count) not in theirs:
+            elif theirs.get(FAILED) and not messages.verdict() and str(calls.count) not in theirs:
                 reason = f"rank {comm.ranks[rank]} has given up before this call: {theirs[FAILED]}"
             else:
                 continue
