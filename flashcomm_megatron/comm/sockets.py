@@ -20,7 +20,8 @@ NVLINK, NVLINKS = "NVLink", 18  # of a GPU, at most
 
 def socket() -> str:
     """``NVLINK`` if that joins the current GPU to others, else its socket; empty if it is not known."""
-    if not torch.cuda.is_initialized() or torch.version.hip:  # ranks without tensors on GPUs do not start one here
+    is_used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    if not is_used or torch.version.hip:  # who has no tensor on a GPU does not start one here
         return ""
     found: Any = torch.cuda.get_device_properties(torch.cuda.current_device())
     try:
