@@ -85,7 +85,7 @@ struct Float16 {
 // sum may be off; 0 of one payload, which is finite. It is a worst case, so no more of it counts than kMostOff: sums that
 // are far from overflowing stay finite.
 constexpr float kRounding = 33.0f / 64;  // of a step: a half, and what choosing the code in float32 costs at most
-constexpr float kMostOff = 65520 / 6;    // sums below five sixths of what overflows are never Inf
+constexpr float kMostOff = 65520 / 2;    // sums below half of what overflows are never Inf
 constexpr float kLarge = 60000;          // sums of float16 below it need no second look
 template <class T> constexpr bool kIsHalf = T::kInfinity == Float16::kInfinity;
 template <class T> FC_INLINE float overflowed(float sum, float bound) {

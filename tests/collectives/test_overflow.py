@@ -115,6 +115,26 @@ def test_parts_that_cancel_stay_finite(recipe: str, bits: int) -> None:
     assert torch.cat(case.run(parts, None)).isfinite().all()
 
 
+@pytest.mark.parametrize("format", [each for each in FORMATS if each[0] != "auto" or each[1] >= 4], ids=str)
+@pytest.mark.parametrize("world", [2, 3, 8])
+def test_one_value_above_a_block_of_large_ones_is_not_hidden(format: tuple[str, int], world: int) -> None:
+    """Codes for the block's level are too coarse for the value that overflows, which comes out as large as the others.
+
+    `auto` at 2 and 3 bits is excepted: what it loses of that value may be more than half of it.
+    """
+    (recipe, bits), generator = format, torch.Generator().manual_seed(world)
+    case = fits(
+        Case("one-step" if RECIPES[recipe].calibrated or world == 2 else "two-step", recipe, bits, WIDTH, world, ())
+    )
+    level = torch.linspace(0, 1, 40)[:, None, None] * OVERFLOW
+    sums = level * (1 - 0.2 * torch.rand(40, 1, WIDTH, generator=generator))
+    sums[:, :, 17] = 1.02 * OVERFLOW
+    parts = [(sums * share).half() for share in torch.rand(world, generator=generator).softmax(0)]
+    overflows = torch.stack(parts).double().sum(0).abs() >= OVERFLOW
+    for each in case.run(parts, None):
+        assert overflows[:, :, 17].all() and not each.view_as(overflows)[overflows].isfinite().any()
+
+
 CODECS = [make(bits, block) for make in (Uniform, Spike) for bits in (2, 4, 7, 8) for block in (8, 32, 64, 128)]
 CODECS += [Rotated(bits / 2, block) for bits in range(4, 17) for block in (16, 32, 64, 128)]
 
