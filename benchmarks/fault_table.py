@@ -20,9 +20,9 @@ import faults
 from ranks import spawn
 
 
-def row(name: str, transport: str, survivors: list[faults.Heard]) -> dict[str, Any]:
-    """One fault over one transport."""
-    told = [heard.warned or heard.text for heard in survivors]
+def row(name: str, transport: str, survivors: list[faults.Heard], victim: str = "") -> dict[str, Any]:
+    """One fault over one transport; ``victim``: what the rank at fault was warned of, in the same log."""
+    told = [heard.warned or heard.text for heard in survivors] + [victim] * bool(victim)
     clearest = min(told, key=lambda text: not re.search(r"rank \d", text))
     text = re.sub(r"^flash-comm: |The process group says: .*$", "", clearest.splitlines()[0]).strip()
     seconds = max(heard.seconds for heard in survivors)
@@ -32,10 +32,10 @@ def row(name: str, transport: str, survivors: list[faults.Heard]) -> dict[str, A
 def measure(transport: str) -> list[dict[str, Any]]:
     """All faults over one transport."""
     alive = spawn(faults.alive, 3, transport)
-    rows = [
-        row(fault.name, transport, [heard[fault.name] for rank, heard in enumerate(alive) if rank != faults.VICTIM])
-        for fault in faults.LIVES
-    ]
+    rows, victim = [], alive[faults.VICTIM]
+    for name in (fault.name for fault in faults.LIVES):
+        survivors = [heard[name] for heard in alive if heard is not victim]
+        rows.append(row(name, transport, survivors, victim[name].warned))
     world = 2 * len(faults.ENDS)
     ended = spawn(faults.ending, world, transport, lost=range(1, world, 2))
     return rows + [row(fault.name, transport, [ended[2 * i]]) for i, fault in enumerate(faults.ENDS)]

@@ -134,6 +134,8 @@ def prepare(group: dist.ProcessGroup | None = None, config: Config | None = None
     comm = Communicator.of(group)
     agree(group, config)
     _ = comm.nodes
+    if torch.cuda.is_available():
+        _ = comm.gpus
     if torch.cuda.is_available() and fused.CHAINS.get(config.transport):
         fused.prepare(group, config.transport)
 

@@ -171,12 +171,12 @@ def plan(
     transport, exact = comm.transport_name(device, config), math.prod(shape) * dtype.itemsize
     minimum = _minimum_of_row(shape, dtype, config) if by_row else _minimum(kind, dtype, transport, comm, config, legs)
     deferred = _reason(kind, exact, dtype, comm.world, minimum, by_row)
-    if not deferred and transport == "cuda" and config.min_bytes is None and not comm.has_kernels:
-        deferred = NO_KERNELS
     recipe = RECIPES[config.recipe]
     if recipe.calibrated and legs is None and kind in ("all_reduce", "reduce_scatter"):
         deferred = "no calibrated site"
     legs = legs or config.legs
+    if not deferred and transport == "cuda" and config.min_bytes is None:
+        deferred = _without_kernels(comm, legs, config)
     check, title = _title(kind, shape, dtype, site_kind, config)
     made = Plan(
         deferred=deferred,
@@ -184,7 +184,7 @@ def plan(
         comm=comm,
         transport=comm.transport(device, config),
         config=config,
-        algorithm=_algorithm(comm, transport, exact, config) if kind == "all_reduce" else kind,
+        algorithm=_algorithm(comm, transport, exact, config, by_row) if kind == "all_reduce" else kind,
         reduce=legs.reduce,
         gather=legs.gather,
         dtype=dtype,
@@ -201,12 +201,19 @@ def plan(
     return cut_plan(made, shape, device, 0 if recipe.calibrated else piece_values(made, transport, exact))
 
 
+def _without_kernels(comm: Communicator | Simulated, legs: Legs, config: Config) -> str | None:
+    """Why no CUDA kernel would encode, None if one would: torch's codec takes longer on a GPU than it saves."""
+    if legs.reduce.native is None or legs.gather.native is None:
+        return f"no CUDA kernels for recipe {config.recipe}: --flash-comm-min-bytes 0 compresses without, slower"
+    return None if comm.has_kernels else NO_KERNELS
+
+
 def _minimum(
     kind: str, dtype: torch.dtype, transport: str, comm: Communicator | Simulated, config: Config, legs: Legs | None
 ) -> int:
     """Bytes of a tensor from which on compression pays."""
     case = Case(kind, name(dtype), _bits(config, legs), config.recipe)
-    over_nvlink = transport == "cuda" and comm.has_nvlink and not fused.CHAINS[config.transport]
+    over_nvlink = transport == "cuda" and not fused.CHAINS[config.transport] and comm.has_nvlink
     topology = topology_of(comm.world, comm.nodes, transport)
     return minimum_size(case, topology, "nvlink" if over_nvlink else transport, config)
 
@@ -270,8 +277,13 @@ def name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _algorithm(comm: Communicator | Simulated, transport: str, nbytes: int, config: Config) -> str:
-    """Of an all-reduce. Hierarchical where several machines hold equally many ranks, more than one."""
+def _algorithm(
+    comm: Communicator | Simulated, transport: str, nbytes: int, config: Config, by_row: bool = False
+) -> str:
+    """Of an all-reduce. Hierarchical where several machines hold equally many ranks, more than one.
+
+    ``by_row``: how many rows there are must not decide, as it does over two sockets.
+    """
     asked = config.algorithm if config.algorithm != "auto" else RECIPES[config.recipe].algorithm
     fits = _is_even(comm.nodes)
     if asked == "hierarchical" or (asked == "auto" and fits):
@@ -279,8 +291,9 @@ def _algorithm(comm: Communicator | Simulated, transport: str, nbytes: int, conf
     if asked != "auto":
         return asked
     over_group = transport == "cuda" and not fused.CHAINS[config.transport]
-    has_two = len(set(comm.sockets)) == 2 and _is_even(comm.sockets)
-    return "sockets" if over_group and has_two and nbytes >= SOCKETS_BYTES else flat(comm.world)
+    if by_row or not over_group or nbytes < SOCKETS_BYTES:
+        return flat(comm.world)
+    return "sockets" if len(set(comm.sockets)) == 2 and _is_even(comm.sockets) else flat(comm.world)
 
 
 def _is_even(nodes: Sequence[int]) -> bool:

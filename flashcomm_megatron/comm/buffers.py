@@ -38,63 +38,60 @@ class Boxes(NamedTuple):
     home: Kept | None  # whose views they are
 
 
+Views = tuple[Tensor, Tensor, Tensor, Tensor]  # all of Boxes but their home
+
+
 class Kept:
-    """The memory of one stream, and the views of it that calls asked for."""
+    """Memory of one stream, and the views of it that calls asked for."""
 
     def __init__(self, key: tuple[torch.device, int]) -> None:
         self.key = key
         with torch.inference_mode(False):  # else it could not be written to outside
             self.memory = torch.empty(KEPT, dtype=torch.uint8, device=key[0])
-        self.views: dict[Lengths, Boxes] = {}
+        self.views: dict[Lengths, Views] = {}
+
+    def boxes(self, lengths: Lengths) -> Boxes:
+        """Views of these ``lengths``, with this as their home."""
+        return Boxes(*(self.views.get(lengths) or self._new_views(lengths)), self)
+
+    def _new_views(self, lengths: Lengths) -> Views:
+        with torch.inference_mode(False):
+            inbox = _aligned(lengths.outbox)
+            starts = 0, inbox, inbox + _aligned(lengths.inbox)
+            parts = [self.memory[start : start + size] for start, size in zip(starts, lengths, strict=False)]
+            found = _with_own(parts, lengths)
+        if len(self.views) >= LISTS:
+            self.views.clear()
+        self.views[lengths] = found
+        return found
 
 
 class Buffers:
     """The memory of one communicator."""
 
     def __init__(self) -> None:
-        self._free: dict[tuple[torch.device, int], Kept] = {}
+        self._free: dict[tuple[torch.device, int], list[Kept]] = {}
 
     def take(self, lengths: Lengths, device: torch.device) -> Boxes:
         """Boxes of these ``lengths`` for a call on the current stream of ``device``."""
-        if device.type == "cuda":
-            if torch.cuda.is_current_stream_capturing():
-                return _boxes(lengths, device)
-            key = device, torch.cuda.current_stream(device).cuda_stream
-        else:
-            key = device, 0
-        kept = self._free.pop(key, None) or Kept(key)
-        boxes = kept.views.get(lengths) or _views(lengths, kept)
-        if boxes.home is None:
-            self._free[key] = kept
-        return boxes
+        is_small = lengths.outbox + lengths.inbox + lengths.gathered <= KEPT - 2 * ALIGNED
+        if not is_small or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            parts = [torch.empty(size, dtype=torch.uint8, device=device) for size in lengths[:3]]
+            return Boxes(*_with_own(parts, lengths), None)
+        key = device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        free = self._free.get(key)
+        return (free.pop() if free else Kept(key)).boxes(lengths)
 
     def give_back(self, boxes: Boxes) -> None:
         """Let later calls of the stream have the memory. Of a call that failed it is not: messages may still come."""
         if boxes.home is not None:
-            self._free[boxes.home.key] = boxes.home
+            self._free.setdefault(boxes.home.key, []).append(boxes.home)
 
 
-def _views(lengths: Lengths, kept: Kept) -> Boxes:
-    """Views of kept memory; tensors of their own where it is too small."""
-    starts, end = [], 0
-    for length in lengths[:3]:
-        starts.append(end)
-        end += -(-length // ALIGNED) * ALIGNED
-    if end > KEPT:
-        return _boxes(lengths, kept.memory.device)
-    with torch.inference_mode(False):
-        boxes = [kept.memory[start : start + length] for start, length in zip(starts, lengths, strict=False)]
-        found = _with_own(lengths, boxes, kept)
-    if len(kept.views) >= LISTS:
-        kept.views.clear()
-    kept.views[lengths] = found
-    return found
+def _with_own(parts: list[Tensor], lengths: Lengths) -> Views:
+    outbox, inbox, gathered = parts
+    return outbox, inbox, gathered, gathered[lengths.place : lengths.place + lengths.own]
 
 
-def _boxes(lengths: Lengths, device: torch.device) -> Boxes:
-    return _with_own(lengths, [torch.empty(each, dtype=torch.uint8, device=device) for each in lengths[:3]], None)
-
-
-def _with_own(lengths: Lengths, boxes: list[Tensor], home: Kept | None) -> Boxes:
-    outbox, inbox, gathered = boxes
-    return Boxes(outbox, inbox, gathered, gathered[lengths.place : lengths.place + lengths.own], home)
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNED) * ALIGNED

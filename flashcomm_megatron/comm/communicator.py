@@ -71,6 +71,14 @@ class Transport(Protocol):
     def gather(self, inbox: Tensor, own: Tensor, call: Call) -> Transfer: ...
 
 
+class Gpus(NamedTuple):
+    """What ranks tell each other of their GPUs."""
+
+    sockets: tuple[int, ...]
+    has_nvlink: bool
+    has_kernels: bool
+
+
 class Communicator:
     """This rank's end of one process group. Made by :meth:`of`; the group must outlive its use, not its existence."""
 
@@ -85,7 +93,7 @@ class Communicator:
         self.buffers = Buffers()
         self._group = weakref.ref(group)  # not the group: it would never be freed
         self._nodes: tuple[int, ...] | None = None
-        self._sockets, self._has_nvlink, self._has_kernels = (0,) * self.world, False, True
+        self._gpus: Gpus | None = None
         self._over_group = ProcessGroup(group)
         self._shared: SharedMemory | None = None
         weakref.finalize(self, self.progress.close)
@@ -112,33 +120,39 @@ class Communicator:
     def nodes(self) -> tuple[int, ...]:
         """The number of every rank's machine, counted in the order of the ranks. The first use is collective."""
         if self._nodes is None:
-            mine = f"{shared_memory.machine()}\n{sockets.socket()}\n{'kernels' if native.cuda() else ''}".encode()
-            places = votes.gather(mine, self.group) if self.world > 1 else [mine]
-            machines, found, kernels = zip(*(place.split(b"\n") for place in places), strict=True)
-            self._has_kernels = all(kernels)
-            self._nodes = _numbered(machines)
-            is_one = len(set(machines)) == 1
-            self._sockets = _numbered(found) if is_one and all(found) else (0,) * self.world
-            self._has_nvlink = is_one and sockets.NVLINK.encode() in found
+            self._nodes = _numbered(self._told(shared_memory.machine()))
         return self._nodes
 
     @property
-    def sockets(self) -> tuple[int, ...]:
-        """The same of the sockets of their GPUs, on one machine where only PCIe joins these; else all are one."""
-        _ = self.nodes
-        return self._sockets
+    def gpus(self) -> Gpus:
+        """What is known of the ranks' GPUs. The first use is collective; only calls on GPUs ask."""
+        if self._gpus is None:
+            told = self._told(f"{sockets.socket()}\n{'kernels' if native.cuda() else ''}")
+            places, kernels = zip(*(each.split(b"\n") for each in told), strict=True)
+            is_one, has_nvlink = len(set(self.nodes)) == 1, sockets.NVLINK.encode() in places
+            over_pcie = is_one and all(places) and not has_nvlink
+            numbers = _numbered(places) if over_pcie else (0,) * self.world
+            self._gpus = Gpus(numbers, is_one and has_nvlink, all(kernels))
+        return self._gpus
+
+    def _told(self, mine: str) -> list[bytes]:
+        """What every rank says of itself, where this one says ``mine``."""
+        return votes.gather(mine.encode(), self.group) if self.world > 1 else [mine.encode()]
 
     @property
-    def has_kernels(self) -> bool:
-        """Whether the extension has CUDA kernels on every rank."""
-        _ = self.nodes
-        return self._has_kernels
+    def sockets(self) -> tuple[int, ...]:
+        """The number of every rank's processor socket, on one machine whose GPUs PCIe alone joins; else all are one."""
+        return self.gpus.sockets
 
     @property
     def has_nvlink(self) -> bool:
         """Whether NVLink joins the ranks' GPUs, all on one machine."""
-        _ = self.nodes
-        return self._has_nvlink
+        return self.gpus.has_nvlink
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether the extension has CUDA kernels on every rank."""
+        return self.gpus.has_kernels
 
     def transport_name(self, device: torch.device, config: Config) -> str:
         """What joins the ranks for tensors on ``device``: "shared memory", else the device's kind."""

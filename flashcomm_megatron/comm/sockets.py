@@ -20,8 +20,7 @@ NVLINK, NVLINKS = "NVLink", 18  # of a GPU, at most
 
 def socket() -> str:
     """``NVLINK`` if that joins the current GPU to others, else its socket; empty if it is not known."""
-    is_used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    if not is_used or torch.version.hip:  # who has no tensor on a GPU does not start one here
+    if not torch.cuda.is_available() or torch.version.hip:
         return ""
     found: Any = torch.cuda.get_device_properties(torch.cuda.current_device())
     try:

@@ -4,8 +4,8 @@ Where one rank compresses what another one defers, the first waits for messages 
 torch.distributed, which knows nothing of ours. So a communicator keeps its last calls, compressed and deferred. One
 thread of the process looks at every communicator now and then. Where no call was made since it looked last, it writes
 the calls into the process group's store and compares them with what the other ranks wrote: two different calls of one
-number never meet. It says so, and ends the waiting of this rank; the others lose their connections. So it does where
-another rank alone had an error of a strict configuration (observe/messages.py) and did not make the call.
+number never meet. It says so, and ends the waiting of this rank; the others lose their connections. It does the same
+where another rank alone had an error of a strict configuration (observe/messages.py) and did not make the call.
 
 A call costs one entry in a list. A group that stands still costs a few messages to the store.
 """
@@ -78,20 +78,29 @@ def look(comm: Communicator) -> None:
     elif calls.count and calls.looks < LOOKS and not comm.has_failed:
         calls.looks += 1
         mine, store = calls.by_number(), _store(comm)
-        store.set(_key(comm.rank), json.dumps(mine | {FAILED: messages.verdict()}))
+        store.set(_key(comm.rank), json.dumps(mine | {FAILED: messages.raised()}))
         for rank in range(comm.world):
             has_written = rank != comm.rank and store.check([_key(rank)])  # get() would wait for who never does
             theirs = json.loads(store.get(_key(rank))) if has_written else mine
             number = next((each for each in mine if theirs.get(each, mine[each]) != mine[each]), None)
             if number is not None:
                 reason = _difference({comm.ranks[comm.rank]: mine[number], comm.ranks[rank]: theirs[number]})
-            elif theirs.get(FAILED) and not messages.verdict() and str(calls.count) not in theirs:
+            elif calls.looks == LOOKS and has_given_up(theirs, calls.count):
                 reason = f"rank {comm.ranks[rank]} has given up before this call: {theirs[FAILED]}"
             else:
                 continue
             comm.stop(reason)
             calls.looks = LOOKS
             return
+
+
+def has_given_up(theirs: dict[str, str], count: int) -> bool:
+    """Whether a rank that wrote ``theirs`` raised a strict error in place of call ``count``, which it does not know.
+
+    Asked at the last look, so that a rank that stands still as well has written since: it knows the call before.
+    """
+    knows_before = count == 1 or str(count - 1) in theirs
+    return bool(theirs.get(FAILED)) and not messages.raised() and knows_before and str(count) not in theirs
 
 
 def _difference(calls: dict[int, str]) -> str:

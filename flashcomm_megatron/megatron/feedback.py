@@ -107,6 +107,7 @@ def residuals(layer: nn.Module, x: Tensor, group: Any, plan: Plan) -> Residuals 
     if stream.kind != kind:
         stream.residuals, stream.kind = Residuals(), kind
     blocks = {"reduce": plan.reduce.fitted(x.size(-1)).block, "gather": plan.gather.fitted(x.size(-1)).block}
+    blocks["across"] = blocks["reduce"]  # between sockets
     if blocks != stream.blocks:  # a leg whose blocks are as before goes on
         kept = stream.residuals.kept
         stream.residuals.kept = {key: kept[key] for key in kept if stream.blocks[key[1]] == blocks[key[1]]}

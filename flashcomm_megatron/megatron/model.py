@@ -13,7 +13,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterable
 from typing import Any
-from weakref import ReferenceType, WeakKeyDictionary, ref
+from weakref import ReferenceType, WeakKeyDictionary, WeakSet, ref
 
 from torch import Tensor, nn
 
@@ -25,6 +25,7 @@ MAKERS = ("megatron", "transformer_engine")  # packages; others have classes of 
 
 _holders: WeakKeyDictionary[nn.Module, tuple[ReferenceType[nn.Module], str]] = WeakKeyDictionary()
 _is_output: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_tops: WeakSet[nn.Module] = WeakSet()  # held by none when it was looked for
 _tell: Callable[[Iterable[nn.Module]], None] | None = None
 
 
@@ -86,14 +87,26 @@ def is_output_layer(module: Any, weight: Tensor | None) -> bool:
     if weight is not None or getattr(getattr(module, "weight", None), "is_embedding_or_output_parameter", False):
         return True
     if module not in _is_output:
-        _is_output[module] = name(module).rpartition(".")[2] == "output_layer"
+        is_output = name(module).rpartition(".")[2] == "output_layer"
+        if module not in _holders:  # not known yet
+            return False
+        _is_output[module] = is_output
     return _is_output[module]
 
 
 def _way_up(layer: nn.Module) -> list[tuple[nn.Module, str]]:
     """Holders of ``layer`` and what each calls the next one, the model first."""
-    if layer not in _holders:
+    way = _walk(layer)
+    top = way[0][0] if way else layer
+    if top not in _tops:  # it may be held by what was built before, or copied
         _note_all()
+        way = _walk(layer)
+        _tops.add(way[0][0] if way else layer)
+    megatrons = [place for place, (module, _) in enumerate(way) if _is_megatrons(module)]
+    return way[megatrons[0] :] if megatrons else way
+
+
+def _walk(layer: nn.Module) -> list[tuple[nn.Module, str]]:
     way: list[tuple[nn.Module, str]] = []
     while layer in _holders and len(way) < 100:
         holder, part = _holders[layer]
@@ -102,14 +115,13 @@ def _way_up(layer: nn.Module) -> list[tuple[nn.Module, str]]:
             break
         way.insert(0, (found, part))
         layer = found
-    megatrons = [place for place, (module, _) in enumerate(way) if _is_megatrons(module)]
-    return way[megatrons[0] :] if megatrons else way
+    return way
 
 
 def _note_all() -> None:
     """Note who holds whom, for every module that the garbage collector knows."""
     alive = [each for each in gc.get_objects() if issubclass(type(each), nn.Module) and "_modules" in vars(each)]
-    new = [module for module in alive if module not in _holders]
+    new = [module for module in alive if module not in _holders and module not in _tops]
     for module in alive:
         for part, child in module._modules.items():
             hold(module, part, child)

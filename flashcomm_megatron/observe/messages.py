@@ -21,6 +21,7 @@ KEPT_EXACT = "embedding, output layer, router, loss"
 EXPECTED = ("one rank", "empty", "below ", "dtype int", "dtype uint", "dtype bool", "gradients exact")
 _said: set[str] = set()
 _failed: str | None = None  # the first complaint that a strict configuration made an error
+_raised: str | None = None  # and the first that it raised at once
 
 
 def headline(patched: str) -> str:
@@ -113,9 +114,9 @@ def fails_at_the_end(what: str, config: Config) -> None:
         _failed = _failed or f"{what} (--flash-comm-strict)"
 
 
-def verdict() -> str | None:
-    """The first complaint that a strict configuration made an error, caught or not; None: there was none."""
-    return _failed
+def raised() -> str | None:
+    """The first error that a strict configuration raised, caught or not; None: there was none."""
+    return _raised
 
 
 def last_verdict() -> None:
@@ -125,9 +126,9 @@ def last_verdict() -> None:
 
 
 def _error(message: str) -> RuntimeError:
-    global _failed
+    global _failed, _raised
     error = f"{message} (--flash-comm-strict)"
-    _failed = _failed or error
+    _failed, _raised = _failed or error, _raised or error
     return RuntimeError(error)
 
 

@@ -147,11 +147,18 @@ def planned_on_gpus(has_kernels: bool, **options: Any) -> plan.Plan:
 def test_without_cuda_kernels_everything_stays_exact_and_strict_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch's codec takes longer there than it saves."""
     monkeypatch.setattr(messages, "_failed", None)
+    monkeypatch.setattr(messages, "_raised", None)
     made = planned_on_gpus(has_kernels=False)
     assert made.deferred is not None and "CUDA wheel" in made.deferred and planned_on_gpus(True).deferred is None
     assert planned_on_gpus(has_kernels=False, min_bytes=0).deferred is None, "asked for"
     with pytest.raises(RuntimeError, match="no CUDA kernels in the extension of some rank: install"):
         collectives.count_deferred(planned_on_gpus(has_kernels=False, strict=True))
+
+
+def test_a_recipe_without_cuda_kernels_stays_exact() -> None:
+    made = planned_on_gpus(True, recipe="mx")
+    assert made.deferred is not None and made.deferred.startswith("no CUDA kernels for recipe mx")
+    assert planned_on_gpus(True, recipe="mx", min_bytes=0).deferred is None
 
 
 def kernels_of(rank: int, world: int, having: list[int]) -> bool:

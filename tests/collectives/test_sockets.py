@@ -109,6 +109,19 @@ def test_chosen_by_auto_alone_over_the_process_group_from_its_size_on(monkeypatc
     assert chosen(places=(0, 1)) == "one-step"
 
 
+def test_in_batch_invariant_mode_the_number_of_rows_decides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "SOCKETS_BYTES", 4 << 20)
+    comm = Simulated(0, 4, kind="cuda")
+    comm.sockets = (0, 0, 1, 1)
+
+    def algorithms_of(by_row: bool) -> set[str]:
+        shapes = [(rows, 4096) for rows in (4, 256, 512, 4096)]
+        made = (plan.plan("all_reduce", each, torch.bfloat16, META, comm, CONFIG, by_row=by_row) for each in shapes)
+        return {each.algorithm for each in made}
+
+    assert algorithms_of(by_row=True) == {"two-step"} and algorithms_of(by_row=False) == {"two-step", "sockets"}
+
+
 def test_a_tensor_crosses_between_the_sockets_once() -> None:
     """In compressed bytes; counted bytes are those sent."""
     places, sent = LAYOUTS[-1], Counter[tuple[bool, int]]()
@@ -190,6 +203,7 @@ def reported(rank: int, world: int, places: list[str]) -> tuple[bool, tuple[int,
         (["1", "1", "0", "0"], (False, (0, 0, 1, 1))),
         (["0", "", "1", "1"], (False, (0,) * 4)),
         ([sockets.NVLINK] * 4, (True, (0,) * 4)),
+        ([sockets.NVLINK, sockets.NVLINK, "0", "0"], (True, (0,) * 4)),
     ],
 )
 def test_all_ranks_decide_by_what_all_report(places: list[str], expected: Any) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import torch
 
 from flashcomm_megatron.comm.buffers import KEPT, Buffers, Lengths
@@ -46,11 +49,30 @@ def test_memory_made_in_inference_is_written_outside() -> None:
     buffers.take(SMALL, CPU).own.copy_(torch.ones(512, dtype=torch.uint8))
 
 
+def test_calls_that_were_under_way_together_all_give_back() -> None:
+    buffers = Buffers()
+    both = [buffers.take(SMALL, CPU), buffers.take(SMALL, CPU)]
+    for boxes in both:
+        buffers.give_back(boxes)
+    again = [buffers.take(SMALL, CPU), buffers.take(SMALL, CPU)]
+    assert sorted(map(addresses, again)) == sorted(map(addresses, both))
+
+
+def test_what_is_dropped_is_freed_at_once() -> None:
+    """Not when the garbage collector comes: training loops call that themselves, rarely."""
+    gc.disable()
+    try:
+        memory = weakref.ref(Buffers().take(SMALL, CPU).home)
+        assert memory() is None
+    finally:
+        gc.enable()
+
+
 def test_what_is_large_is_not_kept() -> None:
     buffers = Buffers()
-    buffers.give_back(buffers.take(LARGE, CPU))
-    (kept,) = buffers._free.values()
-    assert not kept.views and kept.memory.numel() == KEPT
+    boxes = buffers.take(LARGE, CPU)
+    buffers.give_back(boxes)
+    assert boxes.home is None and not buffers._free
 
 
 def test_streams_have_memory_of_their_own_and_captures_none(monkeypatch) -> None:

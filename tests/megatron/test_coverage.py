@@ -77,6 +77,7 @@ def on(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setattr(messages, "_said", set())
     monkeypatch.setattr(messages, "_failed", None)
+    monkeypatch.setattr(messages, "_raised", None)
     config.set_current(fc.Config(bits=4))
     yield
     coverage.stop()
@@ -281,7 +282,7 @@ def test_a_model_that_nobody_told_of_is_judged_by_its_own_first_forward(caplog: 
             "flash-comm is on (4-bit) but the model uses 1 x TERowParallelLinear, whose communication is not patched "
             "(first: 1.1). Add --transformer-impl local, or expect these sums to stay exact."
         ]
-        assert not hooks._global_forward_hooks
+        assert coverage._watch is not None and not coverage._watch.waiting & set(judged.modules())
     judged(torch.zeros(1))
     assert len(warnings(caplog)) == 1
 

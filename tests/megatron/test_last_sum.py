@@ -190,6 +190,6 @@ def test_at_widths_where_its_blocks_are_others_the_reduce_leg_goes_on(monkeypatc
     with torch.no_grad():
         before = feedback.residuals(layer, x, None, planned("all_reduce", x, 3, config))
         assert before is not None
-        before.kept = {(0, "reduce"): torch.ones(1), (0, "gather"): torch.ones(1)}
+        before.kept = {(0, leg): torch.ones(1) for leg in ("reduce", "across", "gather")}
         after = feedback.residuals(layer, x, None, planned("all_reduce", x, 3, config, legs=config.legs_of(6)))
-    assert after is not None and list(after.kept) == [(0, "reduce")]
+    assert after is not None and list(after.kept) == [(0, "reduce"), (0, "across")]

@@ -48,6 +48,15 @@ def test_a_layer_by_itself_is_called_by_its_class() -> None:
     assert model.name(nn.Linear(1, 1)) == "Linear"
 
 
+def test_a_layer_that_replaced_one_of_a_model_built_before_has_its_whole_name() -> None:
+    attention = Holder(proj=nn.Linear(1, 1))
+    whole = MegatronModule(layers=nn.ModuleList([attention]))
+    replacing = nn.Linear(1, 1)
+    model.hold(attention, "proj", replacing)  # as torch tells of it
+    attention.proj = replacing
+    assert model.name(replacing) == "layers.0.proj" and whole is not None
+
+
 def test_the_output_layer_is_known_by_its_place() -> None:
     output, other = nn.Linear(1, 1), nn.Linear(1, 1)
     whole = MegatronModule(module=Holder(output_layer=output, other=other))

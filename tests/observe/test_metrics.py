@@ -262,6 +262,7 @@ def test_a_strict_run_whose_metrics_file_cannot_be_written_steps_on_and_fails_at
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(messages, "_failed", None)
+    monkeypatch.setattr(messages, "_raised", None)
     (tmp_path / "taken").write_text("")
     config.set_current(fc.Config(bits=4, strict=True, metrics=str(tmp_path / "taken" / "run.jsonl")))
     assert fc.log_metrics(1)

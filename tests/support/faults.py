@@ -129,7 +129,7 @@ def fails_alone(here: Here) -> None:
     with contextlib.suppress(RuntimeError):
         messages.unexpected("its options were changed", replace(here.config, strict=True))
     time.sleep(WAIT / 2)
-    messages._failed = None
+    messages._failed = messages._raised = None
 
 
 def stopped(here: Here) -> None:
