@@ -128,7 +128,7 @@ def fails_alone(here: Here) -> None:
         return
     with contextlib.suppress(RuntimeError):
         messages.unexpected("its options were changed", replace(here.config, strict=True))
-    time.sleep(WAIT / 2)
+    time.sleep(WAIT)
     messages._failed = messages._raised = None
 
 
