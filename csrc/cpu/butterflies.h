@@ -9,7 +9,8 @@
 namespace flashcomm::FLASHCOMM_ISA {
 namespace {
 
-// (a, b) -> (a + b, a - b) for lanes whose numbers differ by kStride: the partner, plus this lane or, where it is b, minus it.
+// (a, b) -> (a + b, a - b) for lanes whose numbers differ by kStride: the partner, plus this lane or, where it is b,
+// minus it.
 template <int kStride, class V> FC_INLINE V across(V x) {
     V sign = {};
     for (int i = 0; i < kLanesOf<V>; i++) sign[i] = i & kStride ? -1 : 1;

@@ -42,7 +42,8 @@ FC_DEVICE int64_t block_count() { return gridDim.x; }
 FC_DEVICE void sync() { __syncthreads(); }
 FC_DEVICE bool sync_and(bool mine) { return __syncthreads_and(mine); }
 
-// All 32 lanes of a warp take part in these: what the lane holds whose number differs by the bit `stride`, and in whose lanes something is so.
+// All 32 lanes of a warp take part in these: what the lane holds whose number differs by the bit `stride`, and in whose
+// lanes something is so.
 FC_DEVICE uint32_t exchange(uint32_t mine, int stride) { return __shfl_xor_sync(~0u, mine, stride); }
 FC_DEVICE void exchange(const float (&mine)[8], int stride, float (&theirs)[8]) {
     FC_UNROLL for (int i = 0; i < 8; i++) theirs[i] = __shfl_xor_sync(~0u, mine[i], stride);

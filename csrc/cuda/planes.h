@@ -1,8 +1,8 @@
 // Bit planes in registers: eight numbers below 256 as bytes of two words, packed to and from whole words of a plane.
 //
-// Even and odd numbers have words of their own: even = number 0 | 2 << 8 | 4 << 16 | 6 << 24, odd the others. So two of them are one
-// shift and one or, and planes of 4, 2 and 1 bits take three or four instructions for eight numbers. A thread's eights
-// are neighbours, so their packed bits are moved by one access of up to 16 bytes.
+// Even and odd numbers have words of their own: even = number 0 | 2 << 8 | 4 << 16 | 6 << 24, odd the others. So two of
+// them are one shift and one or, and planes of 4, 2 and 1 bits take three or four instructions for eight numbers. A
+// thread's eights are neighbours, so their packed bits are moved by one access of up to 16 bytes.
 #pragma once
 
 #include "cuda/device.h"

@@ -136,8 +136,8 @@ def prepare(group: dist.ProcessGroup | None = None, config: Config | None = None
     _ = comm.nodes
     if torch.cuda.is_available():
         _ = comm.gpus
-    if torch.cuda.is_available() and fused.CHAINS.get(config.transport):
-        fused.prepare(group, config.transport)
+        if fused.CHAINS.get(config.transport):
+            fused.prepare(group, config.transport)
 
 
 # ---- what they are made of, for callers that ask first and call later --------------------------------------------

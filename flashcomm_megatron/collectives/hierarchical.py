@@ -134,7 +134,7 @@ def cut_machines(plan: Plan, numel: int, width: int, unit: int, device: torch.de
 
 def cut_sockets(plan: Plan, numel: int, width: int, unit: int, device: torch.device) -> Plan:
     """``plan`` over two sockets; in two steps where a rank of a socket would have no slice."""
-    comm, sockets = plan.comm, plan.comm.sockets
+    comm, sockets = plan.comm, plan.comm.gpus.sockets
     near = [rank for rank, each in enumerate(sockets) if each == sockets[comm.rank]]
     place, slices = near.index(comm.rank), cut(numel, width, len(near), unit)
     rows, mine = (numel // width, width), slices.size(place)

@@ -42,7 +42,7 @@ PIECE = {"shared memory": 2048 * 1024, "cpu": 1024 * 1024}
 # On GPUs n pieces hide all but 1/n of the codec's work behind NCCL or the reverse, and cost n - 1 times the launches
 # of one: n is best where n * n times the launches take as long as the codec. So n is the root of the tensor's bytes in
 # units of what a codec does during them: 80 MiB, with which no GPU and link of the planner's loses by pieces.
-GPU_UNIT, LAUNCHES = 80 << 20, 60e-6  # bytes; seconds of three kernels and two of NCCL's, with the host's share
+GPU_UNIT = 80 << 20
 
 # From how many bytes on a sum over two sockets of PCIe goes in three stages: one exchange more, a third of the bytes on
 # the link between them, by the planner's rates (docs/log.md).
@@ -205,7 +205,7 @@ def _without_kernels(comm: Communicator | Simulated, legs: Legs, config: Config)
     """Why no CUDA kernel would encode, None if one would: torch's codec takes longer on a GPU than it saves."""
     if legs.reduce.native is None or legs.gather.native is None:
         return f"no CUDA kernels for recipe {config.recipe}: --flash-comm-min-bytes 0 compresses without, slower"
-    return None if comm.has_kernels else NO_KERNELS
+    return None if comm.gpus.has_kernels else NO_KERNELS
 
 
 def _minimum(
@@ -213,7 +213,7 @@ def _minimum(
 ) -> int:
     """Bytes of a tensor from which on compression pays."""
     case = Case(kind, name(dtype), _bits(config, legs), config.recipe)
-    over_nvlink = transport == "cuda" and not fused.CHAINS[config.transport] and comm.has_nvlink
+    over_nvlink = transport == "cuda" and not fused.CHAINS[config.transport] and comm.gpus.has_nvlink
     topology = topology_of(comm.world, comm.nodes, transport)
     return minimum_size(case, topology, "nvlink" if over_nvlink else transport, config)
 
@@ -293,7 +293,7 @@ def _algorithm(
     over_group = transport == "cuda" and not fused.CHAINS[config.transport]
     if by_row or not over_group or nbytes < SOCKETS_BYTES:
         return flat(comm.world)
-    return "sockets" if len(set(comm.sockets)) == 2 and _is_even(comm.sockets) else flat(comm.world)
+    return "sockets" if len(set(comm.gpus.sockets)) == 2 and _is_even(comm.gpus.sockets) else flat(comm.world)
 
 
 def _is_even(nodes: Sequence[int]) -> bool:

@@ -74,9 +74,9 @@ class Transport(Protocol):
 class Gpus(NamedTuple):
     """What ranks tell each other of their GPUs."""
 
-    sockets: tuple[int, ...]
-    has_nvlink: bool
-    has_kernels: bool
+    sockets: tuple[int, ...]  # every rank's processor socket, on one machine whose GPUs PCIe alone joins; else all 0
+    has_nvlink: bool = False  # NVLink joins the ranks' GPUs, all on one machine
+    has_kernels: bool = True  # the extension has CUDA kernels on every rank
 
 
 class Communicator:
@@ -138,21 +138,6 @@ class Communicator:
     def _told(self, mine: str) -> list[bytes]:
         """What every rank says of itself, where this one says ``mine``."""
         return votes.gather(mine.encode(), self.group) if self.world > 1 else [mine.encode()]
-
-    @property
-    def sockets(self) -> tuple[int, ...]:
-        """The number of every rank's processor socket, on one machine whose GPUs PCIe alone joins; else all are one."""
-        return self.gpus.sockets
-
-    @property
-    def has_nvlink(self) -> bool:
-        """Whether NVLink joins the ranks' GPUs, all on one machine."""
-        return self.gpus.has_nvlink
-
-    @property
-    def has_kernels(self) -> bool:
-        """Whether the extension has CUDA kernels on every rank."""
-        return self.gpus.has_kernels
 
     def transport_name(self, device: torch.device, config: Config) -> str:
         """What joins the ranks for tensors on ``device``: "shared memory", else the device's kind."""

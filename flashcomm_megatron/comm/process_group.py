@@ -27,7 +27,7 @@ from . import votes
 if TYPE_CHECKING:
     from .communicator import Call, Transfer
 
-TAG = 0x7C << 24  # keeps these messages apart from a user's own point-to-point traffic on the same group
+TAG = 0x7C << 24  # tells these messages from a user's own point-to-point traffic on the same group
 
 
 @lru_cache
@@ -144,7 +144,7 @@ class ProcessGroup:
                 for distance in range(1, self.world):
                     peer = (self.rank + (distance if parts is sends else -distance)) % self.world
                     size = parts[peer].numel()
-                    if size:  # Knuth's multiplicative hash: near lengths lie far apart
+                    if size:  # Knuth's multiplicative hash: near lengths get numbers far from each other
                         length = size * 2654435761 >> 16 & 0xFFFF
                         posted.works.append((post([parts[peer]], peer, tag | (call.check ^ length)), peer))
         except RuntimeError as error:

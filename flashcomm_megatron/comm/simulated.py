@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..config import Config
 from .buffers import Buffers
-from .communicator import Call
+from .communicator import Call, Gpus
 from .progress import Progress
 
 
@@ -68,7 +68,7 @@ class Simulated:
         self, rank: int, world: int, nodes: Sequence[int] = (), kind: str | None = None, mailbox: Mailbox | None = None
     ) -> None:
         self.rank, self.world, self.nodes = rank, world, tuple(nodes) or (0,) * world
-        self.sockets, self.has_nvlink, self.has_kernels = (0,) * world, False, True
+        self.gpus = Gpus((0,) * world)
         self.number, self.progress, self.buffers = 0, Progress(), Buffers()
         self._kind, self._mailbox = kind, mailbox
 

@@ -84,7 +84,7 @@ def reduce_scatter(gradient: Tensor, group: Any, site: Site) -> Tensor:
 
 
 def planned(collective: str, gradient: Tensor, group: Any, site: Site) -> Plan | None:
-    """The plan for a gradient, whose samples are filed apart; None: left exact, deferred and counted, or observed."""
+    """The plan for a gradient, whose samples are filed by themselves; None: deferred and counted, or observed."""
     if context.observer() is not None or modes.forbids(site, collective, gradient, group):
         return None
     legs = site.config.gradient_legs

@@ -73,8 +73,7 @@ def unexpected(what: str, config: Config) -> None:
 
 def fell_back(what: str, ranks: Sequence[int], reason: str) -> None:
     """Say that the group of ``ranks``, whose first one calls this, does without ``what``; once a process."""
-    if what not in _said:
-        _said.add(what)
+    if _is_new(what):
         print(f"flash-comm: no {what} between ranks {_span(ranks)}, and maybe others: {reason}", flush=True)
 
 
@@ -85,8 +84,7 @@ def _span(ranks: Sequence[int]) -> str:
 
 def say(line: str) -> None:
     """Say ``line`` on rank 0, once, at level INFO."""
-    if _rank() == 0 and line not in _said:
-        _said.add(line)
+    if _rank() == 0 and _is_new(line):
         logger.info(line)
 
 
@@ -101,9 +99,15 @@ def complain(what: str, fatal: bool) -> None:
     message = f"flash-comm is on ({config.bits}-bit) but {what}" if config else f"flash-comm: {what}"
     if fatal and config is not None and config.strict:
         raise _error(message)
-    if _rank() == 0 and message not in _said:
-        _said.add(message)
+    if _rank() == 0 and _is_new(message):
         logger.warning(message)
+
+
+def _is_new(line: str) -> bool:
+    """Whether ``line`` was not said before; from now on it was."""
+    is_new = line not in _said
+    _said.add(line)
+    return is_new
 
 
 def fails_at_the_end(what: str, config: Config) -> None:

@@ -140,7 +140,7 @@ def test_bench_alone_says_what_it_needs() -> None:
 
 def planned_on_gpus(has_kernels: bool, **options: Any) -> plan.Plan:
     comm = Simulated(0, 8, kind="cuda")
-    comm.has_kernels = has_kernels
+    comm.gpus = comm.gpus._replace(has_kernels=has_kernels)
     return plan.plan("all_reduce", (4096, 4096), torch.bfloat16, torch.device("meta"), comm, Config(bits=4, **options))
 
 
@@ -163,7 +163,7 @@ def test_a_recipe_without_cuda_kernels_stays_exact() -> None:
 
 def kernels_of(rank: int, world: int, having: list[int]) -> bool:
     native.cuda = lambda: object() if rank in having else None
-    return Communicator.of(dist.group.WORLD).has_kernels
+    return Communicator.of(dist.group.WORLD).gpus.has_kernels
 
 
 @pytest.mark.parametrize(("having", "expected"), [([0, 1], True), ([1], False)])

@@ -12,13 +12,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import spawn
+from specification import LAUNCHES
 from torch import Tensor
 
 from flashcomm_megatron.codec.base import Slices
 from flashcomm_megatron.collectives import ALGORITHMS, algorithms, plan
 from flashcomm_megatron.collectives.minimum_size import DEFAULTS
 from flashcomm_megatron.comm import simulated, sockets
-from flashcomm_megatron.comm.communicator import Communicator
+from flashcomm_megatron.comm.communicator import Communicator, Gpus
 from flashcomm_megatron.comm.simulated import Simulated
 from flashcomm_megatron.config import Config
 from flashcomm_megatron.tools.plan import cost
@@ -38,7 +39,7 @@ def part(rank: int, shape: tuple[int, ...]) -> Tensor:
 
 
 def planned(comm: Simulated, x: Tensor, places: tuple[int, ...], config: Config = CONFIG) -> plan.Plan:
-    comm._kind, comm.sockets = "cuda", places
+    comm._kind, comm.gpus = "cuda", Gpus(places)
     return plan.plan("all_reduce", x.shape, x.dtype, x.device, comm, config)
 
 
@@ -112,7 +113,7 @@ def test_chosen_by_auto_alone_over_the_process_group_from_its_size_on(monkeypatc
 def test_in_batch_invariant_mode_the_number_of_rows_decides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "SOCKETS_BYTES", 4 << 20)
     comm = Simulated(0, 4, kind="cuda")
-    comm.sockets = (0, 0, 1, 1)
+    comm.gpus = Gpus((0, 0, 1, 1))
 
     def algorithms_of(by_row: bool) -> set[str]:
         shapes = [(rows, 4096) for rows in (4, 256, 512, 4096)]
@@ -193,8 +194,8 @@ def test_without_a_gpu_nothing_is_said() -> None:
 
 def reported(rank: int, world: int, places: list[str]) -> tuple[bool, tuple[int, ...]]:
     sockets.socket = lambda: places[rank]
-    comm = Communicator.of(dist.group.WORLD)
-    return comm.has_nvlink, comm.sockets
+    found = Communicator.of(dist.group.WORLD).gpus
+    return found.has_nvlink, found.sockets
 
 
 @pytest.mark.parametrize(
@@ -215,7 +216,7 @@ def test_all_ranks_decide_by_what_all_report(places: list[str], expected: Any) -
 
 def deferred(nbytes: int, has_nvlink: bool, transport: str = "auto") -> str | None:
     comm, config = Simulated(0, 8, kind="cuda"), Config(bits=4, transport=transport)
-    comm.has_nvlink = has_nvlink
+    comm.gpus = comm.gpus._replace(has_nvlink=has_nvlink)
     return plan.plan("all_reduce", (nbytes // 8192, 4096), torch.bfloat16, META, comm, config).deferred
 
 
@@ -231,7 +232,7 @@ def gains(gpu: Gpu, nbytes: int, world: int) -> float:
     codec, link = cost.on_gpu(Config(bits=4, min_bytes=0), gpu), LINKS[gpu.link]
     collective, pieces = cost.Collective("all_reduce", nbytes // 2, world), plan.gpu_pieces(nbytes)
     wire, coding = cost.sent_bytes(collective, codec) / link.send_rate(world), cost.codec_seconds(collective, codec)
-    ours = link.latency + pieces * plan.LAUNCHES + max(wire, coding) + min(wire, coding) / pieces
+    ours = link.latency + pieces * LAUNCHES + max(wire, coding) + min(wire, coding) / pieces
     return cost.seconds(link, collective, None) - ours
 
 
