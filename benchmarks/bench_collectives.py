@@ -18,7 +18,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import record
 import torch
@@ -82,15 +82,16 @@ def compare(name: str, nbytes: int, config: fc.Config, options: argparse.Namespa
     """One row: both implementations checked against each other, then timed in turns."""
     world, dtype = dist.get_world_size(), getattr(torch, options.dtype)
     x = values(name, nbytes // dtype.itemsize, dtype)
-    exact, quantized = implementations(name, x, config)
+    calls = implementations(name, x, config)
     fc.reset_stats()
-    error = relative_error(quantized(), exact())
+    error = relative_error(calls.quantized(), calls.exact())
     counted = fc.stats()
     assert counted["quantized"] == 1 and error < 2.0 ** (2 - config.bits), f"{name} {config.bits} bits: error {error}"
     times = {"exact": [], "quantized": []}
     for _ in range(options.repeats if nbytes <= 2**20 else options.repeats // 2):
-        times["exact"].append(timed(exact))
-        times["quantized"].append(timed(quantized))
+        calls.restore()
+        times["exact"].append(timed(calls.exact))
+        times["quantized"].append(timed(calls.quantized))
     slowest = {key: statistics.median(slowest_rank(each)) for key, each in times.items()}
     return {
         "collective": name,
@@ -113,17 +114,27 @@ def values(name: str, numel: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(share, generator=torch.Generator().manual_seed(dist.get_rank())).to(dtype)
 
 
-def implementations(name: str, x: torch.Tensor, config: fc.Config) -> tuple[Callable[[], torch.Tensor], ...]:
-    """(torch.distributed's, ours) as functions of nothing; both write into buffers allocated once."""
+class Implementations(NamedTuple):
+    """One collective on both sides; each writes into buffers allocated once."""
+
+    exact: Callable[[], torch.Tensor]
+    quantized: Callable[[], torch.Tensor]
+    restore: Callable[[], object]  # before a call: a sum in place of a sum overflows after a hundred calls
+
+
+def implementations(name: str, x: torch.Tensor, config: fc.Config) -> Implementations:
+    """torch.distributed's and ours."""
     world = dist.get_world_size()
     if name == "all_reduce":
-        buffers = x.clone(), x.clone()
+        sums = x.clone(), x.clone()
 
         def exact() -> torch.Tensor:
-            dist.all_reduce(buffers[0])
-            return buffers[0]
+            dist.all_reduce(sums[0])
+            return sums[0]
 
-        return exact, lambda: fc.all_reduce(buffers[1], None, config)  # sums of sums from the second call on
+        return Implementations(
+            exact, lambda: fc.all_reduce(sums[1], None, config), lambda: [each.copy_(x) for each in sums]
+        )
     size = x.numel() // world if name == "reduce_scatter" else x.numel() * world
     outs = x.new_empty(size), x.new_empty(size)
     plain = dist.reduce_scatter_tensor if name == "reduce_scatter" else dist.all_gather_into_tensor
@@ -133,7 +144,7 @@ def implementations(name: str, x: torch.Tensor, config: fc.Config) -> tuple[Call
         plain(outs[0], x)
         return outs[0]
 
-    return exact, lambda: ours(x, None, config, out=outs[1])
+    return Implementations(exact, lambda: ours(x, None, config, out=outs[1]), lambda: None)
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:

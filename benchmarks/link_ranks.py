@@ -78,7 +78,7 @@ def collective(kind: str, nbytes: int, bits: int, options: argparse.Namespace) -
     """One collective of bfloat16, default flags, against torch.distributed's."""
     config = fc.Config(bits=bits)
     x = values(kind, nbytes // 2, torch.bfloat16)
-    exact, quantized = implementations(kind, x, config)
+    exact, quantized, restore = implementations(kind, x, config)
     fc.reset_stats()
     found = quantized()
     counted = fc.stats()
@@ -88,29 +88,34 @@ def collective(kind: str, nbytes: int, bits: int, options: argparse.Namespace) -
         same_on_all_ranks(found)
     calls = {"exact": exact, "quantized": quantized}
     if nbytes >= OVERLAPPED:
-        calls["whole"] = lambda: in_one_piece(quantized)
+        calls["whole"] = partial(in_one_piece, quantized, {}, {})
     if nbytes >= COMPARED:
         calls["uncoded"] = lambda: getattr(collectives, kind)(
             x.clone(), None, config, legs=Legs(Raw(x.dtype), Raw(x.dtype))
         )
-    times = in_turns(calls, options.seconds)
+    times = in_turns(calls, options.seconds, before=restore)
+    assert found.isfinite().all(), f"{kind} {nbytes} {bits} bits: timed on sums that overflowed"
     row = {"what": kind, "bytes": nbytes, "bits": bits, **summary(times)}
     for name in set(calls) - {"exact", "quantized"}:
         row[f"{name}_ms"] = 1e3 * statistics.median(times[name])
     return row | {"compression": counted["exact_bytes"] / counted["wire_bytes"]}
 
 
-def in_one_piece(call: Callable[[], Any]) -> None:
-    """``call`` without overlap of encoding, sending and decoding (plan.py)."""
+def in_one_piece(call: Callable[[], Any], in_pieces: dict[Any, Any], whole: dict[Any, Any]) -> None:
+    """``call`` without overlap of encoding, sending and decoding (plan.py); the plans of both ways are kept."""
     assert dist.group.WORLD is not None
-    plans, pieces = Communicator.of(dist.group.WORLD).plans, dict(plan.PIECE)
+    comm, values_of_a_piece = Communicator.of(dist.group.WORLD), dict(plan.PIECE)
+    in_pieces.update(comm.plans)
     plan.PIECE.clear()
-    plans.clear()
+    comm.plans.clear()
+    comm.plans.update(whole)
     try:
         call()
     finally:
-        plan.PIECE.update(pieces)
-        plans.clear()
+        plan.PIECE.update(values_of_a_piece)
+        whole.update(comm.plans)
+        comm.plans.clear()
+        comm.plans.update(in_pieces)
 
 
 def traffic(nbytes: int, calls: int = 10) -> dict[str, Any]:
@@ -253,10 +258,12 @@ def in_turns(
     calls: dict[str, Callable[[], Any]],
     seconds: float,
     settings: Mapping[str, Callable[[], AbstractContextManager[Any]]] = MappingProxyType({}),
+    before: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
     """Seconds of the slowest rank, of calls that take turns for about ``seconds``; at least three of each.
 
-    ``settings`` are entered and left outside what is timed, and each call made once before, as scripts do.
+    ``settings`` are entered and left outside what is timed, and each call made once before, as scripts do; so is
+    ``before``, ahead of every call.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     began = time.perf_counter()
@@ -265,6 +272,7 @@ def in_turns(
             with settings.get(name, nullcontext)():
                 if name in settings:
                     call()
+                before()
                 dist.barrier()
                 started = time.perf_counter()
                 call()
