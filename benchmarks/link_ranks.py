@@ -10,6 +10,7 @@ import argparse
 import itertools
 import json
 import os
+import random
 import statistics
 import sys
 import time
@@ -160,7 +161,17 @@ def message(nbytes: int, repeats: int = 7) -> dict[str, Any]:
 
 def sent_by_interface() -> int:
     """Bytes that this machine has sent so far, headers included."""
-    return int(Path("/sys/class/net/eth0/statistics/tx_bytes").read_text())
+    interface = "eth0" if Path("/sys/class/net/eth0").exists() else "lo"
+    return int(Path(f"/sys/class/net/{interface}/statistics/tx_bytes").read_text())
+
+
+def bytes_sent(call: Callable[[], Any]) -> int:
+    """By this machine during ``call``: compressed sums, exact ones and headers."""
+    dist.barrier()
+    before = sent_by_interface()
+    call()
+    dist.barrier()
+    return sent_by_interface() - before
 
 
 PRODUCTS = ((torch, "matmul"), (torch.Tensor, "matmul"), (torch, "bmm"), (torch, "baddbmm"))
@@ -209,12 +220,13 @@ def step(name: str, call: Callable[[], Any], options: argparse.Namespace) -> dic
     """One row: stock Megatron, 4 bits by the default flags, and the same work without any communication."""
 
     settings = {"exact": nullcontext, "quantized": lambda: fc.flashcomm(bits=4), "compute": without_communication}
-    fc.reset_stats()
-    with settings["quantized"]():
-        call()
-    counted = fc.stats()
+    sent = {}
+    for each in ("exact", "quantized"):
+        with settings[each]():
+            call()
+            sent[each] = bytes_sent(call)
     times = in_turns(dict.fromkeys(settings, call), 2 * options.seconds, settings)
-    row = {"what": name, "compression": counted["exact_bytes"] / max(counted["wire_bytes"], 1), **summary(times)}
+    row = {"what": name, "compression": sent["exact"] / sent["quantized"], **summary(times)}
     return row | {"compute_ms": 1e3 * statistics.median(times["compute"])}
 
 
@@ -262,13 +274,13 @@ def in_turns(
 ) -> dict[str, list[float]]:
     """Seconds of the slowest rank, of calls that take turns for about ``seconds``; at least three of each.
 
-    ``settings`` are entered and left outside what is timed, and each call made once before, as scripts do; so is
+    In another order each turn, the same on all ranks: the first call behind an exact one is slower. ``settings`` are entered and left outside what is timed, and each call made once before, as scripts do; so is
     ``before``, ahead of every call.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
-    began = time.perf_counter()
+    order, began = random.Random(0), time.perf_counter()
     while True:
-        for name, call in calls.items():
+        for name, call in order.sample(list(calls.items()), len(calls)):
             with settings.get(name, nullcontext)():
                 if name in settings:
                     call()

@@ -35,9 +35,9 @@ from .minimum_size import NEVER, Case, minimum_size, topology_of
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-# Values of a piece whose messages go to one peer. Over a process group a few milliseconds at 1 Gbit/s; through shared
+# Values of a piece whose messages go to one peer. Over a process group two milliseconds at 1 Gbit/s; through shared
 # memory only what exceeds the cache is cut.
-PIECE = {"shared memory": 2048 * 1024, "cpu": 1024 * 1024}
+PIECE = {"shared memory": 2048 * 1024, "cpu": 512 * 1024}
 
 # On GPUs n pieces hide all but 1/n of the codec's work behind NCCL or the reverse, and cost n - 1 times the launches
 # of one: n is best where n * n times the launches take as long as the codec. So n is the root of the tensor's bytes in
