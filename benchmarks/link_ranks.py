@@ -274,8 +274,9 @@ def in_turns(
 ) -> dict[str, list[float]]:
     """Seconds of the slowest rank, of calls that take turns for about ``seconds``; at least three of each.
 
-    In another order each turn, the same on all ranks: the first call behind an exact one is slower. ``settings`` are entered and left outside what is timed, and each call made once before, as scripts do; so is
-    ``before``, ahead of every call.
+    In another order each turn, the same on all ranks: the first call behind an exact one is slower. ``settings`` are
+    entered and left outside what is timed, and each call made once before, as scripts do; so is ``before``, ahead of
+    every call.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     order, began = random.Random(0), time.perf_counter()
