@@ -1,12 +1,14 @@
 """What recipes, block sizes, feedback and context cost in accuracy, on a real checkpoint.
 
-run as:  python benchmarks/bench_accuracy.py recipes | blocks | speed | feedback | context   [--model DIR] [--text FILE]
+run as:  python benchmarks/bench_accuracy.py recipes | blocks | speed | feedback | context | sockets
+          [--model DIR] [--text FILE]
 
 - recipes: every recipe and width, TP2 and TP8 (python -m flashcomm_megatron accuracy scores one's own model)
 - blocks: 4 bits in blocks of 16 to 1024: perplexity, signal to noise by kind of layer, bytes; rows of other models stay
 - speed: of the codecs of those blocks, on one core of a quiet machine
 - feedback: recipe auto with and without residual feedback, and the loss of each site compressed alone
 - context: perplexity by position and agreement along a long generation, up to the model's context
+- sockets: 8 and 4 bits with all GPUs on one socket and on two, where a sum is rounded three times instead of twice
 
 With --recipe NAME ... recipes and blocks score only these, other rows stay. Writes CSV, JSON and a plot to
 benchmarks/results.
@@ -19,19 +21,25 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import record
 import torch
 
 from flashcomm_megatron.codec.recipes import RECIPES
+from flashcomm_megatron.collectives import plan
+from flashcomm_megatron.comm import simulated
+from flashcomm_megatron.comm.communicator import Gpus
+from flashcomm_megatron.comm.simulated import Simulated
 from flashcomm_megatron.config import Config
-from flashcomm_megatron.tools.accuracy import plot, sweep
+from flashcomm_megatron.tools.accuracy import plot, ranks, sweep
 from flashcomm_megatron.tools.accuracy.llama import Llama, windows
 from flashcomm_megatron.tools.accuracy.score import Bench, Score
 
@@ -148,6 +156,32 @@ def context(options: argparse.Namespace) -> None:
     record.save("accuracy_context", rows)
 
 
+def sockets(options: argparse.Namespace) -> None:
+    lab, rows = bench(options), []
+    for world, bits, count in product((4, 8), (8, 4), (1, 2)):
+        with on_sockets(count):
+            score = lab.score(Config(bits=bits, min_bytes=0), world, with_sites=False)
+        show(score, f"{count} sockets")
+        rows.append(flat(score, sockets=count) | {"wire_bits": None})
+    record.save("accuracy_sockets", rows)
+
+
+@contextmanager
+def on_sockets(count: int) -> Iterator[None]:
+    """The lab's ranks are GPUs without NVLink, divided among ``count`` sockets, and tensors of any size heed it."""
+
+    class Placed(Simulated):
+        def __init__(self, rank: int, world: int, *args: Any, **kwargs: Any) -> None:
+            super().__init__(rank, world, *args, **kwargs)
+            self._kind, self.gpus = "cuda", Gpus(tuple(each * count // world for each in range(world)))
+
+    with ExitStack() as patches:
+        for module in (ranks, simulated):
+            patches.enter_context(mock.patch.object(module, "Simulated", Placed))
+        patches.enter_context(mock.patch.object(plan, "SOCKETS_BYTES", 0))
+        yield
+
+
 def gigabytes(config: Config, numel: int = 1 << 20) -> dict[str, float]:
     """GB/s of a bfloat16 tensor through encode and decode of the reduce leg, best of several, on one core."""
     codec, x = config.legs.reduce, torch.randn(numel).bfloat16()
@@ -203,7 +237,14 @@ def show(score: Score, what: str = "") -> None:
     print(f"{score.recipe} {score.bits} TP{score.tp} {what}: {score.wire_bits:.3f} bits, {score.rise:.3%}", flush=True)
 
 
-PARTS = {"recipes": recipes, "blocks": blocks, "speed": speed, "feedback": feedback, "context": context}
+PARTS = {
+    "recipes": recipes,
+    "blocks": blocks,
+    "speed": speed,
+    "feedback": feedback,
+    "context": context,
+    "sockets": sockets,
+}
 
 
 if __name__ == "__main__":
