@@ -50,7 +50,8 @@ class Residuals:
     def of_sockets(self, x: Tensor, piece: Piece, plan: Plan) -> list[Tensor]:
         """Those of the three roundings of a sum over sockets (hierarchical.py)."""
         numel, width = piece.end - piece.start, piece.slices.width
-        across = self._of(0, "across", plan.reduce.residual_numel(numel, width), x)
+        assert plan.between is not None
+        across = self._of(0, "across", plan.between.residual_numel(numel, width), x)
         return [self.of_reduce(x, piece, 0, plan), across, self.of_gather(x, piece, 0, plan)]
 
     def _of(self, piece: int, leg: str, numel: int, like: Tensor) -> Tensor:

@@ -20,11 +20,14 @@ from torch import Tensor
 
 from ..codec import Raw
 from ..codec.native import Received
+from ..codec.recipes import Legs
 from ..comm.buffers import Lengths
 from ..comm.communicator import Call, Communicator, Transfer, Transport
 from ..comm.simulated import Simulated
 from .algorithms import Residuals, Steps, one_step, payloads_received, two_step
-from .plan import Plan, cut, cut_plan, flat, piece_values
+from .plan import Plan, cut, cut_plan, flat, piece_values, width_of
+
+MORE_BITS = 2  # of what crosses between two sockets
 
 
 class Subgroup:
@@ -85,23 +88,24 @@ def over_sockets(x: Tensor, out: Tensor, plan: Plan, call: Call, residuals: Resi
     """All-reduce of ``x`` in place, quantized: reduce inside the socket, exchange across, gather inside.
 
     The link between the sockets is the slowest, and a tensor crosses it once here, in one sum of each socket; nearly
-    three times in two steps over all ranks. It costs a third rounding, of the sockets' sums.
+    three times in two steps over all ranks. It costs a third rounding, of the sockets' sums, in two bits more: such a
+    sum is as large as many parts, so its rounding would count as much as all of theirs (bench_accuracy.py sockets).
     """
-    within, across, comm = plan.within, plan.across, plan.comm
-    assert within is not None and across is not None
+    within, across, between, comm = plan.within, plan.across, plan.between, plan.comm
+    assert within is not None and across is not None and between is not None
     (piece,), device = within.pieces, x.device
     mine, width = (piece.start, piece.end), piece.slices.width
-    size = plan.reduce.wire_bytes(piece.end - piece.start, width)
+    size = between.wire_bytes(piece.end - piece.start, width)
     near = comm.buffers.take(piece.lengths, device)
     far = comm.buffers.take(Lengths(0, 0, across.world * size, size, across.rank * size), device)
     lost = [None, None, None] if residuals is None else residuals.of_sockets(x, piece, plan)
     plan.reduce.encode_slices(x, piece.slices, near.outbox, lost[0])
     yield within.transport.exchange(near.outbox, piece.sizes, near.inbox, piece.incoming, call)
     received = payloads_received(near, piece, within)
-    plan.reduce.reduce_slices(received, x, plan.reduce, far.own, lost[1], width, mine)
+    plan.reduce.reduce_slices(received, x, between, far.own, lost[1], width, mine)
     yield across.gather(far.gathered, far.own, call)
     received = Received(far.gathered, size, across.world)
-    plan.reduce.reduce_slices(received, x, plan.gather, near.own, lost[2], width, mine)
+    between.reduce_slices(received, x, plan.gather, near.own, lost[2], width, mine)
     yield within.transport.gather(near.gathered, near.own, call)
     plan.gather.decode_slices(near.gathered, piece.slices, x)
     comm.buffers.give_back(near)
@@ -143,5 +147,7 @@ def cut_sockets(plan: Plan, numel: int, width: int, unit: int, device: torch.dev
     pair = sorted([rank for rank, each in enumerate(sockets) if each == socket][place] for socket in (0, 1))
     subgroup: Any = Subgroup(comm, plan.transport, near)
     within = cut_plan(plan._replace(comm=subgroup, transport=subgroup, algorithm="two-step"), rows, device, 0)
-    sent = within.wire_bytes + plan.reduce.wire_bytes(mine, width)
-    return plan._replace(within=within, across=Subgroup(comm, plan.transport, pair), wire_bytes=sent)
+    bits = min(width_of(plan.config, Legs(plan.reduce, plan.gather)) + MORE_BITS, 8)
+    between, across = plan.config.legs_of(bits).reduce, Subgroup(comm, plan.transport, pair)
+    sent = within.wire_bytes + between.wire_bytes(mine, width)
+    return plan._replace(within=within, across=across, between=between, wire_bytes=sent)

@@ -111,6 +111,7 @@ class Plan(NamedTuple):
     inter_node: Plan | None = None  # hierarchical: of the sum over machines
     within: Plan | None = None  # sockets: of the sum in this rank's socket
     across: Transport | None = None  # sockets: to the rank of the other one that holds the same slice
+    between: Codec | None = None  # sockets: of what crosses
 
     def call(self) -> Call:
         """The next call of this plan."""
@@ -212,13 +213,13 @@ def _minimum(
     kind: str, dtype: torch.dtype, transport: str, comm: Communicator | Simulated, config: Config, legs: Legs | None
 ) -> int:
     """Bytes of a tensor from which on compression pays."""
-    case = Case(kind, name(dtype), _bits(config, legs), config.recipe)
+    case = Case(kind, name(dtype), width_of(config, legs), config.recipe)
     over_nvlink = transport == "cuda" and not fused.CHAINS[config.transport] and comm.gpus.has_nvlink
     topology = topology_of(comm.world, comm.nodes, transport)
     return minimum_size(case, topology, "nvlink" if over_nvlink else transport, config)
 
 
-def _bits(config: Config, legs: Legs | None) -> int:
+def width_of(config: Config, legs: Legs | None) -> int:
     """The width of a call's codecs: that of sums, of gradients, or of a model's last sum."""
     if legs is None or legs == config.legs:
         return config.bits
