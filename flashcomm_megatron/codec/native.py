@@ -157,10 +157,7 @@ def reduce_slices(
     layout = codec.layouts.get(whole) or _layout(codec, whole)
     if not 0 <= first <= end <= out.numel() or dtype not in DTYPES or not out.is_contiguous():
         raise _misfit("decode_sum: out", out, DTYPES, out.device, end)
-    if isinstance(payloads, Received):
-        addresses = _addresses_received(payloads, out, layout.size)
-    else:
-        addresses = _addresses(payloads, out, layout.size)
+    addresses = _addresses(payloads, out, layout.size)
     second, target, address = None, 0, 0
     if gather is not None and payload is not None:
         second = gather.layouts.get(whole) or _layout(gather, whole)
@@ -221,19 +218,16 @@ def _residual(name: str, found: Tensor, x: Tensor, length: int) -> int:
     return found.data_ptr()
 
 
-def _addresses(payloads: Sequence[Tensor], out: Tensor, size: int) -> list[int]:
-    """Where payloads of ``size`` bytes begin."""
-    if not payloads:
-        raise ValueError("decode_sum: no payloads found; give at least one.")
-    for each in payloads:
-        if each.numel() != size or not _is_payload(each, size, out.device):
-            raise _misfit("decode_sum: payload", each, BYTES, out.device, size)
-    return [each.data_ptr() for each in payloads]
-
-
-def _addresses_received(found: Received, out: Tensor, size: int) -> list[int]:
-    """The same of payloads that an exchange left in one tensor, without a view of each."""
-    inbox, _, world, rank, outbox, start = found
+def _addresses(payloads: Sequence[Tensor] | Received, out: Tensor, size: int) -> list[int]:
+    """Where payloads of ``size`` bytes begin; of those that an exchange left in one tensor, without a view of each."""
+    if not isinstance(payloads, Received):
+        if not payloads:
+            raise ValueError("decode_sum: no payloads found; give at least one.")
+        for each in payloads:
+            if each.numel() != size or not _is_payload(each, size, out.device):
+                raise _misfit("decode_sum: payload", each, BYTES, out.device, size)
+        return [each.data_ptr() for each in payloads]
+    inbox, _, world, rank, outbox, start = payloads
     if not _is_payload(inbox, size * world, out.device):
         raise _misfit("decode_sum: payloads", inbox, BYTES, out.device, size * world)
     first = inbox.data_ptr()

@@ -66,19 +66,9 @@ def from_blocks(blocks: Tensor, row: int) -> Tensor:
     return blocks.reshape(-1, length)[:, :row].flatten()
 
 
-def of_block(numbers: Tensor, block: int) -> Tensor:
-    """One number for each block, [blocks] -> that of every value, [blocks, block]."""
-    return numbers[:, None].expand(-1, block)
-
-
-def in_octets(codes: Tensor, row: int) -> Tensor:
-    """Codes [n] with every row padded by zeros to whole octets."""
-    return torch.nn.functional.pad(codes.view(-1, row), (0, -row % 8)).flatten()
-
-
-def from_octets(codes: Tensor, row: int) -> Tensor:
-    """The way back."""
-    return codes.view(-1, math.ceil(row / 8) * 8)[:, :row].flatten()
+def of_each_value(numbers: Tensor, block: int, row: int) -> Tensor:
+    """One number for each block, [blocks] -> that of every value, [n]."""
+    return from_blocks(numbers[:, None].expand(-1, block), row)
 
 
 # ---- sections and planes ---------------------------------------------------------------------------------------------
@@ -128,6 +118,18 @@ def join_planes(planes: Sequence[Tensor], bits: int) -> Tensor:
         codes = codes | ((plane[:, None] >> offsets) & ((1 << width) - 1)).flatten() << shift
         shift += width
     return codes
+
+
+def pack(codes: Tensor, row: int, bits: int) -> list[Tensor]:
+    """uint8 codes [blocks, block] -> the sections of their planes, each row padded by zeros to whole octets."""
+    rows = from_blocks(codes, row).view(-1, row)
+    return split_planes(torch.nn.functional.pad(rows, (0, -row % 8)).flatten(), bits)
+
+
+def unpack(planes: Sequence[Tensor], bits: int, block: int, row: int) -> Tensor:
+    """The way back: uint8 codes [blocks, block], a row's last block filled as by :func:`in_blocks`."""
+    rows = join_planes(planes, bits).view(-1, math.ceil(row / 8) * 8)[:, :row]
+    return in_blocks(rows.flatten(), block, row)
 
 
 def half_words(bits: Tensor) -> Tensor:

@@ -19,7 +19,6 @@ class Raw(Codec):
     block: int = 1
 
     def wire_bytes(self, numel: int, width: int | None = None) -> int:
-        """Length in bytes of the payload of ``numel`` values."""
         return numel * self.dtype.itemsize
 
     def section_bytes(self, numel: int, width: int | None = None) -> list[int]:
@@ -31,7 +30,6 @@ class Raw(Codec):
         return x.view(torch.uint8)
 
     def decode_ref(self, payload: Tensor, numel: int, width: int | None = None) -> Tensor:
-        """float32 values [numel]."""
         return payload.view(self.dtype).float()
 
     def bounds_ref(self, payload: Tensor, numel: int, width: int | None = None) -> Tensor:

@@ -97,6 +97,7 @@ from torch import Tensor
 
 from .base import Codec, rounded
 from .planes import (
+    PLANES,
     WIDTHS,
     from_blocks,
     from_half_words,
@@ -105,7 +106,7 @@ from .planes import (
     in_blocks,
     join_planes,
     join_sections,
-    of_block,
+    of_each_value,
     plane_bytes,
     rows_of,
     split_planes,
@@ -157,7 +158,6 @@ class Rotated(Codec):
         return _fitted(self, width)
 
     def section_bytes(self, numel: int, width: int | None = None) -> list[int]:
-        """Unpadded length in bytes of every section of a payload of ``numel`` values in rows of ``width``."""
         fitted = self.fitted(width or numel)
         rows, row = rows_of(numel, width)
         blocks, words = fitted._shape(row)
@@ -165,13 +165,11 @@ class Rotated(Codec):
         return [*planes, rows * blocks, 2 * rows * math.ceil(blocks / SUPER_BLOCK)]
 
     def residual_numel(self, numel: int, width: int | None = None) -> int:
-        """Numbers of the residual of ``numel`` values in rows of ``width``."""
         group = GROUP * self.fitted(width or numel).block
         rows, row = rows_of(numel, width)
         return rows * math.ceil(row / group) * group
 
     def encode_ref(self, x: Tensor, width: int | None = None) -> Tensor:
-        """Payload of a contiguous, non-empty 1-D floating tensor."""
         return self.fitted(width or x.numel())._encode(x, None, rows_of(x.numel(), width)[1])
 
     def encode_residual_ref(self, x: Tensor, residual: Tensor, width: int | None = None) -> Tensor:
@@ -179,7 +177,6 @@ class Rotated(Codec):
         return self.fitted(width or x.numel())._encode(x, residual, rows_of(x.numel(), width)[1])
 
     def decode_ref(self, payload: Tensor, numel: int, width: int | None = None) -> Tensor:
-        """float32 values [numel] of one payload, ``numel`` > 0."""
         return self.decode_sum_ref([payload], numel, torch.float32, width)
 
     def decode_sum_ref(
@@ -188,8 +185,14 @@ class Rotated(Codec):
         """What :meth:`decode_sum` does: one payload is limited to the finite range of ``dtype``; a sum may overflow."""
         if numel == 0:
             return torch.empty(0, dtype=dtype, device=payloads[0].device)
-        sizes = self.section_bytes(numel, width)
-        values = self.fitted(width or numel)._decode_sum(payloads, sizes, rows_of(numel, width)[1])
+        fitted, row, sizes = self.fitted(width or numel), rows_of(numel, width)[1], self.section_bytes(numel, width)
+        parts = [fitted._coefficients(payload, sizes, fitted._shape(row)[0]) for payload in payloads]
+        largest = torch.stack([size for _, size in parts]).amax(0)
+        shrink = torch.where(largest >= HUGE, SHRINK, 1.0)[:, None]
+        total = parts[0][0] * shrink
+        for coefficients, _ in parts[1:]:
+            total = total + coefficients * shrink
+        values = from_blocks(butterflies(total) / shrink, row)
         if len(payloads) == 1:
             limit = torch.finfo(dtype).max
             values = values.clamp(-limit, limit)
@@ -201,7 +204,7 @@ class Rotated(Codec):
         *_, scales, tops = split_sections(payload, self.section_bytes(numel, width))
         step, distance = fitted._steps(scales, tops, fitted._shape(row)[0])
         bound = torch.where(distance == CONSTANT, 0.0, step * (fitted.block * steps_off(self.levels)))
-        return from_blocks(of_block(bound, fitted.block), row)
+        return of_each_value(bound, fitted.block, row)
 
     # ---- the definition, for blocks that fit the rows ------------------------------------------------------------
 
@@ -240,16 +243,6 @@ class Rotated(Codec):
         codes = torch.where(finite[:, None], codes, 0)
         scales = torch.where(finite, torch.where(constant, CONSTANT, scales), NAN)
         return join_sections([*self._split(codes.flatten()), scales.to(torch.uint8), half_words(tops)])
-
-    def _decode_sum(self, payloads: Sequence[Tensor], sizes: Sequence[int], row: int) -> Tensor:
-        """float32 values [n] of payloads whose sections have these sizes."""
-        parts = [self._coefficients(payload, sizes, self._shape(row)[0]) for payload in payloads]
-        largest = torch.stack([size for _, size in parts]).amax(0)
-        shrink = torch.where(largest >= HUGE, SHRINK, 1.0)[:, None]
-        total = parts[0][0] * shrink
-        for coefficients, _ in parts[1:]:
-            total = total + coefficients * shrink
-        return from_blocks(butterflies(total) / shrink, row)
 
     def _scales(
         self, coefficients: Tensor, shrink: Tensor, regular: Tensor, blocks: int
@@ -311,22 +304,17 @@ class Rotated(Codec):
         words = codes.int()
         if self._codes_per_word == 2:
             words = words[0::2] + words[1::2] * self.levels
-        parts = [words & 0xFF, words >> 8]
-        return [
-            plane
-            for part, width in zip(parts, self._widths, strict=False)
-            for plane in split_planes(part.to(torch.uint8), width)
-        ]
+        planes = split_planes((words & 0xFF).to(torch.uint8), self._widths[0])
+        for width in self._widths[1:]:
+            planes += split_planes((words >> 8).to(torch.uint8), width)
+        return planes
 
     def _join(self, planes: Sequence[Tensor]) -> Tensor:
         """The sections of planes -> uint8 codes."""
-        words, shift, rest = None, 0, list(planes)
-        for width in self._widths:
-            count = len(plane_bytes(8, width))
-            part = join_planes(rest[:count], width).int() << shift
-            words = part if words is None else words | part
-            shift, rest = shift + width, rest[count:]
-        assert words is not None
+        count = len(PLANES[self._widths[0]])
+        words = join_planes(planes[:count], self._widths[0]).int()
+        for width in self._widths[1:]:
+            words |= join_planes(planes[count:], width).int() << 8
         if self._codes_per_word == 2:
             words = torch.stack([words % self.levels, words // self.levels], dim=1)
         return words.flatten().to(torch.uint8)

@@ -72,19 +72,19 @@ from .planes import (
     from_blocks,
     from_half_words,
     from_high_half,
-    from_octets,
     from_ordered_keys,
     half_words,
     high_half,
     in_blocks,
-    in_octets,
     join_planes,
     join_sections,
-    of_block,
+    of_each_value,
+    pack,
     plane_bytes,
     rows_of,
     split_planes,
     split_sections,
+    unpack,
 )
 from .planes import ordered_keys as keys_of
 
@@ -110,7 +110,6 @@ class Spike(Codec):
 
     @property
     def native(self) -> tuple[int, int, int]:
-        """Format number in csrc/api.h, bits, and block: how the compiled extension knows this codec."""
         return 2, self.bits, self.block
 
     @property
@@ -124,21 +123,15 @@ class Spike(Codec):
         return (self.block - 1).bit_length()
 
     def section_bytes(self, numel: int, width: int | None = None) -> list[int]:
-        """Unpadded length in bytes of every section of a payload of ``numel`` values in rows of ``width``."""
         rows, row = rows_of(numel, width)
         blocks = rows * math.ceil(row / self.block)
-        positions = plane_bytes(2 * blocks, self.position_bits)
-        return [
-            *plane_bytes(rows * math.ceil(row / 8) * 8, self.bits),
-            2 * blocks,
-            2 * blocks,
-            blocks,
-            blocks,
-            *positions,
-        ]
+        codes, positions = (
+            plane_bytes(rows * math.ceil(row / 8) * 8, self.bits),
+            plane_bytes(2 * blocks, self.position_bits),
+        )
+        return [*codes, 2 * blocks, 2 * blocks, blocks, blocks, *positions]
 
     def encode_ref(self, x: Tensor, width: int | None = None) -> Tensor:
-        """Payload of a contiguous, non-empty 1-D floating tensor."""
         row = rows_of(x.numel(), width)[1]
         blocks = in_blocks(x, self.block, row)
         keys = keys_of(blocks)
@@ -167,7 +160,7 @@ class Spike(Codec):
         maxima = torch.where(escaped, bits & 0xFFFF, torch.where(finite, high_half(spikes[1]), NAN_BITS))
         return join_sections(
             [
-                *split_planes(in_octets(from_blocks(codes, row), row), self.bits),
+                *pack(codes, row, self.bits),
                 half_words(minima),
                 half_words(maxima),
                 torch.where(escaped, CONSTANT, spans).to(torch.uint8),
@@ -177,11 +170,10 @@ class Spike(Codec):
         )
 
     def decode_ref(self, payload: Tensor, numel: int, width: int | None = None) -> Tensor:
-        """float32 values [numel] of one payload, ``numel`` > 0."""
         row = rows_of(numel, width)[1]
         sections = split_sections(payload, self.section_bytes(numel, width))
         planes = len(plane_bytes(numel, self.bits))
-        codes = in_blocks(from_octets(join_planes(sections[:planes], self.bits), row), self.block, row)
+        codes = unpack(sections[:planes], self.bits, self.block, row)
         count = len(codes)
         minima, maxima, spans, lows = sections[planes : planes + 4]
         positions = join_planes(sections[planes + 4 :], self.position_bits)[: 2 * count].view(count, 2, 1).long()
@@ -206,7 +198,7 @@ class Spike(Codec):
         prescale, _, exponent = _frame(minimum, maximum)
         step = self._step(_spans(spans.int(), exponent))
         bound = step * ROUNDING / prescale + torch.maximum(minimum.abs(), maximum.abs()) * 2.0**-8
-        return from_blocks(of_block(torch.where(spans == CONSTANT, 0.0, bound), self.block), row)
+        return of_each_value(torch.where(spans == CONSTANT, 0.0, bound), self.block, row)
 
     def _step(self, span: Tensor) -> Tensor:
         """Distance of two codes' values; a scalar divisor is inverted on CUDA."""

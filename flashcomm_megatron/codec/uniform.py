@@ -70,21 +70,19 @@ from .planes import (
     from_blocks,
     from_half_words,
     from_high_half,
-    from_octets,
     half_words,
     high_half,
     high_half_value,
     in_blocks,
-    in_octets,
-    join_planes,
     join_sections,
     next_up,
-    of_block,
+    of_each_value,
+    pack,
     plane_bytes,
     round_down,
     rows_of,
-    split_planes,
     split_sections,
+    unpack,
 )
 
 HUGE = 2.0**118  # scales from here on could overflow float32 in min + q * scale: halve first
@@ -106,7 +104,6 @@ class Uniform(Codec):
 
     @property
     def native(self) -> tuple[int, int, int]:
-        """Format number in csrc/api.h, bits and block: how the compiled extension knows this codec."""
         return 0, self.bits, self.block
 
     @property
@@ -115,7 +112,6 @@ class Uniform(Codec):
         return (1 << self.bits) - 1
 
     def section_bytes(self, numel: int, width: int | None = None) -> list[int]:
-        """Unpadded length in bytes of every section of a payload of ``numel`` values in rows of ``width``."""
         rows, row = rows_of(numel, width)
         blocks = rows * math.ceil(row / self.block)
         return [*plane_bytes(rows * math.ceil(row / 8) * 8, self.bits), 2 * blocks, 2 * blocks]
@@ -123,7 +119,6 @@ class Uniform(Codec):
     # ---- the definition ------------------------------------------------------------------------------------
 
     def encode_ref(self, x: Tensor, width: int | None = None) -> Tensor:
-        """Payload of a contiguous, non-empty 1-D floating tensor."""
         row = rows_of(x.numel(), width)[1]
         blocks = in_blocks(x, self.block, row)
         low, high, finite = extremes(blocks)
@@ -142,17 +137,14 @@ class Uniform(Codec):
         minimum_bits = torch.where(finite, minimum_bits, NAN_BITS)
         scale_bits = torch.where(finite, scale_bits, NAN_BITS)
 
-        planes = split_planes(in_octets(from_blocks(codes, row), row), self.bits)
-        return join_sections([*planes, half_words(scale_bits), half_words(minimum_bits)])
+        return join_sections([*pack(codes, row, self.bits), half_words(scale_bits), half_words(minimum_bits)])
 
     def decode_ref(self, payload: Tensor, numel: int, width: int | None = None) -> Tensor:
-        """float32 values [numel] of one payload, ``numel`` > 0."""
         return self._decode(payload, numel, torch.float32, width)
 
     def decode_sum_ref(
         self, payloads: Sequence[Tensor], numel: int, dtype: torch.dtype, width: int | None = None
     ) -> Tensor:
-        """What :meth:`decode_sum` does, in torch."""
         total = self._decode(payloads[0], numel, dtype, width)
         for payload in payloads[1:]:
             total = total + self._decode(payload, numel, dtype, width)
@@ -162,7 +154,7 @@ class Uniform(Codec):
         """float32 [numel]: half a scale, zero where a constant is exact."""
         row = rows_of(numel, width)[1]
         scale = from_high_half(from_half_words(split_sections(payload, self.section_bytes(numel, width))[-2]))
-        return from_blocks(of_block(torch.where(scale.signbit(), 0.0, scale * ROUNDING), self.block), row)
+        return of_each_value(torch.where(scale.signbit(), 0.0, scale * ROUNDING), self.block, row)
 
     def _scale(self, minimum: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Per block: scale, power-of-two prescale, and the reciprocal of the prescaled scale."""
@@ -179,7 +171,7 @@ class Uniform(Codec):
             return torch.empty(0, dtype=torch.float32, device=payload.device)
         row = rows_of(numel, width)[1]
         *planes, scales, minima = split_sections(payload, self.section_bytes(numel, width))
-        codes = in_blocks(from_octets(join_planes(planes, self.bits), row), self.block, row)
+        codes = unpack(planes, self.bits, self.block, row)
         scale_bits, minimum_bits = from_half_words(scales), from_half_words(minima)
         scale, minimum = from_high_half(scale_bits), from_high_half(minimum_bits)
 

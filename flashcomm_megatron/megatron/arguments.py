@@ -74,7 +74,7 @@ def enable_from(namespace: argparse.Namespace) -> None:
     if config is None:
         enable_from_environment()
     elif config != current():
-        _switch_on(config)
+        installation.switch_on(config)
     found = current()
     for field in fields(Config) if found is not None and not is_disabled() else ():
         setattr(namespace, PREFIX + field.name, getattr(found, field.name))
@@ -85,19 +85,9 @@ def enable_from_environment() -> None:
     """Switch on as FLASH_COMM_BITS says, if it is set and nothing is on yet."""
     options = from_environment()
     if options and current() is None:
-        _switch_on(Config(**options), ", as FLASH_COMM_BITS says")
+        installation.switch_on(Config(**options), ", as FLASH_COMM_BITS says")
     elif options and current() != Config(**options) and not is_disabled():
         messages.say("flash-comm: FLASH_COMM_BITS is not used, for a flag or a call of enable() came first.")
-
-
-def _switch_on(config: Config, why: str = "") -> None:
-    before = current()
-    set_current(config)
-    try:
-        installation.install(config.experts, why)
-    except Exception:
-        set_current(before)
-        raise
 
 
 class _SwitchOn(argparse.Action):
@@ -119,7 +109,7 @@ def _parse(parser: argparse.ArgumentParser, parse: Callable[..., Any], args: Any
     if getattr(namespace, f"{PREFIX}bits", None) is not None:  # by the flag, by a default, by a namespace handed in
         config = config_from(namespace)
         if config is not None and config != current():
-            _or_exit(parser, partial(_switch_on, config))
+            _or_exit(parser, partial(installation.switch_on, config))
     return namespace, unknown
 
 

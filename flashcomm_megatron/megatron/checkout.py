@@ -9,10 +9,11 @@ stand in the source. So a name is followed through modules, imports, classes and
 from __future__ import annotations
 
 import ast
+import copy
+import functools
 import importlib
-import inspect
 from collections.abc import Iterable, Iterator, Sequence
-from functools import lru_cache
+from importlib.util import resolve_name
 from pathlib import Path
 from typing import Any
 
@@ -44,37 +45,30 @@ def has(module: str, *folders: Path) -> bool:
 
 def _state(seam: Seam, folders: Sequence[Path]) -> str:
     try:
-        return patching.fit(seam, _stand_in(_signature(seam.module, seam.name.split("."), folders)))
+        return patching.fit(seam, _function(seam.module, seam.name.split("."), folders))
     except PatchError as problem:
         return str(problem)
 
 
-def _stand_in(signature: inspect.Signature) -> Any:
-    """A function with the signature of one that is only read."""
-
-    def function(*args: Any, **kwargs: Any) -> None: ...
-
-    function.__signature__ = signature  # type: ignore[attr-defined]
-    return function
-
-
-def _signature(module: str, names: Sequence[str], folders: Sequence[Path]) -> inspect.Signature:
-    """Signature of the function that ``names`` leads to from ``module``."""
+def _function(module: str, names: Sequence[str], folders: Sequence[Path]) -> Any:
+    """The function that ``names`` leads to from ``module``, or one with its parameters."""
     if module.split(".")[0] == "torch":
-        return _running(module, names)
+        return functools.reduce(getattr, names, importlib.import_module(module))
     file = _file(module, folders)
     if file is None:
         raise PatchError(f"{module} is not there")
     node = _lookup(_tree(file), names[0])
     if isinstance(node, ast.ImportFrom):
         original = next(each.name for each in node.names if (each.asname or each.name) == names[0])
-        return _signature(_absolute(node, module, file), [original, *names[1:]], folders)
+        package = module if file.name == "__init__.py" else module.rpartition(".")[0]
+        target = resolve_name("." * node.level + (node.module or ""), package)
+        return _function(target, [original, *names[1:]], folders)
     if isinstance(node, ast.Assign):
         package, *rest = ast.unparse(node.value).split(".")
-        return _signature(package, [*rest, *names[1:]], folders)
+        return _function(package, [*rest, *names[1:]], folders)
     for name in names[1:]:
         node = _lookup(node, name)
-    return _arguments(node)
+    return _stand_in(node)
 
 
 def _lookup(scope: ast.AST, name: str) -> Any:
@@ -100,41 +94,26 @@ def _names(scope: Any) -> Iterator[tuple[str, Any]]:
             yield from (found for handler in getattr(node, "handlers", ()) for found in _names(handler))
 
 
-def _arguments(node: Any) -> inspect.Signature:
+def _stand_in(node: Any) -> Any:
+    """A function with the parameters of one that is only read: a lambda, with the defaults that are literals."""
     if not isinstance(node, ast.FunctionDef):
         raise PatchError("expected a function")
-    given = node.args
-    plain = [*given.posonlyargs, *given.args]
-    defaults = [None] * (len(plain) - len(given.defaults)) + list(given.defaults)
-    kinds: list[Any] = [inspect.Parameter.POSITIONAL_ONLY] * len(given.posonlyargs)
-    kinds += [inspect.Parameter.POSITIONAL_OR_KEYWORD] * len(given.args)
-    found = [_parameter(*each) for each in zip(plain, kinds, defaults, strict=True)]
-    if given.vararg:
-        found.append(_parameter(given.vararg, inspect.Parameter.VAR_POSITIONAL, None))
-    for argument, default in zip(given.kwonlyargs, given.kw_defaults, strict=True):
-        found.append(_parameter(argument, inspect.Parameter.KEYWORD_ONLY, default))
-    if given.kwarg:
-        found.append(_parameter(given.kwarg, inspect.Parameter.VAR_KEYWORD, None))
-    return inspect.Signature(found)
+    parameters = copy.deepcopy(node.args)
+    for each in ast.walk(parameters):
+        if isinstance(each, ast.arg):
+            each.annotation = None
+    parameters.defaults = [_literal(default) for default in parameters.defaults]
+    parameters.kw_defaults = [default and _literal(default) for default in parameters.kw_defaults]
+    return eval(f"lambda {ast.unparse(parameters)}: None", {"UNREAD": patching.UNREAD})
 
 
-def _parameter(argument: ast.arg, kind: Any, default: ast.expr | None) -> inspect.Parameter:
-    """A parameter as it stands in the source; a default that is no literal is only known to be one."""
-    value: Any = inspect.Parameter.empty
-    if default is not None:
-        try:
-            value = ast.literal_eval(default)
-        except ValueError:
-            value = patching.UNREAD
-    return inspect.Parameter(argument.arg, kind, default=value)
-
-
-def _running(module: str, names: Sequence[str]) -> inspect.Signature:
-    """Signature of a function of the torch that is imported already."""
-    found: Any = importlib.import_module(module)
-    for name in names:
-        found = getattr(found, name)
-    return inspect.signature(found)
+def _literal(default: ast.expr) -> ast.expr:
+    """A default as it stands in the source; one that is no literal is only known to be there."""
+    try:
+        ast.literal_eval(default)
+    except ValueError:
+        return ast.Name("UNREAD")
+    return default
 
 
 def _file(module: str, folders: Sequence[Path]) -> Path | None:
@@ -143,15 +122,6 @@ def _file(module: str, folders: Sequence[Path]) -> Path | None:
     return next((file for file in candidates if file.is_file()), None)
 
 
-def _absolute(node: ast.ImportFrom, module: str, file: Path) -> str:
-    """The module that an import, perhaps a relative one, names."""
-    if not node.level:
-        return node.module or ""
-    parts = module.split(".")
-    base = parts[: len(parts) - node.level + (file.name == "__init__.py")]
-    return ".".join([*base, node.module] if node.module else base)
-
-
-@lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=64)
 def _tree(file: Path) -> ast.Module:
     return ast.parse(file.read_text(), filename=str(file))

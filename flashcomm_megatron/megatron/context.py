@@ -20,7 +20,6 @@ a second time for its weight gradient must have the bits of the first time.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -48,15 +47,8 @@ Observer = Callable[[nn.Module, Tensor, Any], None]  # (row layer, partial sum, 
 _observer: Observer | None = None
 
 
-def site() -> Site | None:
-    """The site this thread is at."""
-    found: Site | None = location.here()
-    return found
-
-
-def at(site: Site | None) -> AbstractContextManager[None]:
-    """Be at ``site`` (None: at no site) inside the block, on this thread."""
-    return location.at(site)
+site: Callable[[], Site | None] = location.here  # the site this thread is at
+at = location.at  # be at a site (None: at none) inside the block, on this thread
 
 
 def site_of(kind: str, module: Any) -> Site | None:

@@ -5,7 +5,6 @@ A counter changes nothing. Its module is waited for and never imported by us; a 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -14,33 +13,24 @@ from ..collectives.plan import exact_bytes
 from ..config import current
 from ..observe import messages
 from . import context
-from .patching import Function
+from .patching import Function, Replace
 
 
-def counter(reason: str, collective: str, only_at: str | None = None) -> Callable[[Function], Function]:
+def counter(reason: str, collective: str, only_at: str | None = None) -> Replace:
     """Make a factory of counters: every call is deferred for ``reason``; only at sites of one kind, if it is given."""
 
     def count(original: Function) -> Function:
         def counted(*args: Any, **kwargs: Any) -> Any:
-            x = args[0] if args else kwargs.get("input_")
-            if isinstance(x, Tensor) and (only_at is None or _is_at(only_at)):
-                _count(reason, collective, x, kwargs.get("group"))
+            x, site, config = args[0] if args else kwargs.get("input_"), context.site(), current()
+            is_there = only_at is None or (site is not None and site.kind == only_at)
+            if config is not None and isinstance(x, Tensor) and is_there:
+                from megatron.core.parallel_state import get_tensor_model_parallel_group
+
+                world = (kwargs.get("group") or get_tensor_model_parallel_group()).size()
+                if world > 1:
+                    messages.deferred(reason, exact_bytes(collective, x.nbytes, world), config)
             return original(*args, **kwargs)
 
         return counted
 
     return count
-
-
-def _is_at(kind: str) -> bool:
-    site = context.site()
-    return site is not None and site.kind == kind
-
-
-def _count(reason: str, collective: str, x: Tensor, group: Any) -> None:
-    from megatron.core.parallel_state import get_tensor_model_parallel_group
-
-    config = current()
-    world = (group or get_tensor_model_parallel_group()).size()
-    if config is not None and world > 1:
-        messages.deferred(reason, exact_bytes(collective, x.nbytes, world), config)

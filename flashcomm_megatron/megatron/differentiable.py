@@ -65,9 +65,9 @@ def as_original_wants(kind: str, x: Tensor) -> Tensor:
     return x.contiguous() if site is not None and site.kind == kind else x
 
 
-def run(function: type[torch.autograd.Function], x: Tensor, group: Any, call: Planned) -> Any:
-    """One of the functions below, recorded for backward."""
-    return function.apply(x, group, call)  # type: ignore[no-untyped-call]
+def run(x: Tensor, group: Any, call: Planned) -> Any:
+    """The result of a planned collective, recorded for backward."""
+    return _Collective.apply(x, group, call)  # type: ignore[no-untyped-call]
 
 
 def send(call: Planned, x: Tensor, site: Any, out: Tensor | None = None, async_op: bool = False) -> Any:
@@ -75,39 +75,18 @@ def send(call: Planned, x: Tensor, site: Any, out: Tensor | None = None, async_o
     return collectives.run(call.plan, x, out, async_op, call.residuals, site)
 
 
-class AllReduce(torch.autograd.Function):
-    """Sum over ranks; the gradient of a sum that every rank holds is the gradient itself."""
+class _Collective(torch.autograd.Function):
+    """Along the first dimension a scattered sum has a gathered gradient, and the other way round. The gradient of a sum
+    that every rank holds is the gradient itself."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any, call: Planned) -> Any:
-        return send(call, x, context.site())
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return grads[0], None, None
-
-
-class ReduceScatter(torch.autograd.Function):
-    """Sum over ranks, cut along the first dimension; the gradient is gathered."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any, call: Planned) -> Any:
-        ctx.group, ctx.site = group, context.site()
+        ctx.kind, ctx.group, ctx.site = call.plan.kind, group, context.site()
         return send(call, x, ctx.site)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return gradients.all_gather(grads[0], ctx.group, ctx.site), None, None
-
-
-class AllGather(torch.autograd.Function):
-    """Concatenate along the first dimension; the gradients are summed and cut."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any, call: Planned) -> Any:
-        ctx.group, ctx.site = group, context.site()
-        return send(call, x, ctx.site)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return gradients.reduce_scatter(grads[0], ctx.group, ctx.site), None, None
+        if ctx.kind == "all_reduce":
+            return grads[0], None, None
+        back = "all_gather" if ctx.kind == "reduce_scatter" else "reduce_scatter"
+        return gradients.run(back, grads[0], ctx.group, ctx.site), None, None

@@ -25,7 +25,7 @@ from ..collectives.alltoall import all_to_all
 from ..config import Config, current
 from ..observe import messages
 from . import context, layers, modes
-from .patching import Function
+from .patching import Function, Replace
 
 Splits = Sequence[int] | None
 
@@ -62,17 +62,25 @@ class _Running(threading.local):
 _running = _Running()
 
 
-def dispatcher_method(original: Function) -> Function:
-    """A method of a token dispatcher: note it, for the all-to-all is not handed its configuration."""
+def _noting(place: str) -> Replace:
+    """Wrap methods whose owner is noted in ``place`` of ``_running`` while they run."""
 
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        outer, _running.dispatcher = _running.dispatcher, self
-        try:
-            return original(self, *args, **kwargs)
-        finally:
-            _running.dispatcher = outer
+    def replace(original: Function) -> Function:
+        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+            outer = getattr(_running, place)
+            setattr(_running, place, self)
+            try:
+                return original(self, *args, **kwargs)
+            finally:
+                setattr(_running, place, outer)
 
-    return method
+        return method
+
+    return replace
+
+
+dispatcher_method = _noting("dispatcher")  # since the all-to-all is not handed its configuration
+shared_method = _noting("shared")  # of SharedExpertMLP, which communicates by the names below
 
 
 _held: set[str] = set()  # of this rank's models: "a mixture"; "elsewhere": in a stage of their own, maybe another one's
@@ -127,19 +135,6 @@ def _sizes(splits: Splits) -> list[int] | None:
 # ---- shared experts that communicate by themselves -------------------------------------------------------------------
 
 
-def shared_method(original: Function) -> Function:
-    """A method of SharedExpertMLP that communicates: note whose names are about to be called."""
-
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        outer, _running.shared = _running.shared, self
-        try:
-            return original(self, *args, **kwargs)
-        finally:
-            _running.shared = outer
-
-    return method
-
-
 def shared_gather(original: Function) -> Function:
     """Input of the shared experts under sequence parallelism."""
     gather = layers.gather(original)
@@ -153,26 +148,21 @@ def shared_gather(original: Function) -> Function:
     return gather_from_sequence_parallel_region
 
 
-def shared_reduce_scatter(original: Function) -> Function:
-    """Sum of the shared experts under sequence parallelism."""
-    reduce_scatter = layers.reduce_scatter(original)
+def _shared_sum(replace: Replace) -> Replace:
+    def shared(original: Function) -> Function:
+        inner = replace(original)
 
-    def reduce_scatter_to_sequence_parallel_region(input_: Tensor, group: Any = None) -> Any:
-        with context.at(_site("row", "linear_fc2")):
-            return reduce_scatter(input_, _group(group))
+        def sum_of_shared_experts(input_: Tensor, group: Any = None) -> Any:
+            with context.at(_site("row", "linear_fc2")):
+                return inner(input_, _group(group))
 
-    return reduce_scatter_to_sequence_parallel_region
+        return sum_of_shared_experts
+
+    return shared
 
 
-def shared_all_reduce(original: Function) -> Function:
-    """Sum of the shared experts."""
-    all_reduce = layers.all_reduce(original)
-
-    def reduce_from_tensor_model_parallel_region(input_: Tensor, group: Any = None) -> Any:
-        with context.at(_site("row", "linear_fc2")):
-            return all_reduce(input_, _group(group))
-
-    return reduce_from_tensor_model_parallel_region
+shared_all_reduce = _shared_sum(layers.all_reduce)  # sum of the shared experts
+shared_reduce_scatter = _shared_sum(layers.reduce_scatter)  # the same under sequence parallelism
 
 
 def _site(kind: str, layer: str) -> context.Site | None:

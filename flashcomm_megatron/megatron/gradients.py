@@ -37,6 +37,7 @@ from .patching import Function
 
 EXACT = "gradients exact"  # the reason that counts what grad_bits 16 leaves alone
 NOT_A_SUM = "no sum of one contiguous gradient"
+EXACTLY = {"all_gather": "_gather_along_first_dim", "reduce_scatter": "_reduce_scatter_along_first_dim"}
 
 
 class Compressing:
@@ -65,22 +66,14 @@ class Compressing:
         return collectives.run(plan, x, async_op=True, site=self._site)
 
 
-def all_gather(gradient: Tensor, group: Any, site: Site) -> Tensor:
-    """Gradients [s, ...] of all ranks one after the other, [N * s, ...]."""
-    plan = planned("all_gather", gradient, group, site)
-    if plan is None:
-        return _exactly("_gather_along_first_dim", gradient, group)
-    gathered: Tensor = collectives.run(plan, gradient, site=site)
-    return gathered
+def run(collective: str, gradient: Tensor, group: Any, site: Site) -> Any:
+    """The result of "all_gather" or "reduce_scatter" along the first dimension, compressed or by Megatron's own."""
+    plan = planned(collective, gradient, group, site)
+    if plan is not None:
+        return collectives.run(plan, gradient, site=site)
+    from megatron.core.tensor_parallel import mappings
 
-
-def reduce_scatter(gradient: Tensor, group: Any, site: Site) -> Tensor:
-    """This rank's slice [s, ...] of the sum of all ranks' gradients [N * s, ...]."""
-    plan = planned("reduce_scatter", gradient, group, site)
-    if plan is None:
-        return _exactly("_reduce_scatter_along_first_dim", gradient, group)
-    scattered: Tensor = collectives.run(plan, gradient, site=site)
-    return scattered
+    return getattr(mappings, EXACTLY[collective])(gradient.contiguous(), group)
 
 
 def planned(collective: str, gradient: Tensor, group: Any, site: Site) -> Plan | None:
@@ -97,13 +90,6 @@ def planned(collective: str, gradient: Tensor, group: Any, site: Site) -> Plan |
         collectives.count_deferred(plan)
         return None
     return plan
-
-
-def _exactly(name: str, gradient: Tensor, group: Any) -> Tensor:
-    from megatron.core.tensor_parallel import mappings
-
-    result: Tensor = getattr(mappings, name)(gradient.contiguous(), group)
-    return result
 
 
 # ---- what takes the place of Megatron's functions ------------------------------------------------------------------

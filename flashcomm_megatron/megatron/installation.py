@@ -11,7 +11,7 @@ from functools import partial
 
 from packaging.version import Version
 
-from ..config import check_environment, is_disabled
+from ..config import Config, check_environment, current, is_disabled, set_current
 from ..observe import messages
 from . import coverage, feedback, patching, seams, training_log, transformer_engine
 from .patching import PatchError, Seam
@@ -53,6 +53,17 @@ def install(experts: bool = False, why: str = "") -> None:
         when_imported(seam.module, partial(_count, seam))
     training_log.install()
     coverage.start(f"{len(found)} names patched in megatron-core {version}{why}")
+
+
+def switch_on(config: Config, why: str = "") -> None:
+    """Put ``config`` in force and install; where that fails, what was in force before is again."""
+    before = current()
+    set_current(config)
+    try:
+        install(config.experts, why)
+    except Exception:
+        set_current(before)
+        raise
 
 
 def uninstall() -> None:

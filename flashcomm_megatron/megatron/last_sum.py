@@ -13,7 +13,6 @@ ordinary one. So the answer follows from the modules and the order in which they
 
 from __future__ import annotations
 
-from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 from torch import nn
@@ -41,12 +40,7 @@ def entered(layer: nn.Module) -> None:
     _entered.add(layer)
     number, config = getattr(layer, "layer_number", None), getattr(layer, "config", None)
     if number is not None and number == getattr(config, "num_layers", None):
-        row = _last_row(layer, getattr(config, "hidden_size", None))
-        if row is not None:
-            _depths.setdefault(row, int(number))
-
-
-def _last_row(layer: nn.Module, width: Any) -> nn.Module | None:
-    """The row-parallel layer of a transformer layer that adds to the stream last; no low-rank adapter beside it."""
-    rows = [each for each in layer.modules() if model.communicates_as_row(each) and model.output_width(each) == width]
-    return rows[-1] if rows else None
+        width = getattr(config, "hidden_size", None)  # low-rank adapters beside a layer have another
+        rows = [row for row in layer.modules() if model.communicates_as_row(row) and model.output_width(row) == width]
+        if rows:
+            _depths.setdefault(rows[-1], int(number))

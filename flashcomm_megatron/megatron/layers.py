@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from . import context, differentiable, feedback, model
-from .patching import Function
+from .patching import Function, Replace
 
 
 def row_forward(original: Function) -> Function:
@@ -35,28 +35,21 @@ def column_forward(original: Function) -> Function:
     return forward
 
 
-def all_reduce(original: Function) -> Function:
-    """Sum of a row-parallel layer."""
+def _sum(collective: str) -> Replace:
+    def replace(original: Function) -> Function:
+        def sum_of_row_layer(input_: Tensor, group: Any = None) -> Any:
+            call = differentiable.planned("row", collective, input_, group)
+            if call:
+                return differentiable.run(input_, group, call)
+            return original(differentiable.as_original_wants("row", input_), group)
 
-    def reduce_from_tensor_model_parallel_region(input_: Tensor, group: Any = None) -> Any:
-        call = differentiable.planned("row", "all_reduce", input_, group)
-        if call:
-            return differentiable.run(differentiable.AllReduce, input_, group, call)
-        return original(differentiable.as_original_wants("row", input_), group)
+        return sum_of_row_layer
 
-    return reduce_from_tensor_model_parallel_region
+    return replace
 
 
-def reduce_scatter(original: Function) -> Function:
-    """Sum of a row-parallel layer under sequence parallelism."""
-
-    def reduce_scatter_to_sequence_parallel_region(input_: Tensor, group: Any = None) -> Any:
-        call = differentiable.planned("row", "reduce_scatter", input_, group)
-        if call:
-            return differentiable.run(differentiable.ReduceScatter, input_, group, call)
-        return original(differentiable.as_original_wants("row", input_), group)
-
-    return reduce_scatter_to_sequence_parallel_region
+all_reduce = _sum("all_reduce")  # of a row-parallel layer
+reduce_scatter = _sum("reduce_scatter")  # the same under sequence parallelism
 
 
 def gather(original: Function) -> Function:
@@ -68,7 +61,7 @@ def gather(original: Function) -> Function:
         reason = None if tensor_parallel_output_grad else "argument tensor_parallel_output_grad"
         call = differentiable.planned("column", "all_gather", input_, group, reason)
         if call:
-            return differentiable.run(differentiable.AllGather, input_, group, call)
+            return differentiable.run(input_, group, call)
         return original(differentiable.as_original_wants("column", input_), tensor_parallel_output_grad, group)
 
     return gather_from_sequence_parallel_region

@@ -34,9 +34,6 @@ def adds_up(x: Tensor, output: Tensor, contributions: Sequence[Tensor]) -> bool:
     rest = output.double() - x.double() - sum(parts)
     if not bool((rest.abs() <= UNITS * unit * size).all()) or not bool(rest.norm() <= unit * size.norm()):
         return False
-    return all(abs(_multiplier(part, rest) - 1.0) <= MULTIPLIER for part in parts)
-
-
-def _multiplier(part: Tensor, rest: Tensor) -> float:
-    """What ``part`` must be multiplied with to explain ``part + rest`` best; NaN if it is zero."""
-    return float((part * (part + rest)).sum() / part.square().sum())
+    # What each part must be multiplied with to explain ``part + rest`` best; NaN, which fails, if it is zero.
+    multipliers = [float((part * (part + rest)).sum() / part.square().sum()) for part in parts]
+    return all(abs(multiplier - 1.0) <= MULTIPLIER for multiplier in multipliers)

@@ -102,8 +102,10 @@ def _way_up(layer: nn.Module) -> list[tuple[nn.Module, str]]:
         _note_all()
         way = _walk(layer)
         _tops.add(way[0][0] if way else layer)
-    megatrons = [place for place, (module, _) in enumerate(way) if _is_megatrons(module)]
-    return way[megatrons[0] :] if megatrons else way
+    for place, (module, _) in enumerate(way):
+        if any(kind.__name__ == "MegatronModule" for kind in type(module).__mro__):
+            return way[place:]
+    return way
 
 
 def _walk(layer: nn.Module) -> list[tuple[nn.Module, str]]:
@@ -127,10 +129,6 @@ def _note_all() -> None:
             hold(module, part, child)
     if _tell is not None:
         _tell(new)
-
-
-def _is_megatrons(module: nn.Module) -> bool:
-    return any(kind.__name__ == "MegatronModule" for kind in type(module).__mro__)
 
 
 def _joined(parts: list[str]) -> str:

@@ -31,6 +31,7 @@ import torch
 
 logger = logging.getLogger(__name__)
 Function = Callable[..., Any]
+Replace = Callable[[Function], Function]  # original -> replacement
 F = TypeVar("F", bound=Function)
 
 
@@ -58,7 +59,7 @@ class Seam(NamedTuple):
     module: str
     name: str
     params: tuple[str, ...]  # leading parameters the replacement relies on: the guard against drift
-    replace: Callable[[Function], Function]  # original -> replacement
+    replace: Replace
     why: str  # one sentence: who resolves this name, when
     is_layer: bool = False  # a module's forward: torch.compile breaks its graph here but still compiles the original
 
@@ -159,18 +160,6 @@ def _bind(seam: Seam) -> _Binding:
 
 def find(seam: Seam) -> tuple[Any, str, Any]:
     """The module or class that holds the name, the last part of the name, and the object bound to it."""
-    owner, attribute = _owner(seam)
-    if attribute not in vars(owner):
-        raise PatchError("it does not exist")
-    return owner, attribute, vars(owner)[attribute]
-
-
-def _function(bound: Any) -> Any:
-    return bound.__func__ if isinstance(bound, staticmethod) else bound
-
-
-def _owner(seam: Seam) -> tuple[Any, str]:
-    """The module or class that holds the name, and the last part of the name."""
     try:
         owner: Any = importlib.import_module(seam.module)
     except ImportError as error:
@@ -180,7 +169,13 @@ def _owner(seam: Seam) -> tuple[Any, str]:
         if not hasattr(owner, parent):
             raise PatchError(f"{parent} does not exist")
         owner = getattr(owner, parent)
-    return owner, attribute
+    if attribute not in vars(owner):
+        raise PatchError("it does not exist")
+    return owner, attribute, vars(owner)[attribute]
+
+
+def _function(bound: Any) -> Any:
+    return bound.__func__ if isinstance(bound, staticmethod) else bound
 
 
 # ---- whole signatures ---------------------------------------------------------------------------------------------
@@ -210,18 +205,13 @@ def fit(seam: Seam, original: Any) -> str:
             raise PatchError(f"its replacement takes {name} where the original has {other or 'nothing'}")
         if mine.default is mine.empty and other.default is not other.empty:
             raise PatchError(f"its replacement needs {name}, which the original does not")
-        if mine.default is not mine.empty and not _same(mine.default, other.default):
+        if mine.default is not mine.empty and other.default is not UNREAD and mine.default != other.default:
             raise PatchError(f"the default of {name} was {mine.default!r} and is {other.default!r}")
     left = [name for name in theirs if name not in ours]
     return f"fits; with {' or '.join(left)} the original is called" if left else "fits"
 
 
-def _same(mine: Any, other: Any) -> bool:
-    """Whether two defaults are equal; one that was read in a source as a name cannot be compared."""
-    return other is UNREAD or bool(mine == other)
-
-
-UNREAD = object()  # the default of a parameter that stands in a source as anything but a literal
+UNREAD = object()  # the default of a parameter that was read in a source and is no literal: nothing to compare with
 
 
 def _leading(original: Any, expected: tuple[str, ...]) -> Mapping[str, inspect.Parameter]:

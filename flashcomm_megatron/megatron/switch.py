@@ -25,14 +25,7 @@ def enable(config: Config | None = None, **options: Any) -> None:
         raise ValueError(f"enable() takes a Config or options, found both ({', '.join(options)}).")
     if config is not None and not isinstance(config, Config):
         raise ValueError(f"enable({config!r}): expected a Config, or options by name as in enable(bits=4).")
-    before = current()
-    wanted = config or Config(**options)
-    set_current(wanted)
-    try:
-        installation.install(experts=wanted.experts)
-    except Exception:
-        set_current(before)
-        raise
+    installation.switch_on(config or Config(**options))
 
 
 def disable() -> None:

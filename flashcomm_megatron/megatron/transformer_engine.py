@@ -22,13 +22,11 @@ operations behind ``--use-transformer-engine-op-fuser`` are no sites.
 from __future__ import annotations
 
 import threading
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import collectives
 from ..collectives.plan import exact_bytes
 from ..config import current
 from ..observe import messages
@@ -124,8 +122,7 @@ def all_reduce(original: Function) -> Function:
 
     def allreduce(inp: Any, tp_group: Any = None, async_op: bool = False) -> Any:
         inp = _contiguous(inp)
-        sent = _send(collectives.all_reduce, "row", inp, tp_group, async_op)
-        return sent or original(inp, tp_group, async_op)
+        return _send("all_reduce", inp, tp_group, async_op) or original(inp, tp_group, async_op)
 
     return allreduce
 
@@ -135,8 +132,7 @@ def reduce_scatter(original: Function) -> Function:
 
     def reduce_scatter_along_first_dim(inp: Any, tp_group: Any, async_op: bool = False) -> Any:
         inp = _contiguous(inp)
-        sent = _send(collectives.reduce_scatter, "row", inp, tp_group, async_op)
-        return sent or original(inp, tp_group, async_op)
+        return _send("reduce_scatter", inp, tp_group, async_op) or original(inp, tp_group, async_op)
 
     return reduce_scatter_along_first_dim
 
@@ -146,7 +142,7 @@ def gather(original: Function) -> Function:
 
     def gather_along_first_dim(inp: Any, process_group: Any, async_op: bool = False, quantizer: Any = None) -> Any:
         inp = _contiguous(inp)
-        sent = _send(collectives.all_gather, "column", inp, process_group, async_op, quantizer)
+        sent = _send("all_gather", inp, process_group, async_op, quantizer)
         return sent or original(inp, process_group, async_op, quantizer)
 
     return gather_along_first_dim
@@ -157,46 +153,31 @@ def _contiguous(x: Any) -> Any:
     return x.contiguous() if type(x) is Tensor and context.site() is not None else x
 
 
-def _send(
-    collective: Function, kind: str, x: Any, group: Any, async_op: bool, quantizer: Any = None
-) -> tuple[Tensor, Any] | None:
-    """What Transformer Engine's collectives return, result and handle, or None: call the original.
-
-    ``kind`` is the site at which the collective moves activations; at the other one it moves gradients.
-    """
-    site, name = context.site(), collective.__name__
+def _send(collective: str, x: Any, group: Any, async_op: bool, quantizer: Any = None) -> tuple[Tensor, Any] | None:
+    """What Transformer Engine's collectives return, result and handle, or None: call the original."""
+    site = context.site()
     if site is None or group is None:
         return None
     _running.was_asked = True
+    world = group.size()
     if quantizer is not None or type(x) is not Tensor:
         one_byte_each = torch.Size(x.size()).numel()
-        messages.deferred("FP8", exact_bytes(name, one_byte_each, group.size()), site.config)
+        messages.deferred("FP8", exact_bytes(collective, one_byte_each, world), site.config)
         return None
-    send = _activation(collective, kind, x, group) if site.kind == kind else _gradient(collective, x, group, site)
-    if send is None:
+    if site.kind == ("column" if collective == "all_gather" else "row"):  # activations
+        with torch.set_grad_enabled(_running.records_gradients):
+            call = differentiable.planned(site.kind, collective, x, group)
+    else:
+        plan = gradients.planned(collective, x, group, site)
+        call = None if plan is None else differentiable.Planned(plan)
+    if call is None:
         return None
-    out = _output(collective, x, group.size())
-    result = send(async_op=async_op, **out)
-    return (out.get("out", x), result) if async_op else (result, None)
-
-
-def _output(collective: Function, x: Tensor, world: int) -> dict[str, Tensor]:
-    """Where the result is written: into ``x`` by an all-reduce, else beside it."""
-    if collective is collectives.all_reduce:
-        return {}
-    rows = x.size(0) * world if collective is collectives.all_gather else x.size(0) // world
-    return {"out": x.new_empty(rows, *x.shape[1:])}
-
-
-def _activation(collective: Function, kind: str, x: Tensor, group: Any) -> Function | None:
-    with torch.set_grad_enabled(_running.records_gradients):
-        call = differentiable.planned(kind, collective.__name__, x, group)
-    return None if call is None else partial(differentiable.send, call, x, context.site())
-
-
-def _gradient(collective: Function, x: Tensor, group: Any, site: Site) -> Function | None:
-    plan = gradients.planned(collective.__name__, x, group, site)
-    return None if plan is None else partial(collectives.run, plan, x, site=site)
+    out = None  # an all-reduce writes its result into x, the others beside it
+    if collective != "all_reduce":
+        rows = x.size(0) * world if collective == "all_gather" else x.size(0) // world
+        out = x.new_empty(rows, *x.shape[1:])
+    result = differentiable.send(call, x, site, out, async_op)
+    return (x if out is None else out, result) if async_op else (result, None)
 
 
 def is_present() -> bool:

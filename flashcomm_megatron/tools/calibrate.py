@@ -69,7 +69,11 @@ class Recorder:
 
     def finish(self) -> None:
         """Put all ranks' ranges together and write them, on rank 0."""
-        layers = {name: self._of_all_ranks(self.ranges[name]).cpu() for name in sorted(self.ranges)}
+        layers = {}  # float32 [2, ranks, features]
+        for name in sorted(self.ranges):
+            everyone = [torch.empty_like(self.ranges[name]) for _ in range(self.group.size())]
+            dist.all_gather(everyone, self.ranges[name].contiguous(), group=self.group)
+            layers[name] = torch.stack(everyone, dim=1).cpu()
         try:
             ranges.check_finite(layers)
         except ValueError as error:  # on every rank alike
@@ -91,12 +95,6 @@ class Recorder:
         self.group = group
         self.names = {each: name for name, each in model.row_layers(layer).items()}
 
-    def _of_all_ranks(self, mine: Tensor) -> Tensor:
-        """[2, features] of every tensor-parallel rank -> [2, ranks, features]."""
-        everyone = [torch.empty_like(mine) for _ in range(self.group.size())]
-        dist.all_gather(everyone, mine.contiguous(), group=self.group)
-        return torch.stack(everyone, dim=1)
-
 
 def main(argv: list[str]) -> int:
     """Run ``calibrate SCRIPT ... --out FILE``; exit code."""
@@ -109,15 +107,19 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", required=True, metavar="FILE", help="Where to write the ranges.")
     parser.add_argument("--batches", type=int, default=BATCHES, metavar="N", help="Calls of each layer to look at.")
     options, command = parser.parse_known_args(argv)
-    problem = _problem(options, command)
-    if problem:
+    if problem := _problem(options, command):
         parser.exit(2, f"{parser.prog}: error: {problem}\n")
     recorder = Recorder(options.out, options.batches)
     try:
         set_current(Config(bits=8))  # a site needs one; whatever it says, an observed collective is exact
         installation.install()
         context.observe(recorder)
-        _run(command)
+        sys.argv, sys.path[0] = command, os.path.dirname(os.path.abspath(command[0]))
+        try:
+            runpy.run_path(command[0], run_name="__main__")
+        except SystemExit as end:
+            if end.code not in (None, 0):
+                raise
         _end(recorder)
     except PatchError as error:
         raise _refused(error) from error
@@ -138,16 +140,6 @@ def _problem(options: argparse.Namespace, command: list[str]) -> str | None:
     if is_disabled():
         return "FLASH_COMM_DISABLE is set, so no layer can be observed. Unset it."
     return None
-
-
-def _run(command: list[str]) -> None:
-    """Run the script as python would, until it ends or the recorder has seen enough."""
-    sys.argv, sys.path[0] = command, os.path.dirname(os.path.abspath(command[0]))
-    try:
-        runpy.run_path(command[0], run_name="__main__")
-    except SystemExit as end:
-        if end.code not in (None, 0):
-            raise
 
 
 def _end(recorder: Recorder) -> None:

@@ -42,9 +42,13 @@ def report() -> Report:
     try:
         with warnings.catch_warnings():  # Megatron's, about optimizers and the like
             warnings.simplefilter("ignore")
-            megatron, rows = installation.megatron_version(), _installed_seams()
+            megatron, table = installation.megatron_version(), [*installation.rows(with_tokens=True)]
+            table += [*DOORS, training_log.SEAM] if find_spec("megatron.training") else []  # the wheel has none
+            rows = patching.status(table)
     except patching.PatchError as error:
         megatron, rows = f"none ({error.__cause__})", []
+    kernels = ["peer", "host"] if native.cuda() is not None else []
+    transports = kernels + ["shared-memory"] * native.available() + ["group"]
     return Report(
         {
             "flashcomm_megatron": __version__,
@@ -53,7 +57,7 @@ def report() -> Report:
             "megatron-core": megatron,
             "codec": native.describe(),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-            "transports": ", ".join(_transports()),
+            "transports": ", ".join(transports),
             "environment": ", ".join(f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ)
             or "no FLASH_COMM_* variable set",
             "minimum sizes": _least(),
@@ -144,21 +148,8 @@ def _least() -> str:
     return f"{config.thresholds}{''.join(rows)}\n  all others: {defaults}"
 
 
-def _transports() -> list[str]:
-    """What this build can use: kernels between GPUs, memory that CPU ranks share, the process group."""
-    kernels = ["peer", "host"] if native.cuda() is not None else []
-    return kernels + ["shared-memory"] * native.available() + ["group"]
-
-
 def _feedback() -> str:
     """Whether residual feedback is on, and how many compressed sums had it, or had not and why."""
     config, counted = current(), counters.stats()["feedback"]
     state = f"{config.feedback}: " if config else ""
     return state + (", ".join(f"{n} x {what}" for what, n in counted.items()) or "no sum so far")
-
-
-def _installed_seams() -> list[tuple[str, str]]:
-    """State of every row, the doors of arguments and log among them: the wheel comes without megatron.training."""
-    rows = [*installation.rows(with_tokens=True)]
-    rows += [*DOORS, training_log.SEAM] if find_spec("megatron.training") else []
-    return patching.status(rows)

@@ -72,14 +72,18 @@ def main(argv: list[str]) -> int:
     if options.tune is not None and (reason := minimum_size.unwritable(options.tune)):
         refuse(f"--tune {options.tune}: {reason}")
     if not dist.is_initialized():
-        _join()
+        cuda = torch.cuda.is_available()
+        if cuda:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        dist.init_process_group("nccl" if cuda else "gloo")
     if dist.get_world_size() == 1:
         refuse("one rank sends nothing: torchrun --nproc-per-node 2 or more")
     rows: dict[Case, int] = {}
     for kind, dtype, bits in itertools.product(KINDS, options.dtype, options.bits):
         case = Case(kind, dtype, bits, options.recipe)
-        rows[case] = threshold(measure(case))
-        _say(f"{kind:15} {dtype:9} {bits} bits  {_text(rows[case])}")
+        rows[case] = threshold([measure(case, nbytes) for nbytes in SIZES])
+        result = "never faster here" if rows[case] == minimum_size.NEVER else f"from {rows[case]} bytes on"
+        _say(f"{kind:15} {dtype:9} {bits} bits  {result}")
     if options.tune is not None:
         if dist.get_rank() == 0:
             group = dist.group.WORLD
@@ -100,17 +104,10 @@ def threshold(timings: Sequence[Timing]) -> int:
     return min(larger, default=minimum_size.NEVER)
 
 
-def measure(case: Case) -> list[Timing]:
-    """All sizes of one case."""
-    dtype = getattr(torch, case.dtype)
-    return [
-        _time(case.collective, nbytes, dtype, Config(bits=case.bits, recipe=case.recipe, min_bytes=0))
-        for nbytes in SIZES
-    ]
-
-
-def _time(kind: str, nbytes: int, dtype: torch.dtype, config: Config) -> Timing:
-    calls = _calls(kind, nbytes // dtype.itemsize, dtype, config)
+def measure(case: Case, nbytes: int) -> Timing:
+    """One case at one size."""
+    dtype, config = getattr(torch, case.dtype), Config(bits=case.bits, recipe=case.recipe, min_bytes=0)
+    calls = _calls(case.collective, nbytes // dtype.itemsize, dtype, config)
     times: list[list[float]] = [[], []]
     for call in calls:
         call()
@@ -153,13 +150,6 @@ def _slowest(call: Callable[[], object]) -> float:
     return float(taken)
 
 
-def _join() -> None:
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("nccl" if cuda else "gloo")
-
-
 def _device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
@@ -167,10 +157,6 @@ def _device() -> torch.device:
 def _finish() -> None:
     if dist.get_backend() == "nccl":
         torch.cuda.synchronize()
-
-
-def _text(nbytes: int) -> str:
-    return "never faster here" if nbytes == minimum_size.NEVER else f"from {nbytes} bytes on"
 
 
 def _say(line: str) -> None:

@@ -58,16 +58,14 @@ from ..base import Codec
 from ..planes import (
     extremes,
     from_blocks,
-    from_octets,
     in_blocks,
-    in_octets,
-    join_planes,
     join_sections,
-    of_block,
+    of_each_value,
+    pack,
     plane_bytes,
     rows_of,
-    split_planes,
     split_sections,
+    unpack,
 )
 
 BLOCKS = (8, 16, 32)
@@ -141,28 +139,26 @@ class Microscaling(Codec):
             raise ValueError(f"block={self.block}: choose 8, 16 or 32 for microscaling.")
 
     def section_bytes(self, numel: int, width: int | None = None) -> list[int]:
-        """Unpadded length in bytes of every section of a payload of ``numel`` values in rows of ``width``."""
         rows, row = rows_of(numel, width)
         octets = rows * math.ceil(row / 8)
         return [*plane_bytes(8 * octets, ELEMENTS[self.element].bits), rows * math.ceil(row / self.block)]
 
     def encode_ref(self, x: Tensor, width: int | None = None) -> Tensor:
-        """Payload of a contiguous, non-empty 1-D floating tensor."""
         row = rows_of(x.numel(), width)[1]
         element, blocks = ELEMENTS[self.element], in_blocks(x, self.block, row)
         low, high, finite = extremes(blocks)
-        scale = (_exponent(torch.maximum(low.abs(), high.abs())) - element.emax).clamp(-SCALE_BIAS, SCALE_BIAS)
+        exponent = (torch.maximum(low.abs(), high.abs()).view(torch.int32) >> 23) - 127  # -127: zero or subnormal
+        scale = (exponent - element.emax).clamp(-SCALE_BIAS, SCALE_BIAS)
         values = torch.where(finite[:, None], blocks.float(), 0.0)
         codes = element.codes(_times_power_of_two(values, -scale[:, None]))
         scales = torch.where(finite, scale + SCALE_BIAS, NAN_SCALE).to(torch.uint8)
-        return join_sections([*split_planes(in_octets(from_blocks(codes, row), row), element.bits), scales])
+        return join_sections([*pack(codes, row, element.bits), scales])
 
     def decode_ref(self, payload: Tensor, numel: int, width: int | None = None) -> Tensor:
-        """float32 values [numel] of one payload, ``numel`` > 0."""
         element, row = ELEMENTS[self.element], rows_of(numel, width)[1]
         *planes, scales = split_sections(payload, self.section_bytes(numel, width))
-        codes = in_blocks(from_octets(join_planes(planes, element.bits), row), self.block, row).int()
-        elements = element.table.to(payload.device)[codes]
+        codes = unpack(planes, element.bits, self.block, row)
+        elements = element.table.to(payload.device)[codes.int()]
         scale = scales.int()[:, None]
         values = _times_power_of_two(elements, scale - SCALE_BIAS)
         return from_blocks(torch.where(scale == NAN_SCALE, math.nan, values), row)
@@ -172,7 +168,7 @@ class Microscaling(Codec):
         element = ELEMENTS[self.element]
         beyond = 2.0 ** (element.emax + 1) - element.largest  # where the next scale begins
         scale = split_sections(payload, self.section_bytes(numel, width))[-1].int() - SCALE_BIAS
-        unit = from_blocks(of_block(_power_of_two(scale), self.block), rows_of(numel, width)[1])
+        unit = of_each_value(_power_of_two(scale), self.block, rows_of(numel, width)[1])
         is_largest = self.decode_ref(payload, numel, width).abs() == element.largest * unit
         return torch.where(is_largest, beyond, 2.0 ** (max(element.emin, element.emax) - element.mantissa - 1)) * unit
 
@@ -195,11 +191,6 @@ def _positive(element: Element, code: int) -> float:
     if value <= element.largest:
         return value
     return math.inf if fraction == 0 else math.nan
-
-
-def _exponent(x: Tensor) -> Tensor:
-    """floor(log2(x)) of positive float32, int32; -127 for zero and subnormal numbers, whose scale is the smallest."""
-    return (x.view(torch.int32) >> 23) - 127
 
 
 def _power_of_two(exponent: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -151,24 +151,11 @@ class Uncalibrated(Codec):
 
     block = 8
 
-    def section_bytes(self, numel: int, width: int | None = None) -> NoReturn:
-        """ValueError."""
-        self._refuse()
-
-    def encode_ref(self, x: Tensor, width: int | None = None) -> NoReturn:
-        """ValueError."""
-        self._refuse()
-
-    def decode_ref(self, payload: Tensor, numel: int, width: int | None = None) -> NoReturn:
-        """ValueError."""
-        self._refuse()
-
-    def bounds_ref(self, payload: Tensor, numel: int, width: int | None = None) -> NoReturn:
-        """ValueError."""
-        self._refuse()
-
-    def _refuse(self) -> NoReturn:
+    def section_bytes(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """ValueError, as the methods below."""
         raise ValueError("recipe outlier encodes at calibrated sites only, the row-parallel layers of a running model.")
+
+    encode_ref = decode_ref = bounds_ref = section_bytes
 
 
 def from_ranges(low: Tensor, high: Tensor, rank: int) -> Outlier:

@@ -77,9 +77,8 @@ def _run(options: argparse.Namespace) -> int:
     unknown = [name for name in recipes if name not in NAMES]
     if unknown:
         raise ValueError(f"--recipe {unknown[0]}: choose all or some of {', '.join(NAMES)}.")
-    varying = ("tp", "bits", "recipe", "block", "algorithm", "out")
-    settings = {key: value for key, value in vars(options).items() if key not in varying}
-    settings |= {key: Path(settings[key]).name for key in ("model", "text")}
+    settings = {key: getattr(options, key) for key in ("sequences", "length", "prompts", "generate", "sites")}
+    settings |= {key: Path(getattr(options, key)).name for key in ("model", "text")}
     results = sweep.Results(options.out, settings)
     model = Llama(options.model)
     worlds = _worlds(options.tp, model)

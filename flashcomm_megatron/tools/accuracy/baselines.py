@@ -18,17 +18,7 @@ import torch
 from torch import Tensor
 
 from ...codec.base import Codec
-from ...codec.planes import (
-    from_blocks,
-    from_octets,
-    in_octets,
-    join_planes,
-    join_sections,
-    plane_bytes,
-    rows_of,
-    split_planes,
-    split_sections,
-)
+from ...codec.planes import from_blocks, join_sections, pack, plane_bytes, rows_of, split_sections, unpack
 
 
 class Baseline(NamedTuple):
@@ -57,14 +47,12 @@ class Symmetric(Codec):
         scale = (largest / lowest).half().float()
         scaled = torch.where(scale == 0, 0.0, blocks / torch.where(scale == 0, 1.0, scale))
         codes = (scaled.round().clamp(lowest, -lowest - 1) - lowest).to(torch.uint8)
-        planes = split_planes(in_octets(from_blocks(codes, row), row), self.bits)
-        return join_sections([*planes, scale.half().flatten().view(torch.uint8)])
+        return join_sections([*pack(codes, row, self.bits), scale.half().flatten().view(torch.uint8)])
 
     def decode_ref(self, payload: Tensor, numel: int, width: int | None = None) -> Tensor:
         row = rows_of(numel, width)[1]
         *planes, scales = split_sections(payload, self.section_bytes(numel, width))
-        codes = from_octets(join_planes(planes, self.bits), row)
-        numbers = _blocks(codes, self.block, row) - (1 << (self.bits - 1))
+        numbers = unpack(planes, self.bits, self.block, row).float() - (1 << (self.bits - 1))
         return from_blocks(numbers * scales.clone().view(torch.float16).float()[:, None], row)
 
 

@@ -6,6 +6,7 @@ every row-parallel layer the list of partial sums that the ranks would hold. Who
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 from collections.abc import Callable
@@ -43,7 +44,10 @@ class Llama:
         self.kv_heads = int(self.config.get("num_key_value_heads", self.heads))
         self.width = int(self.config.get("head_dim") or self.config["hidden_size"] // self.heads)
         self.context = int(self.config["max_position_embeddings"])
-        self.theta = _theta(self.config)
+        rope = self.config.get("rope_parameters") or {}
+        if rope.get("rope_type", "default") != "default":
+            raise ValueError(f"--model: rotary embedding of type {rope['rope_type']}; only default is known.")
+        self.theta = float(rope.get("rope_theta") or self.config.get("rope_theta", 10000.0))
         self.rotations = _rotations(self.width, 0, self.theta)
 
     @property
@@ -71,7 +75,8 @@ class Llama:
     def _attention(self, layer: int, hidden: Tensor, cache: Cache | None) -> Tensor:
         """Attention before its output projection."""
         x, name = self._norm(hidden, f"layers.{layer}.input_layernorm"), f"layers.{layer}.self_attn"
-        query, key, value = (self._heads(linear(x, self.weights[f"{name}.{each}_proj.weight"])) for each in "qkv")
+        projected = (linear(x, self.weights[f"{name}.{each}_proj.weight"]) for each in "qkv")
+        query, key, value = (each.view(*each.shape[:2], -1, self.width).transpose(1, 2) for each in projected)
         start = cache[layer][0].size(2) if cache and layer in cache else 0
         query, key = self._rotate(query, start), self._rotate(key, start)
         if cache is not None:
@@ -86,9 +91,6 @@ class Llama:
         x, name = self._norm(hidden, f"layers.{layer}.post_attention_layernorm"), f"layers.{layer}.mlp"
         gate, up = (linear(x, self.weights[f"{name}.{each}_proj.weight"]) for each in ("gate", "up"))
         return silu(gate) * up
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.view(*x.shape[:2], -1, self.width).transpose(1, 2)
 
     def _rotate(self, x: Tensor, start: int) -> Tensor:
         """Rotary embedding, half-split, of [batch, heads, tokens, width] whose first token stands at ``start``."""
@@ -126,13 +128,6 @@ def windows(folder: str, text: str, model: Llama, length: int, count: int) -> Te
     return torch.tensor(rows[:count])
 
 
-def _theta(config: dict[str, Any]) -> float:
-    parameters = config.get("rope_parameters") or {}
-    if parameters.get("rope_type", "default") != "default":
-        raise ValueError(f"--model: rotary embedding of type {parameters['rope_type']}; only default is known.")
-    return float(parameters.get("rope_theta") or config.get("rope_theta", 10000.0))
-
-
 def _rotations(width: int, length: int, theta: float) -> tuple[Tensor, Tensor]:
     frequencies = theta ** -(torch.arange(0, width, 2).float() / width)
     angles = torch.outer(torch.arange(length).float(), frequencies).repeat(1, 2)
@@ -140,8 +135,6 @@ def _rotations(width: int, length: int, theta: float) -> tuple[Tensor, Tensor]:
 
 
 def _needs(module: str) -> Any:
-    import importlib
-
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from .score import Score
 
@@ -14,10 +13,7 @@ LEAST = 1e-5  # rises at or below, negative ones among them, are drawn here
 def draw(scores: Iterable[Score], path: Path) -> bool:
     """Write the plot; False if matplotlib is missing."""
     try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
+        from matplotlib.figure import Figure
     except ModuleNotFoundError:
         return False
     worlds: dict[int, list[Score]] = {}
@@ -26,13 +22,17 @@ def draw(scores: Iterable[Score], path: Path) -> bool:
             worlds.setdefault(score.tp, []).append(score)
     if not worlds:
         return True
-    figure, axes = plt.subplots(1, len(worlds), figsize=(5 * len(worlds), 4.5), sharey=True, squeeze=False)
-    for axis, (world, rows) in zip(axes[0], sorted(worlds.items()), strict=True):
-        _panel(axis, world, rows)
-    axes[0][0].set_ylabel("relative rise of perplexity")
-    figure.tight_layout()
+    figure = Figure(figsize=(5 * len(worlds), 4.5), layout="tight")
+    axes = figure.subplots(1, len(worlds), sharey=True, squeeze=False)[0]
+    for axis, (world, rows) in zip(axes, sorted(worlds.items()), strict=True):
+        for recipe in dict.fromkeys(row.recipe for row in rows):
+            axis.plot(*_points([row for row in rows if row.recipe == recipe]), "o", label=recipe)
+        axis.plot(*_points(front(rows)), "k--", lw=1, label="front")
+        axis.set(title=f"TP{world}", xlabel="bits per value on the wire", yscale="log")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="small")
+    axes[0].set_ylabel("relative rise of perplexity")
     figure.savefig(path, dpi=120)
-    plt.close(figure)
     return True
 
 
@@ -45,12 +45,5 @@ def front(scores: list[Score]) -> list[Score]:
     return best
 
 
-def _panel(axis: Any, world: int, scores: list[Score]) -> None:
-    for recipe in dict.fromkeys(score.recipe for score in scores):
-        rows = sorted((score for score in scores if score.recipe == recipe), key=lambda each: each.wire_bits)
-        axis.plot([each.wire_bits for each in rows], [max(each.rise, LEAST) for each in rows], "o", label=recipe)
-    best = front(scores)
-    axis.plot([each.wire_bits for each in best], [max(each.rise, LEAST) for each in best], "k--", lw=1, label="front")
-    axis.set(title=f"TP{world}", xlabel="bits per value on the wire", yscale="log")
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize="small")
+def _points(scores: list[Score]) -> tuple[list[float], list[float]]:
+    return [score.wire_bits for score in scores], [max(score.rise, LEAST) for score in scores]

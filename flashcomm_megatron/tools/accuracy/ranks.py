@@ -33,8 +33,7 @@ def exact(site: str, parts: list[Tensor]) -> Tensor:
 
 
 class Recorder:
-    """Exact sums that note what the partial sums range over, by moving averages over batches: the calibration of recipe
-    ``outlier``."""
+    """Exact sums that note what the partial sums range over, as calibrate.py does for recipe ``outlier``."""
 
     def __init__(self) -> None:
         self.ranges: Ranges = {}

@@ -67,9 +67,7 @@ class Score:
     bits: int
     tp: int
     block: int
-    wire_bits: (
-        float  # per value, all included: mean of both legs, times tp / 2 for one-step, which sends that much more
-    )
+    wire_bits: float  # a value, all included: mean of both legs; of one-step, which sends more, that times tp / 2
     perplexity: float
     rise: float  # of perplexity over the exact model's, relative
     agreement: float  # share of tokens whose most likely successor is the exact model's
@@ -105,15 +103,16 @@ class Bench:
         """How many forwards :meth:`run` still takes."""
         each = 1 + (len(self.model.sites) if with_sites else 0)
         left = sum(math.ceil((len(self.windows) - len(tally.loss)) / self.batch) * each for _, tally in todo)
-        return left + math.ceil((len(self.windows) - min(len(t.loss) for t in self._tallies(todo))) / self.batch)
+        return left + math.ceil((len(self.windows) - self._first(todo)) / self.batch)
 
-    def _tallies(self, todo: Sequence[tuple[Method, Tally]]) -> list[Tally]:
-        return [self.exact, *(tally for _, tally in todo)]
+    def _first(self, todo: Sequence[tuple[Method, Tally]]) -> int:
+        """The first window that the exact model or some method has not read."""
+        return min(len(tally.loss) for tally in (self.exact, *(tally for _, tally in todo)))
 
     @torch.no_grad()
     def run(self, todo: Sequence[tuple[Method, Tally]], with_sites: bool) -> Iterator[int]:
         """Read what is left of the text with the exact model and every method; yields how many forwards it made."""
-        first = min(len(tally.loss) for tally in self._tallies(todo))
+        first = self._first(todo)
         while first < len(self.windows):
             batch = self.windows[first : first + self.batch]
             reference = self.model(batch, 1, exact)[:, :-1]
@@ -136,10 +135,14 @@ class Bench:
         return self.model(batch, ranks.world, ranks)[:, :-1]
 
     def _ranks(self, method: Method, sites: set[str] | None = None) -> Compressed:
-        ranges = self._calibrated(method.world) if RECIPES[method.config.recipe].calibrated else {}
-        return Compressed(
-            method.config, method.world, ranges, method.has_feedback, sites, method.legs, self.model.layers
-        )
+        config, world, layers = method.config, method.world, self.model.layers
+        if RECIPES[config.recipe].calibrated and world not in self._ranges:
+            recorder = Recorder()
+            with torch.no_grad():
+                for window in torch.split(self.windows, 1):  # each a batch of its own
+                    self.model(window, world, recorder)
+            self._ranges[world] = recorder.ranges
+        return Compressed(config, world, self._ranges.get(world, {}), method.has_feedback, sites, method.legs, layers)
 
     # ---- scores --------------------------------------------------------------------------------------------------
 
@@ -161,7 +164,7 @@ class Bench:
         count, config = self._predicted, method.config
         excess = [(sum(a) - sum(b)) / count for a, b in zip(tally.loss, self.exact.loss, strict=True)]
         rise, error = math.expm1(statistics.fmean(excess)), _error(excess)
-        legs = method.legs or config.legs
+        legs, exact_loss = method.legs or config.legs, sum(map(sum, self.exact.loss))
         return Score(
             recipe=method.recipe,
             bits=config.bits,
@@ -173,10 +176,13 @@ class Bench:
             agreement=statistics.fmean(tally.agreed) / count,
             kl=statistics.fmean(tally.kl) / count,
             rise_by_quarter=self._rise_by_quarter(tally),
-            diverged_after=_common_prefix(agreed),
-            agreement_by_quarter=_means(agreed),
+            diverged_after=agreed.long().cumprod(1).sum(1).float().mean().item(),  # the leading True of each row
+            agreement_by_quarter=[p.float().mean().item() for p in agreed.tensor_split(QUARTERS, 1) if p.numel()],
             decibels={s: 10 * math.log10(tally.sent[s] / lost) for s, lost in tally.lost.items() if lost},
-            rise_by_site={site: self._site_rise(losses) for site, losses in tally.site_loss.items()},
+            rise_by_site={
+                site: math.expm1((sum(losses) - exact_loss) / (count * len(losses)))
+                for site, losses in tally.site_loss.items()
+            },
             rise_error=None if error is None else (1 + rise) * error,
             agreement_error=_error([agreed / count for agreed in tally.agreed]),
             kl_error=_error([kl / count for kl in tally.kl]),
@@ -189,10 +195,6 @@ class Bench:
             for quarter in range(QUARTERS)
         ]
         return [math.expm1(each / max(size * len(tally.loss), 1)) for each, size in zip(sums, sizes, strict=True)]
-
-    def _site_rise(self, losses: list[float]) -> float:
-        excess = sum(losses) - sum(map(sum, self.exact.loss))
-        return math.expm1(excess / (self._predicted * len(losses)))
 
     # ---- generation ----------------------------------------------------------------------------------------------
 
@@ -222,16 +224,6 @@ class Bench:
             out.append(predicted == tokens[:, 0])
         return torch.stack(out, 1) if out else torch.ones(len(self.prompts), 0, dtype=torch.bool)
 
-    def _calibrated(self, world: int) -> Ranges:
-        """Ranges of the partial sums over all windows, each a batch of its own."""
-        if world not in self._ranges:
-            recorder = Recorder()
-            with torch.no_grad():
-                for window in torch.split(self.windows, 1):
-                    self.model(window, world, recorder)
-            self._ranges[world] = recorder.ranges
-        return self._ranges[world]
-
 
 def _losses(logits: Tensor, batch: Tensor) -> list[list[float]]:
     """Nats of each quarter of every window."""
@@ -260,13 +252,3 @@ def _note(ranks: Compressed, tally: Tally) -> None:
 def _error(values: Sequence[float]) -> float | None:
     """Standard error of their mean."""
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-
-
-def _means(agreed: Tensor) -> list[float]:
-    """Share of True in each quarter of bool [rows, steps]."""
-    return [part.float().mean().item() for part in agreed.tensor_split(QUARTERS, 1) if part.numel()]
-
-
-def _common_prefix(agreed: Tensor) -> float:
-    """Mean number of leading True of bool [rows, steps]."""
-    return agreed.long().cumprod(1).sum(1).float().mean().item()

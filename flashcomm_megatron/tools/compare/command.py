@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from .runs import CannotRead, Run, read
+from .runs import CannotRead, Run, names, read
 
 EXPLAIN = (
     "A RUN is a JSON-lines file, the folder of a local W&B run, or a W&B run path (entity/project/run). "
@@ -38,51 +40,34 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m flashcomm_megatron compare", description="Compare training runs.", epilog=EXPLAIN
     )
-    parser.add_argument(
-        "runs", nargs="+", metavar="RUN", help="A run; the first is the baseline unless told otherwise."
-    )
-    parser.add_argument("--baseline", metavar="RUN", help="The run that differences are taken to.")
-    parser.add_argument("--loss", metavar="NAME", help="The scalar to compare. Default: the training loss.")
-    parser.add_argument(
-        "--out", metavar="FILE", type=Path, default=Path("compare.html"), help="The page. Default: %(default)s"
-    )
-    parser.add_argument(
-        "--png", action="store_true", help="Also write each figure as FILE's name with -loss.png and so on."
-    )
-    parser.add_argument(
-        "--wandb", metavar="PROJECT", help="Also save a workspace in this W&B project (entity/project)."
-    )
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="RUN", help="A run; the first is the baseline unless told otherwise.")
+    add("--baseline", metavar="RUN", help="The run that differences are taken to.")
+    add("--loss", metavar="NAME", help="The scalar to compare. Default: the training loss.")
+    add("--out", metavar="FILE", type=Path, default=Path("compare.html"), help="The page. Default: %(default)s")
+    add("--png", action="store_true", help="Also write each figure as FILE's name with -loss.png and so on.")
+    add("--wandb", metavar="PROJECT", help="Also save a workspace in this W&B project (entity/project).")
     return parser
 
 
 def _read_all(sources: Sequence[str]) -> tuple[dict[str, Run], list[str]]:
-    """Runs by source, in order; a sentence for each that cannot be read."""
+    """Runs by source, in order, those of one name called by their sources; a sentence for each that cannot be read."""
     runs, notes = {}, []
     for source in dict.fromkeys(sources):
         try:
             runs[source] = read(source)
         except CannotRead as error:
             notes.append(str(error))
-    return _distinct(runs), notes
-
-
-def _distinct(runs: dict[str, Run]) -> dict[str, Run]:
-    """Runs of one name are called by their sources instead."""
-    names = [run.name for run in runs.values()]
-    return {
-        source: run if names.count(run.name) == 1 else Run(source, run.source, run.settings, run.rows, run.notes)
-        for source, run in runs.items()
-    }
+    count = Counter(run.name for run in runs.values())
+    return {source: replace(run, name=source) if count[run.name] > 1 else run for source, run in runs.items()}, notes
 
 
 def _baseline(wanted: str | None, sources: Sequence[str], runs: dict[str, Run], notes: list[str]) -> Run | None:
     """The baseline, read and added if it is none of the runs; None, with a note, if there is none."""
     source = wanted or sources[0]
-    if source in runs:
-        return runs[source]
-    named = [run for run in runs.values() if run.name == source]
-    if named:
-        return named[0]
+    found = runs.get(source) or next((run for run in runs.values() if run.name == source), None)
+    if found is not None:
+        return found
     if wanted is not None and wanted not in sources:
         try:
             runs[wanted] = read(wanted)
@@ -120,8 +105,8 @@ def _write(runs: Sequence[Run], baseline: Run | None, options: argparse.Namespac
     except ImportError as error:
         raise CannotRead(f"figures need matplotlib ({error}). Run pip install 'flashcomm_megatron[plots]'.") from error
     loss = options.loss or table.loss_name(runs)
-    if not any(loss in run.names() for run in runs):
-        known = sorted({name for run in runs for name in run.names()})
+    known = names(runs)
+    if loss not in known:
         notes.append(
             f"No run logged a loss{f' {loss!r}' if loss else ''}: name a scalar with --loss, from {', '.join(known)}."
         )

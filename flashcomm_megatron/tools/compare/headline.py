@@ -39,16 +39,12 @@ def _gains(run: Run, what: Comparison) -> Gains:
     loss = difference(final_loss(what.loss), run, what) if what.loss else None
     if what.loss and not math.isfinite(final_loss(what.loss)(run, common_step(what.runs)) or 0):
         loss = math.nan
-    slower = difference(speed, run, what)
-    return Gains(run, _fewer_bytes(run, what), loss, None if slower is None else 1 + slower)
-
-
-def _fewer_bytes(run: Run, what: Comparison) -> float | None:
-    """Beside the baseline, or beside what an exact run would have sent if the baseline counted no bytes."""
-    more = difference(last(f"{OURS}wire-bytes"), run, what)
+    slower, more = difference(speed, run, what), difference(last(f"{OURS}wire-bytes"), run, what)
     if more is not None and more > -1:
-        return 1 / (1 + more)
-    return last(f"{OURS}compression")(run, common_step(what.runs))
+        fewer: float | None = 1 / (1 + more)
+    else:  # the baseline counted no bytes: beside what an exact run would have sent
+        fewer = last(f"{OURS}compression")(run, common_step(what.runs))
+    return Gains(run, fewer, loss, None if slower is None else 1 + slower)
 
 
 # ---- words ---------------------------------------------------------------------------------------------------------
@@ -59,7 +55,7 @@ def _one(gains: Gains, what: Comparison) -> str:
     if gains.fewer_bytes is not None:
         said.append(_times(gains.fewer_bytes, "fewer bytes", "more bytes", "as many bytes"))
     if gains.loss is not None:
-        said.append(_loss(gains.loss))
+        said.append("loss is not finite" if math.isnan(gains.loss) else f"loss {100 * gains.loss:+.2f} %")
     if gains.faster is not None:
         said.append(f"steps {_times(gains.faster, 'faster', 'slower', 'as fast')}")
     early = f" (until step {last_step(gains.run):.0f}, where it ended)" if gains.run in ended_early(what.runs) else ""
@@ -71,10 +67,6 @@ def _times(ratio: float, more: str, less: str, same: str) -> str:
     if abs(ratio - 1) < SAME:
         return same
     return f"{ratio:.1f}x {more}" if ratio > 1 else f"{1 / ratio:.1f}x {less}"
-
-
-def _loss(difference: float) -> str:
-    return "loss is not finite" if math.isnan(difference) else f"loss {100 * difference:+.2f} %"
 
 
 def _several(found: Sequence[Gains], what: Comparison) -> str:

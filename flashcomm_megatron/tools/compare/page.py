@@ -112,10 +112,8 @@ def number(value: float | None) -> str:
 
 
 def _settings(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    names = list(dict.fromkeys(name for run in runs for name in run.settings))
-    rows = [(name, [run.settings.get(name) for run in runs]) for name in names]
-    return [
-        (name, ["\u2013" if value is None else escape(str(value)) for value in values])
-        for name, values in rows
-        if any(value is not None for value in values)
-    ]
+    """A column for each setting that some run has."""
+    names = dict.fromkeys(name for run in runs for name, value in run.settings.items() if value is not None)
+    values = [[run.settings.get(name) for run in runs] for name in names]
+    cells = [["\u2013" if value is None else escape(str(value)) for value in column] for column in values]
+    return list(zip(names, cells, strict=True))

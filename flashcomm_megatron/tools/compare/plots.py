@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from .runs import OURS, Run
+from .runs import OURS, Run, names
 from .table import GIB, Comparison, site, throughput
 
 SIZE = (4.6, 3.2)  # inches at 72 points each
@@ -56,10 +56,8 @@ def _curves(axis: Any, runs: Sequence[Run], points: Callable[[Run], tuple[list[f
     for index, run in enumerate(runs):
         x, y = points(run)
         if x:
-            look, few = style(index), len(x) < 3
-            axis.plot(
-                x, y, look.dash, color=look.colour, linewidth=1.3, marker="o" if few else None, label=short(run.name)
-            )
+            look, marker = style(index), "o" if len(x) < 3 else None
+            axis.plot(x, y, look.dash, color=look.colour, linewidth=1.3, marker=marker, label=short(run.name))
             drawn += 1
     return drawn
 
@@ -85,10 +83,9 @@ def _loss_difference(axis: Any, what: Comparison) -> int:
     base = dict(zip(*what.baseline.series(str(what.loss)), strict=True))
 
     def points(run: Run) -> tuple[list[float], list[float]]:
-        shared = [
-            (step, value - base[step]) for step, value in zip(*run.series(str(what.loss)), strict=True) if step in base
-        ]
-        return [step for step, _ in shared], [difference for _, difference in shared]
+        series = dict(zip(*run.series(str(what.loss)), strict=True))
+        shared = [step for step in series if step in base]
+        return shared, [series[step] - base[step] for step in shared]
 
     axis.set(xlabel="step", ylabel=f"difference of {loss_label(what)}")
     return _curves(axis, what.runs, points)
@@ -104,34 +101,30 @@ def _loss_by_bytes(axis: Any, what: Comparison) -> int:
 
 
 def _throughput(axis: Any, what: Comparison) -> int:
-    axis.set(xlabel="step", ylabel="throughput (steps a second)")
     drawn = _curves(axis, what.runs, throughput)
-    axis.set_ylim(bottom=0)
+    axis.set(xlabel="step", ylabel="throughput (steps a second)", ylim=(0, None))
     return drawn
 
 
 def _compression(axis: Any, what: Comparison) -> int:
-    axis.set(xlabel="step", ylabel="compression (exact bytes / sent bytes)")
     drawn = _curves(axis, what.runs, lambda run: run.series(f"{OURS}compression"))
-    axis.set_ylim(bottom=0)
+    axis.set(xlabel="step", ylabel="compression (exact bytes / sent bytes)", ylim=(0, None))
     return drawn
 
 
 def _errors(axis: Any, what: Comparison) -> int:
     """Bars: a group for each site, the mean over the run; a whisker from the smallest to the largest line."""
-    names = sorted({name for run in what.runs for name in run.names(f"{OURS}rel-error/")})
-    shown = [(index, run) for index, run in enumerate(what.runs) if run.names(f"{OURS}rel-error/")]
+    sites = names(what.runs, f"{OURS}rel-error/")
+    shown = [(index, run) for index, run in enumerate(what.runs) if names([run], f"{OURS}rel-error/")]
     for place, (index, run) in enumerate(shown):
-        for column, name in enumerate(names):
+        for column, name in enumerate(sites):
             _, values = run.series(name)
             if values:
-                x, mean = column + (place + 0.5) / len(shown) * 0.8 - 0.4, fmean(values)
-                axis.bar(
-                    x, mean, 0.7 / len(shown), color=style(index).colour, label=None if column else short(run.name)
-                )
+                x, label = column + (place + 0.5) / len(shown) * 0.8 - 0.4, None if column else short(run.name)
+                axis.bar(x, fmean(values), 0.7 / len(shown), color=style(index).colour, label=label)
                 axis.vlines(x, min(values), max(values), color="grey", linewidth=1)
     axis.set(xlabel="kind of layer", ylabel="error of one rounding (norm / norm)")
-    axis.set_xticks(range(len(names)), [site(name).replace("-", "\n") for name in names])
+    axis.set_xticks(range(len(sites)), [site(name).replace("-", "\n") for name in sites])
     return len(shown)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 OURS = "flash-comm/"
 TOTALS = ("wire-bytes", "exact-bytes", "quantized-calls", "deferred-calls", "seconds")  # counted since the start
+PLAIN = {"_step": "step", "_timestamp": "time"}  # W&B's names
 INSTALL_WANDB = "Run pip install 'flashcomm_megatron[wandb]'."
 
 
@@ -39,9 +40,10 @@ class Run:
         points = [(row["step"], row[name]) for row in self.rows if name in row and row["step"] <= until]
         return [step for step, _ in points], [value for _, value in points]
 
-    def names(self, prefix: str = "") -> list[str]:
-        """Every scalar that begins with ``prefix``, sorted."""
-        return sorted({name for row in self.rows for name in row if name.startswith(prefix)})
+
+def names(runs: Iterable[Run], prefix: str = "") -> list[str]:
+    """Every scalar of any run that begins with ``prefix``, sorted."""
+    return sorted({name for run in runs for row in run.rows for name in row if name.startswith(prefix)})
 
 
 def read(source: str) -> Run:
@@ -59,7 +61,7 @@ def read(source: str) -> Run:
         raise CannotRead(f"{source}: no such file or folder, and no W&B run path (entity/project/run).")
     if not run.rows:
         raise CannotRead(" ".join([f"{source}: no logged step in it.", *run.notes, "Was the run logging at all?"]))
-    if not run.names(OURS):
+    if not names([run], OURS):
         run.notes.append(
             f"{run.name}: no flash-comm/* metrics, so only its other scalars are compared. Train with "
             "--flash-comm-bits, or with --flash-comm-min-bytes 1000000000000 as well to count an exact run's bytes."
@@ -71,7 +73,7 @@ def read(source: str) -> Run:
 
 
 def _read_lines(path: Path) -> Run:
-    rows, notes, bad = [], [], []
+    rows, bad = [], []
     settings: Mapping[str, Any] = {}
     lines = path.read_text(errors="replace").splitlines()
     for number, line in enumerate(lines, 1):
@@ -80,11 +82,10 @@ def _read_lines(path: Path) -> Run:
             settings = row.get("config", {}).get("flash-comm", settings)
             rows += [row] if "step" in row else []
         except (ValueError, AttributeError):
-            bad += [number] if line.strip() else []
-    if bad:
-        torn = " (cut off while it was written)" if bad == [len(lines)] else ""
-        notes = [f"{path}: line {', '.join(map(str, bad))} is no JSON{torn}: left out, {len(rows)} rows kept."]
-    return Run(path.stem, str(path), settings, _tidy(rows), notes)
+            bad += [str(number)] if line.strip() else []
+    torn = " (cut off while it was written)" if bad == [str(len(lines))] else ""
+    note = f"{path}: line {', '.join(bad)} is no JSON{torn}: left out, {len(rows)} rows kept."
+    return Run(path.stem, str(path), settings, _tidy(rows), [note] if bad else [])
 
 
 def _read_folder(path: Path) -> Run:
@@ -163,7 +164,7 @@ def _tidy(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, float]]:
     offset: dict[str, float] = {}
     by_step: dict[float, dict[str, float]] = {}
     for raw in rows:
-        row = {_plain(name): number for name, value in raw.items() if (number := _number(value)) is not None}
+        row = {PLAIN.get(name, name): number for name, value in raw.items() if (number := _number(value)) is not None}
         for name in (OURS + total for total in TOTALS):
             if name in row:
                 restarted = row[name] < before.get(name, 0)
@@ -173,10 +174,6 @@ def _tidy(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, float]]:
         if "step" in row:
             by_step.setdefault(row["step"], {}).update(row)
     return [by_step[step] for step in sorted(by_step)]
-
-
-def _plain(name: str) -> str:
-    return {"_step": "step", "_timestamp": "time"}.get(name, name)
 
 
 def _number(value: Any) -> float | None:

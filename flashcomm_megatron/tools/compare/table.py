@@ -8,7 +8,7 @@ from itertools import pairwise
 from statistics import fmean, median
 from typing import NamedTuple
 
-from .runs import OURS, Run
+from .runs import OURS, Run, names
 
 LOSSES = ("lm loss", "loss", "train/loss", "train_loss")  # Megatron's name first
 GIB = 2**30
@@ -32,7 +32,7 @@ class Row(NamedTuple):
 
 def loss_name(runs: Sequence[Run]) -> str | None:
     """The scalar to compare: Megatron's training loss, else a usual name, else the first that ends in "loss"."""
-    known = [name for run in runs for name in run.names()]
+    known = [name for run in runs for name in names([run])]
     usual = [name for name in LOSSES if name in known]
     return next(iter(usual + [name for name in known if name.lower().endswith("loss")]), None)
 
@@ -81,10 +81,8 @@ def difference(measure: Measure, run: Run, what: Comparison) -> float | None:
 
 def _measures(runs: Sequence[Run], loss: str | None) -> list[tuple[str, Measure, bool]]:
     """Label, measure, and whether a difference to the baseline says something."""
-    sites = sorted({name for run in runs for name in run.names(f"{OURS}rel-error/")})
-    validation = sorted(
-        {name for run in runs for name in run.names() if "val" in name.lower() and "loss" in name.lower()}
-    )
+    sites = names(runs, f"{OURS}rel-error/")
+    validation = [name for name in names(runs) if "val" in name.lower() and "loss" in name.lower()]
     return [
         *([(f"{loss} (mean of the last tenth)", final_loss(loss), True)] if loss else []),
         *[(f"{name} (last)", last(name), True) for name in validation if name != loss],

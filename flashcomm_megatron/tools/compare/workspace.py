@@ -11,7 +11,7 @@ from typing import Any
 
 from .headline import headline
 from .plots import loss_label
-from .runs import INSTALL_WANDB, OURS, CannotRead, Run
+from .runs import INSTALL_WANDB, OURS, CannotRead, Run, names
 from .table import Comparison
 
 
@@ -42,7 +42,7 @@ def workspace(target: str, what: Comparison) -> Any:
 def _sections(what: Comparison, wr: Any) -> list[tuple[str, list[Any]]]:
     """The panels by question, each axis with its unit; the first panel is the headline in words."""
     loss, wire = what.loss, f"{OURS}wire-bytes"
-    sites = sorted({name for run in what.runs for name in run.names(f"{OURS}rel-error/")})
+    sites = names(what.runs, f"{OURS}rel-error/")
 
     def lines(title: str, y: list[str], unit: str, x: str = "Step", x_unit: str = "step") -> Any:
         return wr.LinePlot(title=title, x=x, y=y, title_x=x_unit, title_y=unit)

@@ -15,7 +15,7 @@ import math
 from dataclasses import replace
 from typing import NamedTuple
 
-from .cost import BYTES, Collective, Compression, exact_bytes, seconds, sent_bytes, value_bytes
+from .cost import BYTES, Collective, Compression, seconds, sent_bytes, value_bytes
 from .hardware import GB, US, Link
 
 NET_EFFICIENCY = 0.96  # NCCL src/graph/topo.h, NET_BW: 12 GB/s of 100 Gbit/s
@@ -97,9 +97,7 @@ def _hierarchical(name: str, cluster: Cluster, numel: int, compression: Compress
     if cluster.gpus > 1:
         total += seconds(cluster.inside, Collective("reduce_scatter", numel, cluster.gpus), inner)
         total += seconds(cluster.inside, Collective("all_gather", part, cluster.gpus), inner)
-    deferred = compression.deferred(across)
-    sent = exact_bytes(across) if deferred else sent_bytes(across, compression)
-    return Way(name, total, sent, workspace(across, compression) + BYTES * part)
+    return Way(name, total, sent_bytes(across, compression), workspace(across, compression) + BYTES * part)
 
 
 def workspace(collective: Collective, compression: Compression) -> float:

@@ -75,15 +75,11 @@ def _counts(text: str) -> list[int]:
 
 
 def _rate(text: str) -> float:
-    found = re.fullmatch(r"([0-9.]+) *([kmg]b(?:it)?)", text.lower())
-    try:
-        return float(found[1]) * UNITS[found[2]] if found else _none(text)
-    except ValueError:
-        return _none(text)
-
-
-def _none(text: str) -> float:
-    raise argparse.ArgumentTypeError(f"{text}: expected a rate such as 100Mbit, 1Gbit (bits) or 12GB (bytes) a second.")
+    found = re.fullmatch(r"(\d+\.?\d*|\.\d+) *([kmg]b(?:it)?)", text.lower())
+    if found is None:
+        expected = "a rate such as 100Mbit, 1Gbit (bits) or 12GB (bytes) a second"
+        raise argparse.ArgumentTypeError(f"{text}: expected {expected}.")
+    return float(found[1]) * UNITS[found[2]]
 
 
 def _speed(text: str) -> tuple[float, float]:

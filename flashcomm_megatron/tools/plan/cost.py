@@ -56,8 +56,6 @@ class Compression:
     def deferred(self, collective: Collective) -> str:
         """Why the collective stays exact; empty if it is compressed."""
         least = self.min_bytes if self.config.min_bytes is None else self.config.min_bytes
-        if RECIPES[self.config.recipe].calibrated and collective.kind != "all_gather":
-            return "no calibrated site"
         return f"below {least} bytes" if collective.nbytes < least else ""
 
     def one_step(self, collective: Collective) -> bool:
@@ -123,8 +121,10 @@ def exact_bytes(collective: Collective) -> int:
     return int(BYTES * numel * parts[kind])
 
 
-def sent_bytes(collective: Collective, compression: Compression) -> float:
-    """Bytes that one rank sends compressed."""
+def sent_bytes(collective: Collective, compression: Compression | None) -> float:
+    """Bytes that one rank sends; ``compression`` None, or deferred: exact."""
+    if compression is None or compression.deferred(collective):
+        return exact_bytes(collective)
     kind, numel, world, _ = collective
     reduce, gather = value_bytes(compression.config)
     if kind == "all_gather":
@@ -137,8 +137,6 @@ def sent_bytes(collective: Collective, compression: Compression) -> float:
 @lru_cache
 def value_bytes(config: Config) -> tuple[float, float]:
     """Bytes a value of the reduce leg and of the gather leg, metadata included."""
-    if RECIPES[config.recipe].calibrated:
-        return config.bits / 8, config.legs.gather.wire_bytes(SAMPLE) / SAMPLE  # a reduce leg without metadata
     return config.legs.reduce.wire_bytes(SAMPLE) / SAMPLE, config.legs.gather.wire_bytes(SAMPLE) / SAMPLE
 
 

@@ -54,15 +54,9 @@ def _pcie(rate: float, source: str) -> Link:
     return Link(rate * GB, f"{NCCL_TOPOLOGY}: {source}", 42 * US, NCCL_PCIE)
 
 
-def _nvlink(links: int, each: float, constant: str, multicast: float | None = None, source: str = NVLS) -> Link:
-    return Link(
-        links * each * GB,
-        f"{NCCL_TOPOLOGY}: {links} links of {constant}",
-        19.4 * US,
-        NCCL_NVLINK,
-        multicast=multicast and multicast * GB,
-        multicast_source=source if multicast else "",
-    )
+def _nvlink(links: int, each: float, constant: str, multicast: float, source: str = NVLS) -> Link:
+    rate, published = links * each * GB, f"{NCCL_TOPOLOGY}: {links} links of {constant}"
+    return Link(rate, published, 19.4 * US, NCCL_NVLINK, multicast=multicast * GB, multicast_source=source)
 
 
 LINKS: dict[str, Link] = {
@@ -105,22 +99,15 @@ class Gpu:
 
 MAMF = "github.com/stas00/ml-engineering, maximum achievable matmul FLOPS"
 L20_CUBLAS = "105 to 115 of 119.5 TFLOPS by cuBLAS on L20 (github.com/DefTruth/CUDA-Learn-Notes, hgemm)"
+L40_CUBLAS = f"taken as L20's: {L20_CUBLAS}"
+RTX_4090 = "158.6 TFLOPS at n = 8192 (github.com/mli/transformers-benchmarks issue 4)"
+ADA = "NVIDIA Ada GPU architecture whitepaper, bf16 with float32 accumulation"
 H100_LIKE = f"taken as H100's ({MAMF})"
 
 GPUS: dict[str, Gpu] = {
-    "L40": Gpu(
-        181.05e12, 0.92, f"taken as L20's: {L20_CUBLAS}", 864 * GB, 48 * GB, "pcie4-sockets", "NVIDIA L40 data sheet"
-    ),
+    "L40": Gpu(181.05e12, 0.92, L40_CUBLAS, 864 * GB, 48 * GB, "pcie4-sockets", "NVIDIA L40 data sheet"),
     "L20": Gpu(119.5e12, 0.92, L20_CUBLAS, 864 * GB, 48 * GB, "pcie4-sockets", "NVIDIA L20 data sheet"),
-    "4090": Gpu(
-        165.2e12,
-        0.96,
-        "158.6 TFLOPS at n = 8192 (github.com/mli/transformers-benchmarks issue 4)",
-        1008 * GB,
-        24 * GB,
-        "pcie4-sockets",
-        "NVIDIA Ada GPU architecture whitepaper, bf16 with float32 accumulation",
-    ),
+    "4090": Gpu(165.2e12, 0.96, RTX_4090, 1008 * GB, 24 * GB, "pcie4-sockets", ADA),
     "A100": Gpu(312e12, 0.859, MAMF, 2039 * GB, 80 * GB, "nvlink3", "NVIDIA A100 data sheet, SXM 80 GB"),
     "A100-PCIe": Gpu(312e12, 0.822, MAMF, 1935 * GB, 80 * GB, "pcie4-sockets", "NVIDIA A100 data sheet, PCIe 80 GB"),
     "H100": Gpu(989e12, 0.803, MAMF, 3350 * GB, 80 * GB, "nvlink4", "NVIDIA H100 data sheet, SXM"),

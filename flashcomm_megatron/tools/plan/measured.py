@@ -6,22 +6,17 @@ A link lab's JSON: ``rate_bits_per_second`` of each rank's link, ``latency_secon
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from .cost import Speed
 from .hardware import GB, Link
+from .models import json_object
 
 GPU_CHECKS = Path("benchmarks/results/gpu-check")  # below the current folder
-LAB = (
-    "rate_bits_per_second",
-    "latency_seconds",
-    "compute_seconds",
-    "encode_gbytes_per_second",
-    "decode_gbytes_per_second",
-)
+LAB = ("rate_bits_per_second", "latency_seconds", "compute_seconds",
+       "encode_gbytes_per_second", "decode_gbytes_per_second")  # fmt: skip
 
 
 class Lab(NamedTuple):
@@ -35,7 +30,7 @@ class Lab(NamedTuple):
 
 def lab(path: Path) -> Lab:
     """Read a link lab's JSON; ValueError naming what is missing."""
-    found = _object(path)
+    found = json_object(path)
     for name in LAB:
         value = found.get(name)
         if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
@@ -52,7 +47,7 @@ def link(rate: float, latency: float, source: str) -> Link:
 def gpu_check(path: Path, bits: int) -> Speed:
     """Speed of the codec at ``bits`` in a gpu_check.json: the last bf16 row at that width, the largest tensor."""
     try:
-        rows = _object(path)["measured"]["codec"]
+        rows = json_object(path)["measured"]["codec"]
         row = [row for row in rows if row.get("bits") == bits and row.get("dtype") == "bfloat16"][-1]
         return Speed(row["encode GB/s"] * GB, row["decode GB/s"] * GB)
     except (KeyError, TypeError, IndexError, AttributeError):
@@ -62,18 +57,8 @@ def gpu_check(path: Path, bits: int) -> Speed:
 def find_gpu_check(gpu: str, folder: Path = GPU_CHECKS) -> Path | None:
     """A gpu_check.json in ``folder`` made on this kind of GPU."""
     for path in sorted(folder.rglob("*.json")):
-        machine = _object(path).get("machine")
+        machine = json_object(path).get("machine")
         words = set(re.split("[ -]", str(machine.get("gpu")))) if isinstance(machine, dict) else set()
         if words >= set(gpu.split("-")) and ("PCIe" in words) == ("PCIe" in gpu):
             return path
     return None
-
-
-def _object(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: not readable as JSON ({error}).") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(found).__name__}.")
-    return found

@@ -97,12 +97,7 @@ def model(name: str) -> Model:
 
 def read(path: Path) -> Model:
     """The model of a Hugging Face config.json; ValueError with a sentence if it is none or not a dense decoder."""
-    try:
-        config: Any = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: not readable as JSON ({error}).") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(config).__name__}.")
+    config = json_object(path)
     config = config.get("text_config", config)  # multimodal checkpoints
     kind = config.get("model_type")
     if kind not in MLP_MATRICES:
@@ -120,6 +115,17 @@ def read(path: Path) -> Model:
         _number(path, config, "head_dim", default=hidden // heads),
         MLP_MATRICES[kind],
     )
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """What a JSON file holds; ValueError with a sentence if it is no object."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not readable as JSON ({error}).") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(found).__name__}.")
+    return found
 
 
 def _number(path: Path, config: dict[str, Any], *names: str, default: int | None = None) -> int:

@@ -11,13 +11,10 @@ from . import PROJECTION
 
 def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 0) -> str:
     """Columns to the right, the first ``left`` to the left, two spaces between."""
-    cells = [list(header), *map(list, rows)]
+    cells = [header, *rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [
-        "  ".join(cell.ljust(width) if i < left else cell.rjust(width) for i, (cell, width) in enumerate(line))
-        for line in (list(zip(row, widths, strict=True)) for row in cells)
-    ]
-    return "\n".join(line.rstrip() for line in lines)
+    form = "  ".join(f"{{:{'<' if i < left else '>'}{width}}}" for i, width in enumerate(widths))
+    return "\n".join(form.format(*row).rstrip() for row in cells)
 
 
 def time(seconds: float) -> str:

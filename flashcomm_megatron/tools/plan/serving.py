@@ -68,14 +68,8 @@ def times(job: Job, compression: Compression | None) -> Times:
     prompt, token = job.sums(job.seq), job.sums(1)
     ttft = job.prefill_seconds + seconds(job.link, prompt, compression)
     one = seconds(job.link, prompt._replace(times=1), compression)
-    training = (
-        3 * job.prefill_seconds + (ttft - job.prefill_seconds) + seconds(job.link, prompt, _of_gradients(compression))
-    )
     step = job.decode_seconds + seconds(job.link, token, compression)
+    if compression is not None:
+        compression = replace(compression, config=replace(compression.config, bits=compression.config.grad_bits))
+    training = ttft + 2 * job.prefill_seconds + seconds(job.link, prompt, compression)
     return Times(one, ttft, step, 1 - job.prefill_seconds / ttft, training)
-
-
-def _of_gradients(compression: Compression | None) -> Compression | None:
-    if compression is None:
-        return None
-    return replace(compression, config=replace(compression.config, bits=compression.config.grad_bits))

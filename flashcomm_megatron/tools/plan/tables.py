@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from ...config import Config
 from . import PROJECTION, cluster, measured
-from .cost import Collective, Compression, exact_bytes, on_cpu, on_gpu, seconds, sent_bytes
+from .cost import Collective, Compression, on_cpu, on_gpu, seconds, sent_bytes
 from .hardware import GB, Link, gpu, link
 from .models import model
 from .printing import Curve, Panel, aligned, draw, size, time
@@ -114,7 +114,7 @@ def _serving(job: Job, compressions: Sequence[Compression], heading: list[str]) 
 def _row(job: Job, compression: Compression | None, found: Times, exact: Times) -> Row:
     return {
         "bits": 16 if compression is None else compression.config.bits,
-        "sent": _sent(job.sums(job.seq), compression),
+        "sent": sent_bytes(job.sums(job.seq), compression),
         "all_reduce_seconds": found.all_reduce,
         "all_reduce_speed_up": exact.all_reduce / found.all_reduce,
         "ttft_seconds": found.ttft,
@@ -125,12 +125,6 @@ def _row(job: Job, compression: Compression | None, found: Times, exact: Times) 
         "training_seconds": found.training,
         "training_speed_up": exact.training / found.training,
     }
-
-
-def _sent(collective: Collective, compression: Compression | None) -> float:
-    if compression is None or compression.deferred(collective):
-        return exact_bytes(collective)
-    return sent_bytes(collective, compression)
 
 
 def _tabulate(rows: list[Row]) -> str:
@@ -150,7 +144,7 @@ def _on_a_measured_link(options: Namespace) -> Printed:
     for each in (None, *(on_cpu(config, lab.encode, lab.decode) for config in _configs(options))):
         taken = seconds(lab.link, sums, each)
         step = lab.compute_seconds + taken
-        row: Row = {"bits": 16 if each is None else each.config.bits, "sent": _sent(one, each)}
+        row: Row = {"bits": 16 if each is None else each.config.bits, "sent": sent_bytes(one, each)}
         row |= {"all_reduce_seconds": taken / sums.times, "all_reduce_speed_up": exact / taken, "step_seconds": step}
         row |= {"step_speed_up": (lab.compute_seconds + exact) / step, "communication": 1 - lab.compute_seconds / step}
         rows.append(row)
