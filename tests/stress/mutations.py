@@ -222,7 +222,7 @@ MUTATIONS = (
         "tests/gpu/test_cuda_emulated.py -k faults",
     ),
     Mutation(
-        "10 never slower: small tensors are left alone",
+        "10 never slower: small tensors are deferred",
         f"{PACKAGE}/collectives",
         "_reason",
         r"return small if nbytes < minimum else None",

@@ -120,9 +120,17 @@ def test_pieces_overlap() -> None:
     speed = Speed(6 * MIB / (wire / 2), 3 * 2 * MIB / (wire / 2), by_values=True)
     what = on_cpu(Config(bits=4, recipe="flash-v1", algorithm="one-step"), speed.encode, speed.decode)
     coding = 2 * MIB / speed.encode + 4 * MIB / speed.decode
-    assert what.pieces(sums(MIB, 2)) == 4
-    assert seconds(LINK, sums(MIB, 2), what) == pytest.approx(1e-3 + wire + coding / 4)
+    assert what.pieces(sums(MIB, 2)) == 2
+    assert seconds(LINK, sums(MIB, 2), what) == pytest.approx(1e-3 + wire + coding / 2)
     assert seconds(LINK, sums(MIB, 2), replace(what, piece=0)) == pytest.approx(1e-3 + wire + coding)
+
+
+def test_small_tensors_stay_exact_as_the_package_leaves_them(capsys: pytest.CaptureFixture[str]) -> None:
+    """Over NVLink the default minimum size is larger than over PCIe, unless --min-bytes says otherwise."""
+    for name, options, gains in (("H100", [], False), ("H100", ["--min-bytes", "0"], True), ("L40", [], True)):
+        assert plan_command.main(["--gpu", name, "--tp", "8", "--bits", "4", "--json", *options]) == 0
+        exact, compressed = json.loads(capsys.readouterr().out)["rows"]
+        assert (compressed["sent"] < exact["sent"]) == gains
 
 
 def test_a_switch_that_adds_is_taken_where_it_is_faster() -> None:

@@ -12,12 +12,12 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from ...codec.recipes import RECIPES
+from ...collectives.minimum_size import DEFAULTS
+from ...collectives.plan import PIECE
 from ...config import Config
 from .hardware import MEMORY_EFFICIENCY, Gpu, Link
 
 BYTES = 2  # of a bf16 value
-GPU_MIN_BYTES, CPU_MIN_BYTES = 1 << 20, 1 << 10  # the minimum size of a compressed tensor, where the user sets none
-CPU_PIECE = 256 * 1024  # values of a CPU's piece
 SAMPLE = 1 << 20  # values by which a format's bits a value are found
 
 
@@ -50,8 +50,8 @@ class Compression:
 
     config: Config
     speed: Speed
-    min_bytes: int = GPU_MIN_BYTES
-    piece: int = 0  # 0: a tensor is sent as one
+    min_bytes: int = DEFAULTS["cuda"]  # of a compressed tensor, where the user sets none
+    piece: int = 0  # values of an all-reduce that are sent to each rank together; 0: all
 
     def deferred(self, collective: Collective) -> str:
         """Why the collective stays exact; empty if it is compressed."""
@@ -67,21 +67,20 @@ class Compression:
 
     def pieces(self, collective: Collective) -> int:
         """How many pieces are under way together."""
-        if not self.piece:
+        if not self.piece or collective.kind != "all_reduce":
             return 1
-        slices = collective.world if collective.kind == "all_reduce" and not self.one_step(collective) else 1
-        values = collective.numel // collective.world if collective.kind == "reduce_scatter" else collective.numel
-        return max(math.ceil(values / (self.piece * slices)), 1)
+        slices = 1 if self.one_step(collective) else collective.world
+        return max(math.ceil(collective.numel / (self.piece * slices)), 1)
 
 
-def on_gpu(config: Config, gpu: Gpu) -> Compression:
+def on_gpu(config: Config, gpu: Gpu, has_nvlink: bool = False) -> Compression:
     """Codecs in fused kernels, limited by the GPU's memory: the assumption where none was measured."""
     rate = gpu.memory_rate * MEMORY_EFFICIENCY
-    return Compression(config, Speed(rate, rate))
+    return Compression(config, Speed(rate, rate), DEFAULTS["nvlink" if has_nvlink else "cuda"])
 
 
 def on_cpu(config: Config, encode: float, decode: float) -> Compression:
-    return Compression(config, Speed(encode, decode, by_values=True), CPU_MIN_BYTES, CPU_PIECE)
+    return Compression(config, Speed(encode, decode, by_values=True), DEFAULTS["cpu"], PIECE["cpu"])
 
 
 # ---- time ----------------------------------------------------------------------------------------------------------

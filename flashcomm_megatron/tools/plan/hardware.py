@@ -40,6 +40,7 @@ class Link:
     codec_latency: float = CODEC_LATENCY
     step: float = 0.0  # more, for each of a collective's exchanges
     message: float = 0.0  # more, for each message a rank posts
+    nvlink: bool = False
     mesh: bool = False  # a wire of its own between every two GPUs
     multicast: float | None = None  # tensor bytes per second of an all-reduce that the switch adds up
     multicast_source: str = ""
@@ -56,7 +57,8 @@ def _pcie(rate: float, source: str) -> Link:
 
 def _nvlink(links: int, each: float, constant: str, multicast: float, source: str = NVLS) -> Link:
     rate, published = links * each * GB, f"{NCCL_TOPOLOGY}: {links} links of {constant}"
-    return Link(rate, published, 19.4 * US, NCCL_NVLINK, multicast=multicast * GB, multicast_source=source)
+    multicast *= GB
+    return Link(rate, published, 19.4 * US, NCCL_NVLINK, nvlink=True, multicast=multicast, multicast_source=source)
 
 
 LINKS: dict[str, Link] = {
@@ -68,6 +70,7 @@ LINKS: dict[str, Link] = {
         "NCCL src/graph/tuning.cc: compute capability 8.0 reaches 235 of 12 links of SM80_NVLINK_BW = 240 GB/s",
         19.4 * US,
         NCCL_NVLINK,
+        nvlink=True,
     ),
     "nvlink4": _nvlink(18, 20.6, "SM90_NVLINK_BW", 275),
     "nvlink4-h800": _nvlink(8, 20.6, "SM90_NVLINK_BW", 215 / 1.75, "github.com/NVIDIA/nccl issue 1374: busbw 215 GB/s"),

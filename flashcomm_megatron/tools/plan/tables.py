@@ -43,7 +43,7 @@ def _setup(options: Namespace) -> tuple[Job, list[Compression], list[str]]:
     wires = link(options.link or row.link)
     if options.link_rate is not None:
         wires = replace(wires, rate=options.link_rate, source="--link-rate", step=options.latency)
-        wires = replace(wires, mesh=False, multicast=None)
+        wires = replace(wires, nvlink=False, mesh=False, multicast=None)
     job = Job(row, wires, model(options.model), options.tp, options.batch, options.seq)
     if job.tp == 1:
         raise ValueError("--tp 1: one GPU sends nothing, so there is nothing to compress.")
@@ -52,7 +52,7 @@ def _setup(options: Namespace) -> tuple[Job, list[Compression], list[str]]:
             f"--tp {job.tp}: {job.model.name} has {job.model.heads} attention heads, which {job.tp} GPUs cannot share "
             f"evenly. Choose a divisor of {job.model.heads}."
         )
-    compressions = [on_gpu(config, row) for config in _configs(options)]
+    compressions = [on_gpu(config, row, wires.nvlink) for config in _configs(options)]
     if check := options.gpu_check or measured.find_gpu_check(options.gpu):
         compressions = [replace(each, speed=measured.gpu_check(check, each.config.bits)) for each in compressions]
     heading = [
@@ -103,7 +103,7 @@ def _serving(job: Job, compressions: Sequence[Compression], heading: list[str]) 
     exact = times(job, None)
     rows = [_row(job, each, times(job, each), exact) for each in (None, *compressions)]
     notes = [
-        f"{what}: {size(each.nbytes)} stay exact ({reason})"
+        f"{what}: {size(each.nbytes)} stay exact ({reason}; --min-bytes 0 plans them compressed)"
         for what, each in (("prefill", prompt), ("decoding", token))
         if (reason := compressions[0].deferred(each))
     ]
