@@ -18,9 +18,10 @@ template <class Visit> void with_codec_part(int format, int dtype, Visit visit) 
     });
 }
 
-// Kernels know no rows: a row must end where blocks, and those that share a scale, do.
+// A row must end where blocks do; rotated ones where a thread's octets do as well.
 bool rows_are_whole(const Spec& spec) {
-    return Rows(spec.numel, spec.width, spec.block).is_flat(spec.format == kRotatedFormat ? kSuperBlock : 1);
+    const Rows rows(spec.numel, spec.width, spec.block);
+    return rows.is_flat() && (spec.format != kRotatedFormat || rows.count <= 1 || rows.width % kThreadsValues == 0);
 }
 
 Slices one_slice(const Spec& spec) {

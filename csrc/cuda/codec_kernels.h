@@ -36,6 +36,36 @@ struct Cut {
     FC_INLINE int filled() const { return (int)((numel + length - 1) / length); }  // slices that are not empty
 };
 
+// The values of a thread in a tile: those of its octets in x[first .. first + values), as if the tile began at `first`.
+struct Extent {
+    int64_t first;
+    int values;
+};
+
+// The sum of a thread's octets, from `octet` of `place` on; payloads lie `offset` bytes behind their addresses. Whole
+// warps.
+template <class T, class Tile, class Place>
+FC_DEVICE void sum_octets(const Tile& codec, const Payloads& payloads, int64_t offset, int count, const Place& place,
+                          int octet, float (&x)[kRows<T>][8]) {
+    codec.with_blocks([&](const auto& blocks) {
+        uint32_t huge = 0, shrunk = 0;
+        if (count == 1) {
+            huge = blocks.template decode_from<true>(payloads.at[0] + offset, place, octet, 0, x);
+            return blocks.template finish<true>(x, huge);
+        }
+        do {
+            shrunk = huge;
+            clear(x);
+            for (int p = 0; p < count; p++)
+                huge |= blocks.template decode_from<false>(payloads.at[p] + offset, place, octet, shrunk, x);
+        } while (shrunk != huge);
+        blocks.template finish<false>(x, shrunk);
+        Bounds<T> bounds;
+        for (int p = 0; kIsHalf<T> && p < count; p++) bounds.add(blocks, payloads.at[p] + offset, place, octet);
+        bounds.apply(x);
+    });
+}
+
 // A tensor's codec, made of that of tiles. Tiles are written and read where the payload of the tensor has them
 // (Tile::part), without a stop in shared memory: neighbouring threads have neighbouring bytes of every plane, so that
 // whole sectors are moved.
@@ -67,6 +97,7 @@ template <class Tile, class T> struct TensorCodec {
         numel = other.numel, tiles = other.tiles, rest = other.rest, whole = other.whole;
     }
     FC_DEVICE int values(int t) const { return t + 1 < tiles ? tile : rest; }
+    FC_DEVICE Extent extent(int t) const { return {product(t, tile), values(t)}; }
     FC_DEVICE typename Tile::template Place<int64_t> place(int t) const {
         return codec.part(whole, product(t, tile / 8), product(t, blocks));
     }
@@ -83,31 +114,8 @@ template <class Tile, class T> struct TensorCodec {
     FC_DEVICE void sum_tile(int t, const Payloads& payloads, int64_t offset, int count, float (&x)[kRows<T>][8]) const {
         const int octets = codec.octets(values(t)), octet = first_octet<T>();
         if (kRows<T> * (thread() & ~(kWarp - 1)) >= octets) return;
-        sum(payloads, offset, count, place(t), octet < octets ? octet : 0, x);  // a lane behind the end: for nobody
-    }
-
-private:
-    // Of the octets from `octet` on; payloads lie `offset` bytes behind their addresses. Whole warps.
-    template <class Place>
-    FC_DEVICE void sum(const Payloads& payloads, int64_t offset, int count, const Place& place, int octet,
-                       float (&x)[kRows<T>][8]) const {
-        codec.with_blocks([&](const auto& blocks) {
-            uint32_t huge = 0, shrunk = 0;
-            if (count == 1) {
-                huge = blocks.template decode_from<true>(payloads.at[0] + offset, place, octet, 0, x);
-                return blocks.template finish<true>(x, huge);
-            }
-            do {
-                shrunk = huge;
-                clear(x);
-                for (int p = 0; p < count; p++)
-                    huge |= blocks.template decode_from<false>(payloads.at[p] + offset, place, octet, shrunk, x);
-            } while (shrunk != huge);
-            blocks.template finish<false>(x, shrunk);
-            Bounds<T> bounds;
-            for (int p = 0; kIsHalf<T> && p < count; p++) bounds.add(blocks, payloads.at[p] + offset, place, octet);
-            bounds.apply(x);
-        });
+        // a lane behind the end: for nobody
+        sum_octets<T>(codec, payloads, offset, count, place(t), octet < octets ? octet : 0, x);
     }
 };
 
@@ -145,7 +153,8 @@ FC_DEVICE void encode_slices(const SlicedCodec<Codec>& codec, const typename T::
         auto* lost = residual ? residual + slice * residual_numel : nullptr;
         for (; t < of.tiles; t += (int)block_count()) {
             Octet<T> octets[kRows<T>];
-            load<T>(x + first + product(t, of.tile), of.values(t), octets);
+            const Extent at = of.extent(t);
+            load<T>(x + first + at.first, at.values, octets);
             of.encode_tile(t, octets, payloads + payload, lost);
         }
     });
@@ -160,7 +169,8 @@ FC_DEVICE void decode_slices(const SlicedCodec<Codec>& codec, const Payloads& pa
             Octet<T> octets[kRows<T>];
             of.sum_tile(t, payloads, payload, count, x);
             narrow<T>(x, octets);
-            store<T>(out + first + product(t, of.tile), of.values(t), octets);
+            const Extent at = of.extent(t);
+            store<T>(out + first + at.first, at.values, octets);
         }
     });
 }
@@ -170,14 +180,14 @@ template <class From, class Gather, class T>
 FC_DEVICE void reduce(const From& from, const Gather& gather, const Payloads& payloads, int count,
                       typename T::Word* out, uint8_t* payload, typename T::Word* residual) {
     for (int t = (int)block_index(); t < from.tiles; t += (int)block_count()) {
-        const int valid = from.values(t);
+        const Extent at = from.extent(t);
         Octet<T> octets[kRows<T>];
         float x[kRows<T>][8];
         from.sum_tile(t, payloads, 0, count, x);
         narrow<T>(x, octets);
-        store<T>(out + product(t, from.tile), valid, octets);
+        store<T>(out + at.first, at.values, octets);
         FC_UNROLL for (int row = 0; row < kRows<T>; row++)
-            repeat_last<T>(octets[row], valid - 8 * (first_octet<T>() + row));
+            repeat_last<T>(octets[row], at.values - 8 * (first_octet<T>() + row));
         sync();  // all have decoded: what encoding needs takes the place of payloads
         gather.encode_tile(t, octets, payload, residual);
         if (t == 0 && thread() == 0) gather.zero_gaps(payload);

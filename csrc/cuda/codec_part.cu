@@ -6,6 +6,7 @@
 
 #include "cuda/instances.h"
 #include "cuda/launch.h"
+#include "cuda/rowed_codec.h"
 
 namespace flashcomm {
 
@@ -84,7 +85,7 @@ Cut cut_of(const Slices& slices) { return {slices.numel, slices.length, slices.s
 int64_t whole_size(const Cut& cut) { return std::min(cut.length, cut.numel); }
 int64_t last_size(const Cut& cut) { return cut.short_size() ? cut.short_size() : whole_size(cut); }
 
-// Values of a tile of whole units, also of another codec's; 0: none.
+// Values of a tile of whole units, also of another codec's; 0: none. `numel`: as tiles count them.
 template <class T, bool kUniform> int tile_of(const Setting& with, int64_t numel, int64_t other_unit = 1) {
     int tile = 0;
     with_tile<T, kUniform>(with, false, [&](auto codec) {
@@ -99,15 +100,42 @@ template <class T, bool kUniform> int64_t unit_of(const Setting& with) {
     return unit;
 }
 
+// Rows of a tensor as tiles count them (rowed_codec.h); padded 0: as one row.
+struct Counted {
+    int64_t padded, numel;
+};
+template <class T, bool kUniform> Counted counted(const Spec& of, int64_t other_unit = 1) {
+    const Rows rows(of.numel, of.width, of.block);
+    if (of.format != kRotatedFormat || rows.is_flat(kSuperBlock)) return {0, of.numel};
+    const int64_t unit = common_multiple(unit_of<T, kUniform>(setting(of)), other_unit);
+    const int64_t padded = ceil_div(rows.width, unit) * unit;
+    return {padded, rows.count * padded};
+}
+Spec spec_of(const Slices& slices) {
+    return {slices.format, slices.bits, slices.block, whole_size(cut_of(slices)), slices.width};
+}
+
 // visit(sliced codec) where blocks make whole tiles.
 template <class T, bool kUniform, class Visit>
 void with_sliced(const Slices& slices, bool with_residuals, int tile, Visit visit) {
     const Cut cut = cut_of(slices);
     const Setting with = setting(slices);
+    const int64_t padded = counted<T, kUniform>(spec_of(slices)).padded;
     with_tile<T, kUniform>(with, with_residuals, [&](auto codec) {
-        using Codec = TensorCodec<typename decltype(codec)::type, T>;
+        using Tile = typename decltype(codec)::type;
+        if constexpr (Tile::kRotates)
+            if (padded) {
+                using Codec = RowedCodec<Tile, T>;
+                return visit(SlicedCodec<Codec>{Codec(with, whole_size(cut), slices.width, padded, tile),
+                                                Codec(with, last_size(cut), slices.width, padded, tile), cut});
+            }
+        using Codec = TensorCodec<Tile, T>;
         visit(SlicedCodec<Codec>{Codec(with, whole_size(cut), tile), Codec(with, last_size(cut), tile), cut});
     });
+}
+template <class T, bool kUniform> int tile_of(const Slices& slices) {
+    const int64_t padded = counted<T, kUniform>(spec_of(slices)).padded;
+    return tile_of<T, kUniform>(setting(slices), padded ? slices.numel / slices.width * padded : slices.numel);
 }
 
 SlicedLayout layout_of(const Slices& slices) {
@@ -117,21 +145,23 @@ SlicedLayout layout_of(const Slices& slices) {
 
 // Numbers of the residual of a whole slice.
 int64_t residual_numel(const Slices& slices) {
-    if (slices.format != kRotatedFormat) return 0;
-    return residual_of_blocks(ceil_div(slices.length, slices.block), slices.block);
+    return slices.format == kRotatedFormat ? FLASHCOMM_ISA::residual_numel(slices.length, slices.width, slices.block)
+                                           : 0;
 }
 
 }  // namespace
 
 template <class T, bool kUniform> bool CodecPart<T, kUniform>::has(const Spec& spec) {
-    return kUniform || tile_of<T, kUniform>(setting(spec), spec.numel) != 0;
+    const Counted rows = counted<T, kUniform>(spec);
+    const bool fits = !rows.padded || RowedCodec<RotatedTile<T>, T>::fits(spec.numel, rows.numel);
+    return kUniform || (fits && tile_of<T, kUniform>(setting(spec), rows.numel) != 0);
 }
 
 template <class T, bool kUniform>
 void CodecPart<T, kUniform>::encode(const void* from, void* residual, const Slices& slices, uint8_t* payloads,
                                     void* stream) {
     const auto* x = (const typename T::Word*)from;
-    const int tile = tile_of<T, kUniform>(setting(slices), slices.numel);
+    const int tile = tile_of<T, kUniform>(slices);
     if (tile)
         with_sliced<T, kUniform>(slices, residual, tile, [&](const auto& codec) {
             using Codec = std::decay_t<decltype(codec.whole)>;
@@ -149,7 +179,7 @@ void CodecPart<T, kUniform>::encode(const void* from, void* residual, const Slic
 template <class T, bool kUniform>
 void CodecPart<T, kUniform>::decode(const Payloads& payloads, int count, const Slices& slices, void* to, void* stream) {
     auto* x = (typename T::Word*)to;
-    const int tile = tile_of<T, kUniform>(setting(slices), slices.numel);
+    const int tile = tile_of<T, kUniform>(slices);
     if (tile)
         with_sliced<T, kUniform>(slices, false, tile, [&](const auto& codec) {
             using Codec = std::decay_t<decltype(codec.whole)>;
@@ -170,18 +200,27 @@ bool CodecPart<T, kUniform>::reduce(const Payloads& payloads, int count, const S
                                     const Spec& gather, uint8_t* payload, void* residual, void* stream) {
     const Setting first = setting(from), second = setting(gather);
     if (first.bits == kExactBits || first.format != second.format) return false;
-    const int tile = tile_of<T, kUniform>(first, from.numel, unit_of<T, kUniform>(second));
+    Counted rows = counted<T, kUniform>(from, unit_of<T, kUniform>(second));
+    const Counted others = counted<T, kUniform>(gather, unit_of<T, kUniform>(first));
+    if (others.padded) rows = others;  // where one leg's super-blocks are cut short, both count rows alike
+    const int tile = tile_of<T, kUniform>(first, rows.numel, unit_of<T, kUniform>(second));
     if (tile == 0) return false;
     return with_legs_of<T, kUniform>(first, second, residual, [&](auto one, auto other) {
-        if constexpr (!std::is_same_v<typename decltype(one)::type, ExactTile<T>>) {
-            using From = TensorCodec<typename decltype(one)::type, T>;
-            using Gather = TensorCodec<typename decltype(other)::type, T>;
-            const From decodes(first, from.numel, tile);
-            const Gather encodes(second, from.numel, tile);
+        using One = typename decltype(one)::type;
+        using Other = typename decltype(other)::type;
+        const auto run = [&](const auto& decodes, const auto& encodes) {
+            using From = std::decay_t<decltype(decodes)>;
+            using Gather = std::decay_t<decltype(encodes)>;
             launch("reduce", reduce_kernel<From, Gather, T>,
                    a_block_each(decodes.tiles, encodes.codec.scratch_bytes(), stream), decodes, encodes, payloads,
                    count, (typename T::Word*)out, payload, (typename T::Word*)residual);
-        }
+        };
+        if constexpr (One::kRotates)
+            if (rows.padded)
+                return run(RowedCodec<One, T>(first, from.numel, from.width, rows.padded, tile),
+                           RowedCodec<Other, T>(second, from.numel, from.width, rows.padded, tile));
+        if constexpr (!std::is_same_v<One, ExactTile<T>>)
+            run(TensorCodec<One, T>(first, from.numel, tile), TensorCodec<Other, T>(second, from.numel, tile));
     });
 }
 

@@ -383,8 +383,11 @@ private:
             const bool is_huge = (bits & 0x7FFFFFFF) >= bits_of(kHugeStep);
             huge |= is_huge ? of_part(part) : 0;
             const float factor = (shrunk & of_part(part)) || (kAlone && is_huge) ? kShrink : 1.0f;
-            const bool has_first = at < first + (kAlone && adds_codes() ? 2 * kRows<T> : 1);
-            const float value = has_first ? float_of(bits) * factor : 0.0f;
+            const bool is_added =
+                kAlone && adds_codes();  // to the neighbour's first coefficient, which is 0, or less it
+            const bool has_first = at < first + (is_added ? 2 * kRows<T> : 1);
+            float value = has_first ? float_of(bits) * factor : 0.0f;
+            if (is_added && at == first) value += 0.0f;  // a constant of -0
             if (part) values[1] = value;
             else values[0] = value;
         }

@@ -51,11 +51,15 @@ struct RotatedCodes {
     template <class Offset>
     FC_DEVICE void zero_gaps(const Place<Offset>& place, Offset values, uint8_t* payload) const {
         const Offset blocks = this->blocks(values);
+        zero_gaps(place, blocks, (blocks + kSuperBlock - 1) / kSuperBlock, payload);
+    }
+    template <class Offset>
+    FC_DEVICE void zero_gaps(const Place<Offset>& place, Offset blocks, Offset super_blocks, uint8_t* payload) const {
         each_plane(word_bits, place.groups, [&](auto width, int, Offset start) {
             zero_gap<Offset>(payload + start, place.groups * width.value);
         });
         zero_gap<Offset>(payload + place.scales, blocks);
-        zero_gap<Offset>(payload + place.tops, 2 * ((blocks + kSuperBlock - 1) / kSuperBlock));
+        zero_gap<Offset>(payload + place.tops, 2 * super_blocks);
     }
 
     // ---- numbers of threads ----------------------------------------------------------------------------------------

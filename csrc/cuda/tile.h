@@ -40,6 +40,7 @@ constexpr int kLeastTile = 8 * kThreads;  // values: one octet a thread
 template <class T> constexpr int kRows = 8 / (int)sizeof(typename T::Word);  // octets of one thread
 template <class T> constexpr int kTileOctets = kThreads * kRows<T>;
 template <class T> constexpr int kTileValues = 8 * kTileOctets<T>;
+constexpr int kThreadsValues = 32;  // of one thread, at most
 constexpr int kMinBlock = 8;
 
 // The first of the octets of this thread in a tile.

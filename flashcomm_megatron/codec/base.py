@@ -90,6 +90,10 @@ class Codec(ABC):
         """The codec that serves rows of ``width`` values: this one, or the same format with smaller blocks."""
         return self
 
+    def has_kernel(self, dtype: torch.dtype, numel: int, width: int) -> bool:
+        """Whether csrc/cuda codes rows of ``width`` values, where it was compiled: every rank knows the same."""
+        return self.native is not None and (numel <= width or width % self.block == 0)
+
     # ---- the definition --------------------------------------------------------------------------------------
 
     @abstractmethod

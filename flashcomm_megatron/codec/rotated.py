@@ -157,6 +157,12 @@ class Rotated(Codec):
         """This codec, or the one with smaller blocks that takes the fewest bytes for a row of ``width`` values."""
         return _fitted(self, width)
 
+    def has_kernel(self, dtype: torch.dtype, numel: int, width: int) -> bool:
+        """A super-block fits into a tile; a row ends where blocks and a thread's 32 values do (rowed_codec.h)."""
+        fitted = self.fitted(width)
+        rows_fit = numel <= width or (width % max(fitted.block, 32) == 0 and numel <= 1 << 30)
+        return fitted.unit * dtype.itemsize <= 1 << 14 and rows_fit
+
     def section_bytes(self, numel: int, width: int | None = None) -> list[int]:
         fitted = self.fitted(width or numel)
         rows, row = rows_of(numel, width)

@@ -177,7 +177,7 @@ def plan(
         deferred = "no calibrated site"
     legs = legs or config.legs
     if not deferred and transport == "cuda" and config.min_bytes is None:
-        deferred = _without_kernels(comm, legs, config)
+        deferred = _without_kernels(comm, legs, config, dtype, shape)
     check, title = _title(kind, shape, dtype, site_kind, config)
     made = Plan(
         deferred=deferred,
@@ -202,10 +202,15 @@ def plan(
     return cut_plan(made, shape, device, 0 if recipe.calibrated else piece_values(made, transport, exact))
 
 
-def _without_kernels(comm: Communicator | Simulated, legs: Legs, config: Config) -> str | None:
+def _without_kernels(
+    comm: Communicator | Simulated, legs: Legs, config: Config, dtype: torch.dtype, shape: Sequence[int]
+) -> str | None:
     """Why no CUDA kernel would encode, None if one would: torch's codec takes longer on a GPU than it saves."""
     if legs.reduce.native is None or legs.gather.native is None:
         return f"no CUDA kernels for recipe {config.recipe}: --flash-comm-min-bytes 0 compresses without, slower"
+    numel, width = math.prod(shape), shape[-1]
+    if not all(leg.has_kernel(dtype, numel, width) for leg in (legs.reduce, legs.gather)):
+        return f"no CUDA kernels for rows of {width} values: --flash-comm-min-bytes 0 compresses without, slower"
     return None if comm.gpus.has_kernels else NO_KERNELS
 
 

@@ -161,6 +161,17 @@ def test_a_recipe_without_cuda_kernels_stays_exact() -> None:
     assert planned_on_gpus(True, recipe="mx", min_bytes=0).deferred is None
 
 
+@pytest.mark.parametrize("width", [576, 2560, 2880, 3584, 4608, 5120, 7168, 8192, 1000])
+def test_hidden_sizes_of_models_have_cuda_kernels_or_stay_exact(width: int) -> None:
+    comm = Simulated(0, 8, kind="cuda")
+    made = plan.plan("all_reduce", (8192, width), torch.bfloat16, torch.device("meta"), comm, Config(bits=4))
+    assert made.deferred == (
+        f"no CUDA kernels for rows of {width} values: --flash-comm-min-bytes 0 compresses without, slower"
+        if width % 32
+        else None
+    )
+
+
 def kernels_of(rank: int, world: int, having: list[int]) -> bool:
     native.cuda = lambda: object() if rank in having else None
     return Communicator.of(dist.group.WORLD).gpus.has_kernels

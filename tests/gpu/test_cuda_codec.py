@@ -78,6 +78,15 @@ def test_blocks_without_a_cuda_kernel_are_left_to_torch():
         assert not extension.has_cuda_kernel(codec.native, dtype)
 
 
+def test_every_rank_knows_which_rows_have_kernels():
+    codecs = [Uniform(4, 128), Spike(4, 64), Rotated(4.5, 32), Rotated(5, 64), Rotated(4, 256), Rotated(4, 512)]
+    for dtype, codec, width in product(DTYPES, codecs, (16, 48, 96, 576, 1000, 2304, 2880, 3584, 4096, 5120, 7168)):
+        for numel in (width, 8 * width):
+            native = codec.fitted(width).native
+            found = extension.has_cuda_kernel(native, dtype, numel, width)
+            assert found == codec.has_kernel(dtype, numel, width), (codec, dtype, numel, width)
+
+
 # ---- all slices of a tensor in one launch ----------------------------------------------------------------------
 
 SLICED = [Uniform(4, 32), Uniform(5, 40), Uniform(3, 1000), Rotated(4.5, 32), Rotated(8, 64), Spike(3, 64)]
@@ -116,9 +125,60 @@ def test_slices_are_encoded_and_decoded_as_one_by_one(codec):
     assert served >= 4 * len(DTYPES), "the kernels did most of it"
 
 
+# Values, values of a row, ranks: rows that end inside a super-block of 32 blocks, those of many a model among them.
+CUT_SHORT = [(5 * 5120, 5120, 3), (7 * 3584, 3584, 2), (9 * 2880, 2880, 2), (50 * 576, 576, 3), (90 * 96, 96, 4)]
+
+
+@pytest.mark.parametrize("shape", CUT_SHORT, ids=str)
+@pytest.mark.parametrize("codec", [Rotated(4.5, 32), Rotated(5, 64), Rotated(3, 32), Rotated(8, 16)], ids=str)
+def test_rows_that_end_inside_a_super_block_have_kernels(codec, shape):
+    numel, width, world = shape
+    slices = cut(codec.fitted(width), numel, width, world)
+    for dtype in DTYPES:
+        assert is_served(codec, slices, dtype)
+        x = strange(numel, dtype)
+        parts = [part for part in slices.of(x) if part.numel()]
+        wanted = [codec.encode_ref(part, width) for part in parts]
+        payloads = torch.full((codec.wire_bytes_of(slices),), 0xEE, dtype=torch.uint8, device="cuda")
+        codec.encode_slices(x.cuda(), slices, payloads)
+        assert torch.equal(payloads.cpu(), torch.cat(wanted)), dtype
+        out = torch.full((numel,), torch.nan, dtype=dtype, device="cuda")
+        codec.decode_slices(payloads, slices, out)
+        decoded = [
+            codec.decode_sum_ref([each], part.numel(), dtype, width) for each, part in zip(wanted, parts, strict=True)
+        ]
+        assert same(out, torch.cat(decoded)), dtype
+
+
+@pytest.mark.parametrize("width", [5120, 3584, 576, 96])
+def test_sums_of_such_rows_are_encoded_with_residuals(width):
+    """A leg of which the other's rows are whole super-blocks counts them as the other does."""
+    legs = [
+        (Rotated(4.5, 32), Rotated(5, 64)),
+        (Rotated(6.5, 32), Rotated(5, 64)),
+        (Rotated(4.5, 32), Rotated(6.5, 32)),
+    ]
+    for dtype, (reduce, gather), has_residual in product(DTYPES, legs, (False, True)):
+        numel, world = 6 * width, 3
+        parts = [reduce.encode_ref(strange(numel, dtype, seed), width) for seed in range(world)]
+        wanted = reduce.decode_sum_ref(parts, numel, dtype, width)
+        defined = torch.zeros(gather.residual_numel(numel, width), dtype=dtype)
+        residual = defined.cuda() if has_residual else None
+        for _ in range(2):
+            payload = torch.full((gather.wire_bytes(numel, width),), 0xEE, dtype=torch.uint8, device="cuda")
+            out = torch.full((numel,), torch.nan, dtype=dtype, device="cuda")
+            reduce.reduce_slices([part.cuda() for part in parts], out, gather, payload, residual, width)
+            encoded = (
+                gather.encode_residual_ref(wanted, defined, width) if has_residual else gather.encode_ref(wanted, width)
+            )
+            assert same(out, wanted) and torch.equal(payload.cpu(), encoded), (dtype, reduce, gather, has_residual)
+            assert residual is None or same(residual, defined)
+
+
 @pytest.mark.parametrize("codec", [Rotated(4.5, 32), Rotated(8, 16)], ids=str)
 def test_slices_have_residuals_of_their_own(codec):
-    for dtype, (numel, width, world) in product(DTYPES, ((9001, 9001, 4), (7 * 2048, 2048, 3))):
+    shapes = ((9001, 9001, 4), (7 * 2048, 2048, 3), (7 * 576, 576, 3), (5 * 2880, 2880, 2))
+    for dtype, (numel, width, world) in product(DTYPES, shapes):
         slices = cut(codec, numel, width, world)
         assert is_served(codec, slices, dtype)
         sizes = [size for size in map(slices.size, range(world)) if size]

@@ -67,6 +67,18 @@ def test_every_codec(dtype):
         is_right(run, codec, strange(numel, dtype))
 
 
+@pytest.mark.parametrize("width", [96, 576, 5120])
+def test_rows_that_end_inside_a_super_block(width):
+    run = Kernels("sm_90", torch.bfloat16, ALL)
+    for codec, rows in product((Rotated(4.5, 32), Rotated(5, 64), Rotated(8, 16)), (2, 7)):
+        parts = [strange(rows * width, torch.bfloat16, seed) for seed in range(3)]
+        payloads = [codec.encode_ref(part, width) for part in parts]
+        assert torch.equal(run.encode(codec, parts[0], width=width), payloads[0]), codec
+        for count in (1, 3):
+            want = codec.decode_sum_ref(payloads[:count], rows * width, torch.bfloat16, width)
+            assert same(run.decode_sum(codec, payloads[:count], rows * width, width=width), want), (codec, count)
+
+
 def test_tensors_that_start_anywhere():
     run = Kernels("sm_90", torch.bfloat16, FIRST)
     for codec, shift in product((FLASH[0], AUTO[0]), (2, 8)):

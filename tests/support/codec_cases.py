@@ -52,6 +52,11 @@ def signed_zeros(n: int, generator: torch.Generator) -> Tensor:
     return torch.where(torch.rand(n, generator=generator) < 0.5, -0.0, 0.0)
 
 
+def zeros_in_runs(n: int, generator: torch.Generator) -> Tensor:
+    """Blocks of nothing but -0, or nothing but 0."""
+    return torch.where(torch.rand(math.ceil(n / 512), generator=generator) < 0.5, -0.0, 0.0).repeat_interleave(512)[:n]
+
+
 def huge(n: int, generator: torch.Generator) -> Tensor:
     """Ranges whose width overflows, up to float32's largest number, which bfloat16 cannot hold."""
     largest = torch.tensor([3.4028234663852886e38, 3.39e38, 6.5504e4])[torch.randint(3, (n,), generator=generator)]
@@ -102,7 +107,7 @@ def octaves(n: int, generator: torch.Generator) -> Tensor:
 KINDS: dict[str, Callable[[int, torch.Generator], Tensor]] = {
     function.__name__: function
     for function in (
-        normal, one_sided, constants, denormals, tiny, signed_zeros, huge, saturating, strange, outlier,
+        normal, one_sided, constants, denormals, tiny, signed_zeros, zeros_in_runs, huge, saturating, strange, outlier,
         overflowing,        patterns, octaves,
     )
 }  # fmt: skip

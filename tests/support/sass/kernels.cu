@@ -5,6 +5,7 @@
 #include "cuda/codec_kernels.h"
 #include "cuda/collectives.h"
 #include "cuda/instances.h"
+#include "cuda/rowed_codec.h"
 
 #include <stddef.h>
 #include <string.h>
@@ -29,6 +30,7 @@ template <class Codec, class Word> struct Decode {
 };
 template <int kBits, class T> using Uniform = TensorCodec<UniformTile<kBits, T>, T>;
 template <class T> using Rotated = TensorCodec<RotatedTile<T>, T>;
+template <class T> using Rowed = RowedCodec<RotatedTile<T>, T>;
 template <class T> using Carrying = TensorCodec<RotatedTile<T, true>, T>;
 template <class T> using Spike = TensorCodec<SpikeTile<T>, T>;
 
@@ -57,6 +59,8 @@ UNIFORM(4) UNIFORM(8)
 ENCODE(carrying, Carrying<T>)
 ENCODE(spike, Spike<T>)
 DECODE(spike, Spike<T>)
+ENCODE(rowed, Rowed<T>)
+DECODE(rowed, Rowed<T>)
 #endif
 ENCODE(rotated, Rotated<T>)
 DECODE(rotated, Rotated<T>)
@@ -90,12 +94,21 @@ template <class Parameters> void fill(Launch* launch, const Parameters& paramete
     memcpy(launch->parameters, (const void*)&parameters, sizeof parameters);
 }
 
-// visit(sliced codec of a tensor in one slice, number type); `enough`: tiles beyond which tiles become larger
+// visit(sliced codec of a tensor in one slice, number type); `enough`: tiles beyond which tiles become larger; `width`:
+// of rows that end inside a super-block, else 0
 template <class Visit>
-bool with_codec(const Setting& with, int dtype, bool carries, int64_t numel, int64_t enough, Visit visit) {
+bool with_codec(const Setting& with, int dtype, bool carries, int64_t numel, int64_t width, int64_t enough,
+                Visit visit) {
     bool found = false;
     with_dtype(dtype, [&](auto type) {
         using T = typename decltype(type)::type;
+        if (width) {
+            const int64_t unit = RotatedTile<T>(with).unit(), padded = ceil_div(width, unit) * unit;
+            const int tile = TensorCodec<RotatedTile<T>, T>::tile_of(with, numel / width * padded, 1, enough);
+            const Rowed<T> of(with, numel, width, padded, tile);
+            found = true;
+            return visit(SlicedCodec<Rowed<T>>{of, of, {numel, numel, 0, 1}}, type);
+        }
         const auto make = [&](auto codec) {
             using Codec = TensorCodec<typename decltype(codec)::type, T>;
             const int tile = Codec::tile_of(with, numel, 1, enough);
@@ -114,9 +127,9 @@ bool with_codec(const Setting& with, int dtype, bool carries, int64_t numel, int
 
 extern "C" {
 
-bool encode_launch(const Setting* with, int dtype, int64_t numel, int64_t enough, int64_t most_blocks, uint64_t x,
+bool encode_launch(const Setting* with, int dtype, int64_t numel, int64_t width, int64_t enough, int64_t most_blocks, uint64_t x,
                    uint64_t payload, uint64_t residual, Launch* launch) {
-    return with_codec(*with, dtype, residual, numel, enough, [&](const auto& codec, auto type) {
+    return with_codec(*with, dtype, residual, numel, width, enough, [&](const auto& codec, auto type) {
         using Word = typename decltype(type)::type::Word;
         using Codec = std::decay_t<decltype(codec.whole)>;
         const Encode<Codec, Word> call = {codec, (Word*)x, (uint8_t*)payload, (Word*)residual, 0};
@@ -124,9 +137,9 @@ bool encode_launch(const Setting* with, int dtype, int64_t numel, int64_t enough
     });
 }
 
-bool decode_launch(const Setting* with, int dtype, int64_t numel, int64_t enough, int64_t most_blocks,
+bool decode_launch(const Setting* with, int dtype, int64_t numel, int64_t width, int64_t enough, int64_t most_blocks,
                    const uint64_t* payloads, int count, uint64_t out, Launch* launch) {
-    return with_codec(*with, dtype, false, numel, enough, [&](const auto& codec, auto type) {
+    return with_codec(*with, dtype, false, numel, width, enough, [&](const auto& codec, auto type) {
         using Word = typename decltype(type)::type::Word;
         using Codec = std::decay_t<decltype(codec.whole)>;
         Decode<Codec, Word> call = {codec, {}, count, (Word*)out};

@@ -98,18 +98,29 @@ class Kernels:
         self.counts = machine.run()
 
     def encode(
-        self, codec: Any, x: Tensor, enough: int = 512, blocks: int = 4096, memory: Tensor | None = None, shift: int = 0
+        self,
+        codec: Any,
+        x: Tensor,
+        enough: int = 512,
+        blocks: int = 4096,
+        memory: Tensor | None = None,
+        shift: int = 0,
+        width: int = 0,
     ) -> Tensor:
-        """The payload; ``memory`` is updated. Beyond ``enough`` tiles they grow; at most ``blocks`` thread blocks."""
-        space, launch, size = GlobalMemory(), Launch(), codec.wire_bytes(x.numel())
+        """The payload; ``memory`` is updated. Beyond ``enough`` tiles they grow; at most ``blocks`` thread blocks.
+
+        ``width``: of rows that end inside a super-block.
+        """
+        space, launch, size = GlobalMemory(), Launch(), codec.wire_bytes(x.numel(), width or None)
         at = space.place(bits_of(x), shift)
         payload = space.place(np.full(size, 0xEE, np.uint8))
         kept = 0 if memory is None else space.place(bits_of(memory))
-        limits = ctypes.c_int64(x.numel()), ctypes.c_int64(enough), ctypes.c_int64(blocks)
+        limits = (ctypes.c_int64(each) for each in (x.numel(), width, enough, blocks))
         places = (ctypes.c_uint64(place) for place in (at, payload, kept))
-        known = setting(codec, x.numel())
+        known = setting(codec, width or x.numel())
         assert host().encode_launch(ctypes.byref(known), DTYPES[x.dtype], *limits, *places, ctypes.byref(launch))
         name = FORMATS[known.format].format(codec.bits) if memory is None else "carrying"
+        name = "rowed" if width else name
         self._run(f"encode_{name}", space, launch)
         if memory is not None:
             memory.view(torch.uint8).numpy()[:] = space.read(kept, memory.nbytes)
@@ -123,18 +134,19 @@ class Kernels:
         enough: int = 512,
         blocks: int = 1 << 20,
         shift: int = 0,
+        width: int = 0,
     ) -> Tensor:
         """The sum of what payloads hold."""
         space, launch = GlobalMemory(), Launch()
         addresses = (ctypes.c_uint64 * len(payloads))(*(space.place(bits_of(payload)) for payload in payloads))
         out = torch.full((numel,), torch.nan, dtype=self.dtype)
         to = space.place(bits_of(out), shift)
-        limits = ctypes.c_int64(numel), ctypes.c_int64(enough), ctypes.c_int64(blocks)
-        known, target, count = setting(codec, numel), ctypes.c_uint64(to), len(payloads)
+        limits = (ctypes.c_int64(each) for each in (numel, width, enough, blocks))
+        known, target, count = setting(codec, width or numel), ctypes.c_uint64(to), len(payloads)
         assert host().decode_launch(
             ctypes.byref(known), DTYPES[self.dtype], *limits, addresses, count, target, ctypes.byref(launch)
         )
-        self._run(f"decode_{FORMATS[known.format].format(codec.bits)}", space, launch)
+        self._run(f"decode_{'rowed' if width else FORMATS[known.format].format(codec.bits)}", space, launch)
         return torch.from_numpy(space.read(to, out.nbytes)).view(self.dtype)
 
     def collective(
