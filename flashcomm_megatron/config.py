@@ -95,9 +95,7 @@ class Config:
         _check(self.transport in TRANSPORTS, "transport", self.transport, ", ".join(TRANSPORTS))
         _check(self.algorithm in ALGORITHMS, "algorithm", self.algorithm, ", ".join(ALGORITHMS))
         _check(self.feedback in FEEDBACK, "feedback", self.feedback, ", ".join(FEEDBACK))
-        self._check_last()
-        self._check_gradients()
-        self._check_calibration()
+        self._check_with_recipe()
         try:
             _ = self.legs, self.gradient_legs
         except ValueError as error:  # a format has its own limits, for example on blocks
@@ -111,27 +109,22 @@ class Config:
             name = each.name.replace("_", "-")
             _check(fits, name, repr(found), f"{' or '.join(words)}, not {type(found).__name__}")
 
-    def _check_last(self) -> None:
-        row = RECIPES[self.recipe]
-        _check(self.last_bits is None or self.last_bits in row.widths, "last-bits", self.last_bits, _list(row.widths))
-        _check(
-            self.last_bits is None or self.last_bits >= self.bits, "last-bits", self.last_bits, f"{self.bits} or more"
-        )
-        if self.last_bits is not None and not row.feedback:
-            raise ValueError(f"--flash-comm-last-bits {self.last_bits} does nothing with recipe {self.recipe}.")
-
-    def _check_gradients(self) -> None:
+    def _check_with_recipe(self) -> None:
+        row, last = RECIPES[self.recipe], self.last_bits
+        if last is not None:
+            _check(last in row.widths, "last-bits", last, _list(row.widths))
+            _check(last >= self.bits, "last-bits", last, f"{self.bits} or more")
+            if not row.feedback:
+                raise ValueError(f"--flash-comm-last-bits {last} does nothing with recipe {self.recipe}.")
         widths = (*RECIPES[self._gradient_recipe].widths, EXACT)
         choices = f"{_list(widths)} with recipe {self._gradient_recipe}"
         _check(self.grad_bits in widths, "grad-bits", self.grad_bits, choices)
-
-    def _check_calibration(self) -> None:
-        if RECIPES[self.recipe].calibrated and self.calibration is None:
+        if row.calibrated and self.calibration is None:
             raise ValueError(
                 f"--flash-comm-recipe {self.recipe} needs --flash-comm-calibration FILE: "
                 "make one with python -m flashcomm_megatron calibrate SCRIPT ... --out FILE."
             )
-        if self.calibration is not None and not RECIPES[self.recipe].calibrated:
+        if self.calibration is not None and not row.calibrated:
             raise ValueError(
                 f"--flash-comm-calibration {self.calibration} does nothing with recipe {self.recipe}: "
                 "add --flash-comm-recipe outlier."

@@ -18,7 +18,7 @@ bfloat16, to -1.203 and 0.2207. The 8 codes are 32 bits, so 16 bytes of bfloat16
 
     >>> x = torch.tensor([0.3, -1.2, 0.7, 2.1, -0.4, 0.0, 1.5, -0.9])
     >>> plane, scales, minima = split_sections(Uniform(4, 8).encode(x), [4, 2, 2])
-    >>> join_planes([plane], 4).tolist()
+    >>> unpack([plane], 4, block=8, row=8)[0].tolist()
     [7, 0, 9, 15, 4, 5, 12, 1]
     >>> [round(value, 2) for value in Uniform(4, 8).decode_ref(Uniform(4, 8).encode(x), 8).tolist()]
     [0.34, -1.2, 0.78, 2.11, -0.32, -0.1, 1.45, -0.98]

@@ -8,6 +8,7 @@ so groups travel by their name and configurations as a line of JSON.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -19,27 +20,11 @@ from ..config import Config
 
 @torch.library.custom_op("flashcomm::all_reduce", mutates_args=("x",))
 def _all_reduce(x: Tensor, group: str, config: str) -> None:
-    from . import all_reduce  # as in the two below: the package imports this file
+    from . import all_reduce  # as below: the package imports this file
 
     result = all_reduce(x, _group(group), _config(config))
     if result is not x:
         x.copy_(result)
-
-
-@torch.library.custom_op("flashcomm::reduce_scatter", mutates_args=())
-def _reduce_scatter(x: Tensor, group: str, world: int, config: str) -> Tensor:
-    from . import reduce_scatter
-
-    result: Tensor = reduce_scatter(x, _group(group), _config(config))
-    return result
-
-
-@torch.library.custom_op("flashcomm::all_gather", mutates_args=())
-def _all_gather(x: Tensor, group: str, world: int, config: str) -> Tensor:
-    from . import all_gather
-
-    result: Tensor = all_gather(x, _group(group), _config(config))
-    return result
 
 
 @_all_reduce.register_fake
@@ -47,14 +32,30 @@ def _(x: Tensor, group: str, config: str) -> None:
     return None
 
 
-@_reduce_scatter.register_fake
-def _(x: Tensor, group: str, world: int, config: str) -> Tensor:
-    return x.new_empty((x.size(0) // world, *x.shape[1:]))
+def _resizing(kind: str) -> Callable[[Tensor, dist.ProcessGroup | None, Config | None], Tensor]:
+    """Define the operator "reduce_scatter" or "all_gather"; the collective as seen by torch.compile."""
+
+    @torch.library.custom_op(f"flashcomm::{kind}", mutates_args=())
+    def operator(x: Tensor, group: str, world: int, config: str) -> Tensor:
+        from .. import collectives
+
+        result: Tensor = getattr(collectives, kind)(x, _group(group), _config(config))
+        return result
+
+    @operator.register_fake
+    def _(x: Tensor, group: str, world: int, config: str) -> Tensor:
+        rows = x.size(0) * world if kind == "all_gather" else x.size(0) // world
+        return x.new_empty((rows, *x.shape[1:]))
+
+    def call(x: Tensor, group: dist.ProcessGroup | None, config: Config | None) -> Tensor:
+        world = dist.get_world_size() if group is None else group.size()
+        result: Tensor = operator(x.view(x.shape or 1), _name(group), world, _text(config))
+        return result
+
+    return call
 
 
-@_all_gather.register_fake
-def _(x: Tensor, group: str, world: int, config: str) -> Tensor:
-    return x.new_empty((world * x.size(0), *x.shape[1:]))
+reduce_scatter, all_gather = _resizing("reduce_scatter"), _resizing("all_gather")
 
 
 def all_reduce(x: Tensor, group: dist.ProcessGroup | None, config: Config | None) -> Tensor:
@@ -64,24 +65,8 @@ def all_reduce(x: Tensor, group: dist.ProcessGroup | None, config: Config | None
     return x
 
 
-def reduce_scatter(x: Tensor, group: dist.ProcessGroup | None, config: Config | None) -> Tensor:
-    """:func:`collectives.reduce_scatter` as seen by torch.compile."""
-    result: Tensor = _reduce_scatter(x, _name(group), _world(group), _text(config))
-    return result
-
-
-def all_gather(x: Tensor, group: dist.ProcessGroup | None, config: Config | None) -> Tensor:
-    """:func:`collectives.all_gather` as seen by torch.compile."""
-    result: Tensor = _all_gather(x.view(x.shape or 1), _name(group), _world(group), _text(config))
-    return result
-
-
 def _name(group: dist.ProcessGroup | None) -> str:
     return "" if group is None else str(group.group_name)
-
-
-def _world(group: dist.ProcessGroup | None) -> int:
-    return dist.get_world_size() if group is None else group.size()
 
 
 def _text(config: Config | None) -> str:

@@ -66,8 +66,8 @@ class Handle:
         if self._result.is_cuda:
             self._launch_on_side_stream(inputs)
         else:
-            is_inference = torch.is_inference_mode_enabled()
-            self._plan.comm.progress.submit(lambda: self._run_in_background(is_inference))
+            in_same_mode = torch.inference_mode(torch.is_inference_mode_enabled())  # which belongs to a thread
+            self._plan.comm.progress.submit(in_same_mode(self._run))
         return self
 
     def is_completed(self) -> bool:
@@ -92,10 +92,6 @@ class Handle:
         except BaseException as error:
             self._error = error
         self._is_done = True
-
-    def _run_in_background(self, is_inference: bool) -> None:
-        with torch.inference_mode(is_inference):
-            self._run()
 
     def _launch_on_side_stream(self, inputs: Sequence[Tensor]) -> None:
         """Launch everything on a stream of its own, behind what the current one holds.

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -30,6 +30,7 @@ from ..comm.buffers import Lengths
 from ..comm.communicator import Call, Communicator, Transport
 from ..comm.simulated import Simulated
 from ..config import Config
+from ..observe.location import Location
 from . import agreement
 from .minimum_size import NEVER, Case, minimum_size, topology_of
 
@@ -51,6 +52,7 @@ SOCKETS_BYTES = 4 << 20
 # Torch's codec takes longer on a GPU than it saves, so a missing compiler makes nobody slower. Whoever sets a minimum
 # size decides for himself.
 NO_KERNELS = "no CUDA kernels in the extension of some rank: install the CUDA wheel, or nvcc and then pip install -e ."
+NO_KERNELS_FOR = "no CUDA kernels for {}: --flash-comm-min-bytes 0 compresses without, slower"
 
 PLANS = 4096  # kept for a group
 TITLE = 47  # characters of a call's title; a frame in shared memory holds as many (csrc/cpu/streams.h)
@@ -58,17 +60,7 @@ TITLE = 47  # characters of a call's title; a frame in shared memory holds as ma
 # One-step moves world / 2 times the bytes of two-step, but in one exchange instead of two.
 ONE_STEP_WORLD = 2
 
-
-class Site(Protocol):
-    """A place in a model where a collective runs."""
-
-    @property
-    def kind(self) -> str:
-        """The kind of place; samples are filed under it."""
-
-    @property
-    def name(self) -> str:
-        """The very layer, for errors; finding it may take its time."""
+Site = Location  # where a collective runs: samples are filed under its kind, errors say its name
 
 
 class Piece(NamedTuple):
@@ -170,7 +162,11 @@ def plan(
     if kind == "reduce_scatter" and (not shape or shape[0] % comm.world):
         raise ValueError(f"reduce_scatter: first dimension of {list(shape)} is not a multiple of {comm.world} ranks.")
     transport, exact = comm.transport_name(device, config), math.prod(shape) * dtype.itemsize
-    minimum = _minimum_of_row(shape, dtype, config) if by_row else _minimum(kind, dtype, transport, comm, config, legs)
+    if by_row:  # a row decides, whatever their number
+        row = dtype.itemsize * (shape[-1] if shape else 1)
+        minimum = 0 if row >= (config.min_bytes or 0) else NEVER
+    else:
+        minimum = _minimum(kind, dtype, transport, comm, config, legs)
     deferred = _reason(kind, exact, dtype, comm.world, minimum, by_row)
     recipe = RECIPES[config.recipe]
     if recipe.calibrated and legs is None and kind in ("all_reduce", "reduce_scatter"):
@@ -207,10 +203,10 @@ def _without_kernels(
 ) -> str | None:
     """Why no CUDA kernel would encode, None if one would: torch's codec takes longer on a GPU than it saves."""
     if legs.reduce.native is None or legs.gather.native is None:
-        return f"no CUDA kernels for recipe {config.recipe}: --flash-comm-min-bytes 0 compresses without, slower"
+        return NO_KERNELS_FOR.format(f"recipe {config.recipe}")
     numel, width = math.prod(shape), shape[-1]
     if not all(leg.has_kernel(dtype, numel, width) for leg in (legs.reduce, legs.gather)):
-        return f"no CUDA kernels for rows of {width} values: --flash-comm-min-bytes 0 compresses without, slower"
+        return NO_KERNELS_FOR.format(f"rows of {width} values")
     return None if comm.gpus.has_kernels else NO_KERNELS
 
 
@@ -232,12 +228,6 @@ def width_of(config: Config, legs: Legs | None) -> int:
         return config.grad_bits
     widths = RECIPES[config.recipe].widths
     return next((bits for bits in widths if legs == config.legs_of(bits)), config.bits)  # none: of a calibrated site
-
-
-def _minimum_of_row(shape: Sequence[int], dtype: torch.dtype, config: Config) -> int:
-    """The same where a row decides: nothing, or never."""
-    row = dtype.itemsize * (shape[-1] if shape else 1)
-    return 0 if row >= (config.min_bytes or 0) else NEVER
 
 
 def _title(

@@ -52,18 +52,17 @@ class Kept:
 
     def boxes(self, lengths: Lengths) -> Boxes:
         """Views of these ``lengths``, with this as their home."""
-        return Boxes(*(self.views.get(lengths) or self._new_views(lengths)), self)
-
-    def _new_views(self, lengths: Lengths) -> Views:
-        with torch.inference_mode(False):
-            inbox = _aligned(lengths.outbox)
-            starts = 0, inbox, inbox + _aligned(lengths.inbox)
-            parts = [self.memory[start : start + size] for start, size in zip(starts, lengths, strict=False)]
-            found = _with_own(parts, lengths)
-        if len(self.views) >= LISTS:
-            self.views.clear()
-        self.views[lengths] = found
-        return found
+        found = self.views.get(lengths)
+        if found is None:
+            with torch.inference_mode(False):
+                inbox = _aligned(lengths.outbox)
+                starts = 0, inbox, inbox + _aligned(lengths.inbox)
+                parts = [self.memory[start : start + size] for start, size in zip(starts, lengths, strict=False)]
+                found = _with_own(parts, lengths)
+            if len(self.views) >= LISTS:
+                self.views.clear()
+            self.views[lengths] = found
+        return Boxes(*found, self)
 
 
 class Buffers:

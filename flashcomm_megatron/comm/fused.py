@@ -297,7 +297,11 @@ def _trial(made: Workspace, group: dist.ProcessGroup) -> str:
     device, leg = torch.device("cuda", made.device), made.cuda.Leg(*KNOWN)
     try:
         for turn in range(2):
-            parts = [_known(rank, turn, device) for rank in range(group.size())]
+            parts = []  # integers from 0 to 255 that 8-bit blocks hold exactly, different for every rank and turn
+            for rank in range(group.size()):
+                x = (torch.arange(1 << 18, device=device) * (2 * rank + 3) + 7 * turn) % 256
+                x[::32], x[1::32] = 0, 255
+                parts.append(x.bfloat16())
             out = torch.full((len(parts) * parts[0].numel(),), torch.nan, dtype=torch.bfloat16, device=device)
             mine = parts[group.rank()]
             made.run("all_gather", Kernel(leg, leg, mine.numel()), mine, out, seconds=trial_seconds)
@@ -308,10 +312,3 @@ def _trial(made: Workspace, group: dist.ProcessGroup) -> str:
     except RuntimeError as error:
         return str(error)
     return ""
-
-
-def _known(rank: int, turn: int, device: torch.device) -> Tensor:
-    """Integers from 0 to 255 that 8-bit blocks hold exactly, different for every rank and turn."""
-    x = (torch.arange(1 << 18, device=device) * (2 * rank + 3) + 7 * turn) % 256
-    x[::32], x[1::32] = 0, 255
-    return x.bfloat16()

@@ -80,7 +80,8 @@ class Posted:
 
 
 class SharedMemory:
-    """This rank's ends of the streams to all other ranks of ``group``; ``reason``: why there are none."""
+    """A transport (communicator.py): this rank's ends of the streams to all other ranks of ``group``; ``reason``: why
+    there are none."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.rank, self.world = group.rank(), group.size()
@@ -104,7 +105,6 @@ class SharedMemory:
     def exchange(
         self, outbox: Tensor, out_sizes: Sequence[int], inbox: Tensor, in_sizes: Sequence[int], call: Call
     ) -> Posted:
-        """Send each rank its part of ``outbox`` and receive from each its part of ``inbox``."""
         self._refuse_children(call)
         addresses = outbox.data_ptr(), out_sizes, inbox.data_ptr(), in_sizes
         handle = self.native.exchange(*addresses, call.number, call.title)
@@ -112,7 +112,6 @@ class SharedMemory:
         return Posted(self, handle, call, in_sizes)
 
     def gather(self, inbox: Tensor, own: Tensor, call: Call) -> Posted:
-        """Send every rank ``own``, this rank's place in ``inbox``, and receive theirs."""
         self._refuse_children(call)
         size = own.numel()
         handle = self.native.gather(self.rank, inbox.data_ptr(), size, self.world, call.number, call.title)

@@ -88,12 +88,10 @@ class Simulated:
     def exchange(
         self, outbox: Tensor, out_sizes: Sequence[int], inbox: Tensor, in_sizes: Sequence[int], call: Call
     ) -> Posted:
-        """Send each rank its part of ``outbox`` and receive from each its part of ``inbox``."""
         assert self._mailbox is not None, "made without a mailbox: for plans alone"
         return self._mailbox.post(self.rank, torch.split(outbox, list(out_sizes)), torch.split(inbox, list(in_sizes)))
 
     def gather(self, inbox: Tensor, own: Tensor, call: Call) -> Posted:
-        """Send every rank ``own``, this rank's place in ``inbox``, and receive theirs."""
         assert self._mailbox is not None, "made without a mailbox: for plans alone"
         return self._mailbox.post(self.rank, [own] * self.world, torch.split(inbox, own.numel()))
 

@@ -31,6 +31,10 @@ PATIENCE = 5.0  # seconds from one look to the next
 LOOKS = 3  # at what the other ranks wrote, since the last call
 KEPT = 64  # calls of a group
 FAILED = "failed"  # beside the numbers of calls
+DIFFERENCE = (
+    "the ranks of this group wait for each other in different calls: {}. Every rank must make the same calls, "
+    "in the same order, with the same lengths and configuration."
+)
 
 _watched: WeakSet[Communicator] = WeakSet()
 _lock = threading.Lock()
@@ -84,7 +88,8 @@ def look(comm: Communicator) -> None:
             theirs = json.loads(store.get(_key(rank))) if has_written else mine
             number = next((each for each in mine if theirs.get(each, mine[each]) != mine[each]), None)
             if number is not None:
-                reason = _difference({comm.ranks[comm.rank]: mine[number], comm.ranks[rank]: theirs[number]})
+                made = sorted([(comm.ranks[comm.rank], mine[number]), (comm.ranks[rank], theirs[number])])
+                reason = DIFFERENCE.format(" while ".join(f"rank {each} made {call}" for each, call in made))
             elif calls.looks == LOOKS and has_given_up(theirs, calls.count):
                 reason = f"rank {comm.ranks[rank]} has given up before this call: {theirs[FAILED]}"
             else:
@@ -103,25 +108,13 @@ def has_given_up(theirs: dict[str, str], count: int) -> bool:
     return bool(theirs.get(FAILED)) and not messages.raised() and knows_before and str(count) not in theirs
 
 
-def _difference(calls: dict[int, str]) -> str:
-    told = " while ".join(f"rank {rank} made {calls[rank]}" for rank in sorted(calls))
-    return (
-        f"the ranks of this group wait for each other in different calls: {told}. Every rank must make the same calls, "
-        "in the same order, with the same lengths and configuration."
-    )
-
-
 def _run() -> None:
     while not _end.wait(PATIENCE):
-        _look_at_all()
-
-
-def _look_at_all() -> None:
-    with _lock:
-        found = list(_watched)
-    for comm in found:
-        with suppress(Exception):  # the group is gone, or the process that keeps its store
-            look(comm)
+        with _lock:
+            found = list(_watched)
+        while found:  # no name stays on a communicator while the thread sleeps: it would never be freed
+            with suppress(Exception):  # the group is gone, or the process that keeps its store
+                look(found.pop())
 
 
 def _stop() -> None:

@@ -10,6 +10,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.util import find_spec
 from sysconfig import get_config_var
 from types import SimpleNamespace
@@ -165,11 +166,8 @@ def leave() -> None:
 
 def present() -> list[Seam]:
     """Rows of ``MEGATRON`` that this version has."""
-    return [seam for seam in MEGATRON if _exists(seam.module)]
-
-
-def _exists(name: str) -> bool:
-    try:
-        return find_spec(name) is not None
-    except ImportError:
-        return False
+    rows = []
+    for seam in MEGATRON:
+        with suppress(ImportError):
+            rows += [seam] if find_spec(seam.module) is not None else []
+    return rows

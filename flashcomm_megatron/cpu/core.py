@@ -13,26 +13,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..megatron.patching import Seam
 from . import cuda
 
 
-def _current_device(original: Any) -> Callable[[], torch.device]:
-    return lambda: torch.device("cpu")
-
-
 def _seed(original: Any) -> Callable[[int], Any]:
     return lambda seed: torch.manual_seed(seed)
-
-
-def _get_rng_state(original: Any) -> Callable[..., Tensor]:
-    return lambda *device, **options: torch.get_rng_state()
-
-
-def _set_rng_state(original: Any) -> Callable[..., None]:
-    return lambda state, *device, **options: torch.set_rng_state(state)
 
 
 def _fork(original: Any) -> Callable[..., Any]:
@@ -51,7 +38,7 @@ def _fork(original: Any) -> Callable[..., Any]:
     return fork
 
 
-def _causal_mask(original: Any) -> Callable[[int], Tensor]:
+def _causal_mask(original: Any) -> Callable[[int], torch.Tensor]:
     return lambda sq: torch.ones(sq, sq, dtype=torch.bool).triu(diagonal=1)
 
 
@@ -69,17 +56,17 @@ def _norm(original: Any) -> Callable[..., torch.nn.Module]:
 
 CUDA, RANDOM = "torch.cuda", "megatron.core.tensor_parallel.random"
 SEAMS = (
-    Seam(CUDA, "current_device", (), _current_device,
+    Seam(CUDA, "current_device", (), cuda.always(torch.device("cpu")),
          "the device of every parameter and buffer that Megatron makes; looked up on torch.cuda at every call"),
     Seam(CUDA, "current_stream", (), cuda.new(cuda.Stream),
          "asked by data parallelism before gradients are summed (0.19); the CPU has always done everything"),
     Seam(CUDA, "manual_seed", ("seed",), _seed,
          "seeds the default random stream; without a GPU torch would queue the call for ever"),
-    Seam(CUDA, "get_rng_state", ("device",), _get_rng_state,
+    Seam(CUDA, "get_rng_state", ("device",), cuda.new(torch.get_rng_state),
          "reads the state of a stream that the tracker has just seeded"),
-    Seam(RANDOM, "_get_cuda_rng_state", ("device",), _get_rng_state,
+    Seam(RANDOM, "_get_cuda_rng_state", ("device",), cuda.new(torch.get_rng_state),
          "saves the stream for activation recomputation"),
-    Seam(RANDOM, "_set_cuda_rng_state", ("new_state",), _set_rng_state,
+    Seam(RANDOM, "_set_cuda_rng_state", ("new_state",), cuda.set_rng_state,
          "restores the stream after seeding and before recomputation"),
     Seam(RANDOM, "CudaRNGStatesTracker.fork", ("self", "name"), _fork,
          "switches streams around dropout; the original warns when the CPU's own stream moves, which here it must"),

@@ -92,19 +92,12 @@ def instead(kind: type) -> Callable[[Any], type]:
     return lambda original: kind
 
 
-def _device_count() -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def _zeros() -> dict[str, int]:
-    return defaultdict(int)
-
-
 def _seed(original: Any) -> Callable[[int], Any]:
     return lambda seed: torch.default_generator.manual_seed(int(seed))
 
 
-def _set_rng_state(original: Any) -> Callable[..., None]:
+def set_rng_state(original: Any) -> Callable[..., None]:
+    """A replacement that sets the CPU's random state, the only one there is."""
     return lambda new_state, *args, **options: torch.set_rng_state(new_state)
 
 
@@ -116,7 +109,8 @@ CUDA, NVTX = "torch.cuda", "torch.cuda.nvtx"
 SEAMS = (
     Seam(CUDA, "is_available", (), always(True), 'scripts stop at once without ("Megatron requires CUDA")'),
     Seam(CUDA, "is_initialized", (), always(True), "asked before random states are saved"),
-    Seam(CUDA, "device_count", (), new(_device_count), "without devices no model-parallel group is made"),
+    Seam(CUDA, "device_count", (), new(lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1"))),
+         "without devices no model-parallel group is made"),
     Seam(CUDA, "set_device", (), always(None), "each rank chooses a GPU"),
     Seam(CUDA, "device", (), new(nullcontext), "works on another GPU for a while"),
     Seam(CUDA, "get_device_name", (), always("cpu"), "printed"),
@@ -130,14 +124,14 @@ SEAMS = (
     Seam(CUDA, "stream", (), new(nullcontext), "work inside runs where all work runs"),
     Seam(CUDA, "set_stream", (), always(None), "later work runs where all work runs"),
     Seam(CUDA, "CUDAGraph", (), instead(CUDAGraph), "cannot be: says so"),
-    Seam(CUDA, "memory_stats", (), new(_zeros), "statistics of a memory that is not there: all zero"),
+    Seam(CUDA, "memory_stats", (), new(lambda: defaultdict(int)), "statistics of a memory that is not there: all zero"),
     *(Seam(CUDA, name, (), always(0), "statistics of a memory that is not there: zero")
       for name in ("memory_allocated", "memory_reserved", "max_memory_allocated", "max_memory_reserved")),
     Seam(CUDA, "mem_get_info", (), always((0, 0)), "free and total bytes of a memory that is not there"),
     *(Seam(CUDA, name, (), always(None), "tidies a memory that is not there")
       for name in ("empty_cache", "reset_peak_memory_stats", "ipc_collect")),
     Seam(CUDA, "manual_seed_all", ("seed",), _seed, "seeds the default random stream; torch.manual_seed calls it too"),
-    Seam(CUDA, "set_rng_state", ("new_state",), _set_rng_state, "a checkpoint restores what get_rng_state read"),
+    Seam(CUDA, "set_rng_state", ("new_state",), set_rng_state, "a checkpoint restores what get_rng_state read"),
     Seam(CUDA, "initial_seed", (), new(torch.initial_seed), "seed of the default random stream"),
     *(Seam(CUDA, f"{kind}Tensor", (), instead(getattr(torch, f"{kind}Tensor")), "makes a tensor, or is asked about one")
       for kind in ("Float", "Half", "BFloat16", "Double", "Long", "Int", "Short", "Char", "Byte", "Bool")),

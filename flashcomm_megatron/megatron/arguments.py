@@ -18,7 +18,6 @@ nothing, they are made to say what is in force.
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
 import typing
@@ -33,7 +32,6 @@ from . import installation, patching
 from .patching import Function, PatchError, Seam
 from .when_imported import when_imported
 
-logger = logging.getLogger(__name__)
 MEGATRON_ARGUMENTS = "megatron.training.arguments"
 
 
@@ -178,20 +176,14 @@ SEAMS = (FLAG, FINISHED)
 def install() -> None:
     """Open the doors as soon as the script imports Megatron's modules; at once if it has."""
     when_imported(MEGATRON_ARGUMENTS, _patch_parser)
-    when_imported(FINISHED.module, partial(_patch, FINISHED, "call flashcomm_megatron.enable() on every rank."))
+    instead = "call flashcomm_megatron.enable() on every rank."
+    when_imported(FINISHED.module, partial(patching.apply_late, FINISHED, instead))
     if "FLASH_COMM_BITS" in os.environ:
-        when_imported(VARIABLE.module, partial(_patch, VARIABLE, "call flashcomm_megatron.enable() on every rank."))
+        when_imported(VARIABLE.module, partial(patching.apply_late, VARIABLE, instead))
 
 
 def _patch_parser() -> None:
     parser = getattr(sys.modules[MEGATRON_ARGUMENTS], "add_megatron_arguments", None)
     if "flashcomm_megatron" in getattr(getattr(parser, "__code__", None), "co_names", ()):
         return  # it asks us for the flags by itself: a Megatron with one of patches/ applied
-    _patch(FLAG, "pass extra_args_provider=flashcomm_megatron.add_arguments.")
-
-
-def _patch(seam: Seam, instead: str) -> None:
-    try:
-        patching.apply([seam])
-    except PatchError as error:
-        logger.warning("%s\nUntil then %s", error, instead)
+    patching.apply_late(FLAG, "pass extra_args_provider=flashcomm_megatron.add_arguments.")

@@ -9,9 +9,9 @@ stand in the source. So a name is followed through modules, imports, classes and
 from __future__ import annotations
 
 import ast
-import copy
 import functools
 import importlib
+import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.util import resolve_name
 from pathlib import Path
@@ -95,25 +95,37 @@ def _names(scope: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _stand_in(node: Any) -> Any:
-    """A function with the parameters of one that is only read: a lambda, with the defaults that are literals."""
+    """A function with the parameters of one that is only read."""
     if not isinstance(node, ast.FunctionDef):
         raise PatchError("expected a function")
-    parameters = copy.deepcopy(node.args)
-    for each in ast.walk(parameters):
-        if isinstance(each, ast.arg):
-            each.annotation = None
-    parameters.defaults = [_literal(default) for default in parameters.defaults]
-    parameters.kw_defaults = [default and _literal(default) for default in parameters.kw_defaults]
-    return eval(f"lambda {ast.unparse(parameters)}: None", {"UNREAD": patching.UNREAD})
+    given, kinds = node.args, inspect.Parameter
+    plain = [*given.posonlyargs, *given.args]
+    defaults = [None] * (len(plain) - len(given.defaults)) + list(given.defaults)
+    found: list[tuple[ast.arg | None, Any, ast.expr | None]] = [
+        *((each, kinds.POSITIONAL_OR_KEYWORD, default) for each, default in zip(plain, defaults, strict=True)),
+        (given.vararg, kinds.VAR_POSITIONAL, None),
+        *(
+            (each, kinds.KEYWORD_ONLY, default)
+            for each, default in zip(given.kwonlyargs, given.kw_defaults, strict=True)
+        ),
+        (given.kwarg, kinds.VAR_KEYWORD, None),
+    ]
+
+    def function(*args: Any, **kwargs: Any) -> None: ...
+
+    parameters = [kinds(each.arg, kind, default=_default(default)) for each, kind, default in found if each is not None]
+    function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return function
 
 
-def _literal(default: ast.expr) -> ast.expr:
+def _default(default: ast.expr | None) -> Any:
     """A default as it stands in the source; one that is no literal is only known to be there."""
+    if default is None:
+        return inspect.Parameter.empty
     try:
-        ast.literal_eval(default)
+        return ast.literal_eval(default)
     except ValueError:
-        return ast.Name("UNREAD")
-    return default
+        return patching.UNREAD
 
 
 def _file(module: str, folders: Sequence[Path]) -> Path | None:

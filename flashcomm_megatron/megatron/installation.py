@@ -6,7 +6,6 @@ are applied when the script imports their module, and never import it themselves
 
 from __future__ import annotations
 
-import logging
 from functools import partial
 
 from packaging.version import Version
@@ -17,7 +16,6 @@ from . import coverage, feedback, patching, seams, training_log, transformer_eng
 from .patching import PatchError, Seam
 from .when_imported import when_imported
 
-logger = logging.getLogger(__name__)
 OLDEST = (0, 13)  # megatron-core; the first whose layers hand their process group to every collective
 _is_installed = False
 
@@ -78,11 +76,8 @@ def uninstall() -> None:
 
 def _count(seam: Seam) -> None:
     """Apply a counter; a version without its name needs none."""
-    try:
-        if _is_installed:
-            patching.apply([seam])
-    except PatchError as error:
-        logger.debug("%s", error)
+    if _is_installed:
+        patching.apply_late(seam)
 
 
 def megatron_version() -> str:

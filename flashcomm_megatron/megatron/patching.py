@@ -111,6 +111,18 @@ def apply(seams: Iterable[Seam]) -> None:
         logger.debug("patched %s", path)
 
 
+def apply_late(seam: Seam, instead: str = "") -> None:
+    """Replace one name of a module that was imported just now. Where it does not fit, nothing ends: a warning says what
+    to do ``instead``, if anything must be done."""
+    try:
+        apply([seam])
+    except PatchError as error:
+        if instead:
+            logger.warning("%s\nUntil then %s", error, instead)
+        else:
+            logger.debug("%s", error)
+
+
 def revert(seams: Iterable[Seam]) -> None:
     """Restore the original object of every name of the table, last first; raise PatchError if one is not ours now."""
     rows = [(seam.path, _applied[seam.path]) for seam in seams if seam.path in _applied]

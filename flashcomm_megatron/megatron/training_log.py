@@ -9,7 +9,6 @@ they carry the losses too, under Megatron's names.
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +18,6 @@ from . import patching
 from .patching import Function, PatchError, Seam
 from .when_imported import when_imported
 
-logger = logging.getLogger(__name__)
 TRAINING = "megatron.training.training"
 USED = ("loss_dict", "iteration")
 
@@ -75,8 +73,5 @@ def uninstall() -> None:
 
 
 def _patch() -> None:
-    try:
-        if _wanted:
-            patching.apply([SEAM])
-    except PatchError as error:
-        logger.warning("%s\nUntil then call flashcomm_megatron.log_metrics(step) in the script.", error)
+    if _wanted:
+        patching.apply_late(SEAM, "call flashcomm_megatron.log_metrics(step) in the script.")

@@ -121,8 +121,7 @@ def all_reduce(original: Function) -> Function:
     """Row all-reduce, and that of a column layer's gradient."""
 
     def allreduce(inp: Any, tp_group: Any = None, async_op: bool = False) -> Any:
-        inp = _contiguous(inp)
-        return _send("all_reduce", inp, tp_group, async_op) or original(inp, tp_group, async_op)
+        return _sent_or_exact(original, "all_reduce", inp, tp_group, async_op)
 
     return allreduce
 
@@ -131,8 +130,7 @@ def reduce_scatter(original: Function) -> Function:
     """Row reduce-scatter, and that of a column layer's gradient."""
 
     def reduce_scatter_along_first_dim(inp: Any, tp_group: Any, async_op: bool = False) -> Any:
-        inp = _contiguous(inp)
-        return _send("reduce_scatter", inp, tp_group, async_op) or original(inp, tp_group, async_op)
+        return _sent_or_exact(original, "reduce_scatter", inp, tp_group, async_op)
 
     return reduce_scatter_along_first_dim
 
@@ -141,16 +139,16 @@ def gather(original: Function) -> Function:
     """Column all-gather, and that of a row layer's gradient."""
 
     def gather_along_first_dim(inp: Any, process_group: Any, async_op: bool = False, quantizer: Any = None) -> Any:
-        inp = _contiguous(inp)
-        sent = _send("all_gather", inp, process_group, async_op, quantizer)
-        return sent or original(inp, process_group, async_op, quantizer)
+        return _sent_or_exact(original, "all_gather", inp, process_group, async_op, quantizer)
 
     return gather_along_first_dim
 
 
-def _contiguous(x: Any) -> Any:
-    """``x`` as all of these collectives want it at a site: what a strided tensor holds is summed in a copy of it."""
-    return x.contiguous() if type(x) is Tensor and context.site() is not None else x
+def _sent_or_exact(original: Function, collective: str, x: Any, group: Any, async_op: bool, *quantizer: Any) -> Any:
+    """The result and the handle of a collective, compressed or by the original."""
+    if type(x) is Tensor and context.site() is not None:
+        x = x.contiguous()  # what a strided tensor holds is summed in a copy of it
+    return _send(collective, x, group, async_op, *quantizer) or original(x, group, async_op, *quantizer)
 
 
 def _send(collective: str, x: Any, group: Any, async_op: bool, quantizer: Any = None) -> tuple[Tensor, Any] | None:

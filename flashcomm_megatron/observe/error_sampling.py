@@ -38,10 +38,15 @@ _lock = threading.Lock()
 
 def sample(name: str, x: Tensor, codec: Codec) -> None:
     """Note one call at site ``name`` that encodes ``x`` (any shape, contiguous); every hundredth is measured."""
-    call = _calls[name]
+    call, key = _calls[name], (name, x.device)
     _calls[name] = call + 1
-    if call % EVERY == 0 and not _is_capturing(x):
-        _add((name, x.device), measure(_window(x, call // EVERY, codec.block), codec))
+    if call % EVERY or (x.is_cuda and torch.cuda.is_current_stream_capturing()):  # a graph would measure at each replay
+        return
+    flat, length = x.detach().reshape(-1), max(1, WINDOW // codec.block) * codec.block
+    start = call // EVERY % math.ceil(flat.numel() / length) * length  # starting over at the end
+    sums = measure(flat[start : start + length], codec)
+    with _lock:
+        _sums[key] = _sums[key].add_(sums) if key in _sums else sums
 
 
 def read() -> dict[str, Error]:
@@ -52,7 +57,10 @@ def read() -> dict[str, Error]:
     totals: dict[str, list[float]] = {}
     for (name, _), sum_ in sums.items():
         totals[name] = [a + b for a, b in zip(totals.get(name, [0.0] * 3), sum_.tolist(), strict=True)]
-    return {name: Error(_ratio(error, value), round(blocks)) for name, (error, value, blocks) in totals.items()}
+    return {
+        name: Error(math.sqrt(error / value) if value else 0.0, round(blocks))
+        for name, (error, value, blocks) in totals.items()
+    }
 
 
 def reset() -> None:
@@ -73,25 +81,3 @@ def measure(x: Tensor, codec: Codec) -> Tensor:
     sums = both.square_().view(2, -1, codec.block).sum(2)
     finite = sums[0].isfinite()  # a block that holds NaN or Inf decodes to NaN
     return torch.cat([torch.where(finite, sums, 0.0).sum(1), (~finite).sum().double().view(1)])
-
-
-def _window(x: Tensor, turn: int, block: int) -> Tensor:
-    """The ``turn``-th window of ``x``, which begins at a block, starting over at the end."""
-    flat = x.detach().reshape(-1)
-    length = max(1, WINDOW // block) * block
-    start = turn % math.ceil(flat.numel() / length) * length
-    return flat[start : start + length]
-
-
-def _add(key: tuple[str, torch.device], sums: Tensor) -> None:
-    with _lock:
-        _sums[key] = _sums[key].add_(sums) if key in _sums else sums
-
-
-def _ratio(error: float, value: float) -> float:
-    return math.sqrt(error / value) if value else 0.0
-
-
-def _is_capturing(x: Tensor) -> bool:
-    """Whether a CUDA graph is being captured: what it records would run at every replay."""
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()

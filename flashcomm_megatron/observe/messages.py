@@ -73,13 +73,10 @@ def unexpected(what: str, config: Config) -> None:
 
 def fell_back(what: str, ranks: Sequence[int], reason: str) -> None:
     """Say that the group of ``ranks``, whose first one calls this, does without ``what``; once a process."""
+    is_span = len(ranks) > 2 and list(ranks) == list(range(ranks[0], ranks[-1] + 1))
+    which = f"{ranks[0]} to {ranks[-1]}" if is_span else " and ".join(map(str, ranks))
     if _is_new(what):
-        print(f"flash-comm: no {what} between ranks {_span(ranks)}, and maybe others: {reason}", flush=True)
-
-
-def _span(ranks: Sequence[int]) -> str:
-    is_dense = list(ranks) == list(range(ranks[0], ranks[-1] + 1)) and len(ranks) > 2
-    return f"{ranks[0]} to {ranks[-1]}" if is_dense else " and ".join(map(str, ranks))
+        print(f"flash-comm: no {what} between ranks {which}, and maybe others: {reason}", flush=True)
 
 
 def say(line: str) -> None:

@@ -35,6 +35,7 @@ logger = logging.getLogger("flashcomm_megatron")
 PREFIX = "flash-comm/"
 
 _described: set[str] = set()  # files and W&B runs that have our settings
+_failed: set[int] = set()  # modules and runs of W&B that took no metrics
 
 
 def metrics() -> dict[str, float]:
@@ -84,21 +85,17 @@ def send(step: int, ours: Mapping[str, float], others: Mapping[str, float], wand
     config = current()
     if wandb is not None:
         try:
-            _describe_run(wandb, config)
+            run = str(getattr(getattr(wandb, "run", wandb), "id", ""))
+            if run not in _described:
+                _described.add(run)
+                wandb.config.update({"flash-comm": settings(config)}, allow_val_change=True)
             wandb.log({**others, **ours}, step)
         except Exception as error:  # a run that is finished, a wandb that is half imported: never a training step's end
-            if not _has_failed(wandb):
+            if id(wandb) not in _failed:
                 logger.warning("flash-comm: no metrics reach W&B: %r", error)
+            _failed.add(id(wandb))
     if config is not None and config.metrics and is_last_rank():
         _append(config, {"step": step, "time": time.time(), **others, **ours})
-
-
-def _has_failed(wandb: Any) -> bool:
-    """Whether this module or run failed before; from now on it has."""
-    key = f"failed {id(wandb)}"
-    before = key in _described
-    _described.add(key)
-    return before
 
 
 def to_tensorboard(writer: Any, step: int, scalars: Mapping[str, float]) -> None:
@@ -111,11 +108,15 @@ def settings(config: Config | None = None) -> dict[str, Any]:
     """What makes runs comparable: the options in force, the codecs' blocks, versions and the commit if it is known."""
     config = config or current()
     options = asdict(config) | {"block": config.legs.reduce.block} if config else {}
+    try:
+        megatron = metadata.version("megatron-core")
+    except metadata.PackageNotFoundError:
+        megatron = None
     return options | {
         "version": __version__,
         "commit": _commit(),
         "torch": torch.__version__,
-        "megatron-core": _installed("megatron-core"),
+        "megatron-core": megatron,
         "extension": native.describe(),
         "ranks": torch.distributed.get_world_size() if _has_ranks() else 1,
     }
@@ -124,17 +125,6 @@ def settings(config: Config | None = None) -> dict[str, Any]:
 def is_last_rank() -> bool:
     """The rank that writes, which is where Megatron has its writers and the loss."""
     return not _has_ranks() or torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
-
-
-# ---- W&B and the file ---------------------------------------------------------------------------------------------
-
-
-def _describe_run(wandb: Any, config: Config | None) -> None:
-    """Put our settings into the run's config, once a run."""
-    run = str(getattr(getattr(wandb, "run", wandb), "id", ""))
-    if run not in _described:
-        _described.add(run)
-        wandb.config.update({"flash-comm": settings(config)}, allow_val_change=True)
 
 
 def _append(config: Config, line: dict[str, Any]) -> None:
@@ -162,13 +152,6 @@ def number(value: Any) -> float:
 
 def _has_ranks() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _installed(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _commit() -> str | None:

@@ -49,7 +49,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -107,10 +107,23 @@ class Element:
         negative = (1 << self.bits) - code if self.exponent == 0 else code | 1 << (self.bits - 1)
         return (torch.where(x.signbit(), negative, code) & ((1 << self.bits) - 1)).to(torch.uint8)
 
-    @property
+    @cached_property
     def table(self) -> Tensor:
-        """float32 values [2**bits] of all codes."""
-        return _table(self)
+        """float32 values [2**bits] of all codes, by the specification's definition of each field."""
+        half = 1 << (self.bits - 1)
+        if self.exponent == 0:
+            return torch.tensor([integer * 2.0 ** (2 - self.bits) for integer in (*range(half), *range(-half, 0))])
+        positive = [self._positive(code) for code in range(half)]
+        return torch.tensor([*positive, *(-value for value in positive)])
+
+    def _positive(self, code: int) -> float:
+        """Value of a float code without sign. E5M2 is the one IEEE format: its top exponent means Inf and NaN."""
+        field, fraction = code >> self.mantissa, code & ((1 << self.mantissa) - 1)
+        unit = 2.0 ** (self.emin - self.mantissa)
+        value = fraction * unit if field == 0 else ((1 << self.mantissa) + fraction) * unit * 2.0 ** (field - 1)
+        if value <= self.largest:
+            return value
+        return math.inf if fraction == 0 else math.nan
 
 
 ELEMENTS: dict[str, Element] = {
@@ -171,26 +184,6 @@ class Microscaling(Codec):
         unit = of_each_value(_power_of_two(scale), self.block, rows_of(numel, width)[1])
         is_largest = self.decode_ref(payload, numel, width).abs() == element.largest * unit
         return torch.where(is_largest, beyond, 2.0 ** (max(element.emin, element.emax) - element.mantissa - 1)) * unit
-
-
-@lru_cache
-def _table(element: Element) -> Tensor:
-    """Values of all codes by the specification's definition of each field."""
-    half = 1 << (element.bits - 1)
-    if element.exponent == 0:
-        return torch.tensor([integer * 2.0 ** (2 - element.bits) for integer in (*range(half), *range(-half, 0))])
-    positive = [_positive(element, code) for code in range(half)]
-    return torch.tensor([*positive, *(-value for value in positive)])
-
-
-def _positive(element: Element, code: int) -> float:
-    """Value of a float code without sign. E5M2 is the one IEEE format: its top exponent means Inf and NaN."""
-    field, fraction = code >> element.mantissa, code & ((1 << element.mantissa) - 1)
-    unit = 2.0 ** (element.emin - element.mantissa)
-    value = fraction * unit if field == 0 else ((1 << element.mantissa) + fraction) * unit * 2.0 ** (field - 1)
-    if value <= element.largest:
-        return value
-    return math.inf if fraction == 0 else math.nan
 
 
 def _power_of_two(exponent: Tensor) -> Tensor:
