@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from protocol_model import SCRIPTS, Call, Rules, explore, reached, sequences
+from protocol_model import LEGS, Call, Rules, explore, reached, sequences
 
-KINDS = [Call(kind) for kind in SCRIPTS]
+KINDS = [Call(kind) for kind in LEGS]
 NOBODY_HAS_ANY = frozenset({0, 1, 2})
 
 
@@ -34,7 +34,7 @@ def test_peers_may_be_taken_in_any_order(order):
 
 def test_rounds_inside_one_call_do_not_mix():
     """A message larger than the inboxes takes several rounds of one kernel."""
-    for kind in SCRIPTS:
+    for kind in LEGS:
         assert explore(3, [Call(kind, rounds=3), Call("reduce_scatter", rounds=2)])[0] is None
 
 
