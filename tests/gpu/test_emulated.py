@@ -191,7 +191,7 @@ def stalled(single_buffer: int) -> bool:
 
 def test_a_stalled_reader_is_not_overtaken():
     assert stalled(single_buffer=0)
-    assert not stalled(single_buffer=1), "negative control: without the second buffer it must be"
+    assert not stalled(single_buffer=1), "negative control: with one region in place of the ring it must be"
 
 
 def late(kind: str, world: int, rank: int, values: int = 2048):
@@ -243,6 +243,17 @@ def test_an_absent_rank_is_named():
         assert word >> 63 == 1 and (word >> 58) & 15 == 2, "rank 2 is missing"
         assert ranks.epoch(rank) == ranks.epoch(0)
     assert ranks.error(2) == 0
+
+
+def test_who_misses_a_rank_pushes_nothing_more():
+    """What was decoded of the missing rank goes nowhere: others may still read what would be overwritten."""
+    for kind, announced in {"two-step": 1, "one-step": 2}.items():
+        ranks = emulator.World(3, blocks=1, region=16384)
+        parts = [torch.randn(90_000).bfloat16() for _ in range(3)]
+        out = outputs(kind, parts)
+        ranks.run([ranks.job(kind, BLOCK32, parts, out, deadline=10**6)], absent=0b100)
+        assert [ranks.announced_early(rank) for rank in range(3)] == [announced, announced, 0]
+        assert out[0].isnan().all() and out[1].isnan().all()
 
 
 # ---- the rules ------------------------------------------------------------------------------------------------

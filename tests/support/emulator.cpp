@@ -29,7 +29,7 @@ struct World {
     std::vector<Control> controls;
     std::vector<uint64_t> host_errors;
     // What was seen of a rank: how often it polled a flag; how often one that it had seen to be there, in calls of one
-    // exchange; sources whose payloads it read, a bit each; when the late ranks began, those and what it had announced.
+    // exchange; sources whose payloads it read, a bit each; when the late ranks began, or at the end, those and what it had announced.
     std::vector<uint64_t> polls{}, again{}, read{}, read_early{}, announced_early{};
     std::map<const uint64_t*, uint64_t> flags{};  // that have been read: what was in them
 };
@@ -191,7 +191,10 @@ int run(World* world, const Job* jobs, int count, unsigned seed, unsigned absent
             late = 0;
             continue;
         }
-        if (ready.empty()) return 0;
+        if (ready.empty()) {
+            if (world->announced_early == std::vector<uint64_t>(world->capacity.world)) note_early(*world);
+            return 0;
+        }
         const auto [r, b] = ready[random() % ready.size()];
         Block& block = ranks[r].blocks[b];
         for (int steps = 1 + (int)(random() % 40); steps && !block.ended(); steps--) waits = step(block) ? 0 : waits + 1;

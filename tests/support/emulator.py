@@ -73,9 +73,8 @@ def library() -> Any:
     loaded.folder = folder
     for name in ("world_new",):
         getattr(loaded, name).restype = ctypes.c_void_p
-    for name in ("world_error", "world_epoch", "world_polls", "world_polls_again", "world_read_early",
-                 "world_announced_early"):
-        getattr(loaded, name).restype = ctypes.c_uint64
+    for name in ("error", "epoch", "polls", "polls_again", "read_early", "announced_early"):
+        getattr(loaded, f"world_{name}").restype = ctypes.c_uint64
     for name in ("shape", "rule_reached"):
         getattr(loaded, name).restype = ctypes.c_bool
     return loaded
@@ -151,7 +150,7 @@ class World:
         return {source for source in range(self.world) if mask >> source & 1}
 
     def announced_early(self, rank: int) -> int:
-        """The last exchange that ``rank`` had announced when the late ones began."""
+        """The last exchange that ``rank`` had announced when the late ones began; without late ones at the end."""
         return library().world_announced_early(self, rank)
 
     def epoch(self, rank: int) -> int:

@@ -154,9 +154,7 @@ class World:
         self.calls, self.rules, self.world, self.before = calls, rules, world, first - 1
         self.threads: list[Thread] = [(rank, block) for rank in range(world) for block in range(blocks)]
         self.position = {thread: i for i, thread in enumerate(self.threads)}
-        self.programs = [
-            list(Block(*thread, world, order, rules.ahead).steps(calls, first)) for thread in self.threads
-        ]
+        self.programs = [list(Block(*thread, world, order, rules.ahead).steps(calls, first)) for thread in self.threads]
         self.announced = [self._announcements(i) for i in range(len(self.threads))]
         self.needs = [[self._needs(i, pc) for pc in range(len(self.programs[i]))] for i in range(len(self.threads))]
 
