@@ -122,7 +122,10 @@ template <class Reduce, class Gather, class T> struct alignas(16) Worker {
         static_assert(sizeof(Call) % 8 == 0, "copied by words");
         for (int i = thread(); 8 * i < (int)sizeof(Call); i += kThreads)
             ((uint64_t*)&worker.call)[i] = ((const uint64_t*)&call)[i];
-        if (thread() == 0) worker.settle((int)(block_index() % call.ranks), (int)(block_index() / call.ranks), call);
+        const int local = (int)(block_index() % call.ranks), source = thread();
+        if (source < kMaxWorld)
+            worker.seen[source] = call.control[local]->epoch, worker.sizes[source] = call.shape.size(source);
+        if (source == kThreads - 1) worker.settle(local, (int)(block_index() / call.ranks), call);
         sync();
         return worker;
     }
@@ -142,7 +145,6 @@ private:
         local = rank_here, rank = of.first + rank_here, block = block_here;
         reduce = Reduce(of.reduce), gather = Gather(of.gather);
         control = of.control[rank_here], epoch = control->epoch;
-        for (int source = 0; source < kMaxWorld; source++) seen[source] = epoch, sizes[source] = of.shape.size(source);
         hop = (int64_t)of.shape.blocks * of.shape.tile, slot_hop = (int64_t)of.shape.blocks * of.shape.stride;
         turn = 0, phase = kSend, is_missing = false;
         begin(of);
@@ -370,7 +372,7 @@ private:
         // every thread has pushed: the release covers it
         if (announces && peer != rank) store_release(flag, exchange);
         if (announces && peer == rank) seen[rank] = exchange;
-        if (peer == 0) proceed();
+        if (peer == kThreads - 1) proceed();  // beside the fences of those that announce
         sync();
         return turn <= call.shape.rounds;
     }
