@@ -195,7 +195,7 @@ std::vector<int64_t> Workspace::error() const {
         const uint64_t word = ((const volatile uint64_t*)host_errors_)[i];
         if (!word) continue;
         const Overdue overdue = Overdue::of(word);
-        return {overdue.leg, overdue.rank, overdue.block, (int64_t)overdue.round};
+        return {overdue.leg, overdue.rank, overdue.block, (int64_t)overdue.exchange};
     }
     return {};
 }

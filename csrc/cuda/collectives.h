@@ -6,19 +6,21 @@
 // flag follows; the reader decodes from its own inbox. Nothing is staged in between, and the four collectives are one
 // program with steps left out:
 //
-//                       push                    await     then
-//     two-step          scatter   reduce leg    reduce    sum, encode, share   gather leg    await, decode
-//     one-step          share     reduce leg    reduce    sum
-//     reduce-scatter    scatter   reduce leg    reduce    sum
-//     all-gather        share     gather leg    gather    decode
+//                       send                    then, as each source's flag comes
+//     two-step          scatter   reduce leg    sum, encode, share   gather leg    decode
+//     one-step          share     reduce leg    sum
+//     reduce-scatter    scatter   reduce leg    sum
+//     all-gather        share     gather leg    decode
 //
 //     scatter    every rank's slice of x, encoded, to that rank's inbox
 //     share      the same payload to every rank's inbox, this rank's own included
 //     sum        float32, in rank order, this rank's part through the codec like all others: all ranks end with the
 //                same bits, and they are the bits of flashcomm_megatron/collectives.py over any process group
 //
-// Reading and writing x and out by the same block at the same tile makes in-place safe: a tile is written in the round
-// in which it was read, behind a barrier. Flags, rounds and buffers: protocol.h. Who does which tile: shape.h.
+// A block waits for a rank just before it reads its first payload, so that one payload is decoded while others arrive;
+// and it sends the next round before it waits for the last leg of this one. Reading and writing x and out by the same
+// block at the same tile makes in-place safe: a tile is written behind a barrier after it was read. Flags, rounds and
+// regions: protocol.h. Who does which tile: shape.h.
 //
 // Several ranks may run in one launch on one GPU (`ranks`), each with its own inbox, control words and blocks; they
 // exchange through the same inboxes and flags as ranks of different processes do.
@@ -48,18 +50,24 @@ struct Call {
     int world, first, ranks;  // of the group; the first of this launch and how many run in it
     Setting reduce, gather;
     int64_t region;
-    uint64_t deadline;         // nanoseconds a block waits for a flag
+    uint64_t deadline;         // nanoseconds a block waits for one flag
     const void* x[kMaxWorld];  // of the ranks of this launch
     void* out[kMaxWorld];
     Control* control[kMaxWorld];
     uint8_t* own[kMaxWorld];            // what they send themselves
     void* residuals[kLegs][kMaxWorld];  // of each leg, where the codec keeps residuals
     uint8_t* inbox[kMaxWorld];          // of every rank of the group, as this device addresses them
-    // Tests alone set these: a rank that reads its inbox late, and the protocol without its second buffer.
+    // Tests alone set these: a rank that reads its inbox late, and the protocol with one region in place of its ring.
     int stalled_rank;
     uint64_t stall;
     bool single_buffer;
 };
+
+// What a block does with a round. It takes turns t = 0, 1, ... until all rounds are through, and goes through these:
+//     two-step                  sum of round t, send round t + 1, decode round t
+//     one-step, reduce-scatter  send round t + 1, sum of round t
+//     all-gather                send round t + 1, decode round t
+enum Phase : int { kSum = 0, kSend = 1, kDecode = 2 };
 
 // One thread block at work. The object lies in shared memory, so that what it knows is read again behind each barrier:
 // kept in registers from the start, it displaced the sums.
@@ -69,10 +77,28 @@ template <class Reduce, class Gather, class T> struct alignas(16) Worker {
     Call call;
     Reduce reduce;
     Gather gather;
-    int local, rank, block, half, phase;  // half: of the inboxes, in this round
+    int local, rank, block;
     Control* control;
-    Round round, last;
-    int64_t first;  // this block's first tile of the round, in every slice
+    Exchange epoch;            // before this call
+    int64_t sizes[kMaxWorld];  // values of every rank's slice
+    int64_t hop;               // values from one tile of this block to the next
+    int64_t slot_hop;          // bytes from one slot of this block to the next
+    int64_t turn;
+
+    // Of the phase, set by begin().
+    Phase phase;
+    int targets;                 // what a tile of x is cut into: a slice for every rank, or 1
+    int pushes;                  // whether anything is pushed
+    Leg leg;                     // on which it is
+    int64_t first;               // this block's first value of the round, in every slice
+    Exchange arriving, leaving;  // what is read, what is pushed
+    // The slots of this block in the regions of these exchanges: own ones, and where those of others begin.
+    uint8_t *own_from, *own_to, *others_from;
+    int64_t others_to;  // in any inbox
+
+    int is_missing;            // a flag did not come: this block pushes nothing any more and leaves
+    int is_here[2];            // whether the payload to be decoded next had come, in turns
+    Exchange seen[kMaxWorld];  // in every source's flag; the thread of that number alone uses it
 
     // Shared memory: this object, a payload on its way out, then what encoding needs or two payloads on their way in.
     static FC_INLINE int max2(int a, int b) { return a > b ? a : b; }
@@ -96,7 +122,10 @@ template <class Reduce, class Gather, class T> struct alignas(16) Worker {
         static_assert(sizeof(Call) % 8 == 0, "copied by words");
         for (int i = thread(); 8 * i < (int)sizeof(Call); i += kThreads)
             ((uint64_t*)&worker.call)[i] = ((const uint64_t*)&call)[i];
-        if (thread() == 0) worker.settle((int)(block_index() % call.ranks), (int)(block_index() / call.ranks), call);
+        const int local = (int)(block_index() % call.ranks), source = thread();
+        if (source < kMaxWorld)
+            worker.seen[source] = call.control[local]->epoch, worker.sizes[source] = call.shape.size(source);
+        if (source == kThreads - 1) worker.settle(local, (int)(block_index() / call.ranks), call);
         sync();
         return worker;
     }
@@ -104,23 +133,51 @@ template <class Reduce, class Gather, class T> struct alignas(16) Worker {
     FC_DEVICE void run() {
         bool more = sync_and(control->error == 0);
         while (more) {
-            more = one_round() && round != last;
-            sync();  // all have decoded and read `round`
-            if (thread() == 0) begin(round + 1), first += (int64_t)call.shape.depth * call.shape.blocks;
-            sync();
+            if (phase == kDecode) decode();
+            else send();
+            more = conclude();
         }
         end();
     }
 
 private:
-    FC_DEVICE void settle(int rank_here, int block_here, const Call& from) {
-        local = rank_here, rank = from.first + rank_here, block = block_here;
-        reduce = Reduce(from.reduce), gather = Gather(from.gather);
-        control = from.control[rank_here], first = block_here;
-        last = control->epoch + from.shape.rounds;
-        begin(control->epoch + 1);
+    FC_DEVICE void settle(int rank_here, int block_here, const Call& of) {
+        local = rank_here, rank = of.first + rank_here, block = block_here;
+        reduce = Reduce(of.reduce), gather = Gather(of.gather);
+        control = of.control[rank_here], epoch = control->epoch;
+        hop = (int64_t)of.shape.blocks * of.shape.tile, slot_hop = (int64_t)of.shape.blocks * of.shape.stride;
+        turn = 0, phase = kSend, is_missing = false;
+        begin(of);
     }
-    FC_DEVICE void begin(Round next) { round = next, half = call.single_buffer ? 0 : parity(next), phase = 1; }
+
+    // The phase that follows: rounds are 1 ... rounds, so turn 0 sends alone and the last turn sends nothing.
+    FC_DEVICE void proceed() {
+        const bool is_two_step = call.kind == kTwoStep;
+        const Phase last = gathers(call.kind) ? kDecode : kSum, start = is_two_step ? kSum : kSend;
+        do {
+            if (is_two_step) phase = phase == kSum ? kSend : phase == kSend ? kDecode : kSum;
+            else phase = phase == kSend ? last : kSend;
+            if (phase == start) turn++;
+        } while (phase == kSend ? turn == call.shape.rounds : turn == 0);
+        begin(call);
+    }
+    FC_DEVICE void begin(const Call& of) {
+        const bool is_send = phase == kSend;
+        targets = is_send && scatters(of.kind) ? of.world : 1;
+        pushes = is_send || (is_sum() && gathers(of.kind)), leg = is_send && reduces(of.kind) ? kReduceLeg : kGatherLeg;
+        const int64_t before = turn - (is_send ? 0 : 1);  // rounds before the phase's
+        first = before * of.shape.depth * hop + (int64_t)block * of.shape.tile;
+        arriving = leaving = epoch + before * legs(of.kind) + 1;
+        if (phase == kDecode) arriving += legs(of.kind) - 1;
+        if (is_sum()) leaving++;
+        const Inbox inbox{of.world, of.region};
+        const int filled = of.single_buffer ? 0 : region_of(arriving),
+                  filling = of.single_buffer ? 0 : region_of(leaving);
+        const int64_t slot = (int64_t)block * of.shape.stride;
+        own_from = of.own[local] + inbox.own_slots(filled) + slot,
+        own_to = of.own[local] + inbox.own_slots(filling) + slot;
+        others_from = of.inbox[rank] + inbox.slots(filled, 0) + slot, others_to = inbox.slots(filling, rank) + slot;
+    }
 
     FC_DEVICE const Word* x(int slice) const { return (const Word*)call.x[local] + call.shape.start(slice); }
     FC_DEVICE Word* out(int slice) const { return (Word*)call.out[local] + call.shape.start(slice); }
@@ -130,71 +187,61 @@ private:
             return (Word*)call.residuals[leg][local] + slice * codec.residual_numel(call.shape.slice) + at;
         else return nullptr;
     }
-    FC_DEVICE int64_t tile(int d) const { return first + (int64_t)d * call.shape.blocks; }
-
-    // ---- a round, phase by phase ---------------------------------------------------------------------------------
-
-    // False: a flag did not come.
-    FC_DEVICE bool one_round() {
-        // phase 1: x is encoded and pushed; phase 2, unless it is all-gather: the sum of what came is, or is stored
-        while (phase <= (reduces(call.kind) ? 2 : 1)) {
-            send();
-            if (is_sum() && !gathers(call.kind)) return true;
-            // raise the flags, wait for all ranks' payloads
-            announce(leg());
-            if (!await(leg())) return false;
-            if (thread() == 0) phase++;
-            sync();
-        }
-        // phase 3 (two-step, all-gather): decode them into the output
-        decode();
-        return true;
+    FC_DEVICE int64_t start(int d) const { return first + d * hop; }  // of a tile in a slice
+    // Values of it, of a slice of `size`; 0: there is no such tile.
+    FC_DEVICE int values_of(int64_t size, int d) const {
+        const int64_t left = size - start(d);
+        return left >= call.shape.tile ? call.shape.tile : left < 0 ? 0 : (int)left;
     }
 
-    FC_DEVICE bool is_sum() const { return phase == 2; }
-    FC_DEVICE Leg leg() const { return phase == 1 && reduces(call.kind) ? kReduceLeg : kGatherLeg; }
+    FC_DEVICE bool is_sum() const { return phase == kSum; }
+    FC_DEVICE bool is_scatter() const { return targets > 1; }
+    FC_DEVICE int peer(int distance) const {  // no two ranks start with the same one
+        return rank + distance < call.world ? rank + distance : rank + distance - call.world;
+    }
 
-    // ---- phases 1 and 2: encode and push -------------------------------------------------------------------------
+    // ---- send, sum: encode and push ------------------------------------------------------------------------------
 
     // Tiles of x, or of the sum of what all ranks sent. Scattering, every rank's slice goes to that rank; else all of
     // it (in one-step) or this rank's slice to every rank. A sum that no leg carries on is stored.
     FC_DEVICE void send() {
-        const bool scatter = !is_sum() && scatters(call.kind);
         for (int d = 0; d < call.shape.depth; d++)
-            for (int distance = 1; distance <= (scatter ? call.world : 1); distance++) {
-                const int peer = (rank + distance) % call.world;  // no two ranks start with the same one
-                const int slice = scatter ? peer : 0, owner = call.kind == kOneStep || scatter ? slice : rank;
-                const int64_t at = tile(d) * call.shape.tile;
-                const int values = call.shape.values(call.shape.size(owner), tile(d));
+            for (int distance = 1; distance <= targets; distance++) {
+                const int values = values_of(size(distance), d);
                 if (values == 0) continue;
                 Octet<T> octets[kRows<T>];
                 if (is_sum()) sum(d, values, octets);
-                else load<T>(x(slice) + at, values, octets);
-                if (is_sum() && !gathers(call.kind)) {
-                    store<T>(out(0) + at, values, octets);
+                else load<T>(x(slice(distance)) + start(d), values, octets);
+                if (is_missing) return;
+                if (!pushes) {
+                    store<T>(out(0) + start(d), values, octets);
                     continue;
                 }
-                const int bytes = encode(octets, values, slice, at);
-                if (scatter) push(peer, leg(), d, bytes);
-                else push_all(leg(), d, bytes);
+                const int bytes = encode(octets, values, slice(distance), start(d));
+                if (is_scatter()) push(peer(distance), d, bytes);
+                else push_all(d, bytes);
             }
     }
+    // Asked again rather than kept, as the sums need the registers. `distance`: from this rank on, if it scatters.
+    FC_DEVICE int slice(int distance) const { return is_scatter() ? peer(distance) : 0; }
+    FC_DEVICE int64_t size(int distance) const {  // of the slice that a tile is of
+        return sizes[call.kind == kOneStep || is_scatter() ? slice(distance) : rank];
+    }
 
-    // Of a tile that starts at value `at` of a slice; returns the payload's bytes.
+    // Of a tile that starts at value `at` of a slice; returns the payload's bytes. Which leg's codec it is is asked
+    // again behind the barriers, instead of kept in a register.
     FC_DEVICE int encode(const Octet<T> (&octets)[kRows<T>], int values, int slice, int64_t at) {
-        int bytes = 0;
         sync();  // what encoding needs may take the place of payloads that have been decoded
         const auto with = [&](const auto& codec) {
             codec.with_blocks([&](auto blocks) {
                 blocks.template encode_to<true>(octets, values, scratch(), payload(), blocks.own(values),
-                                                residual(codec, leg(), slice, at));
+                                                residual(codec, leg, slice, at));
             });
-            bytes = codec.bytes(values);
         };
-        if constexpr (std::is_same_v<Reduce, Gather>) with(leg() == kReduceLeg ? reduce : gather);
-        else if (leg() == kReduceLeg) with(reduce);
+        if constexpr (std::is_same_v<Reduce, Gather>) with(leg == kReduceLeg ? reduce : gather);
+        else if (leg == kReduceLeg) with(reduce);
         else with(gather);
-        return bytes;
+        return leg == kReduceLeg ? reduce.bytes(values) : gather.bytes(values);
     }
 
     // What all ranks sent of a tile, in rank order, as values.
@@ -209,7 +256,7 @@ private:
                 clear(total);
                 bounds = {};
                 receive<false>(
-                    blocks, kReduceLeg, d, [&](int) { return values; }, shrunk, total,
+                    blocks, d, [&](int) { return values; }, shrunk, total,
                     [&](int source, uint32_t more) {
                         huge |= more;
                         bounds.add(blocks, incoming(d * call.world + source), blocks.own(values), octet);
@@ -223,19 +270,18 @@ private:
         FC_UNROLL for (int row = 0; row < kRows<T>; row++) repeat_last<T>(octets[row], left - 8 * row);
     }
 
-    // ---- phase 3: decode -------------------------------------------------------------------------------------------
+    // ---- decode ----------------------------------------------------------------------------------------------------
 
     FC_DEVICE void decode() {
         gather.with_blocks([&](auto blocks) {
             for (int d = 0; d < call.shape.depth; d++) {
-                const int64_t t = tile(d);
-                auto values_of = [&](int source) { return call.shape.values(call.shape.size(source), t); };
+                auto values = [&](int source) { return values_of(sizes[source], d); };
                 float x[kRows<T>][8];
-                receive<true>(blocks, kGatherLeg, d, values_of, 0, x, [&](int source, uint32_t huge) {
+                receive<true>(blocks, d, values, 0, x, [&](int source, uint32_t huge) {
                     Octet<T> octets[kRows<T>];
                     blocks.template finish<true>(x, huge);
                     narrow<T>(x, octets);
-                    store<T>(out(source) + t * call.shape.tile, values_of(source), octets);
+                    store<T>(out(source) + start(d), values(source), octets);
                 });
             }
         });
@@ -243,52 +289,67 @@ private:
 
     // ---- inboxes ---------------------------------------------------------------------------------------------
 
-    FC_DEVICE uint8_t* slot(int owner, Leg leg, int source, int d) const {
-        const Inbox at{call.world, call.region};
-        uint8_t* slots = owner == source ? call.own[local] + at.own_slots(half, leg)
-                                         : call.inbox[owner] + at.slots(half, leg, source);
-        return slots + ((int64_t)d * call.shape.blocks + block) * call.shape.stride;
+    // Of a tile: where this rank reads what a source sent, and where it writes what it sends.
+    FC_DEVICE const Vec16* slot_from(int source, int d) const {
+        return (const Vec16*)((source == rank ? own_from : others_from + source * call.region) + d * slot_hop);
+    }
+    FC_DEVICE Vec16* slot_to(int peer, int d) const {
+        return (Vec16*)((peer == rank ? own_to : call.inbox[peer] + others_to) + d * slot_hop);
     }
 
-    FC_DEVICE void push(int peer, Leg leg, int d, int bytes) const {
-        Vec16* to = (Vec16*)slot(peer, leg, rank, d);
+    FC_DEVICE void push(int peer, int d, int bytes) const {
+        Vec16* to = slot_to(peer, d);
         for (int i = thread(); 16 * i < bytes; i += kThreads) to[i] = ((const Vec16*)payload())[i];
     }
-    FC_DEVICE void push_all(Leg leg, int d, int bytes) const {
-        for (int distance = 1; distance <= call.world; distance++) push((rank + distance) % call.world, leg, d, bytes);
+    FC_DEVICE void push_all(int d, int bytes) const {
+        for (int distance = 1; distance <= call.world; distance++) push(peer(distance), d, bytes);
     }
 
-    // The payloads of one tile from every rank, in rank order, one read ahead, decoded to x (not kAlone: added): after
-    // each use(source, huge), whole warps together. values_of(source): of the tile; shrunk, huge: a bit for each row.
+    // The payloads of one tile from every rank, decoded to x (not kAlone: added): after each use(source, huge), whole
+    // warps together. Those to be added come in rank order; others from this rank on down, as they are sent. Each is
+    // awaited, unless is_known that all have come, and read ahead while the one before it is decoded, if it has come by
+    // then. values_of(source): of the tile; shrunk, huge: a bit for each row. Where a flag does not come, what lies there is
+    // decoded, for nobody: leaving early took registers that the sums need.
     template <bool kAlone, class Codec, class Values, class Use>
-    FC_DEVICE void receive(const Codec& codec, Leg leg, int d, Values values_of, uint32_t shrunk,
-                           float (&x)[kRows<T>][8], Use use) {
+    FC_DEVICE void receive(const Codec& codec, int d, Values values_of, uint32_t shrunk, float (&x)[kRows<T>][8],
+                           Use use) {
         constexpr int kAll = (Codec::kMaxBytes + 16 * kThreads - 1) / (16 * kThreads);
         constexpr int kAhead = kAll < Codec::kMostAhead ? kAll : Codec::kMostAhead;
         Vec16 ahead[kAhead ? kAhead : 1];
         const int lane = thread();
         auto fetch = [&](int source) {
             const int bytes = codec.bytes(values_of(source));
-            const Vec16* from = (const Vec16*)slot(rank, leg, source, d);
+            const Vec16* from = slot_from(source, d);
             FC_UNROLL for (int k = 0; k < kAhead; k++) {
                 const int word = k * kThreads + lane;
                 if (16 * word < bytes) ahead[k] = load_fresh(from + word);
             }
         };
-        fetch(0);
-        for (int source = 0; source < call.world; source++) {
+        const auto source_at = [&](int count) {
+            const int source = rank - count;
+            return !kAlone ? count : source < 0 ? source + call.world : source;
+        };
+        for (int count = 0; count < call.world; count++) {
+            const int source = source_at(count);
+            if (count == 0 || !is_here[count & 1]) {
+                if (count > 0 || d == 0) await(source);  // its first tile
+                fetch(source);
+            }
             const int values = values_of(source), octets = codec.octets(values), bytes = codec.bytes(values);
-            Vec16* to = (Vec16*)incoming(d * call.world + source);
+            Vec16* to = (Vec16*)incoming(d * call.world + count);
             FC_UNROLL for (int k = 0; k < kAhead; k++) {
                 const int word = k * kThreads + lane;
                 if (16 * word < bytes) to[word] = ahead[k];
             }
             for (int k = kAhead; k < kAll; k++) {
                 const int word = k * kThreads + lane;
-                if (16 * word < bytes) to[word] = load_fresh((const Vec16*)slot(rank, leg, source, d) + word);
+                if (16 * word < bytes) to[word] = load_fresh(slot_from(source, d) + word);
             }
-            if (source + 1 < call.world) fetch(source + 1);
+            const bool is_last = count + 1 == call.world;
+            int& is_next_here = is_here[(count + 1) & 1];  // read behind this barrier and before the next
+            if (!is_last && look() && lane == source_at(count + 1)) is_next_here = has_come(lane);
             sync();  // and the other buffer has been decoded
+            if (!is_last && is_next_here) fetch(source_at(count + 1));
             const int octet = kRows<T> * lane;
             if ((Codec::kRotates ? kRows<T> * (lane & ~(kWarp - 1)) : octet) >= octets) continue;
             // A lane behind the end decodes something, for nobody.
@@ -299,35 +360,61 @@ private:
 
     // ---- flags -----------------------------------------------------------------------------------------------
 
-    FC_DEVICE void announce(Leg leg) const {
-        sync();  // every thread has pushed: the release below covers it
-        if (thread() < call.world)
-            store_release((uint64_t*)(call.inbox[thread()] + Inbox::flag(leg, rank, block)), round);
+    // All threads are through with the phase: what they pushed is announced, sources of which nothing was read have come
+    // too, and the next phase begins. False: there is none, or a flag did not come.
+    FC_DEVICE bool conclude() {
+        const int peer = thread();
+        const bool announces = peer < call.world && pushes;
+        uint64_t* flag = (uint64_t*)(call.inbox[announces ? peer : rank] + Inbox::flag(rank, block));
+        const Exchange exchange = leaving;
+        const bool has_all = phase == kSend || peer >= call.world || has_come(peer) || spin(peer);
+        if (!sync_and(has_all && !is_missing)) return false;
+        // every thread has pushed: the release covers it
+        if (announces && peer != rank) store_release(flag, exchange);
+        if (announces && peer == rank) seen[rank] = exchange;
+        if (peer == kThreads - 1) proceed();  // beside the fences of those that announce
+        sync();
+        return turn <= call.shape.rounds;
     }
 
-    FC_DEVICE bool await(Leg leg) const {
-        bool came = true;
-        if (thread() < call.world) {
-            const uint64_t* flag = (const uint64_t*)(call.inbox[rank] + Inbox::flag(leg, thread(), block));
-            came = reached(load_relaxed(flag), round) || spin(flag, leg);
-            fence_acquire();
-        }
+    // The functions below are of the thread whose number is the source.
+    FC_DEVICE bool has_come(int source) const { return reached(seen[source], arriving); }
+    FC_DEVICE bool poll(int source) {
+        const Exchange flag = load_relaxed((const uint64_t*)(call.inbox[rank] + Inbox::flag(source, block)));
+        if (!reached(flag, arriving)) return false;
+        fence_acquire();
+        seen[source] = flag;
+        return true;
+    }
+
+    // Looks once at the flags that have not come: one read of a line. True in the threads that do.
+    FC_DEVICE bool look() {
+        const int source = thread();
+        if (source >= call.world) return false;
+        if (!has_come(source)) poll(source);
+        return true;
+    }
+    FC_DEVICE void await(int source) {
+        if (look() && thread() == source && !has_come(source) && !spin(source)) is_missing = true;
         if (call.stall && call.stalled_rank == rank) wait_until(nanoseconds() + call.stall);
-        return sync_and(came);
+        sync();
     }
 
-    FC_DEVICE bool spin(const uint64_t* flag, Leg leg) const {
+    // All blocks of a rank leave together, when one has waited too long. False: this one must.
+    FC_DEVICE bool spin(int source) {
+        if (is_missing) return false;
         const uint64_t start = nanoseconds();
-        while (!reached(load_relaxed(flag), round)) {
+        while (!poll(source)) {
             const uint64_t waited = nanoseconds() - start;
-            if (waited >= call.deadline) return overdue(leg);
+            if (waited >= call.deadline) return overdue(source);
+            if (waited >= kSoon && load_relaxed(&control->error)) return false;
             rest(waited < kSoon ? kShortRest : kLongRest);
         }
         return true;
     }
 
-    FC_DEVICE bool overdue(Leg leg) const {
-        const uint64_t error = Overdue{leg, thread(), block, round}.packed();
+    FC_DEVICE bool overdue(int source) const {
+        const uint64_t error = Overdue{is_sum() ? kReduceLeg : kGatherLeg, source, block, arriving}.packed();
         if (swap_if(&control->error, 0, error) == 0) store_release(control->host_error, error);
         return false;
     }
@@ -342,7 +429,7 @@ private:
         const bool is_last = thread() == 0 && count_up(&control->ended) + 1 == (uint32_t)call.shape.blocks;
         if (is_last) {
             control->ended = 0;
-            control->epoch += call.shape.rounds;
+            control->epoch += call.shape.rounds * legs(call.kind);
         }
         if (!sync_and(thread() != 0 || (is_last && load_relaxed(&control->error)))) return;
         const int64_t values = call.kind == kReduceScatter ? call.shape.size(rank) : call.shape.numel;

@@ -8,7 +8,8 @@
 //     unit        the values whose coding depends on each other: a block, or several where metadata are shared
 //     block       thread block b of every rank does tiles b, b + blocks, ... of every slice in every step, so blocks
 //                 wait for blocks of their own number only.
-//     round       what fits into the inboxes: `depth` tiles for each block and source.
+//     round       `depth` tiles for each block and source: what fits into a region of the inboxes, and at most a fourth of
+//                 the block's tiles, so that one round is on its way while another is decoded.
 #pragma once
 
 #include "cuda/protocol.h"
@@ -21,6 +22,9 @@ enum Collective : int { kOneStep = 0, kTwoStep = 1, kReduceScatter = 2, kAllGath
 FC_INLINE bool scatters(Collective kind) { return kind == kTwoStep || kind == kReduceScatter; }
 FC_INLINE bool reduces(Collective kind) { return kind != kAllGather; }
 FC_INLINE bool gathers(Collective kind) { return kind == kTwoStep || kind == kAllGather; }
+FC_INLINE int legs(Collective kind) { return kind == kTwoStep ? 2 : 1; }
+
+constexpr int kLeastRounds = 4;  // where there are so many tiles: the first is sent and the last decoded alone
 
 struct Shape {
     int64_t numel, slice;  // values of the whole: what all_reduce sums, reduce_scatter takes, all_gather returns
@@ -78,7 +82,8 @@ Shape shape_of(Collective kind, int64_t numel, int64_t slice, const Capacity& ca
     if (shape.tile == 0) return shape;
     shape.blocks = (int)(tiles < 1 ? 1 : tiles < capacity.blocks ? tiles : capacity.blocks);
     shape.stride = payload_bytes(shape.tile);
-    const int64_t fitting = capacity.region / shape.stride / shape.blocks, wanted = ceil_div(tiles, shape.blocks);
+    const int64_t fitting = capacity.region / shape.stride / shape.blocks;
+    const int64_t wanted = ceil_div(tiles, (int64_t)shape.blocks * kLeastRounds);
     shape.depth = (int)(wanted < 1 ? 1 : wanted < fitting ? wanted : fitting);
     shape.rounds = tiles < 1 ? 1 : ceil_div(tiles, (int64_t)shape.blocks * shape.depth);
     return shape;

@@ -32,7 +32,7 @@ WORLDS = range(2, 9)
 INBOXES: dict[str, type[PeerInboxes] | type[HostInboxes]] = {"peer": PeerInboxes, "host": HostInboxes}
 # What is tried in turn before the process group. auto: nothing, until the kernels have passed make gpu-check.
 CHAINS = {"auto": (), "peer": ("peer", "host"), "host": ("host",), "group": (), "shared-memory": ()}
-REGION_BYTES = 4 << 20  # of each (parity, leg, source): messages beyond take several rounds of one kernel
+REGION_BYTES = 4 << 20  # of the four of each source: messages beyond take more rounds of one kernel
 KNOWN: native.Native = (0, 8, 32)  # the trial's number format: 8-bit integers in blocks of 32, as csrc/api.h numbers it
 
 trial_seconds = 10.0  # how long a kernel waits for a peer while a workspace is tried out
@@ -96,10 +96,10 @@ class Workspace:
         found = self.kernels.error()
         if not found:
             return ""
-        leg, source, _, call = found
+        leg, source, _, exchange = found
         return (
-            f"rank {self._ranks[source]} did not arrive in the {('reduce', 'gather')[leg]} phase of round {call} "
-            f"within {self._seconds:g} s"
+            f"rank {self._ranks[source]} did not arrive in the {('reduce', 'gather')[leg]} phase, "
+            f"exchange {exchange}, within {self._seconds:g} s"
         )
 
     def raise_error(self) -> None:

@@ -206,8 +206,8 @@ def test_kernels_that_overtake_each_other_stay_right(ranks):
 
 
 @pytest.mark.parametrize("ranks", [pytest.param(lambda: Streams(2), id="streams")], indirect=True)
-def test_negative_control_without_the_second_buffer(ranks):
-    """The test above must be able to fail: with one buffer, the stalled reader finds the next call's data."""
+def test_negative_control_with_one_region(ranks):
+    """The test above must be able to fail: without the ring, the stalled reader finds the next call's data."""
     right = [
         run_on_streams(ranks, [kind] * 8, stalled_rank=1, stall=1e-3 * SLOWER, single_buffer=True)
         for kind in ("reduce_scatter", "all_gather")

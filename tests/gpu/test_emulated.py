@@ -191,7 +191,47 @@ def stalled(single_buffer: int) -> bool:
 
 def test_a_stalled_reader_is_not_overtaken():
     assert stalled(single_buffer=0)
-    assert not stalled(single_buffer=1), "negative control: without the second buffer it must be"
+    assert not stalled(single_buffer=1), "negative control: with one region in place of the ring it must be"
+
+
+def late(kind: str, world: int, rank: int, values: int = 2048):
+    """One call in which ``rank`` begins when all others wait for it; its ranks and its shape."""
+    ranks = emulator.World(world, blocks=1, region=16384)
+    codecs = (Uniform(8, 8), Uniform(8, 8))
+    parts = [torch.randn(values * world).bfloat16() for _ in range(world)]
+    out = outputs(kind, parts)
+    job = ranks.job(kind, codecs, parts, out)
+    ranks.run([job], late=1 << rank)
+    assert right([(parts, out, expected(kind, codecs, parts))])
+    return ranks, ranks.shape(job)
+
+
+@pytest.mark.parametrize("kind", emulator.KINDS)
+def test_what_has_come_is_decoded_before_a_late_rank_comes(kind):
+    """Sources are added in rank order; what is only decoded is taken from the own rank on down."""
+    world = 4
+    for rank in range(world):
+        ranks, _ = late(kind, world, rank)
+        for other in set(range(world)) - {rank}:
+            order = [(other - k) % world for k in range(world)] if kind == "all_gather" else list(range(world))
+            assert ranks.read_early(other) == set(order[: order.index(rank)]) - {other}, (rank, other)
+
+
+@pytest.mark.parametrize("kind", sorted(emulator.KINDS.keys() - {"two-step"}))
+def test_flags_are_not_polled_again(kind):
+    """Who comes last finds all flags there and reads each once, with one look; its own it does not read at all."""
+    ranks, shape = late(kind, 4, 2, 512)
+    assert shape.rounds == 1
+    assert ranks.polls(2) == 3
+    assert not any(ranks.polls(rank, again=True) for rank in range(4))
+
+
+@pytest.mark.parametrize("kind", emulator.KINDS)
+def test_the_next_round_is_sent_before_the_last_leg_of_this_one_is_awaited(kind):
+    """In two steps that is the gather leg, which a rank that is missing from the start does not let begin."""
+    ranks, shape = late(kind, 2, 1, 80_000)
+    assert shape.rounds > 3
+    assert ranks.announced_early(0) == (1 if kind == "two-step" else 2)
 
 
 def test_an_absent_rank_is_named():
@@ -205,12 +245,23 @@ def test_an_absent_rank_is_named():
     assert ranks.error(2) == 0
 
 
+def test_who_misses_a_rank_pushes_nothing_more():
+    """What was decoded of the missing rank goes nowhere: others may still read what would be overwritten."""
+    for kind, announced in {"two-step": 1, "one-step": 2}.items():
+        ranks = emulator.World(3, blocks=1, region=16384)
+        parts = [torch.randn(90_000).bfloat16() for _ in range(3)]
+        out = outputs(kind, parts)
+        ranks.run([ranks.job(kind, BLOCK32, parts, out, deadline=10**6)], absent=0b100)
+        assert [ranks.announced_early(rank) for rank in range(3)] == [announced, announced, 0]
+        assert out[0].isnan().all() and out[1].isnan().all()
+
+
 # ---- the rules ------------------------------------------------------------------------------------------------
 
 
 def test_the_model_has_the_rules_of_the_kernel():
     for round in (0, 1, 2, 2**63, 2**64 - 1):
-        assert emulator.library().rule_parity(emulator.ctypes.c_uint64(round)) == AS_BUILT.parity(round)
+        assert emulator.library().rule_region(emulator.ctypes.c_uint64(round)) == AS_BUILT.region(round)
         for ahead in (-2, -1, 0, 1, 2, 2**62):
             seen = (round + ahead) % 2**64
             words = emulator.ctypes.c_uint64(seen), emulator.ctypes.c_uint64(round)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from protocol_model import SCRIPTS, Call, Rules, explore, reached, sequences
+from protocol_model import LEGS, Call, Rules, explore, reached, sequences
 
-KINDS = [Call(kind) for kind in SCRIPTS]
+KINDS = [Call(kind) for kind in LEGS]
 NOBODY_HAS_ANY = frozenset({0, 1, 2})
 
 
@@ -33,9 +33,18 @@ def test_peers_may_be_taken_in_any_order(order):
 
 
 def test_rounds_inside_one_call_do_not_mix():
-    """A message larger than the inboxes takes several rounds of one kernel."""
-    for kind in SCRIPTS:
+    """A larger message takes several rounds of one kernel, of which the next is sent before this one has been read."""
+    for kind in LEGS:
         assert explore(3, [Call(kind, rounds=3), Call("reduce_scatter", rounds=2)])[0] is None
+
+
+def test_no_order_of_two_ranks_breaks_calls_of_several_rounds():
+    """After each other, whatever region of the ring a call begins with."""
+    calls = [Call(kind, rounds=rounds) for kind in LEGS for rounds in (1, 3)]
+    calls += [Call("two-step", rounds=2, empty=frozenset({1})), Call("one-step", rounds=2, empty=NOBODY_HAS_ANY)]
+    for sequence in sequences(calls, 3):
+        problem, _ = explore(2, sequence)
+        assert problem is None, (sequence, problem)
 
 
 def test_grids_may_differ_between_calls():
@@ -64,9 +73,26 @@ def test_reached_is_an_order_around_the_wrap():
 # ---- negative controls: each rule taken away breaks something -------------------------------------------------
 
 
-def test_without_parity_buffers_unread_data_is_overwritten():
+@pytest.mark.parametrize("kind", LEGS)
+def test_with_three_regions_unread_data_is_overwritten(kind):
+    assert "overwrites" in (explore(2, [Call(kind, rounds=4)], Rules(regions=3))[0] or "")
+
+
+def test_who_does_not_work_ahead_needs_two_regions():
+    """Then one is what a flag from everybody protects; with one alone a fast rank overwrites what a slow one reads."""
+    calls = [Call("reduce_scatter", rounds=2), Call("all_gather"), Call("two-step", rounds=2), Call("one-step")]
+    assert explore(2, calls, Rules(regions=2, ahead=False))[0] is None
     for kind in ("reduce_scatter", "all_gather"):
-        assert "overwrites" in (explore(2, [Call(kind), Call(kind)], Rules(parities=1))[0] or "")
+        assert "overwrites" in (explore(2, [Call(kind), Call(kind)], Rules(regions=1, ahead=False))[0] or "")
+
+
+def test_two_regions_a_leg_let_two_steps_alone_work_ahead():
+    """The rule before the ring. In two steps every rank answers between two pushes of a leg; in one nobody does, so
+    the third push meets a rank that reads the first."""
+    assert explore(2, [Call("two-step", rounds=4)], Rules(halves=True))[0] is None
+    for kind in LEGS.keys() - {"two-step"}:
+        found = explore(2, [Call(kind, rounds=3)], Rules(halves=True))[0]
+        assert found == "rank 1 exchange 3: overwrites what rank 0 has not read", kind
 
 
 def test_with_equality_a_fast_peer_is_missed():
@@ -74,7 +100,7 @@ def test_with_equality_a_fast_peer_is_missed():
 
 
 def test_without_flags_for_empty_segments_unread_data_is_overwritten():
-    calls = [Call("reduce_scatter"), Call("reduce_scatter", empty=NOBODY_HAS_ANY), Call("reduce_scatter")]
+    calls = [Call("reduce_scatter"), *[Call("reduce_scatter", empty=NOBODY_HAS_ANY)] * 3, Call("reduce_scatter")]
     assert explore(3, calls)[0] is None
     assert "overwrites" in (explore(3, calls, Rules(announce_empty=False))[0] or "")
 

@@ -25,9 +25,9 @@ WRONG = "    if (is_finite(x, 0, begin, values)) share_largest(magnitude);\n    
 # there is a barrier all threads of a block, see the same.
 UNIFORM = {
     "the call, the shape and the codec are the same for all threads": {
-        "phase <= (reduces(call.kind) ? 2 : 1)",
+        "phase == kDecode",
         "is_sum()",
-        "is_sum() && !gathers(call.kind)",
+        "!pushes",
         "count == 1",
         "p < count",
         "t < from.tiles",
@@ -35,8 +35,8 @@ UNIFORM = {
         "slice < filled",
         "count & 1",
         "d < call.shape.depth",
-        "distance <= (scatter ? call.world : 1)",
-        "source < call.world",
+        "distance <= targets",
+        "count < call.world",
         "values == 0",
         "!pair_shift",
         "levels <= kSearched",
@@ -59,9 +59,14 @@ UNIFORM = {
     "constants": {"row < kRows<T>", "part < kParts", "i < 8", "stride < 8", "stride < kWarp"},
     "answers of a barrier or a vote, the same for all": {
         "more",
-        "!await(leg())",
+        "!sync_and(has_all && !is_missing)",
         "Reduce::kRotates && !",
         "~votes(is_plain)",
+    },
+    "read from shared memory behind the barrier before which one thread wrote it": {
+        "is_missing",
+        "count == 0 || !is_here[count & 1]",
+        "count > 0 || d == 0",
     },
     "octets and blocks by whole warps; no barrier inside": {
         "kRows<T> * (thread() & ~(kWarp - 1)) >= octets",

@@ -73,8 +73,8 @@ def library() -> Any:
     loaded.folder = folder
     for name in ("world_new",):
         getattr(loaded, name).restype = ctypes.c_void_p
-    for name in ("world_error", "world_epoch"):
-        getattr(loaded, name).restype = ctypes.c_uint64
+    for name in ("error", "epoch", "polls", "polls_again", "read_early", "announced_early"):
+        getattr(loaded, f"world_{name}").restype = ctypes.c_uint64
     for name in ("shape", "rule_reached"):
         getattr(loaded, name).restype = ctypes.c_bool
     return loaded
@@ -131,14 +131,28 @@ class World:
         assert library().shape(self, ctypes.byref(job), ctypes.byref(found)), "no kernel for these legs"
         return found
 
-    def run(self, jobs: Sequence[Job], seed: int = 0, absent: int = 0) -> None:
-        """Every rank runs all jobs in order; ranks in the bit mask ``absent`` never start."""
-        assert library().run(self, (Job * len(jobs))(*jobs), len(jobs), seed, absent) == 0
+    def run(self, jobs: Sequence[Job], seed: int = 0, absent: int = 0, late: int = 0) -> None:
+        """Every rank runs all jobs in order. Ranks in the bit mask ``absent`` never start, those in ``late`` when all
+        others do nothing but wait."""
+        assert library().run(self, (Job * len(jobs))(*jobs), len(jobs), seed, absent, late) == 0
 
     def error(self, rank: int) -> int:
         """The packed word of the flag that rank missed, or 0."""
         return library().world_error(self, rank)
 
+    def polls(self, rank: int, again: bool = False) -> int:
+        """How often rank read a flag in the last run; ``again``: one that it had seen to be there."""
+        return library().world_polls_again(self, rank) if again else library().world_polls(self, rank)
+
+    def read_early(self, rank: int) -> set[int]:
+        """The ranks whose payloads ``rank`` had read when the late ones began."""
+        mask = library().world_read_early(self, rank)
+        return {source for source in range(self.world) if mask >> source & 1}
+
+    def announced_early(self, rank: int) -> int:
+        """The last exchange that ``rank`` had announced when the late ones began; without late ones at the end."""
+        return library().world_announced_early(self, rank)
+
     def epoch(self, rank: int) -> int:
-        """Rounds this rank has ended."""
+        """Exchanges this rank has ended."""
         return library().world_epoch(self, rank)

@@ -7,13 +7,16 @@ that goes wrong, or None.
 
 The rules
 ---------
-- A *round* is one pass over the inboxes. Rounds are numbered through all calls by the *epoch*, a word in each rank's
-  device memory that the last block of a call advances; a call of k rounds is rounds epoch + 1 ... epoch + k.
-- An inbox has one region for every (parity of the round, leg, source rank). Offsets follow from the maximum size.
+- A *round* is one pass over the inboxes: one *exchange* for every leg. Exchanges are numbered through all calls by the
+  *epoch*, a word in each rank's device memory that the last block of a call advances; a call of k exchanges is
+  exchanges epoch + 1 ... epoch + k.
+- An inbox has a ring of four regions for every source rank; exchange n uses region n % 4, whatever its leg. Offsets
+  follow from the maximum size.
 - ``scatter`` pushes to every rank its own segment, ``share`` pushes the same segment to every rank.
-- ``announce(leg)`` stores the round in the flag (leg, source, block) of every rank, also where nothing was pushed.
-- ``await(leg)`` waits until the flag of every source has ``reached`` the round.
-- ``reduce`` and ``gather`` read the inbox.
+- ``announce`` stores the exchange in the flag (source, block) of every rank, also where nothing was pushed.
+- ``await`` waits until the flag of one source has ``reached`` the exchange: just before its payload is first read.
+- ``read`` is the last read of the inbox: of all sources, once every one of them was awaited.
+- A block works ahead: the first leg of the next round is pushed before the last leg of this one is awaited.
 - A call starts when the rank's previous call has ended (one stream).
 """
 
@@ -25,34 +28,37 @@ from typing import NamedTuple
 
 REDUCE, GATHER = "reduce", "gather"
 
-# What one round of each collective does; csrc/cuda/collectives.h runs the same steps in the same order.
-SCRIPTS: dict[str, tuple[tuple[str, str], ...]] = {
-    "two-step": (
-        ("scatter", REDUCE), ("announce", REDUCE), ("await", REDUCE), ("read", REDUCE),
-        ("share", GATHER), ("announce", GATHER), ("await", GATHER), ("read", GATHER),
-    ),
-    "one-step": (("share", REDUCE), ("announce", REDUCE), ("await", REDUCE), ("read", REDUCE)),
-    "reduce_scatter": (("scatter", REDUCE), ("announce", REDUCE), ("await", REDUCE), ("read", REDUCE)),
-    "all_gather": (("share", GATHER), ("announce", GATHER), ("await", GATHER), ("read", GATHER)),
-}  # fmt: skip
+# The legs of one round of each collective: how it pushes, and what it fills.
+LEGS: dict[str, tuple[tuple[str, str], ...]] = {
+    "two-step": (("scatter", REDUCE), ("share", GATHER)),
+    "one-step": (("share", REDUCE),),
+    "reduce_scatter": (("scatter", REDUCE),),
+    "all_gather": (("share", GATHER),),
+}
 
 
 @dataclass(frozen=True)
 class Rules:
     """The rules as built. Every field is a rule that can be taken away to see that it is needed."""
 
-    parities: int = 2  # 1: no second buffer
-    compare: str = "reached"  # "equal": flag == round
+    regions: int = 4  # of the ring; fewer: what lies in a region is pushed over sooner
+    halves: bool = False  # True: no ring, but two regions for each leg, taken in turns by the rounds
+    ahead: bool = True  # False: a round is pushed when the one before has been read
+    compare: str = "reached"  # "equal": flag == exchange
     announce_empty: bool = True  # False: no flag where nothing was pushed, and nobody waits for it
     modulus: int = 2**64  # flags are unsigned words
     stream_order: bool = True  # False: calls on two streams at once
 
-    def parity(self, round: int) -> int:
-        """Which of the two buffers a round uses."""
-        return round % self.parities
+    def region(self, exchange: int) -> int:
+        """Which region of the ring an exchange uses."""
+        return exchange % self.regions
+
+    def place(self, step: Step) -> tuple[str, int]:
+        """What of an inbox a step writes or reads."""
+        return (step.leg, step.round % 2) if self.halves else ("", self.region(step.exchange))
 
     def passes(self, seen: int, wanted: int) -> bool:
-        """Whether a flag holding ``seen`` lets a rank go on that waits for round ``wanted``."""
+        """Whether a flag holding ``seen`` lets a rank go on that waits for exchange ``wanted``."""
         return seen == wanted if self.compare == "equal" else reached(seen, wanted, self.modulus)
 
 
@@ -74,11 +80,12 @@ class Call(NamedTuple):
 
 
 class Step(NamedTuple):
-    """One indivisible action of one block. ``peer`` is None for steps that concern all ranks at once."""
+    """One indivisible action of one block. ``peer``: a destination or a source; None: all of them."""
 
     action: str
     leg: str
     round: int
+    exchange: int
     call: int
     peer: int | None = None
 
@@ -87,18 +94,45 @@ Thread = tuple[int, int]  # rank, block
 Order = Sequence[int]
 
 
-def steps_of(rank: int, block: int, calls: Sequence[Call], world: int, first: int, order: Order) -> Iterator[Step]:
-    """The program of one block. ``order``: how a block takes its peers; ``first``: the first round."""
-    round = first
-    for index, call in enumerate(calls):
-        for _ in range(call.rounds):
-            if block < call.blocks:
-                for action, leg in SCRIPTS[call.kind]:
-                    peers = (
-                        [(rank + k) % world for k in order] if action in ("scatter", "share", "announce") else [None]
-                    )
-                    yield from (Step(action, leg, round, index, peer) for peer in peers)
-            round += 1
+class Block:
+    """What one block does: its steps in the order of csrc/cuda/collectives.h."""
+
+    def __init__(self, rank: int, block: int, world: int, order: Order, ahead: bool) -> None:
+        self.rank, self.block, self.world, self.order, self.ahead = rank, block, world, order, ahead
+
+    def steps(self, calls: Sequence[Call], first: int) -> Iterator[Step]:
+        """The program. ``first``: the first exchange."""
+        round, exchange = first, first
+        for index, call in enumerate(calls):
+            if self.block < call.blocks:
+                yield from self._call(index, call, round, exchange)
+            round, exchange = round + call.rounds, exchange + call.rounds * len(LEGS[call.kind])
+
+    def _call(self, index: int, call: Call, round: int, exchange: int) -> Iterator[Step]:
+        legs = LEGS[call.kind]
+
+        def push(turn: int, leg: int) -> Iterator[Step]:
+            peers = [(self.rank + k) % self.world for k in self.order]
+            where = legs[leg][1], round + turn, exchange + turn * len(legs) + leg, index
+            for action in (legs[leg][0], "announce"):
+                yield from (Step(action, *where, peer) for peer in peers)
+
+        def read(turn: int, leg: int) -> Iterator[Step]:
+            gathers = legs[leg][1] == GATHER
+            sources = [(self.rank - k) % self.world for k in self.order] if gathers else list(range(self.world))
+            where = legs[leg][1], round + turn, exchange + turn * len(legs) + leg, index
+            yield from (Step("await", *where, source) for source in sources)
+            yield Step("read", *where)
+
+        last = len(legs) - 1
+        for turn in range(call.rounds):
+            if turn == 0 or not self.ahead:
+                yield from push(turn, 0)
+            if last:
+                yield from (*read(turn, 0), *push(turn, 1))
+            if self.ahead and turn + 1 < call.rounds:
+                yield from push(turn + 1, 0)
+            yield from read(turn, last)
 
 
 def pushes(call: Call, action: str, source: int, destination: int) -> bool:
@@ -108,7 +142,7 @@ def pushes(call: Call, action: str, source: int, destination: int) -> bool:
 
 def receives(call: Call, leg: str, source: int, destination: int) -> bool:
     """Whether ``destination`` reads something of ``source`` in this leg."""
-    sharing = ("share", leg) in SCRIPTS[call.kind]
+    sharing = ("share", leg) in LEGS[call.kind]
     return pushes(call, "share" if sharing else "scatter", source, destination)
 
 
@@ -120,17 +154,17 @@ class World:
         self.calls, self.rules, self.world, self.before = calls, rules, world, first - 1
         self.threads: list[Thread] = [(rank, block) for rank in range(world) for block in range(blocks)]
         self.position = {thread: i for i, thread in enumerate(self.threads)}
-        self.programs = [list(steps_of(*thread, calls, world, first, order)) for thread in self.threads]
+        self.programs = [list(Block(*thread, world, order, rules.ahead).steps(calls, first)) for thread in self.threads]
         self.announced = [self._announcements(i) for i in range(len(self.threads))]
         self.needs = [[self._needs(i, pc) for pc in range(len(self.programs[i]))] for i in range(len(self.threads))]
 
-    def _announcements(self, i: int) -> list[dict[tuple[int, str], int]]:
-        """For every program counter of block i: the last round it stored in (peer, leg)."""
-        now: dict[tuple[int, str], int] = {}
+    def _announcements(self, i: int) -> list[dict[int, int]]:
+        """For every program counter of block i: the last exchange it stored at each peer."""
+        now: dict[int, int] = {}
         history = [now]
         for step in self.programs[i]:
             if step.action == "announce" and self._has_flag(i, step):
-                now = {**now, (step.peer or 0, step.leg): step.round}
+                now = {**now, step.peer or 0: step.exchange}
             history.append(now)
         return history
 
@@ -153,10 +187,8 @@ class World:
         assert step.peer is not None
         for j, (reader, reader_block) in enumerate(self.threads):
             for pc, read in enumerate(self.programs[j]):
-                same_region = (reader, read.leg) == (step.peer, step.leg) and self.rules.parity(
-                    read.round
-                ) == self.rules.parity(step.round)
-                if read.action != "read" or not same_region or read.round >= step.round:
+                same_region = reader == step.peer and self.rules.place(read) == self.rules.place(step)
+                if read.action != "read" or not same_region or read.exchange >= step.exchange:
                     continue
                 if receives(self.calls[read.call], read.leg, rank, reader) and (
                     read.call != step.call or reader_block == block
@@ -169,46 +201,53 @@ class World:
         if pc == len(self.programs[i]) or any(state[j] < needed for j, needed in self.needs[i][pc][0]):
             return False
         step, (rank, block) = self.programs[i][pc], self.threads[i]
-        return step.action != "await" or all(
-            self._flag_passes(state, source, rank, block, step) for source in range(self.world)
-        )
+        return step.action != "await" or self._flag_passes(state, step.peer or 0, rank, block, step)
 
     def _flag_passes(self, state: tuple[int, ...], source: int, rank: int, block: int, step: Step) -> bool:
         if not self.rules.announce_empty and not receives(self.calls[step.call], step.leg, source, rank):
             return True
         writer = self.position[source, block]
-        seen = self.announced[writer][state[writer]].get((rank, step.leg), self.before)
-        return self.rules.passes(seen % self.rules.modulus, step.round % self.rules.modulus)
+        seen = self.announced[writer][state[writer]].get(rank, self.before)
+        return self.rules.passes(seen % self.rules.modulus, step.exchange % self.rules.modulus)
+
+    def is_alone(self, state: tuple[int, ...], i: int) -> bool:
+        """Whether it suffices to take the next step of block i first: nothing that others do comes out differently.
+
+        A flag that passes goes on to pass, and a flag that is stored early lets others do no more than they may do
+        anyway. Pushes and reads are what must be tried in every order.
+        """
+        lasting = self.rules.compare == "reached" and self.rules.modulus == 2**64
+        return lasting and self.programs[i][state[i]].action in ("await", "announce")
 
     def violation(self, state: tuple[int, ...], i: int) -> str | None:
         """What taking the next step of block i would break."""
         step, rank = self.programs[i][state[i]], self.threads[i][0]
         for j, needed in self.needs[i][state[i]][1]:
             if state[j] < needed and pushes(self.calls[step.call], step.action, rank, step.peer or 0):
-                return f"rank {rank} round {step.round}: overwrites what rank {self.threads[j][0]} has not read"
-        if step.action == "read":
+                return f"rank {rank} exchange {step.exchange}: overwrites what rank {self.threads[j][0]} has not read"
+        if step.action == "await":
             return self._misread(state, i, step)
         return None
 
     def _misread(self, state: tuple[int, ...], i: int, step: Step) -> str | None:
-        """A source whose push of this round has not arrived."""
-        rank, block = self.threads[i]
-        for source in range(self.world):
-            writer = self.position[source, block]
-            for pc, push in enumerate(self.programs[writer]):
-                mine = push.action in ("scatter", "share") and (push.peer, push.leg) == (rank, step.leg)
-                awaited = mine and push.round == step.round and receives(self.calls[step.call], step.leg, source, rank)
-                if awaited and state[writer] <= pc:
-                    return f"rank {rank} round {step.round}: reads what rank {source} has not pushed"
+        """The source that was awaited, if its push of this exchange has not arrived: it is read next."""
+        (rank, block), source = self.threads[i], step.peer or 0
+        if not receives(self.calls[step.call], step.leg, source, rank):
+            return None
+        writer = self.position[source, block]
+        for pc, push in enumerate(self.programs[writer]):
+            mine = push.action in ("scatter", "share") and (push.peer, push.exchange) == (rank, step.exchange)
+            if mine and state[writer] <= pc:
+                return f"rank {rank} exchange {step.exchange}: reads what rank {source} has not pushed"
         return None
 
 
 def explore(
     world: int, calls: Sequence[Call], rules: Rules = AS_BUILT, first: int = 1, order: Order | None = None
 ) -> tuple[str | None, int]:
-    """(first violation or deadlock found, or None; number of states) over all interleavings of ``calls``.
+    """(first violation or deadlock found, or None; number of states) over all interleavings of ``calls`` that differ.
 
-    ``first`` is the number of the first round; all flags hold the one before, as after many earlier calls.
+    ``first`` is the number of the first exchange; all flags hold the one before, as after many earlier calls.
     """
     model = World(world, calls, rules, first, order or range(world))
     start = (0,) * len(model.threads)
@@ -217,6 +256,7 @@ def explore(
     while frontier:
         state = frontier.pop()
         ready = [i for i in range(len(state)) if model.ready(state, i)]
+        ready = next(([i] for i in ready if model.is_alone(state, i)), ready)
         if not ready and state != end:
             return f"deadlock: {_waiting(model, state)}", len(seen)
         for i in ready:
@@ -233,7 +273,7 @@ def explore(
 def _waiting(model: World, state: tuple[int, ...]) -> str:
     stuck = [i for i, pc in enumerate(state) if pc < len(model.programs[i])]
     return ", ".join(
-        f"rank {model.threads[i][0]} at {' '.join(map(str, model.programs[i][state[i]][:3]))}" for i in stuck
+        f"rank {model.threads[i][0]} at {' '.join(map(str, model.programs[i][state[i]][:4]))}" for i in stuck
     )
 
 

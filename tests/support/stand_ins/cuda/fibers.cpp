@@ -11,6 +11,8 @@ using flashcomm::emulated::kWarp;
 namespace fibers {
 
 uint64_t (*nanoseconds)();
+void (*polled)(const uint64_t*, uint64_t) = [](const uint64_t*, uint64_t) {};
+void (*fetched)(const void*) = [](const void*) {};
 
 namespace {
 
@@ -195,7 +197,9 @@ uint8_t* shared_memory() { return current->block->shared.data(); }
 // The other end may be another process.
 uint64_t load_relaxed(const uint64_t* word) {
     pause(Fiber::kPolling);
-    return __atomic_load_n(word, __ATOMIC_RELAXED);
+    const uint64_t value = __atomic_load_n(word, __ATOMIC_RELAXED);
+    polled(word, value);
+    return value;
 }
 void fence_acquire() { __atomic_thread_fence(__ATOMIC_ACQUIRE); }
 void rest(uint32_t) {}
@@ -209,6 +213,9 @@ uint64_t nanoseconds() {
     pause(Fiber::kPolling);
     return fibers::nanoseconds();
 }
-Vec16 load_fresh(const Vec16* at) { return *at; }
+Vec16 load_fresh(const Vec16* at) {
+    fetched(at);
+    return *at;
+}
 
 }  // namespace flashcomm::emulated

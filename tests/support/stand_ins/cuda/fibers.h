@@ -51,5 +51,8 @@ struct Block {
 };
 
 extern uint64_t (*nanoseconds)();  // the clock that kernels read
+// Who watches memory that others write: is told of every poll of a flag, with what it read, and of every other read.
+extern void (*polled)(const uint64_t* word, uint64_t value);
+extern void (*fetched)(const void* at);
 
 }  // namespace fibers
