@@ -89,6 +89,7 @@ def measure(dtype: torch.dtype, size: int, codec: Uniform, repeats: int) -> dict
     )
     rates |= {name: part.nbytes / seconds / 1e9 for name, seconds in reference.items()}
     return {
+        "isa": compiled.info()["isa"],
         "dtype": str(dtype).removeprefix("torch."),
         "bytes": size,
         "bits": codec.bits,

@@ -127,7 +127,8 @@ def codec() -> str:
 def _codec(name: str) -> str:
     rows, source = read(name)
     largest = max(row["bytes"] for row in rows)
-    table = [["bfloat16, one core, block 64", "encode GB/s", "decode GB/s", "encode, of memcpy's GB/s", "decode"]]
+    head = f"bfloat16, one core ({rows[0]['isa']}), block 64"
+    table = [[head, "encode GB/s", "decode GB/s", "encode, of memcpy's GB/s", "decode"]]
     for row in rows:
         if row["dtype"] == "bfloat16" and row["bytes"] == largest:
             ratios = [f"{row['encode_ratio']:.2f}x", f"{row['decode_ratio']:.2f}x"]

@@ -2,19 +2,23 @@
 //
 // Work goes in strips that fit the first-level cache, through stages that are plain loops over whole vectors:
 //
-//     encode   extremes -> fit -> quantize -> pack         (one pass over memory: a strip is read twice from L1)
+//     encode   extremes -> fit -> quantize -> pack         (one pass over memory: a strip is read twice from L1,
+//                                                           and the strip after next is fetched meanwhile)
 //     decode   unpack -> load -> accumulate                (once for every payload; the last one writes the output)
 //
 // The loops are written for compilers to vectorise, and setup.py compiles this file once for every instruction set,
 // each in its own namespace. Two 16-bit values share a 32-bit lane all the way, which spares every shuffle.
 // Strange blocks (NaN, escaped, huge or tiny scales, saturating) run through the loops like all others and are then
 // done again by codec.h, which also does blocks of other sizes than 32, 64 and 128 values.
+#include <type_traits>
+
 #include "api.h"
 
 #include "format/codec.h"
 #include "cpu/planes.h"
 #include "cpu/rotated_cpu.h"
 #include "cpu/spike_cpu.h"
+#include "cpu/vectors.h"
 
 #if defined(__F16C__)
 #include <immintrin.h>
@@ -46,52 +50,73 @@ struct Place {
 
 // ---- encode --------------------------------------------------------------------------------------------------
 
-// Smallest and largest key of every block, in explicit vectors, since compilers differ most in reductions. The last
-// eight lanes meet in an unsigned minimum, of complements for the largest key: one instruction on x86 and Arm.
+// Smallest and largest key of every block. As many blocks as a track has lanes become a vector each. Then vectors meet in
+// pairs, lanes of both in turn, until each lane of a track holds the key of another block, and tracks meet.
 template <class T, int kBlock>
 void extremes(const typename T::Word* __restrict x, int blocks, uint32_t* __restrict low_keys,
               uint32_t* __restrict high_keys) {
     using Word = typename T::Word;
-    constexpr int kBytes = 32, kLanes = kBytes / sizeof(Word), kTop = 8 * sizeof(Word) - 1;
-    typedef Word Vector __attribute__((vector_size(kBytes)));
-    typedef typename T::Signed Signed __attribute__((vector_size(kBytes)));
-    for (int b = 0; b < blocks; b++) {
-        Vector least = ~Vector{}, most = {};
+    using Keys = std::conditional_t<sizeof(Word) == 2, HalfWords, Words>;
+    using Signed = std::conditional_t<sizeof(Word) == 2, Shorts, Lanes>;
+    constexpr int kGroup = kPerTrack<Keys>, kTop = 8 * sizeof(Word) - 1;
+    for (int b = 0; b < blocks; b += kGroup) {
+        Keys least[kGroup], most[kGroup];
 #pragma GCC unroll 8
-        for (int i = 0; i < kBlock; i += kLanes, x += kLanes) {
-            Vector key;
-            __builtin_memcpy(&key, x, kBytes);
-            key ^= (Vector)((Signed)key >> kTop) | (Word)((Word)1 << kTop);
-            least = key < least ? key : least;
-            most = key > most ? key : most;
+        for (int i = 0; i < kGroup; i++) {
+            const Word* from = x + (b + i < blocks ? b + i : blocks - 1) * kBlock;
+            Keys low = ~Keys{}, high = {};
+#pragma GCC unroll 16
+            for (int j = 0; j < kBlock; j += kLanesOf<Keys>) {
+                if (j * sizeof(Word) % 64 == 0) __builtin_prefetch(from + 2 * kStrip + j);
+                Keys key = load<Keys>(from + j);
+                key ^= (Keys)((Signed)key >> kTop) | (Word)((Word)1 << kTop);
+                low = j ? smaller(key, low) : key, high = j ? larger(key, high) : key;
+            }
+            least[i] = low, most[i] = high;
         }
-        Word low[kLanes], high[kLanes], low_key = (Word) ~(Word)0, high_key = low_key;
-        most = ~most;
-        __builtin_memcpy(low, &least, kBytes);
-        __builtin_memcpy(high, &most, kBytes);
-        for (int i = 0; i < kLanes / 2; i++) {
-            const Word key = low[i] < low[i + kLanes / 2] ? low[i] : low[i + kLanes / 2];
-            low_key = key < low_key ? key : low_key;
+#pragma GCC unroll 4
+        for (int n = kGroup / 2; n > 0; n /= 2)
+#pragma GCC unroll 4
+            for (int i = 0; i < n; i++) {
+                const Both<Keys> low = zipped(Both<Keys>{least[i], least[i + n]});
+                const Both<Keys> high = zipped(Both<Keys>{most[i], most[i + n]});
+                least[i] = smaller(low.first, low.second), most[i] = larger(high.first, high.second);
+            }
+        if constexpr (kTracks > 2) {
+            least[0] = smaller(least[0], partners<2 * kGroup>(least[0]));
+            most[0] = larger(most[0], partners<2 * kGroup>(most[0]));
         }
-        for (int i = 0; i < kLanes / 2; i++) {
-            const Word key = high[i] < high[i + kLanes / 2] ? high[i] : high[i + kLanes / 2];
-            high_key = key < high_key ? key : high_key;
+        if constexpr (kTracks > 1) {
+            least[0] = smaller(least[0], partners<kGroup>(least[0]));
+            most[0] = larger(most[0], partners<kGroup>(most[0]));
         }
-        low_keys[b] = low_key;
-        high_keys[b] = (Word)~high_key;
+        Word low[kLanesOf<Keys>], high[kLanesOf<Keys>];
+        store(least[0], low), store(most[0], high);
+        for (int i = 0; i < kGroup; i++) low_keys[b + i] = low[i], high_keys[b + i] = high[i];
     }
 }
 
-template <class T, class Metadata>
+// Bf16Pair::fit in half as many operations, and which blocks are too strange for that: far from float32's limits nothing
+// is halved or scaled up.
+template <class T>
 void fit(const uint32_t* __restrict low_keys, const uint32_t* __restrict high_keys, int blocks, float levels,
          float* __restrict minima, float* __restrict inverses, uint32_t* __restrict metadata,
          uint32_t* __restrict strange) {
+    constexpr uint32_t above = ordered<T>(T::kInfinity), below = (typename T::Word) ~above;
     for (int b = 0; b < blocks; b++) {
-        const Fit fit = Metadata::template fit<T>(low_keys[b], high_keys[b], levels);
-        minima[b] = fit.minimum;
-        inverses[b] = fit.inverse;
-        metadata[b] = fit.scale_bits | fit.minimum_bits << 16;
-        strange[b] = ~fit.plain;
+        const float low = T::widen(unordered<T>(low_keys[b])), high = T::widen(unordered<T>(high_keys[b]));
+        float minimum = high_half(low);
+        minimum = choose(mask(minimum > low), next_up(minimum), minimum);
+        const float spread = high - minimum;
+        float scale = high_half(spread / levels);
+        scale = choose(mask(scale * levels < spread), next_up(scale), scale);
+        minima[b] = minimum;
+        inverses[b] = choose(mask(scale > 0), 1.0f / scale, 0.0f);
+        metadata[b] = bits_of(scale) >> 16 | (bits_of(minimum) & 0xFFFF0000);
+        const uint32_t finite = mask(high_keys[b] < above) & mask(low_keys[b] > below);
+        const uint32_t usual = mask(spread < 0x1p126f) & mask(bits_of(scale) - 1 >= bits_of(Bf16Pair::kTiny) - 1);
+        const uint32_t exact = mask(minimum == low) | (mask(minimum < low) & mask(low < high));
+        strange[b] = ~(finite & usual & exact);
     }
 }
 
@@ -113,6 +138,37 @@ void quantize(const typename T::Word* __restrict x, const float* __restrict mini
     }
 }
 
+// T::widen of finite numbers in the upper halves of lanes.
+template <class T> FC_INLINE Vector widened(Words upper) {
+    if constexpr (kIsHalf<T>) return (Vector)((Words)((Lanes)upper >> 3) & 0x8FFFE000) * 0x1p112f;
+    else return (Vector)upper;
+}
+
+// quantize of 16-bit values at 4 bits, packed: the two codes of a 32-bit lane are a byte of the plane. Four vectors at a
+// time, of `values` no fewer; the last four begin early enough, so that some values are done twice.
+template <class T, int kBlock>
+void quantize_and_pack(const typename T::Word* __restrict x, const float* __restrict minima,
+                       const float* __restrict inverses, size_t values, uint8_t* __restrict plane) {
+    constexpr size_t kEach = 2 * kLanes, kStep = 4 * kEach;  // values of a vector, of four
+    for (size_t end = kStep; end < values + kStep; end += kStep) {
+        const size_t from = (end < values ? end : values) - kStep, block = from / kBlock;
+        Lanes bytes[4];
+#pragma GCC unroll 4
+        for (size_t i = 0; i < 4; i++) {
+            const size_t in_step = i * kEach / kBlock;
+            const Vector minimum = minima[block + in_step] - Vector{}, inverse = inverses[block + in_step] - Vector{};
+            const Words pairs = load<Words>(x + from + i * kEach);
+            const Words even = (Words)((widened<T>(pairs << 16) - minimum) * inverse + 0x1.8p23f);  // as rounded()
+            const Words odd = (Words)((widened<T>(pairs & 0xFFFF0000) - minimum) * inverse + 0x1.8p23f);
+            bytes[i] = (Lanes)((even | odd << 4) & 0xFF);
+        }
+        const Both<HalfWords> halves = {(HalfWords)joined(Both<Lanes>{bytes[0], bytes[1]}),
+                                        (HalfWords)joined(Both<Lanes>{bytes[2], bytes[3]})};
+        const Words packed = (Words)joined(halves);  // of every vector four bytes in every track
+        store(shuffled(packed, packed, [](int i) { return i / kTracks + i % kTracks * 4; }), plane + from / 2);
+    }
+}
+
 bool any(const uint32_t* marks, int blocks) {
     uint32_t all = 0;
     for (int b = 0; b < blocks; b++) all |= marks[b];
@@ -120,19 +176,13 @@ bool any(const uint32_t* marks, int blocks) {
 }
 
 template <class T, int kBlock>
-void quantize_strange(const typename T::Word* x, int blocks, float levels, const Strip& s, uint8_t* codes) {
+void quantize_strange(const typename T::Word* x, int blocks, float levels, Strip& s, uint8_t* codes) {
     for (int b = 0; b < blocks; b++) {
         if (!s.strange[b]) continue;
         const Fit fit = Bf16Pair::fit<T>(s.low_keys[b], s.high_keys[b], levels);
+        s.metadata[b] = fit.scale_bits | fit.minimum_bits << 16;
         for (int i = b * kBlock; i < (b + 1) * kBlock; i++) codes[i] = (uint8_t)code_of(T::widen(x[i]), fit);
     }
-}
-
-void pack(const Layout& at, int64_t octet, int values, const uint8_t* codes, uint8_t* payload) {
-    at.each_plane([&](int width, int shift, int64_t start) {
-        uint8_t* plane = payload + start + octet * width;
-        pack_plane(width, codes, values, shift, plane);
-    });
 }
 
 void store_metadata(const Layout& at, int64_t first, int blocks, const uint32_t* metadata, uint8_t* payload) {
@@ -146,22 +196,21 @@ template <class T, int kBlock>
 void encode_strip(const typename T::Word* x, const Layout& at, Place from, int blocks, uint8_t* payload, Strip& s) {
     x += from.value;
     extremes<T, kBlock>(x, blocks, s.low_keys, s.high_keys);
-    fit<T, Bf16Pair>(s.low_keys, s.high_keys, blocks, at.levels(), s.minima, s.inverses, s.metadata, s.strange);
+    fit<T>(s.low_keys, s.high_keys, blocks, at.levels(), s.minima, s.inverses, s.metadata, s.strange);
+    const bool usual = !any(s.strange, blocks);
+    if constexpr (sizeof(*x) == 2)
+        if (at.bits == 4 && usual && blocks * kBlock >= 8 * kLanes) {
+            quantize_and_pack<T, kBlock>(x, s.minima, s.inverses, blocks * kBlock, payload + 4 * from.octet);
+            return store_metadata(at, from.block, blocks, s.metadata, payload);
+        }
     uint8_t* codes = at.bits == 8 ? payload + 8 * from.octet : s.codes;  // a plane of 8 bits is the codes themselves
     quantize<T, kBlock>(x, s.minima, s.inverses, blocks, codes);
-    if (any(s.strange, blocks)) quantize_strange<T, kBlock>(x, blocks, at.levels(), s, codes);
-    pack(at, from.octet, blocks * kBlock, codes, payload);
+    if (!usual) quantize_strange<T, kBlock>(x, blocks, at.levels(), s, codes);
+    pack_planes(at.bits, at.octets, from.octet, blocks * kBlock, codes, payload);
     store_metadata(at, from.block, blocks, s.metadata, payload);
 }
 
 // ---- decode --------------------------------------------------------------------------------------------------
-
-void unpack(const uint8_t* payload, const Layout& at, int64_t octet, int values, uint8_t* codes) {
-    at.each_plane([&](int width, int shift, int64_t start) {
-        const uint8_t* plane = payload + start + octet * width;
-        unpack_plane(width, plane, values, shift, codes);
-    });
-}
 
 // Marks blocks that are strange in this payload, and keeps the marks of earlier ones. sizes: how large sums may be.
 template <class T>
@@ -242,7 +291,7 @@ void decode_strip(const uint8_t* const* payloads, int count, const Layout& at, P
                          : is_last ? accumulate<T, kBlock, false, true>
                                    : accumulate<T, kBlock, false, false>;
         const uint8_t* codes = at.bits == 8 ? payloads[p] + 8 * from.octet : s.codes;
-        unpack(payloads[p], at, from.octet, blocks * kBlock, s.codes);
+        if (at.bits < 8) unpack_planes(at.bits, at.octets, from.octet, blocks * kBlock, payloads[p], s.codes);
         load_metadata<T>(payloads[p], at, from.block, blocks, s.minima, s.scales, s.sizes, s.strange);
         add(codes, s.minima, s.scales, blocks, s.sums, out + from.value);
     }

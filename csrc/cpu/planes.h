@@ -104,5 +104,22 @@ inline void unpack_plane(int width, const uint8_t* plane, int values, int shift,
     if (width == 1 && !shift) unpack_bits<true>(plane, values, 0, codes);
 }
 
+// `values` codes, from octet `first` on, to the planes of `bits` bits that lie one behind the other in `section`, and back.
+inline void pack_planes(int bits, int64_t octets, int64_t first, int values, const uint8_t* codes, uint8_t* section) {
+    Layout::each_plane(bits, octets, [=](int width, int shift, int64_t start) {
+        uint8_t* plane = section + start + first * width;
+        if (width == 8 && plane != codes) __builtin_memcpy(plane, codes, values);
+        pack_plane(width, codes, values, shift, plane);
+    });
+}
+
+inline void unpack_planes(int bits, int64_t octets, int64_t first, int values, const uint8_t* section, uint8_t* codes) {
+    Layout::each_plane(bits, octets, [=](int width, int shift, int64_t start) {
+        const uint8_t* plane = section + start + first * width;
+        if (width == 8) __builtin_memcpy(codes, plane, values);
+        unpack_plane(width, plane, values, shift, codes);
+    });
+}
+
 }  // namespace
 }  // namespace flashcomm::FLASHCOMM_ISA

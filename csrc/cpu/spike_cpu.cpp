@@ -20,22 +20,6 @@ struct alignas(64) SpikeStrip {
     float sums[kStripBlocks * kLargestBlock], bounds[kStripBlocks];
 };
 
-void pack_all(int bits, int64_t octets, int64_t first, int values, const uint8_t* codes, uint8_t* section) {
-    SpikeLayout::each_plane(bits, octets, [&](int width, int shift, int64_t start) {
-        uint8_t* plane = section + start + first * width;
-        if (width == 8) __builtin_memcpy(plane, codes, values);
-        else pack_plane(width, codes, values, shift, plane);
-    });
-}
-
-void unpack_all(int bits, int64_t octets, int64_t first, int values, const uint8_t* section, uint8_t* codes) {
-    SpikeLayout::each_plane(bits, octets, [&](int width, int shift, int64_t start) {
-        const uint8_t* plane = section + start + first * width;
-        if (width == 8) __builtin_memcpy(codes, plane, values);
-        else unpack_plane(width, plane, values, shift, codes);
-    });
-}
-
 // ---- encode ----------------------------------------------------------------------------------------------------
 
 // Keys of a block: the spikes', with the places where they come first, and those of the rest.
@@ -145,25 +129,23 @@ void encode_strips(const void* x, const SpikeLayout& at, uint8_t* payload, int64
             codes += (count + 7) / 8 * 8;
         }
         for (int i = 2 * blocks; i < 2 * kStripBlocks; i++) strip.positions[i] = 0;
-        pack_all(at.bits, at.octets, octet, codes, strip.codes, payload);
-        pack_all(at.position_bits, at.pairs, first / 4, (2 * blocks + 7) / 8 * 8, strip.positions,
-                 payload + at.positions);
+        pack_planes(at.bits, at.octets, octet, codes, strip.codes, payload);
+        pack_planes(at.position_bits, at.pairs, first / 4, (2 * blocks + 7) / 8 * 8, strip.positions,
+                    payload + at.positions);
     }
 }
 
 void zero_gaps(const SpikeLayout& at, uint8_t* payload) {
-    const auto zero = [](uint8_t* section, int64_t size) {
-        for (int64_t i = size; i < Layout::padded(size); i++) section[i] = 0;
+    const auto planes = [](int bits, int64_t octets, uint8_t* section) {
+        Layout::each_plane(bits, octets,
+                           [=](int width, int, int64_t start) { Layout::zero(section + start, octets * width); });
     };
-    SpikeLayout::each_plane(at.bits, at.octets,
-                            [&](int width, int, int64_t start) { zero(payload + start, at.octets * width); });
-    SpikeLayout::each_plane(at.position_bits, at.pairs, [&](int width, int, int64_t start) {
-        zero(payload + at.positions + start, at.pairs * width);
-    });
-    zero(payload + at.minima, 2 * at.blocks);
-    zero(payload + at.maxima, 2 * at.blocks);
-    zero(payload + at.spans, at.blocks);
-    zero(payload + at.lows, at.blocks);
+    planes(at.bits, at.octets, payload);
+    planes(at.position_bits, at.pairs, payload + at.positions);
+    Layout::zero(payload + at.minima, 2 * at.blocks);
+    Layout::zero(payload + at.maxima, 2 * at.blocks);
+    Layout::zero(payload + at.spans, at.blocks);
+    Layout::zero(payload + at.lows, at.blocks);
 }
 
 // ---- decode ----------------------------------------------------------------------------------------------------
@@ -220,9 +202,9 @@ void decode_strips(const uint8_t* const* payloads, int count, const SpikeLayout&
         const int blocks = (int)(last - first < kStripBlocks ? last - first : kStripBlocks);
         const int64_t octet = at.rows.first_octet(first), end = at.rows.first_octet(first + blocks);
         for (int p = 0; p < count; p++) {
-            unpack_all(at.bits, at.octets, octet, (int)(end - octet) * 8, payloads[p], strip.codes);
-            unpack_all(at.position_bits, at.pairs, first / 4, (2 * blocks + 7) / 8 * 8, payloads[p] + at.positions,
-                       strip.positions);
+            unpack_planes(at.bits, at.octets, octet, (int)(end - octet) * 8, payloads[p], strip.codes);
+            unpack_planes(at.position_bits, at.pairs, first / 4, (2 * blocks + 7) / 8 * 8, payloads[p] + at.positions,
+                          strip.positions);
             const uint8_t* codes = strip.codes;
             for (int b = 0; b < blocks; b++) {
                 float* sums = strip.sums + b * block;

@@ -104,12 +104,9 @@ inline void unpack(const uint8_t* payload, const Coding& at, int64_t octet, int 
 }
 
 inline void zero_gaps(const RotatedLayout& at, uint8_t* payload) {
-    const auto zero = [payload](int64_t start, int64_t size) {
-        for (int64_t i = size; i < Layout::padded(size); i++) payload[start + i] = 0;
-    };
-    at.each_plane([&](int width, int, int64_t start) { zero(start, at.words / 8 * width); });
-    zero(at.scales, at.blocks);
-    zero(at.tops, 2 * at.super_blocks);
+    at.each_plane([&](int width, int, int64_t start) { Layout::zero(payload + start, at.words / 8 * width); });
+    Layout::zero(payload + at.scales, at.blocks);
+    Layout::zero(payload + at.tops, 2 * at.super_blocks);
 }
 
 }  // namespace

@@ -206,8 +206,7 @@ struct Layout {
     FC_INLINE Layout(int64_t numel, int bits, int64_t block, int64_t width = 0)
         : bits(bits), rows(numel, width, block), numel(numel), block(block), octets(rows.all_octets()),
           blocks(rows.all_blocks()) {
-        scales = 0;
-        for (int width = 8; width; width >>= 1) scales += bits & width ? padded(octets * width) : 0;
+        scales = each_plane(bits, octets, [](int, int, int64_t) {});
         minima = scales + padded(2 * blocks);
         bytes = minima + padded(2 * blocks);
     }
@@ -215,8 +214,9 @@ struct Layout {
     static FC_INLINE int64_t padded(int64_t size) { return (size + 15) & ~(int64_t)15; }
     FC_INLINE float levels() const { return (float)((1 << bits) - 1); }
 
-    // visit(width, shift, start): a plane of `width` bits holds the codes' bits from `shift` on, `start` bytes in.
-    template <class Visit> FC_INLINE void each_plane(Visit visit) const {
+    // visit(width, shift, start): a plane of `width` bits holds the codes' bits from `shift` on, `start` bytes in. Returns
+    // where the planes end.
+    template <class Visit> static FC_INLINE int64_t each_plane(int bits, int64_t octets, Visit visit) {
         int64_t start = 0;
         for (int width = 8, shift = 0; width; width >>= 1) {
             if (!(bits & width)) continue;
@@ -224,6 +224,13 @@ struct Layout {
             start += padded(octets * width);
             shift += width;
         }
+        return start;
+    }
+    template <class Visit> FC_INLINE void each_plane(Visit visit) const { each_plane(bits, octets, visit); }
+
+    // Zeros from the end of a section's `size` bytes to the next section.
+    static FC_INLINE void zero(uint8_t* section, int64_t size) {
+        for (int64_t i = size; i < padded(size); i++) section[i] = 0;
     }
 
     FC_INLINE void zero_gaps(uint8_t* payload) const {
@@ -260,11 +267,6 @@ struct Layout {
             for (int i = 0; i < width; i++) word |= (uint64_t)payload[start + octet * width + i] << (8 * i);
             for (int i = 0; i < 8; i++) codes[i] |= (uint8_t)((word >> (i * width) & ((1 << width) - 1)) << shift);
         });
-    }
-
-private:
-    static FC_INLINE void zero(uint8_t* section, int64_t size) {
-        for (int64_t i = size; i < padded(size); i++) section[i] = 0;
     }
 };
 

@@ -78,15 +78,11 @@ struct RotatedLayout {
 
     // visit(width, shift, start): a plane of `width` bits holds the words' bits from `shift` on, `start` bytes in.
     template <class Visit> FC_INLINE void each_plane(Visit visit) const {
-        int64_t start = 0;
+        int64_t end = 0;
         const int low = word_bits < 8 ? word_bits : 8;
         for (int part = low, base = 0; part > 0; base += part, part = word_bits - base)
-            for (int width = 8, shift = base; width; width >>= 1) {
-                if (!(part & width)) continue;
-                visit(width, shift, start);
-                start += Layout::padded(words / 8 * width);
-                shift += width;
-            }
+            end += Layout::each_plane(
+                part, words / 8, [&](int width, int shift, int64_t start) { visit(width, base + shift, end + start); });
     }
 
     // Steps by which a block's coefficients are off in the mean, at most: codec/rotated_steps.py, in 64ths like there.

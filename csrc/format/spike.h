@@ -24,33 +24,17 @@ struct SpikeLayout {
     int64_t numel, block, blocks, octets, pairs;  // pairs: octets of positions
     int64_t minima, maxima, spans, lows, positions, bytes;
 
-    SpikeLayout(int64_t numel, int bits, int64_t block, int64_t width = 0)
+    FC_INLINE SpikeLayout(int64_t numel, int bits, int64_t block, int64_t width = 0)
         : bits(bits), position_bits(0), rows(numel, width, block), numel(numel), block(block),
           blocks(rows.all_blocks()), octets(rows.all_octets()), pairs((2 * blocks + 7) / 8) {
         while (1 << position_bits < block) position_bits++;
-        minima = end_of(bits, octets);
+        const auto nothing = [](int, int, int64_t) {};
+        minima = Layout::each_plane(bits, octets, nothing);
         maxima = minima + Layout::padded(2 * blocks);
         spans = maxima + Layout::padded(2 * blocks);
         lows = spans + Layout::padded(blocks);
         positions = lows + Layout::padded(blocks);
-        bytes = positions + end_of(position_bits, pairs);
-    }
-
-    // visit(width, shift, start): a plane of `width` bits holds the codes' bits from `shift` on, `start` bytes in.
-    template <class Visit> static void each_plane(int bits, int64_t octets, Visit visit) {
-        int64_t start = 0;
-        for (int width = 8, shift = 0; width; width >>= 1) {
-            if (!(bits & width)) continue;
-            visit(width, shift, start);
-            start += Layout::padded(octets * width);
-            shift += width;
-        }
-    }
-
-    static int64_t end_of(int bits, int64_t octets) {
-        int64_t end = 0;
-        each_plane(bits, octets, [&](int width, int, int64_t start) { end = start + Layout::padded(octets * width); });
-        return end;
+        bytes = positions + Layout::each_plane(position_bits, pairs, nothing);
     }
 };
 

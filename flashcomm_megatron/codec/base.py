@@ -90,9 +90,12 @@ class Codec(ABC):
         """The codec that serves rows of ``width`` values: this one, or the same format with smaller blocks."""
         return self
 
-    def has_kernel(self, dtype: torch.dtype, numel: int, width: int) -> bool:
-        """Whether csrc/cuda codes rows of ``width`` values, where it was compiled: every rank knows the same."""
-        return self.native is not None and (numel <= width or width % self.block == 0)
+    def without_kernel(self, dtype: torch.dtype, numel: int, width: int) -> str:
+        """What of a tensor in rows of ``width`` values csrc/cuda has no kernel for, in words; empty if it has one.
+
+        Of a codec that the extension knows. It looks at no extension, so that all ranks know the same.
+        """
+        return f"rows of {width} values in blocks of {self.block}" if numel > width and width % self.block else ""
 
     # ---- the definition --------------------------------------------------------------------------------------
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .base import Codec, Slices
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum Dtype in csrc/api.h
-INTERFACE = 8  # kInterface in csrc/api.h
+INTERFACE = 9  # kInterface in csrc/api.h
 BYTES = (torch.uint8,)
 Native = tuple[int, int, int]  # (format, bits, block)
 

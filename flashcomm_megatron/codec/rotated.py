@@ -157,11 +157,16 @@ class Rotated(Codec):
         """This codec, or the one with smaller blocks that takes the fewest bytes for a row of ``width`` values."""
         return _fitted(self, width)
 
-    def has_kernel(self, dtype: torch.dtype, numel: int, width: int) -> bool:
-        """A super-block fits into a tile; a row ends where blocks and a thread's 32 values do (rowed_codec.h)."""
+    def without_kernel(self, dtype: torch.dtype, numel: int, width: int) -> str:
+        """A super-block must fit into a tile, a row end where blocks and a thread's 32 values do (rowed_codec.h)."""
         fitted = self.fitted(width)
-        rows_fit = numel <= width or (width % max(fitted.block, 32) == 0 and numel <= 1 << 30)
-        return fitted.unit * dtype.itemsize <= 1 << 14 and rows_fit
+        if fitted.unit * dtype.itemsize > 1 << 14:
+            return f"blocks of {fitted.block} {str(dtype).removeprefix('torch.')} values"
+        if numel <= width or width % fitted.unit == 0:
+            return ""
+        if width % max(fitted.block, 32):
+            return f"rows of {width} values"
+        return f"rows of {width} values, more than 2**30 in all" if numel > 1 << 30 else ""
 
     def section_bytes(self, numel: int, width: int | None = None) -> list[int]:
         fitted = self.fitted(width or numel)

@@ -172,8 +172,10 @@ def plan(
     if recipe.calibrated and legs is None and kind in ("all_reduce", "reduce_scatter"):
         deferred = "no calibrated site"
     legs = legs or config.legs
+    algorithm = _algorithm(comm, transport, exact, config, by_row) if kind == "all_reduce" else kind
     if not deferred and transport == "cuda" and config.min_bytes is None:
-        deferred = _without_kernels(comm, legs, config, dtype, shape)
+        coded = torch.float32 if algorithm == "hierarchical" and dtype != torch.float16 else dtype
+        deferred = _without_kernels(kind, comm, legs, config, coded, shape)
     check, title = _title(kind, shape, dtype, site_kind, config)
     made = Plan(
         deferred=deferred,
@@ -181,7 +183,7 @@ def plan(
         comm=comm,
         transport=comm.transport(device, config),
         config=config,
-        algorithm=_algorithm(comm, transport, exact, config, by_row) if kind == "all_reduce" else kind,
+        algorithm=algorithm,
         reduce=legs.reduce,
         gather=legs.gather,
         dtype=dtype,
@@ -199,14 +201,16 @@ def plan(
 
 
 def _without_kernels(
-    comm: Communicator | Simulated, legs: Legs, config: Config, dtype: torch.dtype, shape: Sequence[int]
+    kind: str, comm: Communicator | Simulated, legs: Legs, config: Config, dtype: torch.dtype, shape: Sequence[int]
 ) -> str | None:
     """Why no CUDA kernel would encode, None if one would: torch's codec takes longer on a GPU than it saves."""
     if legs.reduce.native is None or legs.gather.native is None:
         return NO_KERNELS_FOR.format(f"recipe {config.recipe}")
-    numel, width = math.prod(shape), shape[-1]
-    if not all(leg.has_kernel(dtype, numel, width) for leg in (legs.reduce, legs.gather)):
-        return NO_KERNELS_FOR.format(f"rows of {width} values")
+    width = shape[-1] if shape else 1
+    numel = 2 * width if kind == "all_to_all" and shape else math.prod(shape)  # a message has any number of rows
+    for leg in (legs.reduce, legs.gather):
+        if lacking := leg.without_kernel(dtype, numel, width):
+            return NO_KERNELS_FOR.format(lacking)
     return None if comm.gpus.has_kernels else NO_KERNELS
 
 

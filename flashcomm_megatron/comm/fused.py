@@ -32,7 +32,8 @@ WORLDS = range(2, 9)
 INBOXES: dict[str, type[PeerInboxes] | type[HostInboxes]] = {"peer": PeerInboxes, "host": HostInboxes}
 # What is tried in turn before the process group. auto: nothing, until the kernels have passed make gpu-check.
 CHAINS = {"auto": (), "peer": ("peer", "host"), "host": ("host",), "group": (), "shared-memory": ()}
-REGION_BYTES = 4 << 20  # of the four of each source: messages beyond take more rounds of one kernel
+REGIONS = 4  # of each source, in a ring (csrc/cuda/protocol.h)
+REGION_BYTES = 4 << 20  # of each: messages beyond take more rounds of one kernel
 KNOWN: native.Native = (0, 8, 32)  # the trial's number format: 8-bit integers in blocks of 32, as csrc/api.h numbers it
 
 trial_seconds = 10.0  # how long a kernel waits for a peer while a workspace is tried out
@@ -180,9 +181,13 @@ def _kernel_of(plan: Any, with_residuals: bool) -> Kernel | None:
 
 @lru_cache(4096)
 def _kernel(reduce: Any, gather: Any, slices: Any, dtype: torch.dtype, with_residuals: bool) -> Kernel | None:
-    """The fused kernel for these legs, if there is one; it knows no rows: they must be whole blocks or super-blocks."""
+    """The fused kernel for these legs, if there is one; it knows no rows: they must be whole blocks or super-blocks.
+
+    Kernels of the codec alone do (csrc/cuda/rowed_codec.h).
+    """
     cuda, codecs = native.cuda(), [codec.fitted(slices.width) for codec in (reduce, gather)]
-    if cuda is None or not all(codec.native for codec in codecs):
+    is_one_row = slices.numel <= slices.width
+    if cuda is None or not all(codec.native and (is_one_row or slices.width % codec.unit == 0) for codec in codecs):
         return None
     legs = [cuda.Leg(*codec.native) for codec in codecs]
     fits = all(native.has_cuda_kernel(codec.native, dtype, slices.length, slices.width) for codec in codecs)
@@ -293,10 +298,10 @@ def _blocks(places: Sequence[bytes]) -> int:
 
 
 def _trial(made: Workspace, group: dist.ProcessGroup) -> str:
-    """Gather known numbers twice, once through each buffer; why they did not all arrive, or nothing."""
+    """Gather known numbers, once through each region of the ring; why they did not all arrive, or nothing."""
     device, leg = torch.device("cuda", made.device), made.cuda.Leg(*KNOWN)
     try:
-        for turn in range(2):
+        for turn in range(REGIONS):
             parts = []  # integers from 0 to 255 that 8-bit blocks hold exactly, different for every rank and turn
             for rank in range(group.size()):
                 x = (torch.arange(1 << 18, device=device) * (2 * rank + 3) + 7 * turn) % 256

@@ -168,6 +168,16 @@ def test_compiled_equals_definition_at_every_length(native: ModuleType, bits: in
             compare(native, Uniform(bits, block), tensor("normal", n, dtype, seed=n), (dtype,))
 
 
+@pytest.mark.parametrize("block", [32, 64, 128])
+def test_compiled_equals_definition_at_every_number_of_blocks(native: ModuleType, block: int) -> None:
+    """Vectors hold two or four blocks, and the last of a strip may be done twice; a strange block has its own path."""
+    for blocks in range(1, 41):
+        x = tensor("normal", blocks * block, torch.bfloat16, seed=blocks)
+        compare(native, Uniform(4, block), x, (torch.bfloat16,))
+        x[blocks // 2 * block] = math.inf
+        compare(native, Uniform(4, block), x, (torch.bfloat16,))
+
+
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiled_equals_definition_on_every_kind_of_data(native: ModuleType, kind: str, block: int) -> None:

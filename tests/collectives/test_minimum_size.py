@@ -161,15 +161,28 @@ def test_a_recipe_without_cuda_kernels_stays_exact() -> None:
     assert planned_on_gpus(True, recipe="mx", min_bytes=0).deferred is None
 
 
-@pytest.mark.parametrize("width", [576, 2560, 2880, 3584, 4608, 5120, 7168, 8192, 1000])
-def test_hidden_sizes_of_models_have_cuda_kernels_or_stay_exact(width: int) -> None:
-    comm = Simulated(0, 8, kind="cuda")
-    made = plan.plan("all_reduce", (8192, width), torch.bfloat16, torch.device("meta"), comm, Config(bits=4))
-    assert made.deferred == (
-        f"no CUDA kernels for rows of {width} values: --flash-comm-min-bytes 0 compresses without, slower"
-        if width % 32
-        else None
-    )
+def lacking(kind: str, shape: tuple[int, ...], nodes: tuple[int, ...] = (), **options: Any) -> str:
+    """Why a call on 8 GPUs stays exact, as far as CUDA kernels are concerned."""
+    comm = Simulated(0, 8, nodes, kind="cuda")
+    made = plan.plan(kind, shape, torch.bfloat16, torch.device("meta"), comm, Config(bits=4, **options))
+    return (made.deferred or "").removesuffix(": --flash-comm-min-bytes 0 compresses without, slower")
+
+
+@pytest.mark.parametrize("width", [576, 2560, 2880, 3584, 4608, 5120, 7168, 8192])
+def test_hidden_sizes_of_models_have_cuda_kernels(width: int) -> None:
+    assert not lacking("all_reduce", (8192, width)) and not lacking("all_to_all", (width,))
+
+
+def test_what_has_no_cuda_kernel_stays_exact_and_is_named() -> None:
+    none = "no CUDA kernels for "
+    assert lacking("all_reduce", (8192, 1000)) == none + "rows of 1000 values"
+    assert lacking("all_to_all", (5000,)) == none + "rows of 5000 values", "a message has any number of rows"
+    assert not lacking("all_to_all", ()) and not lacking("all_reduce", (1 << 23,)), "one row"
+    assert lacking("all_reduce", (8192, 4096), block=256) == none + "blocks of 512 bfloat16 values"
+    over_machines = {"nodes": (0, 0, 0, 0, 1, 1, 1, 1), "block": 128}
+    assert lacking("all_reduce", (8192, 8192), **over_machines) == none + "blocks of 256 float32 values", "summed in it"
+    assert not lacking("all_reduce", (1 << 18, 8192)), "whole super-blocks, however many"
+    assert lacking("all_reduce", (1 << 18, 5120)) == none + "rows of 5120 values, more than 2**30 in all"
 
 
 def kernels_of(rank: int, world: int, having: list[int]) -> bool:

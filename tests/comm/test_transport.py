@@ -13,7 +13,9 @@ import torch.distributed as dist
 from ranks import spawn
 from specification import planned
 
+from flashcomm_megatron.codec import Rotated, Uniform
 from flashcomm_megatron.codec import native as extension
+from flashcomm_megatron.codec.base import Slices
 from flashcomm_megatron.collectives import all_reduce, prepare
 from flashcomm_megatron.comm import fused, shared_memory, votes
 from flashcomm_megatron.comm.communicator import Call, Communicator
@@ -121,28 +123,31 @@ def test_calls_that_are_left_to_the_process_group():
     assert serving("cuda", recipe="mx") is None, "no fused kernel for this format"
 
 
-@pytest.mark.skipif(extension.cuda() is None or torch.cuda.is_available(), reason="needs CUDA kernels and no GPU")
-def test_a_fused_kernel_is_asked_for_its_legs():
-    cuda = extension.cuda()
-    assert cuda is not None
-    served = fused._has_kernel
-    for dtype, bits in product((torch.float32, torch.float16, torch.bfloat16), range(2, 9)):
-        assert served((0, bits, 32), (0, bits, 32), dtype)
-        for recipe in ("auto", "flash-v2"):
-            assert served(*(leg.native for leg in Config(bits=bits, recipe=recipe).legs), dtype)
-    assert served((0, 4, 32), (0, 8, 32), torch.bfloat16) and not served((0, 3, 32), (0, 8, 32), torch.bfloat16)
-    assert not served((0, 4, 32), (1, 8, 32), torch.bfloat16), "legs of two formats"
-    assert not served((0, 4, 16384), (0, 4, 32), torch.bfloat16), "a block of more than a tile"
-    assert served((1, 9, 128), (1, 10, 256), torch.bfloat16), "families of 8192 values"
-    assert not served((1, 9, 128), (1, 10, 256), torch.float32), "whose tiles are half as long"
-    assert not served((1, 9, 512), (1, 10, 1024), torch.bfloat16)
+def has_fused(reduce, gather, dtype=torch.bfloat16, with_residuals=False, width=1 << 15, rows=1):
+    slices = Slices(rows * width, width, rows * width, 1)
+    return fused._kernel(reduce, gather, slices, dtype, with_residuals) is not None
 
 
 @pytest.mark.skipif(extension.cuda() is None, reason="needs CUDA kernels")
-def test_a_memory_of_roundings_is_kept_by_rotated_codecs_alone():
-    legs = [leg.native for leg in Config(bits=4).legs]
-    assert fused._has_kernel(*legs, torch.bfloat16, True)
-    assert not fused._has_kernel((0, 4, 32), (0, 4, 32), torch.bfloat16, True)
+def test_which_legs_have_a_fused_kernel():
+    for dtype, bits in product((torch.float32, torch.float16, torch.bfloat16), range(2, 9)):
+        for recipe in ("auto", "flash-v2"):
+            assert has_fused(*Config(bits=bits, recipe=recipe).legs[:2], dtype)
+    assert has_fused(Uniform(4, 32), Uniform(8, 32)) and not has_fused(Uniform(3, 32), Uniform(8, 32))
+    assert not has_fused(Uniform(4, 32), Rotated(8, 32)), "legs of two formats"
+    assert not has_fused(Uniform(4, 16384), Uniform(4, 32)), "a block of more than a tile"
+    large = Rotated(4.5, 128), Rotated(5, 256)
+    assert has_fused(*large) and not has_fused(*large, torch.float32), "super-blocks of 8192 values, tiles half as long"
+    assert has_fused(*Config(bits=4).legs[:2], with_residuals=True), "codecs of rotated blocks keep residuals"
+    assert not has_fused(Uniform(4, 32), Uniform(4, 32), with_residuals=True)
+
+
+@pytest.mark.skipif(extension.cuda() is None, reason="needs CUDA kernels")
+def test_fused_kernels_serve_rows_of_whole_super_blocks_alone():
+    """Else values of two rows would share a top."""
+    auto, v1 = Config(bits=4).legs[:2], (Uniform(4, 128), Uniform(4, 128))
+    for width, of_auto, of_v1 in ((4096, True, True), (5120, False, True), (3584, False, True), (2880, False, False)):
+        assert has_fused(*auto, width=width, rows=8) == of_auto and has_fused(*v1, width=width, rows=8) == of_v1, width
 
 
 def test_a_group_has_a_workspace_for_each_transport(monkeypatch):

@@ -43,7 +43,7 @@ def _setup(options: Namespace) -> tuple[Job, list[Compression], list[str]]:
     wires = link(options.link or row.link)
     if options.link_rate is not None:
         wires = replace(wires, rate=options.link_rate, source="--link-rate", step=options.latency)
-        wires = replace(wires, nvlink=False, mesh=False, multicast=None)
+        wires = replace(wires, mesh=False, multicast=None)
     job = Job(row, wires, model(options.model), options.tp, options.batch, options.seq)
     if job.tp == 1:
         raise ValueError("--tp 1: one GPU sends nothing, so there is nothing to compress.")
