@@ -202,30 +202,39 @@ private:
 
     // ---- send, sum: encode and push ------------------------------------------------------------------------------
 
+    // A tile and, scattering, at what distance the rank is that it goes to: in one number, as registers are few.
+    struct Job {
+        int number = 1;
+        FC_DEVICE int d() const { return number >> 4; }
+        FC_DEVICE int distance() const { return number & 15; }
+        FC_DEVICE void follow(int targets) { number = distance() < targets ? number + 1 : (number | 15) + 2; }
+    };
+    static_assert(kMaxWorld < 16, "distances of a job");
+
     // Tiles of x, or of the sum of what all ranks sent. Scattering, every rank's slice goes to that rank; else all of
-    // it (in one-step) or this rank's slice to every rank. A sum that no leg carries on is stored.
+    // it (in one-step) or this rank's slice to every rank. A sum that no leg carries on is stored. What is known of a
+    // job is asked again behind the sum and the encoding, which need the registers.
     FC_DEVICE void send() {
-        for (int d = 0; d < call.shape.depth; d++)
-            for (int distance = 1; distance <= targets; distance++) {
-                const int values = values_of(size(distance), d);
-                if (values == 0) continue;
-                Octet<T> octets[kRows<T>];
-                if (is_sum()) sum(d, values, octets);
-                else load<T>(x(slice(distance)) + start(d), values, octets);
-                if (is_missing) return;
-                if (!pushes) {
-                    store<T>(out(0) + start(d), values, octets);
-                    continue;
-                }
-                const int bytes = encode(octets, values, slice(distance), start(d));
-                if (is_scatter()) push(peer(distance), d, bytes);
-                else push_all(d, bytes);
+        for (Job job; job.d() < call.shape.depth; job.follow(targets)) {
+            if (values(job) == 0) continue;
+            Octet<T> octets[kRows<T>];
+            if (is_sum()) sum(job.d(), octets);
+            else load<T>(x(slice(job)) + start(job.d()), values(job), octets);
+            if (is_missing) return;
+            job = {again(job.number)};
+            if (!pushes) {
+                store<T>(out(0) + start(job.d()), values(job), octets);
+                continue;
             }
+            const int bytes = encode(octets, values(job), slice(job), start(job.d()));
+            job = {again(job.number)};
+            if (is_scatter()) push(peer(job.distance()), job.d(), bytes);
+            else push_all(job.d(), bytes);
+        }
     }
-    // Asked again rather than kept, as the sums need the registers. `distance`: from this rank on, if it scatters.
-    FC_DEVICE int slice(int distance) const { return is_scatter() ? peer(distance) : 0; }
-    FC_DEVICE int64_t size(int distance) const {  // of the slice that a tile is of
-        return sizes[call.kind == kOneStep || is_scatter() ? slice(distance) : rank];
+    FC_DEVICE int slice(const Job& job) const { return is_scatter() ? peer(job.distance()) : 0; }
+    FC_DEVICE int values(const Job& job) const {
+        return values_of(sizes[call.kind == kOneStep || is_scatter() ? slice(job) : rank], job.d());
     }
 
     // Of a tile that starts at value `at` of a slice; returns the payload's bytes. Which leg's codec it is is asked
@@ -245,28 +254,27 @@ private:
     }
 
     // What all ranks sent of a tile, in rank order, as values.
-    FC_DEVICE void sum(int d, int values, Octet<T> (&octets)[kRows<T>]) {
+    FC_DEVICE void sum(int d, Octet<T> (&octets)[kRows<T>]) {
+        const auto values = [&](int) { return values_of(sizes[call.kind == kOneStep ? 0 : rank], d); };
         reduce.with_blocks([&](auto blocks) {
             float total[kRows<T>][8];
             uint32_t huge = 0, shrunk;  // a bit for each row
-            const int first = first_octet<T>(), octet = first < reduce.octets(values) ? first : 0;
+            const int first = first_octet<T>(), octet = first < reduce.octets(values(0)) ? first : 0;
             Bounds<T> bounds;
             do {
                 shrunk = huge;
                 clear(total);
                 bounds = {};
-                receive<false>(
-                    blocks, d, [&](int) { return values; }, shrunk, total,
-                    [&](int source, uint32_t more) {
-                        huge |= more;
-                        bounds.add(blocks, incoming(d * call.world + source), blocks.own(values), octet);
-                    });
+                receive<false>(blocks, d, values, shrunk, total, [&](int source, uint32_t more) {
+                    huge |= more;
+                    bounds.add(blocks, incoming(d * call.world + source), blocks.own(values(0)), octet);
+                });
             } while (Reduce::kRotates && !sync_and(huge == shrunk));
             blocks.template finish<false>(total, shrunk);
             bounds.apply(total);
             narrow<T>(total, octets);
         });
-        const int left = values - 8 * first_octet<T>();
+        const int left = values(0) - 8 * first_octet<T>();
         FC_UNROLL for (int row = 0; row < kRows<T>; row++) repeat_last<T>(octets[row], left - 8 * row);
     }
 
