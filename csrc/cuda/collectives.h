@@ -216,17 +216,18 @@ private:
     // job is asked again behind the sum and the encoding, which need the registers.
     FC_DEVICE void send() {
         for (Job job; job.d() < call.shape.depth; job.follow(targets)) {
-            if (values(job) == 0) continue;
+            const int values = this->values(job);
+            if (values == 0) continue;
             Octet<T> octets[kRows<T>];
-            if (is_sum()) sum(job.d(), octets);
-            else load<T>(x(slice(job)) + start(job.d()), values(job), octets);
+            if (is_sum()) sum(job.d(), values, octets);
+            else load<T>(x(slice(job)) + start(job.d()), values, octets);
             if (is_missing) return;
             job = {again(job.number)};
             if (!pushes) {
-                store<T>(out(0) + start(job.d()), values(job), octets);
+                store<T>(out(0) + start(job.d()), values, octets);
                 continue;
             }
-            const int bytes = encode(octets, values(job), slice(job), start(job.d()));
+            const int bytes = encode(octets, values, slice(job), start(job.d()));
             job = {again(job.number)};
             if (is_scatter()) push(peer(job.distance()), job.d(), bytes);
             else push_all(job.d(), bytes);
@@ -254,27 +255,28 @@ private:
     }
 
     // What all ranks sent of a tile, in rank order, as values.
-    FC_DEVICE void sum(int d, Octet<T> (&octets)[kRows<T>]) {
-        const auto values = [&](int) { return values_of(sizes[call.kind == kOneStep ? 0 : rank], d); };
+    FC_DEVICE void sum(int d, int values, Octet<T> (&octets)[kRows<T>]) {
         reduce.with_blocks([&](auto blocks) {
             float total[kRows<T>][8];
             uint32_t huge = 0, shrunk;  // a bit for each row
-            const int first = first_octet<T>(), octet = first < reduce.octets(values(0)) ? first : 0;
+            const int first = first_octet<T>(), octet = first < reduce.octets(values) ? first : 0;
             Bounds<T> bounds;
             do {
                 shrunk = huge;
                 clear(total);
                 bounds = {};
-                receive<false>(blocks, d, values, shrunk, total, [&](int source, uint32_t more) {
-                    huge |= more;
-                    bounds.add(blocks, incoming(d * call.world + source), blocks.own(values(0)), octet);
-                });
+                receive<false>(
+                    blocks, d, [&](int) { return values; }, shrunk, total,
+                    [&](int source, uint32_t more) {
+                        huge |= more;
+                        bounds.add(blocks, incoming(d * call.world + source), blocks.own(values), octet);
+                    });
             } while (Reduce::kRotates && !sync_and(huge == shrunk));
             blocks.template finish<false>(total, shrunk);
             bounds.apply(total);
             narrow<T>(total, octets);
         });
-        const int left = values(0) - 8 * first_octet<T>();
+        const int left = values - 8 * first_octet<T>();
         FC_UNROLL for (int row = 0; row < kRows<T>; row++) repeat_last<T>(octets[row], left - 8 * row);
     }
 

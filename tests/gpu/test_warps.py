@@ -36,7 +36,7 @@ UNIFORM = {
         "count & 1",
         "d < call.shape.depth",
         "job.d() < call.shape.depth",
-        "values(job) == 0",
+        "values == 0",
         "count < call.world",
         "!pair_shift",
         "levels <= kSearched",
