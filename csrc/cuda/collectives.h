@@ -202,30 +202,40 @@ private:
 
     // ---- send, sum: encode and push ------------------------------------------------------------------------------
 
+    // A tile and, scattering, at what distance the rank is that it goes to: in one number, as registers are few.
+    struct Job {
+        int number = 1;
+        FC_DEVICE int d() const { return number >> 4; }
+        FC_DEVICE int distance() const { return number & 15; }
+        FC_DEVICE void follow(int targets) { number = distance() < targets ? number + 1 : (number | 15) + 2; }
+    };
+    static_assert(kMaxWorld < 16, "distances of a job");
+
     // Tiles of x, or of the sum of what all ranks sent. Scattering, every rank's slice goes to that rank; else all of
-    // it (in one-step) or this rank's slice to every rank. A sum that no leg carries on is stored.
+    // it (in one-step) or this rank's slice to every rank. A sum that no leg carries on is stored. What is known of a
+    // job is asked again behind the sum and the encoding, which need the registers.
     FC_DEVICE void send() {
-        for (int d = 0; d < call.shape.depth; d++)
-            for (int distance = 1; distance <= targets; distance++) {
-                const int values = values_of(size(distance), d);
-                if (values == 0) continue;
-                Octet<T> octets[kRows<T>];
-                if (is_sum()) sum(d, values, octets);
-                else load<T>(x(slice(distance)) + start(d), values, octets);
-                if (is_missing) return;
-                if (!pushes) {
-                    store<T>(out(0) + start(d), values, octets);
-                    continue;
-                }
-                const int bytes = encode(octets, values, slice(distance), start(d));
-                if (is_scatter()) push(peer(distance), d, bytes);
-                else push_all(d, bytes);
+        for (Job job; job.d() < call.shape.depth; job.follow(targets)) {
+            const int values = this->values(job);
+            if (values == 0) continue;
+            Octet<T> octets[kRows<T>];
+            if (is_sum()) sum(job.d(), values, octets);
+            else load<T>(x(slice(job)) + start(job.d()), values, octets);
+            if (is_missing) return;
+            job = {again(job.number)};
+            if (!pushes) {
+                store<T>(out(0) + start(job.d()), values, octets);
+                continue;
             }
+            const int bytes = encode(octets, values, slice(job), start(job.d()));
+            job = {again(job.number)};
+            if (is_scatter()) push(peer(job.distance()), job.d(), bytes);
+            else push_all(job.d(), bytes);
+        }
     }
-    // Asked again rather than kept, as the sums need the registers. `distance`: from this rank on, if it scatters.
-    FC_DEVICE int slice(int distance) const { return is_scatter() ? peer(distance) : 0; }
-    FC_DEVICE int64_t size(int distance) const {  // of the slice that a tile is of
-        return sizes[call.kind == kOneStep || is_scatter() ? slice(distance) : rank];
+    FC_DEVICE int slice(const Job& job) const { return is_scatter() ? peer(job.distance()) : 0; }
+    FC_DEVICE int values(const Job& job) const {
+        return values_of(sizes[call.kind == kOneStep || is_scatter() ? slice(job) : rank], job.d());
     }
 
     // Of a tile that starts at value `at` of a slice; returns the payload's bytes. Which leg's codec it is is asked

@@ -37,6 +37,11 @@ FC_DEVICE int thread() {
     asm volatile("" : "+r"(index));
     return index;
 }
+// The same number; what follows from it is worked out again from here on, instead of kept in registers.
+FC_DEVICE int again(int number) {
+    asm volatile("" : "+r"(number));
+    return number;
+}
 FC_DEVICE int64_t block_index() { return blockIdx.x; }
 FC_DEVICE int64_t block_count() { return gridDim.x; }
 FC_DEVICE void sync() { __syncthreads(); }
@@ -120,6 +125,7 @@ FC_DEVICE float reciprocal(float x) {
 #else
 
 int thread();
+FC_DEVICE int again(int number) { return number; }
 int64_t block_index();
 int64_t block_count();
 void sync();
