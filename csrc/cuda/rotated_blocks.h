@@ -387,7 +387,7 @@ private:
                 kAlone && adds_codes();  // to the neighbour's first coefficient, which is 0, or less it
             const bool has_first = at < first + (is_added ? 2 * kRows<T> : 1);
             float value = has_first ? float_of(bits) * factor : 0.0f;
-            if (is_added && at == first) value += 0.0f;  // a constant of -0
+            if (is_added && at == first) value += 0.0f;                          // a constant of -0
             values[part != 0] = is_added && at == first ? value + 0.0f : value;  // -0 becomes 0
         }
         FC_UNROLL for (int part = 0; part < kParts; part++) x[kOctets * part][0] += values[part];

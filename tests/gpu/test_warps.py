@@ -75,7 +75,7 @@ UNIFORM = {
 }
 CONVERGENT = {"sync", "sync_and", "exchange", "votes"}  # device.h
 CODEC = {"encode_to", "decode_from", "finish"}  # of a codec's members, those that may exchange or wait (tile.h)
-FROM_ELSEWHERE = {"collectives.h": CODEC, "codec_kernels.h": CODEC}
+FROM_ELSEWHERE = {name: CODEC for name in ("collectives.h", "codec_kernels.h", "rowed_codec.h")}
 
 
 def without_comments(text: str) -> str:
