@@ -373,6 +373,9 @@ private:
     FC_DEVICE bool spin(int source);
     FC_DEVICE bool overdue(int source) const;
     FC_DEVICE void end() const;
+    static FC_DEVICE void wait_until(uint64_t time) {
+        while (nanoseconds() < time) continue;
+    }
 };
 
 }  // namespace flashcomm::FLASHCOMM_ISA

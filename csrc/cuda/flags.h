@@ -48,8 +48,7 @@ FC_DEVICE bool Worker<Reduce, Gather, T>::look() {
 template <class Reduce, class Gather, class T>
 FC_DEVICE void Worker<Reduce, Gather, T>::await(int source) {
     if (look() && thread() == source && !has_come(source) && !spin(source)) is_missing = true;
-    if (call.stall && call.stalled_rank == rank)
-        for (const uint64_t end = nanoseconds() + call.stall; nanoseconds() < end;) continue;
+    if (call.stall && call.stalled_rank == rank) wait_until(nanoseconds() + call.stall);
     sync();
 }
 
