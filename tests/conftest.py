@@ -7,6 +7,7 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from types import ModuleType
 
+import forks
 import pytest
 from hypothesis import settings
 from patience import patient
@@ -16,6 +17,19 @@ ROOT = Path(__file__).resolve().parent.parent
 # A busy machine is no failure: hypothesis times no example. The rest of its profile stays (repeatable under CI).
 settings.register_profile("untimed", settings.default, deadline=None)
 settings.load_profile("untimed")
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than cores, at most 4: ranks of a test wait for each other."""
+    return min(len(os.sched_getaffinity(0)) + 1, 4)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The processes of a parallel run share servers of forked processes; a run inside a test has its own."""
+    if not hasattr(config, "workerinput"):
+        os.environ.pop(forks.ADDRESS, None)
+        if config.getoption("numprocesses", None):
+            os.environ[forks.ADDRESS] = forks.sockets()
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from command_lines import clear_variables, installs_of, parser, refused
-from patience import patient
 
 import flashcomm_megatron as fc
 from flashcomm_megatron import config
@@ -310,11 +310,9 @@ def stub(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def python(source: str, *args: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run ``source`` in a fresh interpreter that finds this package and, before all else, ``path``."""
+    """Run ``source`` in an interpreter that finds this package and, before all else, ``path``."""
     folders = [str(folder) for folder in (path, ROOT, os.environ.get("PYTHONPATH")) if folder]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(folders), "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-c", source, *args]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=patient(180))
+    return forks.python("-c", source, *args, PYTHONPATH=os.pathsep.join(folders), PYTHONWARNINGS="ignore")
 
 
 @pytest.mark.parametrize("order", [EARLY, LATE, PROVIDER], ids=["early", "late", "provider"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import Any
 
+import forks
 import pytest
 import torch
 from ranks import spawn
@@ -80,7 +81,7 @@ def invariant(model: Any) -> dict[str, bool]:
 
 @pytest.fixture(scope="module")
 def seen() -> list[dict[str, Any]]:
-    return spawn(everything, WORLD, seconds=300)
+    return spawn(everything, WORLD, seconds=300, kind=forks.MEGATRON)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

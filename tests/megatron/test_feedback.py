@@ -9,6 +9,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import Any
 
+import forks
 import pytest
 import torch
 from ranks import spawn
@@ -56,7 +57,7 @@ def everything(rank: int, world: int) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def seen() -> list[dict[str, Any]]:
     """What each rank saw."""
-    return spawn(everything, WORLD, seconds=500)
+    return spawn(everything, WORLD, seconds=500, kind=forks.MEGATRON)
 
 
 def tokens(seed: int = 0, batch: int = 2) -> Tensor:

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 from unittest import mock
 
+import forks
 import pytest
 import torch
 import torch.distributed as dist
@@ -75,7 +76,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def seen() -> list[dict[str, Any]]:
     """What each rank saw."""
-    return spawn(everything, WORLD, seconds=200)
+    return spawn(everything, WORLD, seconds=200, kind=forks.MEGATRON)
 
 
 def one_linear(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import Any
 
+import forks
 import pytest
 import torch
 from ranks import spawn
@@ -149,7 +150,7 @@ def run(gpt: Any, choice: str, last: int | None) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def seen() -> list[dict[str, Any]]:
     """What each rank saw."""
-    return spawn(everything, WORLD, seconds=300)
+    return spawn(everything, WORLD, seconds=300, kind=forks.MEGATRON)
 
 
 @needs_megatron

@@ -7,6 +7,7 @@ import gc
 import warnings
 from typing import Any
 
+import forks
 import mixtures
 import pytest
 import torch
@@ -106,7 +107,7 @@ def everything(rank: int, world: int) -> dict[str, Any]:
 def seen() -> list[dict[str, Any]]:
     """What each rank saw."""
     pytest.importorskip("megatron.core", reason="megatron-core is not installed")
-    return spawn(everything, WORLD, seconds=400)
+    return spawn(everything, WORLD, seconds=400, kind=forks.MEGATRON)
 
 
 def compressed(gpt: Any) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import forks
 import pytest
 import torch
 import torch.distributed as dist
@@ -54,7 +55,7 @@ def everything(rank: int, world: int) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def seen() -> list[dict[str, Any]]:
     """What each rank saw."""
-    return spawn(everything, WORLD, seconds=200)
+    return spawn(everything, WORLD, seconds=200, kind=forks.MEGATRON)
 
 
 # ---- single layers --------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 import torch
 from ranks import spawn
@@ -111,7 +112,7 @@ def overflow() -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def seen() -> list[dict[str, Any]]:
     """What each of two ranks saw."""
-    return spawn(two_ranks, 2, seconds=300)
+    return spawn(two_ranks, 2, seconds=300, kind=forks.MEGATRON)
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -186,7 +187,7 @@ def four_ranks(rank: int, world: int) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def four() -> list[dict[Any, Any]]:
     """What each of four ranks saw."""
-    return spawn(four_ranks, 4, seconds=300)
+    return spawn(four_ranks, 4, seconds=300, kind=forks.MEGATRON)
 
 
 def piped(run: Training) -> dict[str, Any]:

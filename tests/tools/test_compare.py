@@ -6,11 +6,11 @@ import json
 import math
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 
 from flashcomm_megatron.tools.compare import command, page, plots, table
@@ -361,9 +361,6 @@ def test_a_workspace_needs_entity_and_project(tmp_path: Path, capsys: pytest.Cap
 
 def test_the_command_writes_the_page(tmp_path: Path) -> None:
     shutil.copy(write(tmp_path / "a.jsonl"), tmp_path / "b.jsonl")
-    done = subprocess.run(
-        [sys.executable, "-m", "flashcomm_megatron", "compare", "a.jsonl", "b.jsonl"],
-        cwd=tmp_path, capture_output=True, text=True, check=True, env={"PYTHONPATH": str(Path(__file__).parents[2])},
-    )  # fmt: skip
+    done = forks.python("-m", "flashcomm_megatron", "compare", "a.jsonl", "b.jsonl", folder=tmp_path)
     assert done.stdout == "4 bits: as many bytes, loss +0.00 %, steps as fast.\nwrote compare.html\n"
     assert (tmp_path / "compare.html").exists()
