@@ -19,6 +19,20 @@ settings.register_profile("untimed", settings.default, deadline=None)
 settings.load_profile("untimed")
 
 
+# Files that take longest, longest first: a file is one worker's, and the last to begin keeps the others waiting.
+LONGEST = (
+    "faults", "examples", "collectives", "accuracy", "compare", "exit_codes", "shared_memory", "readme", "mixtures",
+    "compiled_layers", "train_tiny", "training", "rows", "overflow", "generate", "main", "codec", "streams_model",
+    "overlap", "batch_invariant", "compare_wandb", "call_counts", "rows_stand_alone", "last_sum", "feedback", "model",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first."""
+    place = {f"test_{name}.py": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
+
+
 def pytest_xdist_auto_num_workers() -> int:
     """One more than cores, at most 4: ranks of a test wait for each other."""
     return min(len(os.sched_getaffinity(0)) + 1, 4)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from training_loop import Shape, Training, join
 
 import flashcomm_megatron as fc
 
-pytest.importorskip("megatron.core", reason="megatron-core is not installed")
+pytestmark = pytest.mark.skipif(find_spec("megatron") is None, reason="megatron-core is not installed")
 
 CONFIG = fc.Config(bits=4, grad_bits=4, min_bytes=0)
 SHAPE = Shape(layers=2, hidden=64, ffn=96, heads=2, vocab=128, context=32, batch=4)

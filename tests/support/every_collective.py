@@ -13,7 +13,7 @@ from specification import planned
 from flashcomm_megatron.collectives import all_gather, all_reduce, reduce_scatter
 from flashcomm_megatron.config import Config
 
-SHAPES = [(1,), (7,), (129,), (3, 43), (2, 5, 96), (1000,), (64, 192)]
+SHAPES = [(1,), (7,), (129,), (3, 43), (2, 5, 96), (1000,), (20, 192)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 

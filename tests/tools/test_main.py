@@ -56,9 +56,10 @@ def test_exit_codes_and_errors_are_the_scripts(script: Path) -> None:
 
 
 def test_nobody_has_to_read_a_command_to_its_end() -> None:
-    command = f"{sys.executable} -m flashcomm_megatron report | head -1; exit ${{PIPESTATUS[0]}}"
-    ran = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=patient(180))
-    assert ran.stdout.startswith("flashcomm_megatron") and "BrokenPipe" not in ran.stderr
+    words = f"{sys.executable} -m flashcomm_megatron plan --gpu L40 --tp 8 --model llama-3-70b"
+    command = ["bash", "-c", f"{words} | head -1; exit ${{PIPESTATUS[0]}}"]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=patient(180))
+    assert ran.stdout.startswith("L40, TP8, llama-3-70b") and "BrokenPipe" not in ran.stderr
     assert ran.returncode in (0, 141)  # 0 where the pipe took it all at once
 
 
