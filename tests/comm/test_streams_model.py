@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 from streams_model import Rules, explore
 
-
 SIZES = [(1, 1), (3, 1), (4, 2), (5, 3)]
 WRAPPING = [(*each, 4) for each in (*SIZES, (7, 2))]
 

@@ -229,12 +229,7 @@ def unevenly() -> dict[tuple[int, bool], list[tuple[Tensor, int]]]:
     again = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     groups(**options)
     found = {}
-    for experts, recompute in (
-        (2, False),
-        (2, True),
-        (0, False),
-        (0, True),
-    ):
+    for experts, recompute in ((2, False), (2, True), (0, False), (0, True)):
         chosen = EXPERTS | options | DROPPING | (again if recompute else {})
         model = mixtures.gpt(**chosen)
         router = model.decoder.layers[1].mlp.router
