@@ -68,17 +68,6 @@ def test_compiled_equals_definition_at_any_length(codec: Codec) -> None:
         assert torch.equal(found, codec.decode_sum_ref([payload], numel, torch.float32))
 
 
-@pytest.mark.parametrize("codec", [Spike(2, 64), Rotated(4.5, 32)], ids=str)
-def test_threads_do_not_change_the_result(codec: Codec, monkeypatch: pytest.MonkeyPatch) -> None:
-    x = torch.randn((3 << 18) + 77, generator=torch.Generator().manual_seed(0))
-    payload = codec.encode_ref(x)
-    total = codec.decode_sum_ref([payload, payload], x.numel(), x.dtype)
-    for threads in (1, 3):
-        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        assert torch.equal(codec.encode(x), payload)
-        assert torch.equal(codec.decode_sum([payload, payload], torch.empty_like(x)), total)
-
-
 # ---- residuals -------------------------------------------------------------------------------------------------------
 
 
