@@ -9,6 +9,7 @@ Megatron-Core may be imported before they start.
 from __future__ import annotations
 
 import datetime
+import multiprocessing.spawn
 import os
 import pickle
 import sys
@@ -36,6 +37,7 @@ def spawn(
         Path(folder, "call").write_bytes(pickle.dumps((fn, args)))
         deadline = Deadline(seconds)
         call = {"world": world, "folder": folder, "seconds": deadline.left(), "some_are_lost": bool(lost)}
+        call["script"] = sys.modules["__main__"].__file__ if fn.__module__ == "__main__" else None
         request = {"call": call, "path": sys.path, "folder": os.getcwd(), "environment": dict(os.environ)}
         codes = forks.run(kind, request | {"together": False}, world, deadline)
         failures = sorted(Path(folder).glob("error-*"), key=lambda path: path.stat().st_mtime_ns)
@@ -60,11 +62,13 @@ def _result(path: Path, exitcode: int | None) -> Any:
     return pickle.loads(path.read_bytes())
 
 
-def run(rank: int, world: int, folder: str, seconds: float, some_are_lost: bool) -> None:
-    """Be one rank, in a process of its own."""
+def run(rank: int, world: int, folder: str, seconds: float, some_are_lost: bool, script: str | None) -> None:
+    """Be one rank, in a process of its own; ``script`` is where its function is, where that is a script's own."""
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
     try:
+        if script:
+            multiprocessing.spawn._fixup_main_from_path(script)  # type: ignore[attr-defined]
         fn, args = pickle.loads(Path(folder, "call").read_bytes())
         torch.distributed.init_process_group(
             "gloo",
