@@ -12,7 +12,7 @@ from typing import Any
 import forks
 import pytest
 import torch
-from ranks import spawn
+from ranks import spawn, tensor_parallel
 from torch import Tensor
 
 import flashcomm_megatron as fc
@@ -26,14 +26,7 @@ RECIPES = ("auto", "flash-v1", "flash-v2", "mx")
 
 def everything(rank: int, world: int) -> dict[str, Any]:
     """For every recipe, and for exact sums: whether prompt 0 has the same logits beside others and alone."""
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-
-    from flashcomm_megatron import cpu
-
-    cpu.enable(force=True, scripts=True)
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=world)
-    model_parallel_cuda_manual_seed(1)
+    tensor_parallel(world, scripts=True)
     import structures
 
     found: dict[str, Any] = {}

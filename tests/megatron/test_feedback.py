@@ -12,7 +12,7 @@ from typing import Any
 import forks
 import pytest
 import torch
-from ranks import spawn
+from ranks import spawn, tensor_parallel
 from specification import planned
 from torch import Tensor, nn
 
@@ -34,14 +34,7 @@ HARMED = (
 
 def everything(rank: int, world: int) -> dict[str, Any]:
     """What one rank sees of every structure, and of one model in many situations."""
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-
-    from flashcomm_megatron import cpu
-
-    cpu.enable(force=True, scripts=True)
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=world)
-    model_parallel_cuda_manual_seed(1)
+    tensor_parallel(world, scripts=True)
     import structures
 
     seen: dict[str, Any] = {}

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from linears import HIDDEN, INNER, ROWS, WORLD, linear, normal, step
-from ranks import spawn
+from ranks import spawn, tensor_parallel
 from torch import Tensor
 
 import flashcomm_megatron as fc
@@ -48,14 +48,7 @@ ALONE = [name for name in LINEARS if name != "row TP"]  # those that send a grad
 
 def everything(rank: int, world: int) -> dict[str, Any]:
     """What one rank sees in every scenario."""
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-
-    from flashcomm_megatron import cpu
-
-    cpu.enable(force=True)
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=world)
-    model_parallel_cuda_manual_seed(1)
+    tensor_parallel(world)
     seen = {name: one_linear(rank, world, *row) for name, row in LINEARS.items()}
     return seen | {
         "infinite": infinite(rank),

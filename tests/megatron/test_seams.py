@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from linears import HIDDEN, INNER, ROWS, WORLD, linear, normal, step
-from ranks import spawn
+from ranks import spawn, tensor_parallel
 from torch import Tensor
 
 import flashcomm_megatron as fc
@@ -39,14 +39,7 @@ LINEARS = {
 
 def everything(rank: int, world: int) -> dict[str, Any]:
     """What one rank sees in every scenario."""
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-
-    from flashcomm_megatron import cpu
-
-    cpu.enable(force=True)
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=world)
-    model_parallel_cuda_manual_seed(1)
+    tensor_parallel(world)
     seen: dict[str, Any] = {name: one_linear(rank, world, *row) for name, row in LINEARS.items()}
     seen |= {"training": mixture(sequence_parallel=True), "left alone": left_alone()}
     with torch.inference_mode():

@@ -57,6 +57,19 @@ def apart(rank: int) -> None:
     shared_memory.machine = lambda: f"machine {rank}"
 
 
+def tensor_parallel(world: int, scripts: bool = False) -> Any:
+    """Make this rank, in CPU mode, one of a tensor-parallel group of all ranks; returns Megatron's parallel_state."""
+    from flashcomm_megatron import cpu
+
+    cpu.enable(force=True, scripts=scripts)
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=world)
+    model_parallel_cuda_manual_seed(1)
+    return parallel_state
+
+
 def _result(path: Path, exitcode: int | None) -> Any:
     assert path.exists(), f"{path.name} was never written; the process ended with exit code {exitcode}"
     return pickle.loads(path.read_bytes())
