@@ -21,15 +21,12 @@ import torch
 
 from flashcomm_megatron import cpu
 from flashcomm_megatron.cpu import backends, literals, options
+from flashcomm_megatron.megatron import patching
 
 
-def bound(seam: Any) -> Any:
+def bound(seam: patching.Seam) -> Any:
     """The object that a row's name is bound to."""
-    owner: Any = importlib.import_module(seam.module)
-    *parents, name = seam.name.split(".")
-    for parent in parents:
-        owner = getattr(owner, parent)
-    return vars(owner)[name]
+    return patching.find(seam)[2]
 
 
 def everything() -> dict[str, Any]:
