@@ -12,7 +12,7 @@ from typing import Any
 import forks
 import pytest
 import torch
-from ranks import spawn, tensor_parallel
+from ranks import once, tensor_parallel
 from torch import Tensor
 
 import flashcomm_megatron as fc
@@ -72,9 +72,7 @@ def invariant(model: Any) -> dict[str, bool]:
     }
 
 
-@pytest.fixture(scope="module")
-def seen() -> list[dict[str, Any]]:
-    return spawn(everything, WORLD, seconds=300, kind=forks.MEGATRON)
+seen = once(everything, WORLD, seconds=300, kind=forks.MEGATRON)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -16,7 +16,7 @@ import mixtures
 import pytest
 import torch
 from mixtures import Recorder, calls, recorded
-from ranks import spawn, tensor_parallel
+from ranks import once, tensor_parallel
 from torch import nn
 
 import flashcomm_megatron as fc
@@ -42,10 +42,7 @@ def everything(rank: int, world: int) -> dict[str, Any]:
             "fused shared experts": fused_shared_experts(), "last dimensions": last_dimensions()}  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def seen() -> list[dict[str, Any]]:
-    """What each rank saw."""
-    return spawn(everything, WORLD, seconds=200)
+seen = once(everything, WORLD, seconds=200)
 
 
 def step(model: Any, training: bool = True) -> dict[str, Any]:

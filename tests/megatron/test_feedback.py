@@ -12,7 +12,7 @@ from typing import Any
 import forks
 import pytest
 import torch
-from ranks import spawn, tensor_parallel
+from ranks import once, tensor_parallel
 from specification import planned
 from torch import Tensor, nn
 
@@ -47,10 +47,7 @@ def everything(rank: int, world: int) -> dict[str, Any]:
     return seen | {"token prediction": token_prediction(structures.build("pre-norm", world, mtp_num_layers=2))}
 
 
-@pytest.fixture(scope="module")
-def seen() -> list[dict[str, Any]]:
-    """What each rank saw."""
-    return spawn(everything, WORLD, seconds=500, kind=forks.MEGATRON)
+seen = once(everything, WORLD, seconds=500, kind=forks.MEGATRON)
 
 
 def tokens(seed: int = 0, batch: int = 2) -> Tensor:

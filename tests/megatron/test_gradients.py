@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from linears import HIDDEN, INNER, ROWS, WORLD, linear, normal, step
-from ranks import spawn, tensor_parallel
+from ranks import once, tensor_parallel
 from torch import Tensor
 
 import flashcomm_megatron as fc
@@ -67,10 +67,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="module")
-def seen() -> list[dict[str, Any]]:
-    """What each rank saw."""
-    return spawn(everything, WORLD, seconds=200, kind=forks.MEGATRON)
+seen = once(everything, WORLD, seconds=200, kind=forks.MEGATRON)
 
 
 def one_linear(

@@ -12,7 +12,7 @@ from typing import Any
 import forks
 import pytest
 import torch
-from ranks import spawn, tensor_parallel
+from ranks import once, tensor_parallel
 from specification import planned
 from torch import Tensor
 
@@ -140,10 +140,7 @@ def run(gpt: Any, choice: str, last: int | None) -> dict[str, Any]:
     }
 
 
-@pytest.fixture(scope="module")
-def seen() -> list[dict[str, Any]]:
-    """What each rank saw."""
-    return spawn(everything, WORLD, seconds=300, kind=forks.MEGATRON)
+seen = once(everything, WORLD, seconds=300, kind=forks.MEGATRON)
 
 
 @needs_megatron

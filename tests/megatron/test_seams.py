@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from linears import HIDDEN, INNER, ROWS, WORLD, linear, normal, step
-from ranks import spawn, tensor_parallel
+from ranks import once, tensor_parallel
 from torch import Tensor
 
 import flashcomm_megatron as fc
@@ -46,10 +46,7 @@ def everything(rank: int, world: int) -> dict[str, Any]:
         return seen | {"inference": mixture(sequence_parallel=False)}
 
 
-@pytest.fixture(scope="module")
-def seen() -> list[dict[str, Any]]:
-    """What each rank saw."""
-    return spawn(everything, WORLD, seconds=200, kind=forks.MEGATRON)
+seen = once(everything, WORLD, seconds=200, kind=forks.MEGATRON)
 
 
 # ---- single layers --------------------------------------------------------------------------------------------------

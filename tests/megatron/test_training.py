@@ -15,7 +15,7 @@ from typing import Any
 import forks
 import pytest
 import torch
-from ranks import spawn
+from ranks import once
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
@@ -110,10 +110,7 @@ def overflow() -> dict[str, Any]:
     return {"scales": scales, "moved": moved, "finite": all(w.isfinite().all() for w in weights(run).values())}
 
 
-@pytest.fixture(scope="module")
-def seen() -> list[dict[str, Any]]:
-    """What each of two ranks saw."""
-    return spawn(two_ranks, 2, seconds=300, kind=forks.MEGATRON)
+seen = once(two_ranks, 2, seconds=300, kind=forks.MEGATRON)
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -185,10 +182,7 @@ def four_ranks(rank: int, world: int) -> dict[str, Any]:
         return seen | {each: trained(shape=shape, distributed_optimizer=each) for each in (False, True)}
 
 
-@pytest.fixture(scope="module")
-def four() -> list[dict[Any, Any]]:
-    """What each of four ranks saw."""
-    return spawn(four_ranks, 4, seconds=300, kind=forks.MEGATRON)
+four = once(four_ranks, 4, seconds=300, kind=forks.MEGATRON)
 
 
 def piped(run: Training) -> dict[str, Any]:

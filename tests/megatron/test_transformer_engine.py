@@ -19,7 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from mixtures import ATTENTION, DENSE, calls
-from ranks import spawn, tensor_parallel
+from ranks import once, tensor_parallel
 from torch import Tensor
 
 import flashcomm_megatron as fc
@@ -68,10 +68,7 @@ def everything(rank: int, world: int) -> dict[str, Any]:
     return seen | {"restored": all(a is b for a, b in zip(names, bound(), strict=True))}
 
 
-@pytest.fixture(scope="module")
-def seen() -> list[dict[str, Any]]:
-    """What each rank saw."""
-    return spawn(everything, WORLD, seconds=200)
+seen = once(everything, WORLD, seconds=200)
 
 
 def bound() -> list[Any]:

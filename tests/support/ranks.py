@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import forks
+import pytest
 import torch
 from patience import Deadline
 
@@ -48,6 +49,16 @@ def spawn(
         return [
             None if rank in lost else _result(Path(folder) / f"result-{rank}", codes[rank]) for rank in range(world)
         ]
+
+
+def once(fn: Callable[..., Any], world: int, **options: Any) -> Any:
+    """A fixture: the results of ``spawn``, made once for all tests of a file."""
+
+    @pytest.fixture(scope="module")
+    def seen() -> list[Any]:
+        return spawn(fn, world, **options)
+
+    return seen
 
 
 def apart(rank: int) -> None:
