@@ -121,7 +121,7 @@ def serve(folder: str) -> None:
         sys.path[:0] = [str(ROOT)] * (kind == RANKS)
         with contextlib.redirect_stderr(None):  # Megatron warns of what is not installed
             for name in names:
-                with contextlib.suppress(ModuleNotFoundError):
+                with contextlib.suppress(Exception):  # what fails here fails again where it is used
                     importlib.import_module(name)
         listener = listeners[kind]
         if kind == MEGATRON or os.fork() == 0:
