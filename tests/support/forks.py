@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -123,6 +124,7 @@ def serve(folder: str) -> None:
             for name in names:
                 with contextlib.suppress(Exception):  # what fails here fails again where it is used
                     importlib.import_module(name)
+        gc.freeze()  # collections in what is forked leave what is shared alone
         listener = listeners[kind]
         if kind == MEGATRON or os.fork() == 0:
             break
