@@ -2,7 +2,7 @@
 # into .venv, at the versions of constraints.txt.
 #   PYTHON=python3.12   another interpreter        MODEL=DIR      another checkpoint for the demo
 #   VENV=DIR            another environment        TP=N           ranks of the demo (default: the fewest its heads allow)
-#   WORKERS=N           test processes (default: one per core, at most 4)
+#   WORKERS=N           test processes (default: one more than cores, at most 4)
 #   NEWEST=python3.12   the interpreter of `make test-newest`, 3.12 or newer
 #   ARCHS=LIST          GPUs of `make wheel CUDA=1`, as in TORCH_CUDA_ARCH_LIST
 PYTHON  ?= python3

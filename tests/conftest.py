@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from types import ModuleType
 
+import forks
 import pytest
 from hypothesis import settings
 from patience import patient
@@ -16,6 +18,38 @@ ROOT = Path(__file__).resolve().parent.parent
 # A busy machine is no failure: hypothesis times no example. The rest of its profile stays (repeatable under CI).
 settings.register_profile("untimed", settings.default, deadline=None)
 settings.load_profile("untimed")
+
+
+# Files that take longest, longest first: a file is one worker's, and the last to begin keeps the others waiting.
+LONGEST = (
+    "faults", "examples", "collectives", "accuracy", "compare", "exit_codes", "shared_memory", "readme", "mixtures",
+    "compiled_layers", "train_tiny", "training", "rows", "overflow", "generate", "main", "codec", "streams_model",
+    "overlap", "batch_invariant", "compare_wandb", "call_counts", "rows_stand_alone", "last_sum", "feedback", "model",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first."""
+    place = {f"test_{name}.py": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
+
+
+def pytest_collection_finish() -> None:
+    """The garbage collector leaves alone what was imported, in tests."""
+    gc.freeze()
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than cores, at most 4: ranks of a test wait for each other."""
+    return min(len(os.sched_getaffinity(0)) + 1, 4)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The processes of a parallel run share servers of forked processes; a run inside a test has its own."""
+    if not hasattr(config, "workerinput"):
+        os.environ.pop(forks.ADDRESS, None)
+        if config.getoption("numprocesses", None):
+            os.environ[forks.ADDRESS] = forks.sockets()
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

@@ -260,23 +260,6 @@ def test_compiled_sums_round_as_torch_does(native: ModuleType, dtype: torch.dtyp
         assert torch.equal(decoded(codec, payloads, 32 * count, dtype)[::32], (x[0] + x[1]).to(dtype)), isa
 
 
-@pytest.mark.parametrize("block", [24, 32, 64])
-@pytest.mark.parametrize("bits", [5, 8])
-def test_threads_do_not_change_the_result(native: ModuleType, bits: int, block: int) -> None:
-    codec, x = Uniform(bits, block), tensor("octaves", 2**20 + 77, torch.bfloat16)
-    results, before = [], torch.get_num_threads()
-    try:
-        for threads in (1, 3):
-            torch.set_num_threads(threads)
-            payload = encoded(codec, x)
-            results.append((payload, decoded(codec, [payload, payload], x.numel(), torch.bfloat16)))
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(results[0][0], results[1][0]) and same(results[0][1], results[1][1])
-    part = 2**18 // (block * 8) * block * 8
-    assert same(results[1][1][:part], codec.decode_sum_ref([codec.encode_ref(x[:part])] * 2, part, x.dtype))
-
-
 @needs_extension
 def test_compiled_takes_tensors_at_any_address() -> None:
     """Tensors need their elements' alignment only, payloads none."""

@@ -12,8 +12,6 @@ from ranks import spawn
 from flashcomm_megatron.codec.published.microscaling import ELEMENTS, Microscaling
 from flashcomm_megatron.config import Config
 
-INTEGERS = [name for name in ELEMENTS if name.startswith("int")]
-FLOATS = [name for name in ELEMENTS if name.startswith("e")]
 ML_DTYPES = {
     "e2m1": "float4_e2m1fn",
     "e2m3": "float6_e2m3fn",
@@ -200,4 +198,4 @@ def test_blocks_that_the_format_does_not_have_are_refused():
 @pytest.mark.parametrize(("world", "recipe", "bits"), [(2, "mx", 5), (3, "mx-int", 3)])
 def test_collectives_equal_their_specification_on_every_rank(world, recipe, bits):
     config = Config(bits=bits, recipe=recipe, min_bytes=0, block=16)
-    assert spawn(every_collective, world, [config]) == [len(SHAPES) * len(DTYPES) * 3] * world
+    assert spawn(every_collective, world, [config]) == [len(SHAPES) * 3] * world

@@ -166,4 +166,4 @@ def test_blocks_a_position_cannot_name_are_refused():
 @pytest.mark.parametrize(("world", "bits"), [(2, 2), (3, 5)])
 def test_collectives_equal_their_specification_on_every_rank(world, bits):
     config = Config(bits=bits, recipe="flash-v2", min_bytes=0)
-    assert spawn(every_collective, world, [config]) == [len(SHAPES) * len(DTYPES) * 3] * world
+    assert spawn(every_collective, world, [config]) == [len(SHAPES) * 3] * world

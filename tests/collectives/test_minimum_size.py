@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 import torch
 import torch.distributed as dist
-from patience import patient
 from ranks import spawn
 from specification import planned
 
@@ -110,16 +107,9 @@ def test_bench_measures_on_real_ranks_and_its_file_is_used(tmp_path: Path) -> No
     path = tmp_path / "tuned.json"
     script = f"import sys, flashcomm_megatron.tools.tune as t; t.SIZES, t.SECONDS = (1 << 10, 1 << 16), 0.01; " \
              f"sys.exit(t.main(['--tune', {str(path)!r}, '--bits', '4']))"  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    environment |= {"MASTER_PORT": str(20000 + os.getpid() % 20000)}
-    command = [sys.executable, "-c", script]
-    ranks = [
-        subprocess.Popen(command, env={**environment, "RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    outputs = [rank.communicate(timeout=patient(120))[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0]
-    assert "all_reduce" in outputs[0] and not outputs[1]
+    ran = forks.python("-c", script, world=2)
+    assert ran.returncode == 0, ran.stderr
+    assert [line.split()[0] for line in ran.stdout.splitlines()].count("all_reduce") == 1  # one rank speaks
     rows = json.loads(path.read_text())["least bytes by place"]["2 ranks, 1 machines, shared memory"]
     assert [row[0] for row in rows] == list(tuning.KINDS)
     assert all(row[4] in (1 << 10, 1 << 16, minimum_size.NEVER) for row in rows)
@@ -129,9 +119,7 @@ def test_bench_measures_on_real_ranks_and_its_file_is_used(tmp_path: Path) -> No
 
 
 def test_bench_alone_says_what_it_needs() -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "RANK"}
-    command = [sys.executable, "-m", "flashcomm_megatron", "bench"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = forks.python("-m", "flashcomm_megatron", "bench")
     assert done.returncode == 2 and "torchrun" in done.stderr
 
 

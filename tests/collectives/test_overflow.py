@@ -135,8 +135,8 @@ def test_one_value_above_a_block_of_large_ones_is_not_hidden(format: tuple[str, 
         assert overflows[:, :, 17].all() and not each.view_as(overflows)[overflows].isfinite().any()
 
 
-CODECS = [make(bits, block) for make in (Uniform, Spike) for bits in (2, 4, 7, 8) for block in (8, 32, 64, 128)]
-CODECS += [Rotated(bits / 2, block) for bits in range(4, 17) for block in (16, 32, 64, 128)]
+CODECS = [make(bits, block) for make in (Uniform, Spike) for bits in (2, 4, 7) for block in (8, 32, 128)]
+CODECS += [Rotated(bits / 2, block) for bits in range(4, 17) for block in (32, (16, 64, 128)[bits % 3])]
 
 
 @pytest.mark.skipif(not compiled.available(), reason=f"no compiled codec: {compiled.reason()}")

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 from streams_model import Rules, explore
 
+SIZES = [(1, 1), (3, 1), (4, 2), (5, 3)]
+WRAPPING = [(*each, 4) for each in (*SIZES, (7, 2))]
 
-@pytest.mark.parametrize(("bytes", "capacity"), [(1, 1), (3, 1), (4, 2), (5, 3), (7, 2)])
-@pytest.mark.parametrize("modulus", [0, 4], ids=["counters", "wrapping counters"])
+
+@pytest.mark.parametrize(("bytes", "capacity", "modulus"), [*((*each, 0) for each in SIZES), *WRAPPING])
 def test_all_bytes_arrive_and_nobody_sleeps_for_ever(bytes: int, capacity: int, modulus: int) -> None:
     broken, states = explore(bytes, capacity, Rules(modulus=modulus))
     assert broken is None

@@ -38,7 +38,7 @@ CODEC, COLLECTIVES, PROCESSES, FAULTS = (
     f"tests/gpu/test_cuda_{name}.py" for name in ("codec", "collectives", "processes", "faults")
 )
 ALL = {
-    "kernels": [CODEC, COLLECTIVES, "tests/codec/test_extension.py", "tests/observe/test_metrics.py"],
+    "kernels": [CODEC, COLLECTIVES, "tests/observe/test_metrics.py"],
     "processes": [PROCESSES],
     "faults": [FAULTS],
 }

@@ -13,7 +13,7 @@ from typing import Any
 import mixtures
 import pytest
 import torch
-from ranks import spawn
+from ranks import once
 from torch import Tensor
 
 import flashcomm_megatron as fc
@@ -69,10 +69,7 @@ def gradients(model: Any) -> dict[str, Any]:
     return {"gradients": kept, "fused": fused.calls - before[0], "norms": norm.calls - before[1]}
 
 
-@pytest.fixture(scope="module")
-def seen() -> list[dict[str, Any]]:
-    """What each rank saw."""
-    return spawn(everything, 2, seconds=200)
+seen = once(everything, 2, seconds=200)
 
 
 def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from command_lines import clear_variables, installs_of, parser, refused
-from patience import patient
 
 import flashcomm_megatron as fc
 from flashcomm_megatron import config
@@ -222,12 +222,8 @@ def test_finished_arguments_that_are_changed_later_are_named(installs: list[str]
 @pytest.mark.parametrize("before", ["", "flash_comm_bits=4, flash_comm_strict=True"])
 def test_the_end_names_arguments_that_were_changed_late(stub: Path, before: str) -> None:
     """Where nothing was on it is a sentence; where a strict configuration was, an error."""
-    source = (
-        EARLY + DUMP.split("print({")[0] + "from argparse import Namespace\nfrom megatron.training import global_vars\n"
-    )
-    ran = python(
-        f"{source}args = Namespace({before})\nglobal_vars.set_args(args)\nargs.flash_comm_bits = 8\n", path=stub
-    )
+    source = f"{DOOR}args = Namespace({before})\nglobal_vars.set_args(args)\nargs.flash_comm_bits = 8\n"
+    ran = python(source, path=stub)
     assert f"flash_comm_bits was changed from {4 if before else None} to 8" in ran.stderr
     assert ran.returncode == bool(before)
 
@@ -246,15 +242,8 @@ def test_an_option_that_does_not_exist_is_refused_in_finished_arguments(installs
 
 
 def test_set_args_is_a_door(stub: Path) -> None:
-    source = (
-        EARLY
-        + DUMP.split("print({")[0]
-        + (
-            "from argparse import Namespace\nfrom megatron.training import global_vars\n"
-            "global_vars.set_args(Namespace(flash_comm_bits=5))\n"
-            "from flashcomm_megatron.config import current\nprint(current().bits, global_vars.ARGS.flash_comm_bits)"
-        )
-    )
+    source = f"{DOOR}global_vars.set_args(Namespace(flash_comm_bits=5))\n"
+    source += "from flashcomm_megatron.config import current\nprint(current().bits, global_vars.ARGS.flash_comm_bits)"
     ran = python(source, path=stub)
     assert ran.stdout.splitlines() == ["installed", "5 5"], ran.stderr
 
@@ -291,10 +280,13 @@ INITIALIZE = "from megatron.training.arguments import parse_args\n"
 EARLY = "import flashcomm_megatron as fc\nfrom megatron.training.initialize import parse_args\n"
 LATE = "from megatron.training.initialize import parse_args\nimport flashcomm_megatron as fc\n"
 PROVIDER = LATE + "parse_args = __import__('functools').partial(parse_args, fc.add_arguments)\n"
-DUMP = """
+WATCHED = """
 from flashcomm_megatron.megatron import arguments, installation
 installation.install = lambda *options: print("installed")
-print({name: value for name, value in vars(parse_args()).items() if value is not None})
+"""
+DOOR = EARLY + WATCHED + "from argparse import Namespace\nfrom megatron.training import global_vars\n"
+DUMP = f"""{WATCHED}
+print({{name: value for name, value in vars(parse_args()).items() if value is not None}})
 """
 
 
@@ -310,11 +302,9 @@ def stub(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def python(source: str, *args: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run ``source`` in a fresh interpreter that finds this package and, before all else, ``path``."""
+    """Run ``source`` in an interpreter that finds this package and, before all else, ``path``."""
     folders = [str(folder) for folder in (path, ROOT, os.environ.get("PYTHONPATH")) if folder]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(folders), "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-c", source, *args]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=patient(180))
+    return forks.python("-c", source, *args, PYTHONPATH=os.pathsep.join(folders), PYTHONWARNINGS="ignore")
 
 
 @pytest.mark.parametrize("order", [EARLY, LATE, PROVIDER], ids=["early", "late", "provider"])

@@ -9,9 +9,10 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import Any
 
+import forks
 import pytest
 import torch
-from ranks import spawn
+from ranks import once, tensor_parallel
 from torch import Tensor
 
 import flashcomm_megatron as fc
@@ -25,14 +26,7 @@ RECIPES = ("auto", "flash-v1", "flash-v2", "mx")
 
 def everything(rank: int, world: int) -> dict[str, Any]:
     """For every recipe, and for exact sums: whether prompt 0 has the same logits beside others and alone."""
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-
-    from flashcomm_megatron import cpu
-
-    cpu.enable(force=True, scripts=True)
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=world)
-    model_parallel_cuda_manual_seed(1)
+    tensor_parallel(world, scripts=True)
     import structures
 
     found: dict[str, Any] = {}
@@ -78,9 +72,7 @@ def invariant(model: Any) -> dict[str, bool]:
     }
 
 
-@pytest.fixture(scope="module")
-def seen() -> list[dict[str, Any]]:
-    return spawn(everything, WORLD, seconds=300)
+seen = once(everything, WORLD, seconds=300, kind=forks.MEGATRON)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -14,7 +14,7 @@ from typing import Any
 import mixtures
 import pytest
 import torch
-from ranks import spawn
+from ranks import spawn, tensor_parallel
 from torch import Tensor, nn
 
 import flashcomm_megatron as fc
@@ -67,12 +67,7 @@ def outputs(layer: Any, train: bool, rank: int) -> list[Tensor]:
 
 
 def compare(rank: int, world: int, backend: str) -> None:
-    cpu.enable(force=True)
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=world)
-    model_parallel_cuda_manual_seed(1)
+    tensor_parallel(world)
     for sequence_parallel, train in CASES[backend]:
         seed = rank if sequence_parallel else 0  # without sequence parallelism ranks hold the same input
         layer = feed_forward(sequence_parallel, world).train(train)
@@ -93,12 +88,7 @@ def test_a_compiled_layer_gives_the_bits_of_the_layer(backend: str) -> None:
 
 
 def whole_model(rank: int, world: int, backend: str) -> None:
-    cpu.enable(force=True)
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=world)
-    model_parallel_cuda_manual_seed(1)
+    tensor_parallel(world)
     for sequence_parallel, train in CASES[backend]:
         model = mixtures.gpt(sequence_parallel=sequence_parallel).train(train)
         torch._dynamo.reset()

@@ -14,12 +14,11 @@ import flashcomm_megatron as fc
 from flashcomm_megatron.config import set_current
 from flashcomm_megatron.megatron import context, counted, seams
 
-parallel_state = pytest.importorskip("megatron.core.parallel_state", reason="megatron-core is not installed")
-
 
 @pytest.fixture(autouse=True)
 def two_ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A tensor-parallel group of two, 4 bits in force, nothing counted."""
+    parallel_state = pytest.importorskip("megatron.core.parallel_state", reason="megatron-core is not installed")
     group = SimpleNamespace(size=lambda: 2)
     monkeypatch.setattr(parallel_state, "get_tensor_model_parallel_group", lambda: group)
     set_current(fc.Config(bits=4))

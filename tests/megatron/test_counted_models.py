@@ -16,7 +16,7 @@ import mixtures
 import pytest
 import torch
 from mixtures import Recorder, calls, recorded
-from ranks import spawn
+from ranks import once, tensor_parallel
 from torch import nn
 
 import flashcomm_megatron as fc
@@ -36,23 +36,13 @@ REPLACED = {"attention": {"n_heads_in_group": None, **LINEAR}, "mlp": {"ffn_hidd
 
 def everything(rank: int, world: int) -> dict[str, Any]:
     """What one rank sees of every model."""
-    from flashcomm_megatron import cpu
-
     sys.path.insert(0, str(Path(__file__).parents[1] / "support" / "stand_ins" / "transformer_engine"))
-    cpu.enable(force=True, scripts=True)
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=world)
-    model_parallel_cuda_manual_seed(1)
+    tensor_parallel(world, scripts=True)
     return {"sparse attention": step(sparse_attention()), "replaced": step(replaced()), "padded": padded(),
             "fused shared experts": fused_shared_experts(), "last dimensions": last_dimensions()}  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def seen() -> list[dict[str, Any]]:
-    """What each rank saw."""
-    return spawn(everything, WORLD, seconds=200)
+seen = once(everything, WORLD, seconds=200)
 
 
 def step(model: Any, training: bool = True) -> dict[str, Any]:

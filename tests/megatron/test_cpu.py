@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import warnings
 from typing import Any
 
@@ -12,19 +11,16 @@ import torch.distributed as dist
 from ranks import spawn
 
 from flashcomm_megatron import cpu
+from flashcomm_megatron.megatron import patching
 
 LAYERS, VOCAB, CONTEXT, BATCH, STEPS = 2, 64, 16, 2, 3
 # Both sides sum some hundred float32 products, in different orders, in each of a few layers and steps.
 ROUNDING = 32 * torch.finfo(torch.float32).eps
 
 
-def bound(seam: Any) -> Any:
+def bound(seam: patching.Seam) -> Any:
     """The object that a row's name is bound to, staticmethod wrapper included."""
-    owner: Any = importlib.import_module(seam.module)
-    *parents, name = seam.name.split(".")
-    for parent in parents:
-        owner = getattr(owner, parent)
-    return vars(owner)[name]
+    return patching.find(seam)[2]
 
 
 @pytest.fixture

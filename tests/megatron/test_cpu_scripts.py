@@ -15,23 +15,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 import torch
-from patience import patient
 
 from flashcomm_megatron import cpu
 from flashcomm_megatron.cpu import backends, literals, options
+from flashcomm_megatron.megatron import patching
 
-ROOT = Path(__file__).resolve().parents[2]
 
-
-def bound(seam: Any) -> Any:
+def bound(seam: patching.Seam) -> Any:
     """The object that a row's name is bound to."""
-    owner: Any = importlib.import_module(seam.module)
-    *parents, name = seam.name.split(".")
-    for parent in parents:
-        owner = getattr(owner, parent)
-    return vars(owner)[name]
+    return patching.find(seam)[2]
 
 
 def everything() -> dict[str, Any]:
@@ -89,7 +84,7 @@ assert not any("megatron.core" in name for name in sys.modules)
 
 
 def test_importing_touches_nothing_of_torch() -> None:
-    ran = subprocess.run([sys.executable, "-c", PROBE], cwd=ROOT, capture_output=True, text=True, timeout=patient(120))
+    ran = forks.python("-c", PROBE)
     assert ran.returncode == 0, ran.stderr
 
 
@@ -252,9 +247,7 @@ if "graph" in sys.argv:
 
 
 def command(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    surroundings = os.environ | {"PYTHONPATH": str(ROOT)}
-    line = [sys.executable, "-m", "flashcomm_megatron", *words]
-    return subprocess.run(line, cwd=folder, env=surroundings, capture_output=True, text=True, timeout=patient(120))
+    return forks.python("-m", "flashcomm_megatron", *words, folder=folder)
 
 
 def test_the_command_consumes_cpu_and_names_what_needs_a_gpu(tmp_path: Path) -> None:
@@ -296,6 +289,5 @@ assert layers.RowParallelLinear.forward is before
 
 
 def test_a_notebook_may_import_megatron_first() -> None:
-    command = [sys.executable, "-c", NOTEBOOK]
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=patient(120))
+    ran = forks.python("-c", NOTEBOOK)
     assert ran.returncode == 0, ran.stderr

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import pytest
 from patience import patient
 
@@ -41,18 +42,28 @@ def start():
 """
 
 
-def run_script(folder: Path, source: str, *words: str) -> subprocess.CompletedProcess[str]:
-    (folder / "train.py").write_text(source)
-    command = [sys.executable, *words, str(folder / "train.py")]
+def run_script(
+    folder: Path, source: str, runner: bool = False, fresh: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """The script by itself or by the runner; ``fresh``: at its end an interpreter that is not one of forks.py."""
+    script = folder / "train.py"
+    script.write_text(source)
+    words = [*(["-m", "flashcomm_megatron"] if runner else []), str(script)]
+    if not fresh:
+        return forks.python(*words)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=patient(120))
+    return subprocess.run(
+        [sys.executable, *words], env=environment, capture_output=True, text=True, timeout=patient(120)
+    )
 
 
 @pytest.mark.parametrize("runner", [True, False], ids=["runner", "import"])
 @pytest.mark.parametrize("way", [pytest.param(way, marks=[pytest.mark.slow] * (way not in QUICK)) for way in EXITS])
 def test_strict_fails_by_every_way_out(tmp_path: Path, way: str, runner: bool) -> None:
     ending, code = EXITS[way]
-    ran = run_script(tmp_path, f"{STRICT}start()\n{ending}\n", *(["-m", "flashcomm_megatron"] if runner else []))
+    ran = run_script(
+        tmp_path, f"{STRICT}start()\n{ending}\n", runner, way not in QUICK or (way == "return" and not runner)
+    )
     assert ran.returncode == (3 if runner and way == "exit 3" else code), ran.stderr
     own = way in ("exception", "ctrl-c", "terminated", "os._exit(0)")
     assert own or "no tensor-parallel layer ran" in ran.stderr
@@ -83,7 +94,7 @@ if __name__ == "__main__":
         child.join()
         print(child.exitcode)
 """
-    ran = run_script(tmp_path, source)
+    ran = run_script(tmp_path, source, fresh=True)
     assert ran.stdout.split()[:2] == ["1", "1"] and ran.returncode == 0, ran.stderr
     assert ran.stderr.count("no tensor-parallel layer ran") >= 1 and "its own error" in ran.stderr
 

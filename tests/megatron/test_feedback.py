@@ -9,9 +9,10 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import Any
 
+import forks
 import pytest
 import torch
-from ranks import spawn
+from ranks import once, tensor_parallel
 from specification import planned
 from torch import Tensor, nn
 
@@ -33,14 +34,7 @@ HARMED = (
 
 def everything(rank: int, world: int) -> dict[str, Any]:
     """What one rank sees of every structure, and of one model in many situations."""
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-
-    from flashcomm_megatron import cpu
-
-    cpu.enable(force=True, scripts=True)
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=world)
-    model_parallel_cuda_manual_seed(1)
+    tensor_parallel(world, scripts=True)
     import structures
 
     seen: dict[str, Any] = {}
@@ -53,10 +47,7 @@ def everything(rank: int, world: int) -> dict[str, Any]:
     return seen | {"token prediction": token_prediction(structures.build("pre-norm", world, mtp_num_layers=2))}
 
 
-@pytest.fixture(scope="module")
-def seen() -> list[dict[str, Any]]:
-    """What each rank saw."""
-    return spawn(everything, WORLD, seconds=500)
+seen = once(everything, WORLD, seconds=500, kind=forks.MEGATRON)
 
 
 def tokens(seed: int = 0, batch: int = 2) -> Tensor:

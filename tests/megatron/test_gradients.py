@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 from unittest import mock
 
+import forks
 import pytest
 import torch
 import torch.distributed as dist
 from linears import HIDDEN, INNER, ROWS, WORLD, linear, normal, step
-from ranks import spawn
+from ranks import once, tensor_parallel
 from torch import Tensor
 
 import flashcomm_megatron as fc
@@ -23,7 +25,7 @@ from flashcomm_megatron.collectives.handle import Handle
 from flashcomm_megatron.megatron import context as where
 from flashcomm_megatron.megatron import gradients
 
-pytest.importorskip("megatron.core", reason="megatron-core is not installed")
+pytestmark = pytest.mark.skipif(find_spec("megatron") is None, reason="megatron-core is not installed")
 
 NEAREST = fc.Config(bits=4, grad_bits=6, min_bytes=0)
 FIVE = fc.Config(bits=4, grad_bits=5, min_bytes=0)
@@ -46,14 +48,7 @@ ALONE = [name for name in LINEARS if name != "row TP"]  # those that send a grad
 
 def everything(rank: int, world: int) -> dict[str, Any]:
     """What one rank sees in every scenario."""
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-
-    from flashcomm_megatron import cpu
-
-    cpu.enable(force=True)
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=world)
-    model_parallel_cuda_manual_seed(1)
+    tensor_parallel(world)
     seen = {name: one_linear(rank, world, *row) for name, row in LINEARS.items()}
     return seen | {
         "infinite": infinite(rank),
@@ -72,10 +67,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="module")
-def seen() -> list[dict[str, Any]]:
-    """What each rank saw."""
-    return spawn(everything, WORLD, seconds=200)
+seen = once(everything, WORLD, seconds=200, kind=forks.MEGATRON)
 
 
 def one_linear(

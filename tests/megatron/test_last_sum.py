@@ -9,9 +9,10 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import Any
 
+import forks
 import pytest
 import torch
-from ranks import spawn
+from ranks import once, tensor_parallel
 from specification import planned
 from torch import Tensor
 
@@ -57,14 +58,7 @@ def test_widths_that_nobody_has_are_refused() -> None:
 
 def everything(rank: int, world: int) -> dict[str, Any]:
     """What one rank sees of models whose last sum has a width of its own."""
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-
-    from flashcomm_megatron import cpu
-
-    cpu.enable(force=True, scripts=True)
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=world)
-    model_parallel_cuda_manual_seed(1)
+    tensor_parallel(world, scripts=True)
     import structures
 
     structures.STRUCTURES["LoRA behind"] = (structures.RowParallelLinear, structures.Adapted, 1.0)
@@ -146,10 +140,7 @@ def run(gpt: Any, choice: str, last: int | None) -> dict[str, Any]:
     }
 
 
-@pytest.fixture(scope="module")
-def seen() -> list[dict[str, Any]]:
-    """What each rank saw."""
-    return spawn(everything, WORLD, seconds=300)
+seen = once(everything, WORLD, seconds=300, kind=forks.MEGATRON)
 
 
 @needs_megatron

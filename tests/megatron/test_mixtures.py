@@ -16,7 +16,7 @@ import mixtures
 import pytest
 import torch
 from mixtures import ATTENTION, DENSE, EXPERTS, TOKENS, Recorder, calls, recorded
-from ranks import spawn
+from ranks import once
 from specification import planned
 from torch import Tensor
 
@@ -67,10 +67,7 @@ def everything(rank: int, world: int) -> dict[str, Any]:
     return seen | {"restored": all(a is b for a, b in zip(before, bound(), strict=True))}
 
 
-@pytest.fixture(scope="module")
-def seen() -> list[dict[str, Any]]:
-    """What each rank saw."""
-    return spawn(everything, WORLD, seconds=230)
+seen = once(everything, WORLD, seconds=230)
 
 
 def bound() -> list[Any]:
@@ -229,12 +226,7 @@ def unevenly() -> dict[tuple[int, bool], list[tuple[Tensor, int]]]:
     again = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     groups(**options)
     found = {}
-    for experts, recompute in (
-        (2, False),
-        (2, True),
-        (0, False),
-        (0, True),
-    ):
+    for experts, recompute in ((2, False), (2, True), (0, False), (0, True)):
         chosen = EXPERTS | options | DROPPING | (again if recompute else {})
         model = mixtures.gpt(**chosen)
         router = model.decoder.layers[1].mlp.router

@@ -7,11 +7,12 @@ import gc
 import warnings
 from typing import Any
 
+import forks
 import mixtures
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import spawn
+from ranks import spawn, tensor_parallel
 from torch import Tensor, nn
 
 import flashcomm_megatron as fc
@@ -91,14 +92,7 @@ def test_the_output_layer_is_known_of_a_copy_and_where_the_garbage_collector_kno
 
 def everything(rank: int, world: int) -> dict[str, Any]:
     """What one rank sees."""
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-
-    from flashcomm_megatron import cpu
-
-    cpu.enable(force=True, scripts=True)
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=world)
-    model_parallel_cuda_manual_seed(1)
+    tensor_parallel(world, scripts=True)
     return {"output layer": output_layer(), "sums": sums(rank), "mistakes": mistakes(), "gradient": gradient(rank)}
 
 
@@ -106,7 +100,7 @@ def everything(rank: int, world: int) -> dict[str, Any]:
 def seen() -> list[dict[str, Any]]:
     """What each rank saw."""
     pytest.importorskip("megatron.core", reason="megatron-core is not installed")
-    return spawn(everything, WORLD, seconds=400)
+    return spawn(everything, WORLD, seconds=400, kind=forks.MEGATRON)
 
 
 def compressed(gpt: Any) -> int:

@@ -152,12 +152,7 @@ def test_importing_the_consumer_before_or_after_makes_no_difference(stub: str) -
             "Child.forward: it does not exist",
         ),  # inherited: revert could not be exact
         ("reduce", "absent", (), r"absent.reduce: stub_megatron.absent cannot be imported \(No module named"),
-        (
-            "reduce",
-            "layers",
-            ("input_", "axis"),
-            r"expected parameters \(input_, axis, ...\), found \(input_, group\)",
-        ),
+        ("reduce", "layers", ("input_", "axis"), r"expected parameters \(input_, axis, ...\), found \(input_, group\)"),
         ("length", "moe", ("x",), "length: it does not exist"),
         ("__name__", "layers", ("x",), r"expected a function with parameters \(x, ...\), found 'stub_megatron.layers'"),
     ],

@@ -7,20 +7,22 @@ tensor is below the threshold here, so anything reached by mistake would be comp
 from __future__ import annotations
 
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
+import forks
 import pytest
 import torch
 import torch.distributed as dist
 from linears import HIDDEN, INNER, ROWS, WORLD, linear, normal, step
-from ranks import spawn
+from ranks import once, tensor_parallel
 from torch import Tensor
 
 import flashcomm_megatron as fc
 from flashcomm_megatron.megatron import context as where
 from flashcomm_megatron.megatron import differentiable, patching, seams
 
-pytest.importorskip("megatron.core", reason="megatron-core is not installed")
+pytestmark = pytest.mark.skipif(find_spec("megatron") is None, reason="megatron-core is not installed")
 
 CONFIG = fc.Config(bits=4, min_bytes=0, grad_bits=16)  # what gradients do: test_gradients.py
 TOKENS, VOCABULARY = 16, 128
@@ -37,24 +39,14 @@ LINEARS = {
 
 def everything(rank: int, world: int) -> dict[str, Any]:
     """What one rank sees in every scenario."""
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-
-    from flashcomm_megatron import cpu
-
-    cpu.enable(force=True)
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=world)
-    model_parallel_cuda_manual_seed(1)
+    tensor_parallel(world)
     seen: dict[str, Any] = {name: one_linear(rank, world, *row) for name, row in LINEARS.items()}
     seen |= {"training": mixture(sequence_parallel=True), "left alone": left_alone()}
     with torch.inference_mode():
         return seen | {"inference": mixture(sequence_parallel=False)}
 
 
-@pytest.fixture(scope="module")
-def seen() -> list[dict[str, Any]]:
-    """What each rank saw."""
-    return spawn(everything, WORLD, seconds=200)
+seen = once(everything, WORLD, seconds=200, kind=forks.MEGATRON)
 
 
 # ---- single layers --------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 import torch
 from ranks import spawn
@@ -101,8 +102,8 @@ def random_checkpoint(folder: Path) -> None:
 
 def test_two_ranks_train_like_one_and_save_what_they_trained(tmp_path: Path) -> None:
     random_checkpoint(tmp_path / "given")
-    [(loss, one, one_again)] = spawn(trained, 1, tmp_path)
-    (loss_of_two, two, two_again), other = spawn(trained, 2, tmp_path)
+    [(loss, one, one_again)] = spawn(trained, 1, tmp_path, kind=forks.MEGATRON)
+    (loss_of_two, two, two_again), other = spawn(trained, 2, tmp_path, kind=forks.MEGATRON)
     assert torch.equal(one, one_again) and torch.equal(two, two_again)
     assert other[0] == loss_of_two
     # AdamW's first steps are the signs of gradients, so where those are rounding noise weights differ by 2 * peak_lr.

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 import torch
-from ranks import spawn
+from ranks import once
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
@@ -22,7 +24,7 @@ from training_loop import Shape, Training, join
 
 import flashcomm_megatron as fc
 
-pytest.importorskip("megatron.core", reason="megatron-core is not installed")
+pytestmark = pytest.mark.skipif(find_spec("megatron") is None, reason="megatron-core is not installed")
 
 CONFIG = fc.Config(bits=4, grad_bits=4, min_bytes=0)
 SHAPE = Shape(layers=2, hidden=64, ffn=96, heads=2, vocab=128, context=32, batch=4)
@@ -108,10 +110,7 @@ def overflow() -> dict[str, Any]:
     return {"scales": scales, "moved": moved, "finite": all(w.isfinite().all() for w in weights(run).values())}
 
 
-@pytest.fixture(scope="module")
-def seen() -> list[dict[str, Any]]:
-    """What each of two ranks saw."""
-    return spawn(two_ranks, 2, seconds=300)
+seen = once(two_ranks, 2, seconds=300, kind=forks.MEGATRON)
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -183,10 +182,7 @@ def four_ranks(rank: int, world: int) -> dict[str, Any]:
         return seen | {each: trained(shape=shape, distributed_optimizer=each) for each in (False, True)}
 
 
-@pytest.fixture(scope="module")
-def four() -> list[dict[Any, Any]]:
-    """What each of four ranks saw."""
-    return spawn(four_ranks, 4, seconds=300)
+four = once(four_ranks, 4, seconds=300, kind=forks.MEGATRON)
 
 
 def piped(run: Training) -> dict[str, Any]:

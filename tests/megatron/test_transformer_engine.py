@@ -19,7 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from mixtures import ATTENTION, DENSE, calls
-from ranks import spawn
+from ranks import once, tensor_parallel
 from torch import Tensor
 
 import flashcomm_megatron as fc
@@ -54,17 +54,10 @@ ALONE = {
 
 def everything(rank: int, world: int) -> dict[str, Any]:
     """What one rank sees in every scenario."""
-    from flashcomm_megatron import cpu
-
     sys.path[:0] = [
         str(Path(__file__).parents[1] / "support" / "stand_ins" / name) for name in ("transformer_engine", "mamba")
     ]
-    cpu.enable(force=True, scripts=True)
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=world)
-    model_parallel_cuda_manual_seed(1)
+    tensor_parallel(world, scripts=True)
     names = bound()
     seen: dict[str, Any] = {"states": patching.status(installation.rows())}
     seen |= {name: one_linear(rank, *row) for name, row in LINEARS.items()}
@@ -75,10 +68,7 @@ def everything(rank: int, world: int) -> dict[str, Any]:
     return seen | {"restored": all(a is b for a, b in zip(names, bound(), strict=True))}
 
 
-@pytest.fixture(scope="module")
-def seen() -> list[dict[str, Any]]:
-    """What each rank saw."""
-    return spawn(everything, WORLD, seconds=200)
+seen = once(everything, WORLD, seconds=200)
 
 
 def bound() -> list[Any]:

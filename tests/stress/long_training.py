@@ -22,7 +22,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import torch
 from linears import HIDDEN, INNER, linear
-from ranks import spawn
+from ranks import spawn, tensor_parallel
 from record import circumstances
 from soak import resident
 from torch import Tensor
@@ -34,14 +34,7 @@ BATCH = 16
 
 def train(rank: int, world: int, folder: str, first: int, last: int) -> dict[str, Any]:
     """Steps ``first`` to ``last`` - 1: from the checkpoint in ``folder`` if there is one, else leaving one half way."""
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-
-    from flashcomm_megatron import cpu
-
-    cpu.enable(force=True)
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=world)
-    model_parallel_cuda_manual_seed(1)
+    tensor_parallel(world)
     torch.manual_seed(5)
     layers = torch.nn.ModuleList([linear("column", False, torch.float32), linear("row", False, torch.float32)])
     optimizer = torch.optim.AdamW(layers.parameters(), lr=3e-4)

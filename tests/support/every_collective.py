@@ -13,7 +13,7 @@ from specification import planned
 from flashcomm_megatron.collectives import all_gather, all_reduce, reduce_scatter
 from flashcomm_megatron.config import Config
 
-SHAPES = [(1,), (7,), (129,), (3, 43), (2, 5, 96), (1000,), (64, 192)]
+SHAPES = [(1,), (7,), (129,), (3, 43), (2, 5, 96), (1000,), (20, 192)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -55,22 +55,23 @@ def expected_all_reduce(config: Config, parts: list[torch.Tensor]) -> torch.Tens
 
 
 def every_collective(rank: int, world: int, configs: list[Config]) -> int:
-    """Compare each collective with its specification; number of comparisons made."""
-    compared = 0
-    for config in configs:
-        for shape in SHAPES:
-            for dtype in DTYPES:
-                parts = [part(r, shape, dtype) for r in range(world)]
-                x = parts[rank].clone()
-                assert torch.equal(all_reduce(x, None, config), expected_all_reduce(config, parts))
-                assert torch.equal(x, expected_all_reduce(config, parts)), "a contiguous input is reduced in place"
+    """Compare each collective with its specification; number of comparisons made.
 
-                plan = planned("all_reduce", x, world, config)
-                gathered = torch.cat([through(plan.gather, each, dtype) for each in parts])
-                assert torch.equal(all_gather(parts[rank], None, config), gathered)
+    Every configuration meets every shape and every dtype, every shape every dtype; over three worlds all three meet.
+    """
+    for number, config in enumerate(configs):
+        for place, shape in enumerate(SHAPES):
+            dtype = DTYPES[(number + place + world) % len(DTYPES)]
+            parts = [part(r, shape, dtype) for r in range(world)]
+            x, wanted = parts[rank].clone(), expected_all_reduce(config, parts)
+            assert torch.equal(all_reduce(x, None, config), wanted)
+            assert torch.equal(x, wanted), "a contiguous input is reduced in place"
 
-                wide = [part(r, (world * 2, *shape), dtype) for r in range(world)]
-                mine = expected_sum(plan.reduce, [each.chunk(world)[rank] for each in wide])
-                assert torch.equal(reduce_scatter(wide[rank], None, config), mine)
-                compared += 3
-    return compared
+            plan = planned("all_reduce", x, world, config)
+            gathered = torch.cat([through(plan.gather, each, dtype) for each in parts])
+            assert torch.equal(all_gather(parts[rank], None, config), gathered)
+
+            wide = [part(r, (world * 2, *shape), dtype) for r in range(world)]
+            mine = expected_sum(plan.reduce, [each.chunk(world)[rank] for each in wide])
+            assert torch.equal(reduce_scatter(wide[rank], None, config), mine)
+    return len(configs) * len(SHAPES) * 3

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import spawn
+from ranks import spawn, tensor_parallel
 from torch import nn
 
 import flashcomm_megatron as fc
@@ -157,14 +157,7 @@ def calibrate(folder: str, name: str, steps: int, batches: int) -> list[torch.Te
 
 
 def _two_ranks(rank: int, world: int, folder: str) -> dict[str, Any]:
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-
-    from flashcomm_megatron import cpu
-
-    cpu.enable(force=True)
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=world)
-    model_parallel_cuda_manual_seed(1)
+    tensor_parallel(world)
     live["model"] = Model(2)
     saw: dict[str, Any] = {"enough": calibrate(folder, "enough", steps=9, batches=4)}
     saw["short"] = calibrate(folder, "short", steps=3, batches=8)

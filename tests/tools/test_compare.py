@@ -6,18 +6,19 @@ import json
 import math
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import forks
 import pytest
 
 from flashcomm_megatron.tools.compare import command, page, plots, table
 from flashcomm_megatron.tools.compare.headline import headline
 from flashcomm_megatron.tools.compare.runs import CannotRead, Run, read
 
-GIB = 2**30
+GIB, ALL = 2**30, len(plots.PLOTS)
 
 
 def write(path: Path, bits: int = 4, steps: int = 10, loss: float = 2.0, ours: bool = True) -> Path:
@@ -32,10 +33,13 @@ def write(path: Path, bits: int = 4, steps: int = 10, loss: float = 2.0, ours: b
     return path
 
 
-def compare(tmp_path: Path, capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
-    """(exit code, the page, what was said on stderr)."""
+def compare(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], *args: object, figures: int = 1
+) -> tuple[int, str, str]:
+    """(exit code, the page, what was said on stderr); with the first figures only, which take most of the time."""
     out = tmp_path / "out.html"
-    code = command.main([*map(str, args), "--out", str(out)])
+    with mock.patch.object(plots, "PLOTS", plots.PLOTS[:figures]):
+        code = command.main([*map(str, args), "--out", str(out)])
     return code, out.read_text() if out.exists() else "", capsys.readouterr().err
 
 
@@ -102,34 +106,28 @@ def test_a_folder_with_one_file_is_that_run(tmp_path: Path) -> None:
     assert read(str(tmp_path)).name == "only"
 
 
-def test_a_folder_of_several_runs_lists_them(tmp_path: Path) -> None:
-    for name in ("offline-run-1-a", "run-2-b"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / f"run-{name[-1]}.wandb").write_bytes(b"")
-    with pytest.raises(CannotRead, match="more than one run in this folder: choose offline-run-1-a, run-2-b"):
-        read(str(tmp_path))
-
-
-def test_a_folder_without_runs_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CannotRead, match=r"no run in this folder, neither \*\.wandb nor \*\.jsonl"):
-        read(str(tmp_path))
-
-
-def test_a_missing_run_is_refused_by_name() -> None:
-    with pytest.raises(CannotRead, match=r"gone\.jsonl: no such file or folder"):
-        read("gone.jsonl")
-
-
-def test_a_file_without_a_step_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "other.jsonl"
-    path.write_text('{"config": {}}\n[1, 2]\n')
-    with pytest.raises(CannotRead, match=r"no logged step in it\. .*line 2 is no JSON"):
-        read(str(path))
+@pytest.mark.parametrize(
+    ("files", "name", "sentence"),
+    [
+        ({"offline-run-1-a/run-a.wandb": "", "run-2-b/run-b.wandb": ""}, "",
+         "more than one run in this folder: choose offline-run-1-a, run-2-b"),
+        ({}, "", r"no run in this folder, neither \*\.wandb nor \*\.jsonl"),
+        ({}, "gone.jsonl", r"gone\.jsonl: no such file or folder"),
+        ({"other.jsonl": '{"config": {}}\n[1, 2]\n'}, "other.jsonl", r"no logged step in it\. .*line 2 is no JSON"),
+    ],
+    ids=["several runs", "no run", "nothing", "no step"],
+)  # fmt: skip
+def test_what_is_no_run_is_refused(tmp_path: Path, files: dict[str, str], name: str, sentence: str) -> None:
+    for path, text in files.items():
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text(text)
+    with pytest.raises(CannotRead, match=sentence):
+        read(str(tmp_path / name))
 
 
 def test_a_run_without_our_metrics_is_compared_by_the_rest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plain, ours = write(tmp_path / "plain.jsonl", ours=False, loss=2.0), write(tmp_path / "ours.jsonl", loss=2.1)
-    code, html, said = compare(tmp_path, capsys, plain, ours)
+    code, html, said = compare(tmp_path, capsys, plain, ours, figures=ALL)
     assert code == 0
     note = "plain: no flash-comm/* metrics, so only its other scalars are compared."
     assert note in said and note in html
@@ -299,7 +297,7 @@ def test_a_page_of_many_runs_with_long_names(count: int, tmp_path: Path, capsys:
         write(tmp_path / f"{name}.jsonl", steps=3 if i == count - 1 else 10, loss=2 + i / 100)
         for i, name in enumerate(names)
     ]
-    code, html, said = compare(tmp_path, capsys, *paths)
+    code, html, said = compare(tmp_path, capsys, *paths, figures=ALL)
     first = re.search(r"<h1>(.*?)</h1>", html)
     assert (
         code == 0 and first and first[1].startswith("4 bits: " if count == 2 else f"Of {count - 2} runs that did not")
@@ -329,7 +327,7 @@ def test_every_axis_has_a_unit(tmp_path: Path) -> None:
 
 
 def test_the_page_needs_no_network_and_no_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    html = compare(tmp_path, capsys, write(tmp_path / "a.jsonl"), write(tmp_path / "b.jsonl"))[1]
+    html = compare(tmp_path, capsys, write(tmp_path / "a.jsonl"), write(tmp_path / "b.jsonl"), figures=ALL)[1]
     for found in re.findall(r"""(?:href|src)\s*=\s*["']([^"']*)|url\(([^)]*)\)""", html):
         assert "".join(found).startswith("#"), found
     assert "<script" not in html and "@import" not in html
@@ -341,7 +339,7 @@ def test_names_are_escaped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_every_plot_is_written_as_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    compare(tmp_path, capsys, write(tmp_path / "a.jsonl"), write(tmp_path / "b.jsonl"), "--png")
+    compare(tmp_path, capsys, write(tmp_path / "a.jsonl"), write(tmp_path / "b.jsonl"), "--png", figures=ALL)
     for plot in plots.PLOTS:
         assert (tmp_path / f"out-{plot.name}.png").read_bytes().startswith(b"\x89PNG")
 
@@ -361,9 +359,6 @@ def test_a_workspace_needs_entity_and_project(tmp_path: Path, capsys: pytest.Cap
 
 def test_the_command_writes_the_page(tmp_path: Path) -> None:
     shutil.copy(write(tmp_path / "a.jsonl"), tmp_path / "b.jsonl")
-    done = subprocess.run(
-        [sys.executable, "-m", "flashcomm_megatron", "compare", "a.jsonl", "b.jsonl"],
-        cwd=tmp_path, capture_output=True, text=True, check=True, env={"PYTHONPATH": str(Path(__file__).parents[2])},
-    )  # fmt: skip
+    done = forks.python("-m", "flashcomm_megatron", "compare", "a.jsonl", "b.jsonl", folder=tmp_path)
     assert done.stdout == "4 bits: as many bytes, loss +0.00 %, steps as fast.\nwrote compare.html\n"
     assert (tmp_path / "compare.html").exists()

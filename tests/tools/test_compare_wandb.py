@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import forks
 import pytest
-from patience import patient
 
 from flashcomm_megatron.tools.compare import command, table, workspace
 from flashcomm_megatron.tools.compare.runs import CannotRead, Run, read
@@ -39,7 +38,7 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a real offline run, four lines long, logged by log_metrics."""
     pytest.importorskip("wandb", reason="wandb is not installed")
     folder = tmp_path_factory.mktemp("offline")
-    subprocess.run([sys.executable, "-c", OFFLINE, str(folder)], check=True, timeout=patient(120))
+    forks.python("-c", OFFLINE, str(folder)).check_returncode()
     [file] = folder.glob("wandb/offline-run-*/*.wandb")
     return file.parent
 

@@ -6,9 +6,9 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
+import forks
 import pytest
 from patience import patient
 
@@ -22,9 +22,9 @@ def run(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=patient(100))
 
 
-def torchrun(*words: str) -> str:
+def on_two_ranks(*words: str) -> str:
     """What an example printed on two ranks."""
-    ran = run(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *words)
+    ran = forks.python(*words, world=2)
     assert ran.returncode == 0, ran.stderr
     return ran.stdout
 
@@ -39,12 +39,14 @@ def test_examples_say_what_one_should_see_and_stand_in_the_first_page(name: str)
 
 
 def test_rl_log_probabilities_are_equal_without_feedback_and_differ_with_it() -> None:
-    found = dict(re.findall(r"feedback (\w+), step 1: .* difference (\S+)", torchrun("examples/rl.py", "--steps", "1")))
+    found = dict(
+        re.findall(r"feedback (\w+), step 1: .* difference (\S+)", on_two_ranks("examples/rl.py", "--steps", "1"))
+    )
     assert float(found["off"]) == 0.0 and float(found["auto"]) > 0.0
 
 
 def test_lora_learns_and_is_compressed_in_both_directions() -> None:
-    printed = torchrun("examples/lora.py", "--steps", "3", "--flash-comm-bits", "4", "--flash-comm-min-bytes", "0")
+    printed = on_two_ranks("examples/lora.py", "--steps", "3", "--flash-comm-bits", "4", "--flash-comm-min-bytes", "0")
     losses = [float(loss) for loss in re.findall(r"loss (\S+)", printed)]
     assert len(losses) == 3 and losses == sorted(losses, reverse=True)
     # A step: 8 sums in forward, 7 in backward, for nothing below the first layer's adapter needs its input's gradient.
@@ -52,7 +54,7 @@ def test_lora_learns_and_is_compressed_in_both_directions() -> None:
 
 
 def test_the_demo_prints_three_widths_and_what_to_type_next() -> None:
-    ran = run(sys.executable, "examples/demo.py", "--local", "--documents", "1")
+    ran = forks.python("examples/demo.py", "--local", "--documents", "1")
     assert ran.returncode == 0, ran.stderr
     assert re.findall(r"^--- (\d+) bits", ran.stdout, re.M) == ["16", "8", "4"]
     rows = re.findall(r"^ +(\d+) .* MiB", ran.stdout, re.M)
@@ -61,7 +63,7 @@ def test_the_demo_prints_three_widths_and_what_to_type_next() -> None:
 
 @pytest.mark.skipif("__import__('torch').cuda.device_count() > 1", reason="here the demo would run on GPUs")
 def test_the_demo_says_what_is_missing_for_gpus() -> None:
-    ran = run(sys.executable, "examples/demo.py", "--gpu")
+    ran = forks.python("examples/demo.py", "--gpu")
     assert ran.returncode == 2 and ran.stderr.startswith("make demo GPU=1 needs two GPUs;")
 
 

@@ -10,15 +10,14 @@ import math
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 import torch
 import torch.nn.functional as F
-from patience import patient
 from ranks import spawn
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
@@ -145,7 +144,7 @@ def loaded(folder: Path, ranks: launch.Ranks) -> tuple[Any, hf_checkpoint.Shape]
 def test_logits_are_those_of_the_reference(world: int, shared_data: Path, tmp_path: Path) -> None:
     folders = [shared_data / "stories3M", generate.OWN_MODEL, untied_model(tmp_path / "untied")]
     tokens = torch.randint(3, 101, (40,), generator=torch.Generator().manual_seed(5)).tolist()
-    results = spawn(logits, world, folders, tokens)
+    results = spawn(logits, world, folders, tokens, kind=forks.MEGATRON)
     for folder, (whole, steps) in zip(folders, results[0], strict=True):
         expected = reference(folder, tokens)
         size = expected.abs().max()
@@ -176,7 +175,7 @@ def widths(rank: int, world: int, model: Path, text: Path) -> dict[int, generate
 
 @pytest.fixture(scope="module")
 def runs(shared_data: Path) -> list[dict[int, generate.Run]]:
-    return spawn(widths, 2, shared_data / "stories3M", shared_data / "tinystories.txt")
+    return spawn(widths, 2, shared_data / "stories3M", shared_data / "tinystories.txt", kind=forks.MEGATRON)
 
 
 def test_text_and_perplexity_of_a_real_model(runs: list[dict[int, generate.Run]], shared_data: Path) -> None:
@@ -308,23 +307,10 @@ def test_wrong_options_are_refused_before_ranks_start(
 # ---- the command ------------------------------------------------------------------------------------------------
 
 
-def command(*words: str) -> subprocess.CompletedProcess[str]:
-    """Run torchrun with two ranks, as a user does."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return subprocess.run(
-        [*launcher, *words],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=patient(180),
-    )
-
-
 def test_the_command_under_the_wrapper() -> None:
     """What ``torchrun -m flashcomm_megatron examples/generate.py`` prints, with the shipped model."""
     words = ["--tokens", "8", "--perplexity", f"{OWN}/held-out.txt", "--max-documents", "3", "--dtype", "bfloat16"]
-    ran = command("-m", "flashcomm_megatron", "examples/generate.py", *words, "--flash-comm-bits", "8")
+    ran = forks.python("-m", "flashcomm_megatron", "examples/generate.py", *words, "--flash-comm-bits", "8", world=2)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.count("flash-comm: 8-bit auto") == 1
     table = dict(re.findall(r"^ *(16 \(exact\)|8) +([\d.]+) ", ran.stdout, re.M))
@@ -334,7 +320,7 @@ def test_the_command_under_the_wrapper() -> None:
 
 
 def test_a_mistake_ends_the_command_with_one_sentence() -> None:
-    ran = command("examples/generate.py", "--model", "no/such/model")
+    ran = forks.python("examples/generate.py", "--model", "no/such/model", world=2)
     assert ran.returncode != 0
     assert ran.stderr.count("generate.py: error: There is no model directory no/such/model.") == 1
     assert 'File "examples/' not in ran.stderr and 'examples/generate.py", line' not in ran.stderr

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import pytest
 from patience import patient
 
@@ -26,9 +26,7 @@ print("bits", arguments.flash_comm_bits)
 
 def run(script: Path | str, *args: str, folder: Path = ROOT, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run ``python -m flashcomm_megatron SCRIPT ARGS`` from ``folder``."""
-    command = [sys.executable, "-m", "flashcomm_megatron", str(script), *args]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)} | variables
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=patient(180))
+    return forks.python("-m", "flashcomm_megatron", str(script), *args, folder=folder, **variables)
 
 
 @pytest.fixture
@@ -58,9 +56,10 @@ def test_exit_codes_and_errors_are_the_scripts(script: Path) -> None:
 
 
 def test_nobody_has_to_read_a_command_to_its_end() -> None:
-    command = f"{sys.executable} -m flashcomm_megatron report | head -1; exit ${{PIPESTATUS[0]}}"
-    ran = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=patient(180))
-    assert ran.stdout.startswith("flashcomm_megatron") and "BrokenPipe" not in ran.stderr
+    words = f"{sys.executable} -m flashcomm_megatron plan --gpu L40 --tp 8 --model llama-3-70b"
+    command = ["bash", "-c", f"{words} | head -1; exit ${{PIPESTATUS[0]}}"]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=patient(180))
+    assert ran.stdout.startswith("L40, TP8, llama-3-70b") and "BrokenPipe" not in ran.stderr
     assert ran.returncode in (0, 141)  # 0 where the pipe took it all at once
 
 
@@ -79,9 +78,7 @@ def test_flags_reach_a_script_with_its_own_parser(script: Path) -> None:
 
 def test_an_imported_package_warns_at_exit_too(script: Path) -> None:
     script.write_text(OWN_PARSER)
-    command = [sys.executable, str(script), "--flash-comm-bits", "4"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=patient(180))
+    ran = forks.python(str(script), "--flash-comm-bits", "4")
     assert ran.returncode == 0 and ran.stderr.count(WARNING) == 1
 
 

@@ -14,6 +14,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -71,60 +72,70 @@ def our_flags() -> set[str]:
     return set(parser._option_string_actions)
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=name)
-def test_links_in_documents_resolve(path: Path) -> None:
-    for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
-        if re.match(r"[a-z]+:", target):
-            continue
-        file, _, anchor = target.partition("#")
-        page = path.parent / file if file else path
-        assert page.exists(), f"{name(path)} links to {target}"
-        if anchor:
-            headings = re.findall(r"^#+ (.*)", page.read_text(), re.M)
-            assert anchor in map(slug, headings), f"{name(path)} links to {target}; no such heading"
+@lru_cache
+def read_by_us() -> str:
+    """All our sources that may read an environment variable."""
+    folders = ("flashcomm_megatron", "csrc", "tests")
+    files = [ROOT / "setup.py", *(file for folder in folders for file in (ROOT / folder).rglob("*.[pch]*"))]
+    return "".join(file.read_text() for file in files if file.suffix in (".py", ".h", ".cpp", ".cu"))
 
 
-@pytest.mark.parametrize("path", CURRENT, ids=name)
-def test_paths_in_documents_exist(path: Path) -> None:
-    for word in set(PATH.findall(code(path))) - THEIRS:
-        assert any(ROOT.glob(word.rstrip("/"))), f"{name(path)} names {word}"
+def test_links_in_documents_resolve() -> None:
+    for path in DOCUMENTS:
+        for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+            if re.match(r"[a-z]+:", target):
+                continue
+            file, _, anchor = target.partition("#")
+            page = path.parent / file if file else path
+            assert page.exists(), f"{name(path)} links to {target}"
+            headings = re.findall(r"^#+ (.*)", page.read_text(), re.M) if anchor else []
+            assert not anchor or anchor in map(slug, headings), f"{name(path)} links to {target}; no such heading"
 
 
-@pytest.mark.parametrize("path", CURRENT, ids=name)
-def test_flags_in_documents_exist(path: Path) -> None:
-    unknown = set(re.findall(r"--flash-comm(?:-[a-z]+)+", path.read_text())) - our_flags()
-    assert not unknown, f"{name(path)}: {sorted(unknown)} not among {sorted(our_flags())}"
+def paths(text: str, path: Path) -> Iterator[str]:
+    return (word for word in set(PATH.findall(code(path))) - THEIRS if not any(ROOT.glob(word.rstrip("/"))))
 
 
-@pytest.mark.parametrize("path", CURRENT, ids=name)
-def test_script_options_in_documents_exist(path: Path) -> None:
+def flags(text: str, path: Path) -> set[str]:
+    return set(re.findall(r"--flash-comm(?:-[a-z]+)+", text)) - our_flags()
+
+
+def script_options(text: str, path: Path) -> Iterator[str]:
     """In a command that runs one of our scripts, every option is one that the script defines."""
     for script, rest in re.findall(r"((?:examples|benchmarks)/\w+\.py)(.*)", code(path)):
         source = (ROOT / script).read_text()
-        for option in re.findall(r"(?<!\S)--[a-z][a-z-]*", rest.split("#")[0]):
-            assert f'"{option}"' in source or option in our_flags(), f"{name(path)}: {script} has no {option}"
+        options = re.findall(r"(?<!\S)--[a-z][a-z-]*", rest.split("#")[0])
+        yield from (f"{script} {each}" for each in options if f'"{each}"' not in source and each not in our_flags())
 
 
-@pytest.mark.parametrize("path", CURRENT, ids=name)
-def test_environment_variables_in_documents_exist(path: Path) -> None:
-    folders = ("flashcomm_megatron", "csrc", "tests")
-    files = [ROOT / "setup.py", *(file for folder in folders for file in (ROOT / folder).rglob("*.[pch]*"))]
-    known = "".join(file.read_text() for file in files if file.suffix in (".py", ".h", ".cpp", ".cu"))
-    for variable in set(re.findall(r"FLASH_?COMM_[A-Z_]+", path.read_text())):
-        assert variable in known, f"{name(path)} names the variable {variable}, which nothing reads"
+def variables(text: str, path: Path) -> Iterator[str]:
+    return (word for word in set(re.findall(r"FLASH_?COMM_[A-Z_]+", text)) if word not in read_by_us())
 
 
-@pytest.mark.parametrize("path", CURRENT, ids=name)
-def test_make_targets_in_documents_exist(path: Path) -> None:
+def make_targets(text: str, path: Path) -> set[str]:
     targets = set(re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(), re.M))
-    for target in re.findall(r"(?:^|[ ;&])make ((?!\w+=)[a-z-]+)", code(path), re.M):
-        assert target in targets, f"{name(path)}: make {target} is not among {sorted(targets)}"
+    return set(re.findall(r"(?:^|[ ;&])make ((?!\w+=)[a-z-]+)", code(path), re.M)) - targets
 
 
-@pytest.mark.parametrize("path", CURRENT, ids=name)
-def test_commands_in_documents_exist(path: Path) -> None:
-    for command in re.findall(r"-m flashcomm_megatron ([a-z]+)(?![\w./])", code(path)):
-        assert command in COMMANDS, f"{name(path)}: flashcomm_megatron {command} is not among {sorted(COMMANDS)}"
+def commands(text: str, path: Path) -> set[str]:
+    return set(re.findall(r"-m flashcomm_megatron ([a-z]+)(?![\w./])", code(path))) - set(COMMANDS)
+
+
+def code_blocks(text: str, path: Path) -> Iterator[str]:
+    """Python compiles, and names of the package that it uses exist; every line of JSON is JSON."""
+    for kind, block in re.findall(r"^```(python|json)\n(.*?)^```", text, re.S | re.M):
+        if kind == "json":
+            yield from (line for line in block.splitlines() if not json.loads(line))
+            continue
+        names = [node.attr for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Attribute)
+                 and isinstance(node.value, ast.Name) and node.value.id == "fc"]  # fmt: skip
+        yield from (each for each in names if not hasattr(fc, each))
+
+
+@pytest.mark.parametrize("unknown", [paths, flags, script_options, variables, make_targets, commands, code_blocks])
+def test_what_documents_name_exists(unknown: Callable[[str, Path], Iterable[str]]) -> None:
+    for path in CURRENT:
+        assert not list(unknown(path.read_text(), path)), name(path)
 
 
 def test_readme_opens_with_the_command() -> None:
@@ -151,18 +162,6 @@ def test_options_page_has_the_help_of_every_flag() -> None:
     for field in dataclasses.fields(fc.Config):
         assert f"`--flash-comm-{field.name.replace('_', '-')}` | {field.metadata['help']}" in page, field.name
     assert all(f"| `{variable}` | {text} |" in page for variable, text in VARIABLES.items())
-
-
-@pytest.mark.parametrize("path", CURRENT, ids=name)
-def test_code_blocks_in_documents_are_valid(path: Path) -> None:
-    """Python compiles, and names of the package that it uses exist; every line of JSON is JSON."""
-    for kind, text in re.findall(r"^```(python|json)\n(.*?)^```", path.read_text(), re.S | re.M):
-        if kind == "json":
-            assert all(json.loads(line) for line in text.splitlines())
-            continue
-        names = [node.attr for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Attribute)
-                 and isinstance(node.value, ast.Name) and node.value.id == "fc"]  # fmt: skip
-        assert all(hasattr(fc, each) for each in names), f"{name(path)} uses {names}"
 
 
 def test_every_page_is_in_the_sites_navigation() -> None:

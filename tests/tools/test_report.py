@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
-from pathlib import Path
 
+import forks
 import pytest
 import torch
-from patience import patient
 from specification import planned
 
 import flashcomm_megatron as fc
@@ -62,10 +60,9 @@ def test_transports_are_those_of_the_build(monkeypatch: pytest.MonkeyPatch) -> N
         assert fc.report()["transports"] == named
 
 
-def test_it_prints_no_warnings_of_megatrons(root: Path) -> None:
+def test_it_prints_no_warnings_of_megatrons() -> None:
     pytest.importorskip("megatron.core", reason="megatron-core is not installed")
-    command = [sys.executable, "-c", "import flashcomm_megatron as fc; fc.report()"]
-    ran = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=patient(120))
+    ran = forks.python("-c", "import flashcomm_megatron as fc; fc.report()")
     assert ran.returncode == 0 and "Warning" not in ran.stderr, ran.stderr
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import subprocess
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,7 @@ def name(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
+@lru_cache(None)
 def tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(), filename=str(path))
 
@@ -73,48 +75,47 @@ def module_level(module: ast.Module) -> Iterator[ast.AST]:
             waiting.extend(ast.iter_child_nodes(node))
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name)
-def test_imports_go_down(path: Path) -> None:
+def test_imports_go_down() -> None:
     rows = {module: row for row, modules in enumerate(LAYERS) for module in modules}
-    assert top(path) in rows, f"{name(path)} has no row in LAYERS"
-    for line, target in imports(path, ast.walk(tree(path))):
-        package, _, rest = target.partition(".")
-        module = rest.split(".")[0]
-        if package != PACKAGE.name or module in (top(path), "version"):
-            continue
-        # What is not a module of ours is the compiled extension or a name that __init__ exports.
-        row = rows.get(module, rows["__init__"])
-        below = row < rows[top(path)] or (module, top(path)) == ("_C", "codec")
-        assert below, f"{name(path)}:{line} imports {target}, which does not lie below it"
+    assert {top(path) for path in MODULES} <= set(rows), "a module of the package has no row in LAYERS"
+    upwards = []
+    for path in MODULES:
+        for line, target in imports(path, ast.walk(tree(path))):
+            package, _, rest = target.partition(".")
+            module = rest.split(".")[0]
+            if package != PACKAGE.name or module in (top(path), "version") or (module, top(path)) == ("_C", "codec"):
+                continue
+            # What is not a module of ours is the compiled extension or a name that __init__ exports.
+            if rows.get(module, rows["__init__"]) >= rows[top(path)]:
+                upwards.append(f"{name(path)}:{line} imports {target}")
+    assert not upwards
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name)
-def test_heavy_imports_are_lazy(path: Path) -> None:
-    heavy = [
-        f"line {line}: {target}"
+def test_heavy_imports_are_lazy() -> None:
+    assert not [
+        f"{name(path)}:{line} imports {target} at module level"
+        for path in MODULES
         for line, target in imports(path, module_level(tree(path)))
         if target.split(".")[0] in LAZY
     ]
-    assert not heavy, f"{name(path)} imports at module level: {', '.join(heavy)}"
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=name)
-def test_every_module_says_what_it_is(path: Path) -> None:
-    assert ast.get_docstring(tree(path)), f"{name(path)} has no module docstring"
+def test_every_module_says_what_it_is() -> None:
+    assert not [name(path) for path in SOURCES if not ast.get_docstring(tree(path))]
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name)
-def test_functions_are_short(path: Path) -> None:
-    for node in ast.walk(tree(path)):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            lines = (node.end_lineno or node.lineno) - node.lineno + 1
-            assert lines <= FUNCTION_LINES, f"{name(path)}:{node.lineno} {node.name} has {lines} lines"
+def test_functions_are_short() -> None:
+    assert not [
+        f"{name(path)}:{node.lineno} {node.name}"
+        for path in MODULES
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and (node.end_lineno or node.lineno) - node.lineno >= FUNCTION_LINES
+    ]
 
 
-@pytest.mark.parametrize("path", [*SOURCES, *NATIVE], ids=name)
-def test_files_are_short(path: Path) -> None:
-    lines = path.read_text().count("\n")
-    assert lines <= FILE_LINES, f"{name(path)} has {lines} lines; one idea a file, {FILE_LINES} at most"
+def test_files_hold_one_idea() -> None:
+    assert not [name(path) for path in [*SOURCES, *NATIVE] if path.read_text().count("\n") > FILE_LINES]
 
 
 def test_no_machine_is_named() -> None:
