@@ -85,7 +85,10 @@ def pays() -> str:
         found = {row["what"]: row for row in rows if (row["rate"], row["world"]) == (rate, 2)}
         gains = [f"{found[each]['speedup']:.2f}x" for each in work]
         measured.append([rate.replace("mbit", " Mbit/s").replace("gbit", " Gbit/s"), *gains])
-    projected = "**Projected** by `plan` from published rates and kernel times; nothing here ran:"
+    projected = (
+        "**Projected** by `plan` from published rates and kernel times, with one fused kernel for each sum "
+        "(`--flash-comm-transport peer`; the default goes over NCCL until a GPU has measured both); nothing here ran:"
+    )
     ours = "**Measured**, CPU ranks in network namespaces over a link that is held to a rate, gloo:"
     return f"{projected}\n\n{markdown(table)}\n\n{ours}\n\n{markdown(measured)}\n\n{source}"
 

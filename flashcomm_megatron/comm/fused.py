@@ -186,7 +186,7 @@ def _kernel(reduce: Any, gather: Any, slices: Any, dtype: torch.dtype, with_resi
     Kernels of the codec alone do (csrc/cuda/rowed_codec.h).
     """
     cuda, codecs = native.cuda(), [codec.fitted(slices.width) for codec in (reduce, gather)]
-    is_one_row = slices.numel <= slices.width
+    is_one_row = slices.length <= slices.width  # each slice
     if cuda is None or not all(codec.native and (is_one_row or slices.width % codec.unit == 0) for codec in codecs):
         return None
     legs = [cuda.Leg(*codec.native) for codec in codecs]
