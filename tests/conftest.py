@@ -39,6 +39,7 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.hookimpl(optionalhook=True)  # a run without pytest-xdist has no workers
 def pytest_xdist_auto_num_workers() -> int:
     """One more than cores, at most 4: ranks of a test wait for each other."""
     return min(len(os.sched_getaffinity(0)) + 1, 4)
