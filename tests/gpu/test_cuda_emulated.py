@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 import torch
 from codec_cases import KINDS
@@ -98,7 +99,8 @@ def gpu(tmp_path_factory) -> dict[str, str]:
         if not module.exists():
             subprocess.run([sys.executable, STAND_IN / "build.py", folder], check=True)
     path = os.pathsep.join(map(str, (STAND_IN, ROOT)))
-    return {**os.environ, "FLASHCOMM_CUDA_STAND_IN": str(module), "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    own = {name: value for name, value in os.environ.items() if name != forks.ADDRESS}  # ranks need the stand-in as well
+    return {**own, "FLASHCOMM_CUDA_STAND_IN": str(module), "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
 
 def run(command: list[str], environment: dict[str, str], seconds: int) -> str:
