@@ -99,7 +99,8 @@ def gpu(tmp_path_factory) -> dict[str, str]:
         if not module.exists():
             subprocess.run([sys.executable, STAND_IN / "build.py", folder], check=True)
     path = os.pathsep.join(map(str, (STAND_IN, ROOT)))
-    own = {name: value for name, value in os.environ.items() if name != forks.ADDRESS}  # ranks need the stand-in as well
+    # Not the servers of this run, whose ranks have no stand-in.
+    own = {name: value for name, value in os.environ.items() if name != forks.ADDRESS}
     return {**own, "FLASHCOMM_CUDA_STAND_IN": str(module), "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
 
