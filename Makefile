@@ -82,7 +82,7 @@ test-slow: $(READY)  ## Run the other tests: compilers, sanitizers, stand-ins, r
 # The newest of everything that pip finds; constraints.txt does not hold there. Tests of scripts need a checkout of
 # Megatron-LM, FLASHCOMM_MEGATRON_LM=DIR, and what its scripts require; without a checkout they are skipped.
 FRESH        := $(VENV)/newest
-SCRIPTS_NEED := psutil pyyaml regex simpy six tensorboard transformers
+SCRIPTS_NEED := psutil pybind11 pyyaml regex simpy six tensorboard transformers
 NEWEST_TESTS ?= $(addprefix tests/megatron/test_,seams.py mixtures.py gradients.py feedback.py model.py compiled_layers.py \
                   patching.py training.py train_tiny.py transformer_engine.py counted_models.py batch_invariant.py \
                   scripts_training.py scripts_inference.py scripts_structures.py)
