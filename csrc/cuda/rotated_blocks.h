@@ -124,9 +124,8 @@ template <class T, bool kResiduals, int kParts, bool kShared> struct RotatedBloc
     }
 
 private:
-    static FC_DEVICE uint32_t of_part(int part) {
-        return ((1u << kOctets) - 1) << kOctets * part;
-    }  // a bit for an octet
+    // A bit for each octet.
+    static FC_DEVICE uint32_t of_part(int part) { return ((1u << kOctets) - 1) << kOctets * part; }
 
     // ---- lanes -----------------------------------------------------------------------------------------------------
 
@@ -383,12 +382,12 @@ private:
             const bool is_huge = (bits & 0x7FFFFFFF) >= bits_of(kHugeStep);
             huge |= is_huge ? of_part(part) : 0;
             const float factor = (shrunk & of_part(part)) || (kAlone && is_huge) ? kShrink : 1.0f;
-            const bool is_added =
-                kAlone && adds_codes();  // to the neighbour's first coefficient, which is 0, or less it
+            const bool is_added = kAlone && adds_codes();  // to the neighbour's first, which is 0
             const bool has_first = at < first + (is_added ? 2 * kRows<T> : 1);
             float value = has_first ? float_of(bits) * factor : 0.0f;
-            if (is_added && at == first) value += 0.0f;                          // a constant of -0
-            values[part != 0] = is_added && at == first ? value + 0.0f : value;  // -0 becomes 0
+            if (is_added && at == first) value += 0.0f;  // a constant of -0 becomes 0
+            if (part) values[1] = value;
+            else values[0] = value;
         }
         FC_UNROLL for (int part = 0; part < kParts; part++) x[kOctets * part][0] += values[part];
         return huge;
