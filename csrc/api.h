@@ -5,7 +5,7 @@
 
 namespace flashcomm {
 
-constexpr int kInterface = 9;  // raise it with every change of what Python calls; codec/native.py checks
+constexpr int kInterface = 9;  // raise it when Python calls or expects something else; codec/native.py checks
 
 enum Dtype { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 

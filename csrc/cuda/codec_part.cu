@@ -115,12 +115,24 @@ Spec spec_of(const Slices& slices) {
     return {slices.format, slices.bits, slices.block, whole_size(cut_of(slices)), slices.width};
 }
 
+// Values of a tile of slices, 0: none; and `padded` as above.
+struct Tiles {
+    int tile;
+    int64_t padded;
+};
+template <class T, bool kUniform> Tiles tiles_of(const Slices& slices) {
+    const int64_t padded = counted<T, kUniform>(spec_of(slices)).padded;
+    const int64_t numel = padded ? slices.numel / slices.width * padded : slices.numel;
+    return {tile_of<T, kUniform>(setting(slices), numel), padded};
+}
+
 // visit(sliced codec) where blocks make whole tiles.
 template <class T, bool kUniform, class Visit>
-void with_sliced(const Slices& slices, bool with_residuals, int tile, Visit visit) {
+void with_sliced(const Slices& slices, bool with_residuals, const Tiles& tiles, Visit visit) {
     const Cut cut = cut_of(slices);
     const Setting with = setting(slices);
-    const int64_t padded = counted<T, kUniform>(spec_of(slices)).padded;
+    const int tile = tiles.tile;
+    const int64_t padded = tiles.padded;
     with_tile<T, kUniform>(with, with_residuals, [&](auto codec) {
         using Tile = typename decltype(codec)::type;
         if constexpr (Tile::kRotates)
@@ -132,10 +144,6 @@ void with_sliced(const Slices& slices, bool with_residuals, int tile, Visit visi
         using Codec = TensorCodec<Tile, T>;
         visit(SlicedCodec<Codec>{Codec(with, whole_size(cut), tile), Codec(with, last_size(cut), tile), cut});
     });
-}
-template <class T, bool kUniform> int tile_of(const Slices& slices) {
-    const int64_t padded = counted<T, kUniform>(spec_of(slices)).padded;
-    return tile_of<T, kUniform>(setting(slices), padded ? slices.numel / slices.width * padded : slices.numel);
 }
 
 SlicedLayout layout_of(const Slices& slices) {
@@ -161,9 +169,9 @@ template <class T, bool kUniform>
 void CodecPart<T, kUniform>::encode(const void* from, void* residual, const Slices& slices, uint8_t* payloads,
                                     void* stream) {
     const auto* x = (const typename T::Word*)from;
-    const int tile = tile_of<T, kUniform>(slices);
-    if (tile)
-        with_sliced<T, kUniform>(slices, residual, tile, [&](const auto& codec) {
+    const Tiles tiles = tiles_of<T, kUniform>(slices);
+    if (tiles.tile)
+        with_sliced<T, kUniform>(slices, residual, tiles, [&](const auto& codec) {
             using Codec = std::decay_t<decltype(codec.whole)>;
             const Grid grid = a_block_each(codec.tiles(), codec.whole.codec.scratch_bytes(), stream);
             launch("encode", encode_kernel<Codec, T>, grid, codec, x, payloads, (typename T::Word*)residual,
@@ -179,9 +187,9 @@ void CodecPart<T, kUniform>::encode(const void* from, void* residual, const Slic
 template <class T, bool kUniform>
 void CodecPart<T, kUniform>::decode(const Payloads& payloads, int count, const Slices& slices, void* to, void* stream) {
     auto* x = (typename T::Word*)to;
-    const int tile = tile_of<T, kUniform>(slices);
-    if (tile)
-        with_sliced<T, kUniform>(slices, false, tile, [&](const auto& codec) {
+    const Tiles tiles = tiles_of<T, kUniform>(slices);
+    if (tiles.tile)
+        with_sliced<T, kUniform>(slices, false, tiles, [&](const auto& codec) {
             using Codec = std::decay_t<decltype(codec.whole)>;
             if constexpr (!decltype(codec.whole.codec)::kKeepsResiduals) {  // they decode as those without
                 const Grid grid = a_block_each(codec.tiles(), 0, stream);

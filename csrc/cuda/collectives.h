@@ -312,7 +312,7 @@ private:
 
     // The payloads of one tile from every rank, decoded to x (not kAlone: added): after each use(source, huge), whole
     // warps together. Those to be added come in rank order; others from this rank on down, as they are sent. Each is
-    // awaited, unless is_known that all have come, and read ahead while the one before it is decoded, if it has come by
+    // awaited before its first tile, and read ahead while the one before it is decoded, if it has come by
     // then. values_of(source): of the tile; shrunk, huge: a bit for each row. Where a flag does not come, what lies there is
     // decoded, for nobody: leaving early took registers that the sums need.
     template <bool kAlone, class Codec, class Values, class Use>

@@ -39,14 +39,13 @@ template <class Tile, class T> struct RowedCodec {
 
     FC_DEVICE Extent extent(int t) const {
         const Octets here = octets(t);
-        return {8 * (real(here) - first_octet<T>()), here.left ? 8 * (first_octet<T>() + (int)here.left) : 0};
+        return {8 * (real(here) - first_octet<T>()), values(here)};
     }
     FC_DEVICE void encode_tile(int t, const Octet<T> (&x)[kRows<T>], uint8_t* payload, Word* residual) const {
         const Octets here = octets(t);
-        const int values = here.left ? 8 * (first_octet<T>() + (int)here.left) : 0;
         const int64_t lost = product((int)here.row, residuals) + codec.block() * blocks(here);
         codec.with_blocks([&](const auto& blocks) {
-            blocks.template encode_to<false>(x, values, shared_memory(), payload, place(here),
+            blocks.template encode_to<false>(x, values(here), shared_memory(), payload, place(here),
                                              Tile::kKeepsResiduals ? residual + lost : nullptr);
         });
     }
@@ -70,6 +69,8 @@ private:
         return {0, first & ((1u << codec.octet_shift) - 1), 0};
     }
     FC_DEVICE int real(const Octets& here) const { return (int)(here.row * row + here.first); }
+    // Values of the row, counted from where the tile begins for this thread.
+    FC_DEVICE int values(const Octets& here) const { return here.left ? 8 * (first_octet<T>() + (int)here.left) : 0; }
     // By how many blocks, and super-blocks, of its row a thread is further than in its tile.
     FC_DEVICE int blocks(const Octets& here) const {
         return (int)(here.first >> codec.octet_shift) - (first_octet<T>() >> codec.octet_shift);

@@ -37,11 +37,6 @@ struct Shape {
         const int64_t left = numel - start(rank);
         return left < 0 ? 0 : left < slice ? left : slice;
     }
-    // Values of a tile of a slice of `size`; 0 or less: there is no such tile.
-    FC_INLINE int values(int64_t size, int64_t tile_index) const {
-        const int64_t left = size - tile_index * tile;
-        return left < tile ? (left < 0 ? 0 : (int)left) : tile;
-    }
 };
 
 // What the group agreed on when it made its workspace.

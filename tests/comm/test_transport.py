@@ -123,13 +123,17 @@ def test_calls_that_are_left_to_the_process_group():
     assert serving("cuda", recipe="mx") is None, "no fused kernel for this format"
 
 
+def test_the_trial_goes_through_every_region(root):
+    assert f"kRegions = {fused.REGIONS};" in (root / "csrc/cuda/protocol.h").read_text()
+
+
 def has_fused(reduce, gather, dtype=torch.bfloat16, with_residuals=False, width=1 << 15, rows=1):
     slices = Slices(rows * width, width, rows * width, 1)
     return fused._kernel(reduce, gather, slices, dtype, with_residuals) is not None
 
 
 @pytest.mark.skipif(extension.cuda() is None, reason="needs CUDA kernels")
-def test_which_legs_have_a_fused_kernel():
+def test_which_legs_have_a_fused_cuda_kernel():
     for dtype, bits in product((torch.float32, torch.float16, torch.bfloat16), range(2, 9)):
         for recipe in ("auto", "flash-v2"):
             assert has_fused(*Config(bits=bits, recipe=recipe).legs[:2], dtype)
@@ -143,7 +147,7 @@ def test_which_legs_have_a_fused_kernel():
 
 
 @pytest.mark.skipif(extension.cuda() is None, reason="needs CUDA kernels")
-def test_fused_kernels_serve_rows_of_whole_super_blocks_alone():
+def test_fused_cuda_kernels_serve_rows_of_whole_super_blocks_alone():
     """Else values of two rows would share a top."""
     auto, v1 = Config(bits=4).legs[:2], (Uniform(4, 128), Uniform(4, 128))
     for width, of_auto, of_v1 in ((4096, True, True), (5120, False, True), (3584, False, True), (2880, False, False)):

@@ -38,8 +38,9 @@ LEGS = "(Rotated(bits=4.5, block=32), Rotated(bits=5, block=64))"
 CODEC, COLLECTIVES, PROCESSES, FAULTS = (
     f"tests/gpu/test_cuda_{name}.py" for name in ("codec", "collectives", "processes", "faults")
 )
+TRANSPORT = "tests/comm/test_transport.py"
 ALL = {
-    "kernels": [CODEC, COLLECTIVES, "tests/observe/test_metrics.py"],
+    "kernels": [CODEC, COLLECTIVES, TRANSPORT, "tests/observe/test_metrics.py"],
     "processes": [PROCESSES],
     "faults": [FAULTS],
 }
@@ -56,6 +57,12 @@ PART = {
         f"{CODEC}::test_slices_are_encoded_and_decoded_as_one_by_one[Rotated(bits=4.5, block=32)]",
         f"{CODEC}::test_slices_have_residuals_of_their_own[Rotated(bits=4.5, block=32)]",
         f"{CODEC}::test_sums_are_encoded_as_out_holds_them[{LEGS}]",
+        f"{CODEC}::test_every_rank_knows_which_rows_have_kernels",
+        f"{CODEC}::test_rows_that_end_inside_a_super_block_have_kernels[Rotated(bits=5, block=64)-(25600, 5120, 3)]",
+        f"{CODEC}::test_rows_that_end_inside_a_super_block_have_kernels[Rotated(bits=4.5, block=32)-(25088, 3584, 2)]",
+        f"{CODEC}::test_sums_of_such_rows_are_encoded_with_residuals[5120]",
+        f"{TRANSPORT}::test_which_legs_have_a_fused_cuda_kernel",
+        f"{TRANSPORT}::test_fused_cuda_kernels_serve_rows_of_whole_super_blocks_alone",
         f"{CODEC}::test_unaligned_views_give_the_same_bits[Uniform(bits=4, block=32)]",
         f"{COLLECTIVES}::test_any_world_kind_and_numel_equals_the_specification[2-ranks]",
         f"{COLLECTIVES}::test_inboxes_in_host_memory_give_the_same_bits[2-ranks-host]",
